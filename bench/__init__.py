@@ -1,0 +1,1 @@
+"""Benchmarks, the compile report and the demo: `python -m bench.<name>`."""

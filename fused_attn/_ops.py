@@ -1,0 +1,151 @@
+"""What every family shares: which implementation runs, and raw operators that `vmap` and the compiler accept."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Impl = Literal["auto", "triton", "reference"]
+
+
+@torch.compiler.assume_constant_result
+def _triton_state() -> str:
+    """'absent', 'gpu' (compiles for a device) or 'interpreter' (TRITON_INTERPRET=1 when it was imported)."""
+    if importlib.util.find_spec("triton") is None:
+        return "absent"
+    return "interpreter" if importlib.import_module("fused_attn.kernels.chip").INTERPRET else "gpu"
+
+
+def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool:
+    """Whether this call runs the kernel.
+
+    Parameters
+    ----------
+    impl
+        ``"auto"``: the kernel on a GPU, PyTorch elsewhere, and PyTorch for what the kernel does not support.
+        ``"triton"`` and ``"reference"`` never fall back.
+    device
+        Where the tensors are.
+    unsupported
+        Why the kernel cannot take this call, or None.
+
+    Raises
+    ------
+    ValueError
+        For another `impl`, or where ``"triton"`` cannot run.
+
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl: expected one of {', '.join(get_args(Impl))}; got {impl!r}")
+    if impl == "reference":
+        return False
+    state = _triton_state()
+    if impl == "auto":
+        return device.type == "cuda" and state == "gpu" and unsupported is None
+    if state == "absent":
+        raise ValueError("impl: 'triton' needs the package triton, which is not installed; use 'reference'")
+    if device.type == "cpu" and state != "interpreter":
+        raise ValueError(
+            "impl: 'triton' got a CPU tensor; move it to a GPU, use impl='reference', or set "
+            "TRITON_INTERPRET=1 before the first import to run the kernel in Triton's interpreter"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"impl: 'triton' expects CUDA or ROCm tensors; got device {device}")
+    if unsupported is not None:
+        raise ValueError(f"impl: 'triton' {unsupported}; use impl='auto' or 'reference'")
+    return True
+
+
+def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register ``fused_attn::name`` with a fake for the compiler and a loop for `vmap`, without autograd.
+
+    The loop is exact whatever is batched: parameters (ensembles), inputs, or the gradients of a per-sample
+    backward, where summing over a folded batch would lose the samples.
+    """
+    op = torch.library.custom_op(f"fused_attn::{name}", fn, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+
+    def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def one(i: int) -> Any:
+            def pick(x: Any, dim: int | None) -> Any:
+                return x if dim is None else x.select(dim, i)
+
+            return op(*(pick(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
+
+        outs = [pytree.tree_flatten(one(i)) for i in range(info.batch_size)]
+        stacked = [torch.stack(leaves) for leaves in zip(*(flat for flat, _ in outs), strict=True)]
+        return pytree.tree_unflatten(stacked, outs[0][1]), pytree.tree_unflatten([0] * len(stacked), outs[0][1])
+
+    op.register_vmap(batched)
+    return op
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under `torch.autocast`, float32 and 16-bit tensors in its dtype, as `torch.nn.Linear` takes them."""
+    device = next(x.device.type for x in tensors if isinstance(x, Tensor))
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    cast = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
+
+
+def second_order(
+    formula: Callable[..., tuple[Tensor, ...]],
+    primals: tuple[Tensor | None, ...],
+    cotangents: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Backward of a backward, through a reference formula that `torch.func.vjp` differentiates twice.
+
+    Parameters
+    ----------
+    formula
+        The reference forward, from all `primals` to a tuple of outputs.
+    primals, cotangents
+        Its inputs, and the gradients of its outputs that the first backward had.
+    needs
+        For which primals the first backward made a gradient.
+    grads
+        The gradients of those gradients, None where there is none.
+
+    Returns
+    -------
+    (list, list)
+        Gradients of the primals and of the cotangents, None where those are None.
+
+    """
+    at = [i for i, x in enumerate(primals) if x is not None]
+    wanted = [i for i in at if needs[i] and grads[i] is not None]
+    seen = [j for j, c in enumerate(cotangents) if c is not None]
+    d_primals: list[Tensor | None] = [None] * len(primals)
+    d_cotangents: list[Tensor | None] = [None] * len(cotangents)
+    if not wanted or not seen:
+        return d_primals, d_cotangents
+
+    def first_order(live: list[Tensor], cots: list[Tensor]) -> tuple[Tensor, ...]:
+        full = dict(zip(at, live, strict=True))
+
+        def outputs(*xs: Tensor) -> list[Tensor]:
+            named = {**full, **dict(zip(wanted, xs, strict=True))}
+            outs = formula(*(named.get(i) for i in range(len(primals))))
+            return [outs[j] for j in seen]
+
+        outs, pull = torch.func.vjp(outputs, *(full[i] for i in wanted))
+        return pull([c.to(o.dtype) for c, o in zip(cots, outs, strict=True)])
+
+    live, cots = [primals[i] for i in at], [cotangents[j] for j in seen]
+    _, pull = torch.func.vjp(first_order, live, cots)
+    from_primals, from_cots = pull(tuple(grads[i] for i in wanted))
+    for i, g in zip(at, from_primals, strict=True):
+        d_primals[i] = g
+    for j, g in zip(seen, from_cots, strict=True):
+        d_cotangents[j] = g
+    return d_primals, d_cotangents

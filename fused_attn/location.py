@@ -1,0 +1,375 @@
+"""Location attention: a score from each key alone, a softmax over the keys, a weighted sum of the values.
+
+Also known as self-attentive pooling, attention-based MIL pooling, HAN's word and sentence attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+
+_TENSORS = 12  # tensor arguments of the raw forward
+_GRADS = 9  # the leading ones of them that have gradients
+_INPUTS = (
+    "Tensor h, Tensor w, Tensor? b, Tensor? v, Tensor? gate_w, Tensor? gate_b, Tensor? context, "
+    "Tensor? values, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed"
+)
+_OPTIONS = "str activation, str gate_activation, float dropout_p, bool context_per_row"
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.location import location_fwd
+
+    return location_fwd(*args)
+
+
+def _fwd_fake(
+    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    hops = (w if v is None else v).shape[1]
+    width = (h if values is None else values).shape[-1]
+    return (
+        h.new_empty(seqs, hops, width),
+        h.new_empty(seqs, hops, dtype=torch.float32),
+        h.new_empty(*h.shape[:-1], hops, dtype=torch.float32),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    from .kernels.location import location_bwd
+
+    dout = args[0]
+    return [dout.new_empty(0) if g is None else g for g in location_bwd(*args)]
+
+
+def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
+    needs = args[-1]
+    return [x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], needs, strict=True)]
+
+
+_location_fwd = raw_op("location_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+_location_bwd = raw_op(
+    "location_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, "
+    f"{_OPTIONS}, bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _LocationAttention(torch.autograd.Function):
+    """(out, lse, scores) by the kernel, all three differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor, Tensor]", _location_fwd(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_TENSORS], *output)
+        ctx.options = inputs[_TENSORS:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
+        out = ctx.saved_tensors[_TENSORS]
+        needs = ctx.needs_input_grad[:_GRADS]
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = _LocationBackward.apply(dout, dlse, dscores, *ctx.saved_tensors, *ctx.options, needs)
+        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+class _LocationBackward(torch.autograd.Function):
+    """The gradients of `_LocationAttention` by the kernels; its own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_location_bwd(*args[:-1], list(args[-1])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
+        *ctx.options, ctx.needs = inputs[3 + _TENSORS + 3 :]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        cotangents, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
+        return (*d_cotangents, *d_primals, *none)
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    activation, gate_activation, dropout_p, context_per_row = args[_TENSORS:]
+    return reference.location_attention(
+        *args[:_TENSORS], activation=activation, gate_activation=gate_activation, dropout_p=dropout_p,
+        context_per_row=context_per_row,
+    )  # fmt: skip
+
+
+def location_attention(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    gate: tuple[Tensor, Tensor | None] | None = None,
+    context: Tensor | None = None,
+    values: Tensor | None = None,
+    activation: str = "tanh",
+    gate_activation: str = "sigmoid",
+    mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention pooling: scores from the keys alone.
+
+    .. math:: s_j = v \cdot \big( act(h_j W + b + ctx_j) \odot gate\_act(h_j G + g) \big) + \beta_j, \quad
+        o = \sum_j softmax_j(s_j) \, value_j
+
+    The gate is there with `gate`, the product with `v` with `v`, the context and the bias :math:`\beta` where
+    they are given. A sequence without a visible key gives zeros, zero weights and zero gradients.
+
+    Parameters
+    ----------
+    h
+        Keys: ``(B, T, D)``; packed ``(N, D)`` with `cu_seqlens`; or a jagged ``torch.nested`` tensor.
+        float16, bfloat16 or float32; float64 by the reference only.
+    w, b
+        Linear score: ``w (D,)``, ``b ()``; with R hops ``w (D, R)``, ``b (R,)``.
+        MLP score (with `v`): ``w (D, A)``, ``b (A,)``.
+    v
+        ``(A,)``, or ``(A, R)`` for R hops.
+    gate
+        ``(G (D, A), g (A,) or None)``; needs `v`.
+    context
+        Added before the activation; its width is that of the projection (A, R, or none for ``w (D,)``).
+        Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)`` a row, or with the
+        choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
+    values
+        What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None.
+    activation, gate_activation
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    mask
+        bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
+    score_bias
+        ``(B, T)`` or ``(N,)``, in the dtype of `h` or float32: a log-prior, added to the scores of every hop.
+    cu_seqlens
+        int32 ``(S + 1,)``: sequence s is the rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of `h`.
+    dropout_p
+        Probability that a weight is dropped, 0 <= p < 1. It always applies: pass 0 for evaluation. The mask
+        comes from a counter-based generator, seeded from PyTorch's, and is the same in the backward.
+    return_weights
+        Return the weights too, as they are before dropout. They are differentiable.
+    impl
+        ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere, for float64 and for more than 128 hops.
+        ``"triton"`` and ``"reference"`` never fall back.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output ``(B, Dv)``, or ``(B, R, Dv)`` where `v` (`w` without `v`) has a hop axis; S for B where ragged.
+        Weights ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a jagged `h`.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Lin et al. 2017 (self-attentive sentence embedding, R hops); Yang et al. 2016 (HAN); Ilse et al. 2018
+    (gated MIL); Ma et al. 2017 (Dipole, linear score).
+
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
+    offsets = None
+    if h.is_nested:
+        h, offsets, context, values, score_bias, cu_seqlens = _unpack_jagged(
+            h, context, values, score_bias, mask, cu_seqlens
+        )
+    gate_w, gate_b = _split_gate(gate)
+    h, w, b, v, gate_w, gate_b, context, values = cast_for_autocast(h, w, b, v, gate_w, gate_b, context, values)
+    assert h is not None
+    assert w is not None
+    context_per_row = _validate_location(
+        h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
+        activation, gate_activation, dropout_p, trusted_offsets=offsets is not None,
+    )  # fmt: skip
+    hop_axis = (w if v is None else v).dim() == 2
+    if context is not None:
+        width = () if w.dim() == 1 else (w.shape[1],)
+        rows = h.shape[:-1] if context_per_row else (_num_sequences(h, cu_seqlens),)
+        context = context.reshape(*rows, *(width or (1,)))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=h.device)
+    args = (
+        h,
+        w if w.dim() == 2 else w[:, None],
+        b if b is None else b.reshape(-1),
+        v if v is None or v.dim() == 2 else v[:, None],
+        gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
+        activation, gate_activation, float(dropout_p), context_per_row,
+    )  # fmt: skip
+    unsupported = None
+    if h.dtype == torch.float64:
+        unsupported = "has no float64"
+    elif (w if v is None else v).shape[-1] > 128 and hop_axis:
+        unsupported = "holds at most 128 hops"
+    run = _LocationAttention.apply if use_triton(impl, h.device, unsupported) else _reference
+    out, lse, scores = run(*args)
+    out = out if hop_axis else out.squeeze(1)
+    if not return_weights:
+        return out
+
+    shift = lse.masked_fill(lse == -torch.inf, 0)
+    if cu_seqlens is None:
+        weights = torch.exp(scores - shift[:, None]).mT
+        weights = weights if hop_axis else weights.squeeze(1)
+    else:
+        weights = torch.exp(scores - shift[reference.segment_ids(cu_seqlens, h.shape[0])])
+        weights = weights if hop_axis else weights.squeeze(1)
+    weights = weights.to(out.dtype)
+    if offsets is not None:
+        weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
+    return out, weights
+
+
+def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:
+    return h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _unpack_jagged(
+    h: Tensor, context: Tensor | None, values: Tensor | None, score_bias: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
+    if h.layout != torch.jagged:
+        raise ValueError("h: expected layout=torch.jagged for a nested tensor; got the strided layout")
+    if h.lengths() is not None:
+        raise ValueError("h: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
+    if mask is not None:
+        raise ValueError("mask: expected None with a jagged h, which holds only visible rows; got a tensor")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: expected None with a jagged h, which has offsets; got a tensor")
+    offsets = h.offsets()
+
+    def packed(name: str, x: Tensor) -> Tensor:
+        if not (x.is_nested and x.layout == torch.jagged) or x.values().shape[0] != h.values().shape[0]:
+            raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {tuple(x.shape)}")
+        return x.values()
+
+    if context is not None:
+        context = packed("context", context)[None] if context.is_nested else context[:, None]
+    values = None if values is None else packed("values", values)
+    score_bias = None if score_bias is None else packed("score_bias", score_bias)
+    return h.values(), offsets, context, values, score_bias, offsets.to(torch.int32)
+
+
+def _split_gate(gate: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    if gate is None:
+        return None, None
+    if not isinstance(gate, (tuple, list)) or len(gate) != 2:
+        raise TypeError(f"gate: expected a pair (weight, bias or None); got {type(gate).__name__}")
+    return gate[0], gate[1]
+
+
+def _validate_location(
+    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *,
+    trusted_offsets: bool,
+) -> bool:  # fmt: skip
+    """Check every argument; return whether the context has one entry a row."""
+    ragged = cu_seqlens is not None
+    form = ("(N, D)", (None, None)) if ragged else ("(B, T, D)", (None, None, None))
+    hint = "packed rows go with cu_seqlens" if not ragged and h.dim() == 2 else ""
+    check_tensor("h", h, shapes=[form], hint=hint)
+    rows, width = tuple(h.shape[:-1]), h.shape[-1]
+    rows_word = "N" if ragged else "B, T"
+    same = {"dtypes": [h.dtype], "device": h.device}
+    if width == 0:
+        raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
+
+    linear = [] if v is not None else [("(D,)", (width,))]
+    check_tensor("w", w, shapes=[*linear, ("(D, R)" if v is None else "(D, A)", (width, None))], **same)
+    inner = tuple(w.shape[1:])
+    if 0 in inner:
+        raise ValueError(f"w: expected at least one column; got shape {tuple(w.shape)}")
+    inner_word = ("R" if v is None else "A") if inner else ""
+    if b is not None:
+        check_tensor("b", b, shapes=[(f"({inner_word},)" if inner else "()", inner)], **same)
+    if v is not None:
+        check_tensor("v", v, shapes=[("(A,)", inner), ("(A, R)", (*inner, None))], **same)
+        if 0 in v.shape:
+            raise ValueError(f"v: expected at least one hop; got shape {tuple(v.shape)}")
+    if gate_w is not None:
+        if v is None:
+            raise ValueError("gate: expected v with a gate, to reduce the gated features to a score; got v=None")
+        check_tensor("gate[0]", gate_w, shapes=[("(D, A)", tuple(w.shape))], **same)
+        if gate_b is not None:
+            check_tensor("gate[1]", gate_b, shapes=[("(A,)", inner)], **same)
+    if mask is not None:
+        check_tensor(
+            "mask", mask, shapes=[(f"({rows_word})", rows)], dtypes=[torch.bool], device=h.device,
+            hint="True = may be attended",
+        )  # fmt: skip
+    if values is not None:
+        check_tensor("values", values, shapes=[(f"({rows_word}, Dv)", (*rows, None))], **same)
+    if score_bias is not None:
+        check_tensor(
+            "score_bias", score_bias, shapes=[(f"({rows_word})", rows)], device=h.device,
+            dtypes=[h.dtype] if h.dtype in (torch.float32, torch.float64) else [h.dtype, torch.float32],
+        )  # fmt: skip
+    check_activation("activation", activation)
+    check_activation("gate_activation", gate_activation)
+    check_dropout(dropout_p)
+    if ragged and not trusted_offsets:
+        check_cu_seqlens("cu_seqlens", cast("Tensor", cu_seqlens), rows[0], h.device)
+    if context is None:
+        return False
+
+    seqs = _num_sequences(h, cu_seqlens)
+    tail = f", {inner_word}" if inner else ""
+    if not ragged:
+        a_seq, a_row = (seqs, *inner), (*rows, *inner)
+        check_tensor("context", context, shapes=[(f"(B{tail})", a_seq), (f"(B, T{tail})", a_row)], **same)
+        return context.dim() == len(a_row)
+    forms = [
+        (f"(S{tail})", (seqs, *inner)), (f"(N{tail})", (*rows, *inner)),
+        (f"(S, 1{tail})", (seqs, 1, *inner)), (f"(1, N{tail})", (1, *rows, *inner)),
+    ]  # fmt: skip
+    check_tensor("context", context, shapes=forms, **same)
+    if context.dim() == 1 + len(inner):
+        if seqs == rows[0]:
+            raise ValueError(
+                f"context: expected (S, 1{tail}) or (1, N{tail}) where S = N = {seqs}, to tell one vector a "
+                f"sequence from one a row; got {tuple(context.shape)}"
+            )
+        return context.shape[0] == rows[0]
+    return context.shape[1] == rows[0] and context.shape[0] == 1

@@ -1,0 +1,151 @@
+"""The textbook formulas in plain PyTorch: the specification, the fallback, and the tests' oracle.
+
+Every function here is written for reading: it materialises what the formula names, and autograd
+differentiates it to any order. The kernels are tested against these functions in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+_U32 = 0xFFFFFFFF
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """First word of Philox-4x32-10 (Salmon et al., SC 2011) for the counter (c0, c1, c2, 0), as int64."""
+    key0, key1 = seed & _U32, (seed >> 32) & _U32
+    x0, x1, x2 = torch.broadcast_tensors(c0, c1, c2)
+    x3 = torch.zeros_like(x0)
+    for _ in range(10):
+        # The product of two 32-bit words fills 64 bits: int64 wraps, and its bits are still right.
+        a, b = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = ((b >> 32) & _U32) ^ x1 ^ key0, b & _U32, ((a >> 32) & _U32) ^ x3 ^ key1, a & _U32
+        key0, key1 = (key0 + 0x9E3779B9) & _U32, (key1 + 0xBB67AE85) & _U32
+    return x0
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A weight is dropped iff the upper 24 bits of its random word are under this number."""
+    return round(dropout_p * 2**24)
+
+
+def dropout_scale(seed: Tensor, position: Tensor, segment: Tensor, hop: Tensor, dropout_p: float) -> Tensor:
+    """Factor on each softmax weight: 0 where it is dropped, ``1 / (1 - dropout_p)`` where it is kept.
+
+    The random word is a function of the seed and of (position in the sequence, sequence, hop) alone, so a
+    kernel makes the same mask again in its backward, and padded and ragged forms of a batch drop alike.
+    """
+    keep = (_philox(seed, position, segment, hop) >> 8) >= dropout_threshold(dropout_p)
+    return keep.to(torch.float64) / (1.0 - dropout_p)
+
+
+def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """For each packed row, the index of its segment: int64 ``(rows,)``."""
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def location_attention(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    v: Tensor | None,
+    gate_w: Tensor | None,
+    gate_b: Tensor | None,
+    context: Tensor | None,
+    values: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *,
+    activation: str,
+    gate_activation: str,
+    dropout_p: float,
+    context_per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
+
+    .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
+        \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
+
+    Shapes: ``h (B, T, D)`` or packed ``(N, D)``; ``w (D, A)``; ``v (A, R)``, or None with ``A = R``;
+    ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is the number of sequences.
+
+    Returns ``out (S, R, Dv)`` in the dtype of ``values``, and in at least float32 ``lse (S, R)`` and
+    ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
+    """
+    rows = h.shape[:-1]
+    values = h if values is None else values
+    if cu_seqlens is None:
+        segment = torch.arange(rows[0], device=h.device)[:, None]
+        position = torch.arange(rows[1], device=h.device)[None, :]
+    else:
+        segment = segment_ids(cu_seqlens, rows[0])
+        position = torch.arange(rows[0], device=h.device) - cu_seqlens[segment]
+
+    if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
+        h = h.masked_fill(~mask[..., None], 0)
+        values = values.masked_fill(~mask[..., None], 0)
+        score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
+        if context is not None and context_per_row:
+            context = context.masked_fill(~mask[..., None], 0)
+
+    z = h @ w
+    if b is not None:
+        z = z + b
+    if context is not None:
+        z = z + (context if context_per_row else context[segment])
+    u = ACTIVATIONS[activation](z)
+    if gate_w is not None:
+        g = h @ gate_w
+        u = u * ACTIVATIONS[gate_activation](g if gate_b is None else g + gate_b)
+    scores = u if v is None else u @ v
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if score_bias is not None:
+        scores = scores + score_bias[..., None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., None], -torch.inf)
+
+    if cu_seqlens is None:
+        top = scores.detach().amax(1) if rows[1] else scores.new_full((rows[0], scores.shape[-1]), -torch.inf)
+        pivot = top.masked_fill(top == -torch.inf, 0)  # a row that sees no key: never -inf - -inf
+        weights = torch.exp(scores - pivot[:, None])
+        total = weights.sum(1)
+    else:
+        top = scores.new_full((cu_seqlens.numel() - 1, scores.shape[-1]), -torch.inf)
+        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
+        pivot = top.masked_fill(top == -torch.inf, 0)
+        weights = torch.exp(scores - pivot[segment])
+        total = torch.zeros_like(pivot).index_add(0, segment, weights)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (pivot + torch.log(total)).masked_fill(empty, -torch.inf)
+    weights = weights / (total[:, None] if cu_seqlens is None else total[segment])
+    if dropout_p > 0:
+        assert seed is not None
+        hop = torch.arange(scores.shape[-1], device=h.device)
+        scale = dropout_scale(seed, position[..., None], segment[..., None], hop, dropout_p)
+        weights = weights * scale.to(weights.dtype)
+
+    weights = weights.to(values.dtype)
+    if cu_seqlens is None:
+        out = weights.mT @ values
+    else:
+        out = values.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], values.shape[-1])
+        out = out.index_add(0, segment, weights[:, :, None] * values[:, None, :])
+    return out, lse, scores

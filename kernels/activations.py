@@ -1,0 +1,72 @@
+"""Activations of the score functions, and their derivatives, on float32 tiles.
+
+`FAST` is a constexpr that only the launcher sets: on NVIDIA chips and 16-bit inputs `tanh` and `sigmoid` are
+one special-function instruction (`tanh.approx.f32`, relative error 2^-11 at most by the PTX manual, under the
+rounding of the inputs). Everywhere else, the interpreter too, they are plain maths that is right to float32.
+"""
+
+import triton
+import triton.language as tl
+
+LEAKY_SLOPE = tl.constexpr(0.2)
+
+
+@triton.jit
+def tanh(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    # 2σ(2x) - 1 cancels near 0, where five terms of the series are exact to float32.
+    x2 = x * x
+    series = x + x * x2 * (-0.33333333 + x2 * (0.13333333 + x2 * (-0.05396825 + x2 * 0.02186949)))
+    return tl.where(x2 < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    if FAST:
+        return 0.5 * tanh(0.5 * x, FAST) + 0.5
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    """act(x), by the name that the public functions use."""
+    if ACT == "tanh":
+        return tanh(x, FAST)
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACT == "sigmoid":
+        return sigmoid(x, FAST)
+    elif ACT == "leaky_relu":
+        return tl.where(x > 0, x, LEAKY_SLOPE * x)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "silu":
+        return x * sigmoid(x, FAST)
+    else:
+        tl.static_assert(ACT == "identity")
+        return x
+
+
+@triton.jit
+def activate_grad(x, y, ACT: tl.constexpr, FAST: tl.constexpr):
+    """Derivative of act at x, given y = act(x)."""
+    if ACT == "tanh":
+        return 1.0 - y * y
+    elif ACT == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif ACT == "sigmoid":
+        return y * (1.0 - y)
+    elif ACT == "leaky_relu":
+        return tl.where(x > 0, 1.0, LEAKY_SLOPE)
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "silu":
+        s = sigmoid(x, FAST)
+        return s + y * (1.0 - s)
+    else:
+        tl.static_assert(ACT == "identity")
+        return tl.full(x.shape, 1.0, tl.float32)

@@ -1,0 +1,77 @@
+"""Which rows a program works on, and which weights dropout keeps.
+
+A launch is over *items*: consecutive rows of one sequence, at most `Items.rows` of them. For a padded batch
+item -> (sequence, part) is a division. For a ragged batch the lengths are known on the device only, so the
+map is made there without a synchronisation: the launch has as many items as the worst case needs
+(`N // rows + S`), and those past the end find an empty range.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Items(NamedTuple):
+    """The partition of a batch into items: what a launcher passes to kernels that call `locate`."""
+
+    count: int
+    rows: int  # most rows an item has
+    per_seq: int  # items of each sequence; 0 where that differs between sequences
+    seq: Tensor | None  # (count,) int32: sequence of each item, S for those past the end; None: item = sequence
+    first: Tensor | None  # (S + 1,) int32: first item of each sequence; None as above
+
+
+def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None) -> Items:
+    """Items of at most `rows` rows. Padded: `batch` sequences of `length`; ragged: `batch` over `length` rows."""
+    if cu_seqlens is None:
+        per_seq = triton.cdiv(length, rows)
+        return Items(batch * per_seq, rows, per_seq, None, None)
+    if length <= rows:
+        return Items(batch, rows, 1, None, None)
+    count = length // rows + batch
+    items = (cu_seqlens.diff() + (rows - 1)) // rows
+    first = torch.cat([items.new_zeros(1), items.cumsum(0)]).to(torch.int32)
+    item = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
+    return Items(count, rows, 0, torch.searchsorted(first[1:], item, right=True, out_int32=True), first)
+
+
+@triton.jit
+def locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
+    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
+    if cu_ptr is None:
+        seq = item // per_seq
+        part = item % per_seq
+        start = 0
+        length = T
+        items = per_seq
+    else:
+        if seq_ptr is None:
+            seq = item
+            part = 0
+            items = 1
+        else:
+            seq = tl.load(seq_ptr + item)
+            first = tl.load(first_ptr + seq)
+            part = item - first
+            items = tl.load(first_ptr + seq + 1, mask=seq < num_seqs, other=0) - first
+        start = tl.load(cu_ptr + seq)
+        # An item past the end has seq == num_seqs: an empty range.
+        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
+    lo = part * rows
+    return seq.to(tl.int64), start, lo, tl.minimum(lo + rows, length), items
+
+
+@triton.jit
+def dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
+    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
+
+    position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
+    """
+    seed = tl.load(seed_ptr)
+    c0, c2 = tl.broadcast(position.to(tl.uint32), hop.to(tl.uint32))
+    c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
+    return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)

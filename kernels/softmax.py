@@ -1,0 +1,98 @@
+"""Online softmax: the running state (m, l, o), and the exact merge of states over disjoint keys.
+
+    m = max s        l = Σ exp(s - m)        o = Σ exp(s - m) value        out = o / l,  lse = m + log l
+
+A state that has seen no key has m = -inf and l = 0. `pivot` keeps every exponent away from -inf - (-inf).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masks import Items
+
+
+@triton.jit
+def pivot(m):
+    """A finite number to subtract: m, or 0 where no key was seen."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def online_softmax(s, m, l):
+    """One step over scores s [BLOCK_T, BLOCK_R]: the unnormalised weights, the factor on old sums, and (m, l)."""
+    m_new = tl.maximum(m, tl.max(s, axis=0))
+    shift = pivot(m_new)
+    p = tl.exp(s - shift[None, :])
+    alpha = tl.exp(m - shift)
+    return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
+
+
+@triton.jit
+def finish(m, l):
+    """(1 / l, lse); an empty row gets (0, -inf)."""
+    seen = l > 0
+    l = tl.where(seen, l, 1.0)
+    return tl.where(seen, 1.0 / l, 0.0), tl.where(seen, m + tl.log(l), float("-inf"))
+
+
+@triton.jit
+def _merge_kernel(
+    o_ptr,  # (items, R, DV) float32
+    m_ptr,  # (items, R) float32
+    l_ptr,  # (items, R) float32
+    first_ptr,  # (S + 1,) int32 or None
+    out_ptr,  # (S, R, DV)
+    lse_ptr,  # (S, R) float32
+    per_seq,
+    R,
+    DV,
+    SKIP_SINGLE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # sequence and hop
+    seq = row // R
+    d = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    if first_ptr is None:
+        lo = seq * per_seq
+        hi = lo + per_seq
+    else:
+        lo = tl.load(first_ptr + seq).to(tl.int64)
+        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for i0 in range(lo, hi, BLOCK_I):
+        item = i0 + tl.arange(0, BLOCK_I)
+        at = item * R + row % R
+        m_i = tl.load(m_ptr + at, mask=item < hi, other=float("-inf"))
+        l_i = tl.load(l_ptr + at, mask=item < hi, other=0.0)
+        # A part that saw no key may not have written its sum.
+        seen = (m_i > float("-inf"))[:, None] & (d < DV)[None, :]
+        o_i = tl.load(o_ptr + at[:, None] * DV + d[None, :], mask=seen, other=0.0)
+        m_new = tl.maximum(m, tl.max(m_i, axis=0))
+        shift = pivot(m_new)
+        p = tl.exp(m_i - shift)  # [BLOCK_I]
+        alpha = tl.exp(m - shift)
+        l = l * alpha + tl.sum(p * l_i, axis=0)
+        acc = acc * alpha + tl.sum(p[:, None] * o_i, axis=0)
+        m = m_new
+    inv, lse = finish(m, l)
+    write = hi - lo != 1 if SKIP_SINGLE else True
+    tl.store(out_ptr + row * DV + d, (acc * inv).to(out_ptr.dtype.element_ty), mask=(d < DV) & write)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + row + tl.arange(0, 1), lse, mask=write)
+
+
+def merge(o: Tensor, m: Tensor, l: Tensor, items: Items, out: Tensor, lse: Tensor, *, skip_single: bool) -> None:
+    """Merge the states ``o (items, R, Dv)``, ``m`` and ``l (items, R)`` into ``out (S, R, Dv)``, ``lse (S, R)``.
+
+    skip_single leaves sequences of exactly one item alone: their kernel has written the result itself.
+    """
+    seqs, hops, width = out.shape
+    block = min(128, triton.next_power_of_2(width))
+    _merge_kernel[(seqs * hops, triton.cdiv(width, block))](
+        o, m, l, items.first, out, lse, items.per_seq, hops, width,
+        SKIP_SINGLE=skip_single, BLOCK_I=16, BLOCK_DV=block, num_warps=4,
+    )  # fmt: skip
