@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -98,10 +98,10 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def second_order(
     formula: Callable[..., tuple[Tensor, ...]],
-    primals: tuple[Tensor | None, ...],
-    cotangents: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-    grads: tuple[Tensor | None, ...],
+    primals: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Backward of a backward, through a reference formula that `torch.func.vjp` differentiates twice.
 
@@ -130,7 +130,7 @@ def second_order(
     if not wanted or not seen:
         return d_primals, d_cotangents
 
-    def first_order(live: list[Tensor], cots: list[Tensor]) -> tuple[Tensor, ...]:
+    def first_order(live: list[Any], cots: list[Any]) -> Any:
         full = dict(zip(at, live, strict=True))
 
         def outputs(*xs: Tensor) -> list[Tensor]:
@@ -138,11 +138,11 @@ def second_order(
             outs = formula(*(named.get(i) for i in range(len(primals))))
             return [outs[j] for j in seen]
 
-        outs, pull = torch.func.vjp(outputs, *(full[i] for i in wanted))
+        outs, pull, *_ = torch.func.vjp(outputs, *(full[i] for i in wanted))
         return pull([c.to(o.dtype) for c, o in zip(cots, outs, strict=True)])
 
     live, cots = [primals[i] for i in at], [cotangents[j] for j in seen]
-    _, pull = torch.func.vjp(first_order, live, cots)
+    _, pull, *_ = torch.func.vjp(first_order, live, cots)
     from_primals, from_cots = pull(tuple(grads[i] for i in wanted))
     for i, g in zip(at, from_primals, strict=True):
         d_primals[i] = g

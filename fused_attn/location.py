@@ -5,7 +5,7 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -213,9 +213,9 @@ def location_attention(
             h, context, values, score_bias, mask, cu_seqlens
         )
     gate_w, gate_b = _split_gate(gate)
-    h, w, b, v, gate_w, gate_b, context, values = cast_for_autocast(h, w, b, v, gate_w, gate_b, context, values)
-    assert h is not None
-    assert w is not None
+    tensors = cast_for_autocast(h, w, b, v, gate_w, gate_b, context, values)
+    h, w = cast("tuple[Tensor, Tensor]", tensors[:2])
+    b, v, gate_w, gate_b, context, values = tensors[2:]
     context_per_row = _validate_location(
         h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, trusted_offsets=offsets is not None,
@@ -271,13 +271,14 @@ def _unpack_jagged(
     """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
     if h.layout != torch.jagged:
         raise ValueError("h: expected layout=torch.jagged for a nested tensor; got the strided layout")
-    if h.lengths() is not None:
+    jagged = cast("Any", h)  # a NestedTensor, whose methods Tensor's type does not have
+    if jagged.lengths() is not None:
         raise ValueError("h: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
     if mask is not None:
         raise ValueError("mask: expected None with a jagged h, which holds only visible rows; got a tensor")
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with a jagged h, which has offsets; got a tensor")
-    offsets = h.offsets()
+    offsets = jagged.offsets()
 
     def packed(name: str, x: Tensor) -> Tensor:
         if not (x.is_nested and x.layout == torch.jagged) or x.values().shape[0] != h.values().shape[0]:
@@ -299,6 +300,11 @@ def _split_gate(gate: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor | Non
     return gate[0], gate[1]
 
 
+class _Same(TypedDict):
+    dtypes: list[torch.dtype]
+    device: torch.device
+
+
 def _validate_location(
     h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
@@ -312,7 +318,7 @@ def _validate_location(
     check_tensor("h", h, shapes=[form], hint=hint)
     rows, width = tuple(h.shape[:-1]), h.shape[-1]
     rows_word = "N" if ragged else "B, T"
-    same = {"dtypes": [h.dtype], "device": h.device}
+    same: _Same = {"dtypes": [h.dtype], "device": h.device}
     if width == 0:
         raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
 

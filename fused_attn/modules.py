@@ -95,8 +95,9 @@ class LocationAttention(nn.Module):
             raise ValueError(f"context: expected {wanted}; got {given}")
         if context is not None and self.context is not None:
             context = self.context(context)
-        w, b = self.proj.weight.t(), self.proj.bias
-        v = None
+        w: Tensor = self.proj.weight.t()
+        b: Tensor | None = self.proj.bias
+        v: Tensor | None = None
         if self.score is not None:
             v = self.score.weight.t() if self.hops is not None else self.score.weight[0]
         elif self.hops is None:  # one linear score: w (D,), b (), context without a width axis

@@ -1,6 +1,9 @@
 """What a launcher must know of the chip before it chooses block sizes. Asked at the first launch, never at import."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -35,6 +38,19 @@ def _query(device: torch.device) -> Chip:
     return Chip("cuda", props.major * 10 + props.minor, shared, props.multi_processor_count)
 
 
+_assumed: ContextVar[Chip | None] = ContextVar("assumed chip", default=None)
+
+
+@contextmanager
+def assume(chip: Chip) -> Iterator[None]:
+    """Launchers inside choose blocks for `chip`, whatever is there: how kernels are compiled without a GPU."""
+    token = _assumed.set(chip)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def chip_of(device: torch.device) -> Chip:
     """The chip that a tensor on `device` will be worked on."""
-    return INTERPRETER if INTERPRET else _query(device)
+    return _assumed.get() or (INTERPRETER if INTERPRET else _query(device))

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import Chip, chip_of
+from .chip import A100, Chip, chip_of
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, online_softmax, pivot
 
@@ -49,63 +49,71 @@ def _load_rows(ptrs, keep, cols, width):
 
 
 @triton.jit
-def _project(
-    h_ptrs,  # [BLOCK_T] pointers to rows of H
-    h,  # the tile [BLOCK_T, BLOCK_D] itself where RESIDENT
-    keep,
-    w_ptr, stride_wd, stride_wa,
-    a,
-    D,
-    A,
-    RESIDENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """H W[:, a] -> [BLOCK_T, BLOCK_A] float32; a single column is a sum, more are a matrix product."""
-    z = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
-    if RESIDENT:
-        d = tl.arange(0, BLOCK_D)
-        w = tl.load(
-            w_ptr + d[:, None] * stride_wd + a[None, :] * stride_wa,
-            mask=(d < D)[:, None] & (a < A)[None, :],
-            other=0.0,
-        )
-        z = _matmul(h, w, z, COMPUTE, PRECISION)
-    else:
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            h_d = _load_rows(h_ptrs, keep, d, D)
-            w = tl.load(
-                w_ptr + d[:, None] * stride_wd + a[None, :] * stride_wa,
-                mask=(d < D)[:, None] & (a < A)[None, :],
-                other=0.0,
-            )
-            z = _matmul(h_d, w, z, COMPUTE, PRECISION)
-    return z
+def _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A):
+    """Tile W[d, a]; 0 outside."""
+    return tl.load(
+        w_ptr + d[:, None] * stride_wd + a[None, :] * stride_wa,
+        mask=(d < D)[:, None] & (a < A)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Acc + x y; where y has one column, a sum over the rows of it in float32."""
+    """The sum acc + x y; where y has one column, in float32 without the matrix units."""
     if y.shape[1] == 1:
         return acc + tl.sum(x.to(tl.float32) * tl.trans(y.to(tl.float32)), axis=1)[:, None]
     return tl.dot(x.to(COMPUTE), y.to(COMPUTE), acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _add_context(z, b_ptr, ctx_ptr, seq, num_seqs, stride_cb, rows, stride_ct, keep, a, A, CTX_PER_ROW: tl.constexpr):
-    """Z + b + context, [BLOCK_T, BLOCK_A]."""
+def _project(
+    h_ptrs,  # [BLOCK_T] pointers to rows of H
+    h,  # the tile [BLOCK_T, BLOCK_D] itself where RESIDENT
+    rows,
+    seq,
+    keep,
+    w_ptr, stride_wd, stride_wa,
+    b_ptr,
+    gw_ptr, stride_gd, stride_ga,
+    gb_ptr,
+    ctx_ptr, stride_cb, stride_ct,
+    a,
+    num_seqs,
+    D,
+    A,
+    CTX_PER_ROW: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(H W + b + ctx, H G + g) for the features a, [BLOCK_T, BLOCK_A] each; the first twice without a gate."""
+    z = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
+    g = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
+    if RESIDENT:
+        d = tl.arange(0, BLOCK_D)
+        z = _matmul(h, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
+        if gw_ptr is not None:
+            g = _matmul(h, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
+    else:
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            h_d = _load_rows(h_ptrs, keep, d, D)
+            z = _matmul(h_d, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
+            if gw_ptr is not None:
+                g = _matmul(h_d, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
     if b_ptr is not None:
         z += tl.load(b_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+    if gb_ptr is not None:
+        g += tl.load(gb_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
     if ctx_ptr is not None:
         if CTX_PER_ROW:
             z += _load_rows(ctx_ptr + seq * stride_cb + rows * stride_ct, keep, a, A).to(tl.float32)
         else:
-            z += tl.load(ctx_ptr + seq * stride_cb + a, mask=(a < A) & (seq < num_seqs), other=0.0).to(tl.float32)[
-                None, :
-            ]
-    return z
+            ctx = tl.load(ctx_ptr + seq * stride_cb + a, mask=(a < A) & (seq < num_seqs), other=0.0)
+            z += ctx.to(tl.float32)[None, :]
+    return z, g
 
 
 @triton.jit
@@ -164,7 +172,6 @@ def _location_fwd_kernel(
     ONE_DV: tl.constexpr,  # BLOCK_DV >= DV: the sum is kept in registers, else in o_ptr
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -197,21 +204,18 @@ def _location_fwd_kernel(
         s = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
         for a0 in range(0, A, BLOCK_A):
             a = a0 + tl.arange(0, BLOCK_A)
-            z = _project(h_ptrs, h, keep, w_ptr, stride_wd, stride_wa, a, D, A, RESIDENT, BLOCK_D, COMPUTE, PRECISION)
-            z = _add_context(z, b_ptr, ctx_ptr, seq, num_seqs, stride_cb, rows, stride_ct, keep, a, A, CTX_PER_ROW)
+            z, g = _project(
+                h_ptrs, h, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
+                ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, RESIDENT, BLOCK_D, COMPUTE, PRECISION,
+            )  # fmt: skip
             u = activate(z, ACT, FAST)
             if gw_ptr is not None:
-                g = _project(
-                    h_ptrs, h, keep, gw_ptr, stride_gd, stride_ga, a, D, A,
-                    RESIDENT, BLOCK_D, COMPUTE, PRECISION,
-                )  # fmt: skip
-                g = _add_context(g, gb_ptr, None, seq, num_seqs, 0, rows, 0, keep, a, A, False)
                 u *= activate(g, GATE_ACT, FAST)
             if v_ptr is None:
                 s = u
             else:
                 v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0)
-                s = _matmul(u, v, s, tl.float32, SCORE_PRECISION)
+                s = _matmul(u, v, s, COMPUTE, PRECISION)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + seq * stride_sb + rows * stride_st, mask=keep, other=0.0)
             s += bias.to(tl.float32)[:, None]
@@ -310,7 +314,6 @@ def _location_bwd_dz_kernel(
     CTX_PER_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,  # rows of an item
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -374,8 +377,10 @@ def _location_bwd_dz_kernel(
     dz_ptrs = dz_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * width
     for a0 in range(0, A, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
-        z = _project(h_ptrs, h_ptrs, keep, w_ptr, stride_wd, stride_wa, a, D, A, False, BLOCK_D, COMPUTE, PRECISION)
-        z = _add_context(z, b_ptr, ctx_ptr, seq, num_seqs, stride_cb, rows, stride_ct, keep, a, A, CTX_PER_ROW)
+        z, g = _project(
+            h_ptrs, h_ptrs, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
+            ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, False, BLOCK_D, COMPUTE, PRECISION,
+        )  # fmt: skip
         y = activate(z, ACT, FAST)
         u = y
         if v_ptr is None:
@@ -387,14 +392,9 @@ def _location_bwd_dz_kernel(
             if BLOCK_R == 1:
                 du = ds * tl.trans(v)
             else:
-                du = tl.dot(ds, tl.trans(v), input_precision=SCORE_PRECISION)
+                du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), input_precision=PRECISION)
         dy = du
         if gw_ptr is not None:
-            g = _project(
-                h_ptrs, h_ptrs, keep, gw_ptr, stride_gd, stride_ga, a, D, A,
-                False, BLOCK_D, COMPUTE, PRECISION,
-            )  # fmt: skip
-            g = _add_context(g, gb_ptr, None, seq, num_seqs, 0, rows, 0, keep, a, A, False)
             gate = activate(g, GATE_ACT, FAST)
             u = y * gate
             dy = du * gate
@@ -414,7 +414,7 @@ def _location_bwd_dz_kernel(
             if BLOCK_R == 1:
                 dv = tl.sum(u * ds, axis=0)[:, None]
             else:
-                dv = tl.dot(tl.trans(u), ds, input_precision=SCORE_PRECISION)
+                dv = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), input_precision=PRECISION)
             dv_at = item * A * R + a[:, None] * R + r[None, :]
             tl.store(dv_ptr + dv_at, dv, mask=(a < A)[:, None] & (r < R)[None, :])
 
@@ -553,24 +553,45 @@ def _hop_block(hops: int) -> int:
 
 
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
-    """Tiles of the forward. RESIDENT (a whole row of H on chip) is `blocks.D >= D`."""
+    """Tiles of the forward. `blocks.D >= D` keeps a tile of H on chip from the projection to the weighted sum.
+
+    Chosen by the compile report (no spills, shared memory within the chip); speed on a GPU not yet measured.
+    """
     hop = _hop_block(R)
-    block_t = _pow2(T, 16, 64)
-    if itemsize == 2 and D <= 512 and block_t * triton.next_power_of_2(D) * 4 <= chip.shared // 2:
-        block_d = _pow2(D, 16, 512)
-    else:
-        block_d = _pow2(D, 16, 64 if itemsize == 2 else 32)
-    block_a = hop if linear else _pow2(A, 16, 64)
-    block_dv = _pow2(DV, 16, max(16, min(512, 8192 // max(16, hop))))
-    return Blocks(block_t, block_d, block_a, block_dv)
+    wide = max(16, hop)  # columns of the accumulator: 8192 elements of it are 32 registers a thread of 8 warps
+    even = _even(D, DV, A)
+    warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
+    if itemsize == 4:
+        # No matrix units in full float32: products are unrolled, so the tile is small and D goes in steps of 16.
+        block_a = hop if linear else _pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
+        return Blocks(_pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, _pow2(DV, 16, 4096 // wide), warps)
+    if not even:
+        return Blocks(
+            _pow2(T, 16, 32), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 32), _pow2(DV, 16, 2048 // wide),
+            warps,
+        )  # fmt: skip
+    block_dv = _pow2(DV, 16, (8192 if chip.shared >= A100.shared else 4096) // wide)
+    block_d = _pow2(D, 16, 256 if D <= 256 and chip.shared >= A100.shared else 64)
+    # mma.sync (sm_80) takes operands from registers where wgmma reads shared memory: half the rows.
+    block_t = _pow2(T, 16, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
+    return Blocks(block_t, block_d, hop if linear else _pow2(A, 16, 64), block_dv, warps)
 
 
-def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, linear: bool) -> Blocks:
-    """Tiles of the three backward kernels; T is also the rows of an item."""
+def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
+    """Tiles of the three backward kernels; T is also the rows of an item. Chosen as the forward's are."""
     hop = _hop_block(R)
-    block_t = _pow2(T, 16, 64)
-    block_d = _pow2(D, 16, 64 if itemsize == 2 else 32)
-    return Blocks(block_t, block_d, hop if linear else _pow2(A, 16, 64))
+    even = _even(D, DV, A)
+    if itemsize == 4:
+        block_a = hop if linear else _pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
+        return Blocks(_pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
+    if not even or chip.arch == 80:
+        return Blocks(_pow2(T, 16, 32), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 32), warps=8)
+    return Blocks(_pow2(T, 16, 64), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 64), warps=8)
+
+
+def _even(*widths: int) -> bool:
+    """Whether rows are whole 16-byte vectors; where not, each element needs an address and a predicate."""
+    return all(n % 16 == 0 for n in widths)
 
 
 class _Call(NamedTuple):
@@ -652,7 +673,6 @@ def _call(
             # The interpreter multiplies bfloat16 wrongly; in float32 it is right.
             "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else h.dtype],
             "PRECISION": precision,
-            "SCORE_PRECISION": "tf32x3" if half and chip.backend == "cuda" else precision,
             "BLOCK_R": _hop_block(R),
         },
     )  # fmt: skip
@@ -739,7 +759,7 @@ def location_bwd(
     dbias = torch.empty_like(score_bias, memory_format=torch.contiguous_format) if need_bias else None
     dctx = torch.empty_like(context, memory_format=torch.contiguous_format) if need_ctx else None
 
-    blocks = bwd_blocks(call.chip, h.element_size(), call.length, D, A, R, v is None)
+    blocks = bwd_blocks(call.chip, h.element_size(), call.length, D, A, R, DV, v is None)
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
     ctx_a_row = need_ctx and context_per_row
     ctx_a_seq = need_ctx and not context_per_row

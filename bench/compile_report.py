@@ -1,0 +1,366 @@
+"""Compile every kernel in every configuration that the rules can choose, with no GPU, and report what came out.
+
+    python -m bench.compile_report [--target sm_90 ...] [--family location ...] [--case TEXT] [--json FILE] [--jobs N]
+
+The family's own launchers run on meta tensors, with a driver that only names a target: what is compiled is what
+a launch on that chip would compile, block sizes and pointer alignment included. A kernel that fails to compile,
+spills, or needs more shared memory than the chip has makes the exit code 1.
+
+Columns: registers a thread, spilled bytes, shared memory of the chip's limit, and for the innermost loop with
+the most arithmetic (the whole kernel where there is none) instructions a thread, of which matrix, special
+function (SFU) and FMA pipe. `an element`: instructions of that loop, over all threads, for one element of its
+score tile. AMD: vector registers; no shared-memory column beyond the 64 KiB of a work group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: here they are compiled
+
+import torch
+import triton
+from fused_attn.kernels import chip as chips
+from fused_attn.kernels import location
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS: dict[str, tuple[GPUTarget, chips.Chip]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), chips.A100),
+    "sm_90": (GPUTarget("cuda", 90, 32), chips.H200),
+    "sm_100": (GPUTarget("cuda", 100, 32), chips.B200),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), chips.MI300X),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is compiled: a family's cases call its launchers on meta tensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocationCase:
+    """One call of the location family, forward and backward, as its sizes and options."""
+
+    dtype: torch.dtype
+    B: int
+    T: int
+    D: int
+    A: int | None = None  # None: the linear score
+    R: int = 1
+    gated: bool = False
+    values: int | None = None  # their width; None: the keys
+    context: str | None = None  # "row", "sequence"
+    activation: str = "tanh"
+    mask: bool = True
+    ragged: bool = False
+    dropout: float = 0.0
+    tf32: bool = False  # torch.set_float32_matmul_precision("high")
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), f"B{self.B} T{self.T} D{self.D}"]
+        parts.append("linear" if self.A is None else f"A{self.A}")
+        parts += [f"R{self.R}"] * (self.R > 1) + ["gated"] * self.gated
+        parts += [f"Dv{self.values}"] * (self.values is not None)
+        parts += [f"context/{self.context}"] * (self.context is not None)
+        parts += [self.activation] * (self.activation != "tanh")
+        parts += ["ragged"] * self.ragged + ["dropout"] * (self.dropout > 0) + ["tf32"] * self.tf32
+        return " ".join(parts)
+
+    def launch(self) -> None:
+        """Forward, and a backward for every gradient."""
+
+        def t(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        rows = (self.B * self.T,) if self.ragged else (self.B, self.T)
+        width = self.R if self.A is None else self.A
+        gate = (t(self.D, width), t(width)) if self.gated else (None, None)
+        contexts = {"row": (*rows, width), "sequence": (self.B, width)}
+        tensors = (
+            t(*rows, self.D),
+            t(self.D, width),
+            t(width),
+            None if self.A is None else t(self.A, self.R),
+            *gate,
+            None if self.context is None else t(*contexts[self.context]),
+            None if self.values is None else t(*rows, self.values),
+            t(*rows) if self.mask else None,
+            t(*rows, dtype=torch.bool) if self.mask else None,
+            t(self.B + 1, dtype=torch.int32) if self.ragged else None,
+            t(1, dtype=torch.int64) if self.dropout else None,
+        )
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        options = (self.activation, "sigmoid", self.dropout, self.context == "row")
+        out, lse, scores = location.location_fwd(*tensors, *options)
+        needs = [x is not None for x in tensors[:9]]
+        location.location_bwd(out, lse, scores, *tensors, out, lse, scores, *options, needs)
+
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+LOCATION = [
+    # gated MIL: one long bag, batches, ragged
+    LocationCase(BF16, 1, 100_000, 512, 128, gated=True, mask=False),
+    LocationCase(BF16, 64, 1024, 512, 128, gated=True),
+    LocationCase(BF16, 64, 1024, 1024, 256, gated=True, ragged=True, mask=False),
+    LocationCase(F32, 64, 1024, 512, 128, gated=True),
+    LocationCase(F32, 64, 1024, 512, 128, gated=True, tf32=True),
+    # HAN: short sentences, a context
+    LocationCase(F16, 2048, 32, 256, 128),
+    LocationCase(BF16, 256, 64, 100, 100, context="row", ragged=True, mask=False, activation="relu"),
+    LocationCase(F32, 256, 50, 100, 100, context="sequence"),
+    # hops
+    LocationCase(BF16, 64, 512, 600, 350, R=30),
+    LocationCase(F32, 64, 512, 600, 350, R=30),
+    LocationCase(BF16, 64, 512, 64, R=4, activation="identity"),
+    # linear
+    LocationCase(BF16, 256, 1024, 512),
+    LocationCase(F32, 256, 1024, 512),
+    # values apart, dropout, the widest and the narrowest
+    LocationCase(BF16, 64, 512, 256, 64, values=128, dropout=0.1),
+    LocationCase(BF16, 8, 4096, 2048, 1024, context="row", activation="gelu"),
+    LocationCase(F32, 8, 4096, 2048, 1024, R=128),
+    LocationCase(BF16, 4, 16, 1, 1),
+]  # fmt: skip
+CASES: dict[str, list[LocationCase]] = {"location": LOCATION}
+
+
+def elements(constants: dict[str, Any]) -> int:
+    """Elements of the score tile that one trip of the inner loop makes: rows by features."""
+    return constants.get("BLOCK_T", 1) * constants.get("BLOCK_A", constants.get("BLOCK_K", 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How it is compiled
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _OfflineDriver:
+    """All that a launch asks of a driver before it has a kernel."""
+
+    def __init__(self, target: GPUTarget, device: int) -> None:
+        self.target, self.device = target, device
+
+    def get_current_device(self) -> int:
+        return self.device  # Triton caches compiled kernels a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextlib.contextmanager
+def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Inside, a launch compiles for `target` and runs nothing; gives (compiled kernel, constants) of each."""
+    gpu, chip = TARGETS[target]
+    launched: list[tuple[Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        constants = {k: v for k, v in kwargs.items() if isinstance(v, (int, str)) and k.isupper()}
+        launched.append((kernel, {**constants, "num_warps": kwargs.get("num_warps", 4)}))
+        return kernel
+
+    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target)))
+    JITFunction.run = compile_only
+    try:
+        with chips.assume(chip):
+            yield launched
+    finally:
+        JITFunction.run = run
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What came out
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One compiled kernel."""
+
+    target: str
+    case: str
+    kernel: str
+    blocks: str
+    registers: int
+    stack: int  # bytes a thread: registers that were spilled
+    shared: int
+    shared_limit: int
+    loop: Counter[str]
+    per_element: float
+    error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this kernel would not run, or would run from memory where it should run from registers."""
+        return bool(self.error) or self.stack > 0 or self.shared > self.shared_limit
+
+
+_UNITS = {
+    "cuda": {
+        "matrix": re.compile(r"^(U?[HQI]G?MMA|UTC\w*MMA)"),
+        "sfu": re.compile(r"^MUFU"),
+        "fma": re.compile(r"^(FFMA|FADD|FMUL)"),
+        "load": re.compile(r"^(LDG|LDS|LDSM|LDGSTS|UBLKCP|UTMALDG)"),
+    },
+    "hip": {
+        "matrix": re.compile(r"^v_mfma"),
+        "sfu": re.compile(r"^v_(exp|log|rcp|sqrt|rsq|sin|cos)_"),
+        "fma": re.compile(r"^v_(pk_)?(fma|add|mul|sub|fmac)_f32"),
+        "load": re.compile(r"^(global_load|buffer_load|ds_read|ds_load)"),
+    },
+}
+
+
+def _usage_cuda(kernel: Any) -> tuple[int, int, list[str]]:
+    """Registers a thread, bytes of stack a thread, and the lines of the disassembly."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", f.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return registers, stack, [line.rsplit("\t", 1)[-1] for line in kernel.asm["sass"].splitlines()]
+
+
+def _usage_hip(kernel: Any) -> tuple[int, int, list[str]]:
+    text = kernel.asm["amdgcn"]
+    registers, stack = (
+        int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack, text[: text.index("s_endpgm")].splitlines()
+
+
+def inner_loop(lines: list[str], backend: str) -> Counter[str]:
+    """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop."""
+    ops: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    for line in lines:
+        line = line.split(";")[0].strip()
+        if label := re.fullmatch(r"(\.?LBB\w*):", line):
+            labels[label[1]] = len(ops)
+        elif op := re.match(r"(?:@!?U?P\w+\s+)?([A-Za-z][\w]*)", line):
+            if op[1] == "BRA" or op[1].startswith(("s_cbranch", "s_branch")):
+                jumps.append((len(ops), line.split()[-1]))
+            ops.append(op[1])
+    back = {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}
+    innermost = [(a, b) for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+
+    def count(span: tuple[int, int]) -> Counter[str]:
+        units = Counter({"all": span[1] - span[0]})
+        for op in ops[slice(*span)]:
+            units.update(unit for unit, pattern in _UNITS[backend].items() if pattern.match(op))
+        return units
+
+    loops = [count(span) for span in innermost] or [count((0, len(ops)))]
+    return max(loops, key=lambda c: (16 * c["matrix"] + c["sfu"] + c["fma"], c["all"]))
+
+
+def _blocks(constants: dict[str, Any]) -> str:
+    sizes = [f"{k.removeprefix('BLOCK_')}{v}" for k, v in constants.items() if k.startswith("BLOCK_")]
+    return " ".join([*sizes, f"w{constants['num_warps']}"])
+
+
+def compile_case(job: tuple[str, str, int]) -> list[Row]:
+    """Every kernel that one case launches on one target."""
+    target, family, index = job
+    gpu, chip = TARGETS[target]
+    case = CASES[family][index]
+    rows: dict[tuple[str, str], Row] = {}  # a kernel that is launched twice alike is told once
+    with record(target) as launched:
+        try:
+            case.launch()
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows["launch", ""] = Row(target, str(case), "launch", "", 0, 0, 0, chip.shared, Counter(), 0.0, text)
+    for kernel, constants in {id(k): (k, c) for k, c in launched}.values():
+        registers, stack, lines = (_usage_cuda if gpu.backend == "cuda" else _usage_hip)(kernel)
+        loop = inner_loop(lines, gpu.backend)
+        threads = constants["num_warps"] * gpu.warp_size
+        row = Row(
+            target, str(case), kernel.name, _blocks(constants), registers, stack, kernel.metadata.shared,
+            chip.shared, loop, loop["all"] * threads / elements(constants),
+        )  # fmt: skip
+        before = rows.setdefault((row.kernel, row.blocks), row)
+        if (row.failed, row.registers) > (before.failed, before.registers):
+            rows[row.kernel, row.blocks] = row
+    return list(rows.values())
+
+
+def report(targets: list[str], family: str | None, text: str, jobs: int) -> list[Row]:
+    """Compile what the filters leave, `jobs` at a time."""
+    work = [
+        (target, name, i)
+        for target in targets
+        for name, cases in CASES.items()
+        for i, case in enumerate(cases)
+        if family in (None, name) and text in str(case)
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        done = track(pool.map(compile_case, work), "compiling", len(work), console=Console(stderr=True))
+        return [row for rows in done for row in rows]
+
+
+def table(rows: list[Row]) -> Table:
+    """The report, a line a kernel; what fails is red."""
+    out = Table(title="Compiled kernels", pad_edge=False)
+    for name in ("target", "case", "kernel", "blocks"):
+        out.add_column(name, overflow="fold")
+    for name in ("regs", "stack B", "shared / limit", "loop", "matrix", "SFU", "FMA", "load", "an element"):
+        out.add_column(name, justify="right")
+    for r in rows:
+        cells = [
+            r.target, r.case, r.error or r.kernel.strip("_").removesuffix("_kernel"), r.blocks,
+            str(r.registers), str(r.stack), f"{r.shared // 1024}K / {r.shared_limit // 1024}K",
+            *(str(r.loop[unit]) for unit in ("all", "matrix", "sfu", "fma", "load")), f"{r.per_element:.2f}",
+        ]  # fmt: skip
+        out.add_row(*cells, style="red" if r.failed else None)
+    return out
+
+
+def main() -> int:
+    """Print the report; 1 if a kernel failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--family", choices=list(CASES))
+    parser.add_argument("--case", default="", help="only cases whose name has this text")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    rows = report(args.target, args.family, args.case, args.jobs)
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([vars(r) | {"failed": r.failed} for r in rows], indent=1))
+    failed = [r for r in rows if r.failed]
+    print(f"{len(rows)} kernels, Triton {triton.__version__}: {len(rows) - len(failed)} passed, {len(failed)} failed")
+    for r in failed:
+        what = r.error or f"{r.stack} bytes of stack, {r.shared} of {r.shared_limit} bytes of shared memory"
+        print(f"FAILED {r.target} {r.case} {r.kernel} {r.blocks}: {what}")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,460 @@
+"""Time and memory of every op in the registry: `python -m bench.run --help`.
+
+For each case: every provider is compared with the reference in float64 at fresh random inputs, and one that is wrong
+is not timed. Then each is timed, forward (no gradients) and forward+backward (a gradient for each floating input).
+
+- Time on a GPU: device events around a call, L2 flushed before it; median, and the 20th and 80th percentile. Where a
+  call is short this includes the gaps between its launches; `--graph` times replays of a CUDA graph, without them.
+  On a CPU: the wall clock, after a warm-up.
+- Memory, on a GPU only: the peak of PyTorch's allocator during a call, beyond what the inputs hold.
+- Ceilings are measured in the same run: a large copy, and a large matrix product in each dtype. The floor of a call
+  is the larger of bytes / copy rate and FLOPs / product rate, and `% of ceiling` is the floor over the measured time.
+
+The results are written after every case. The exit status is 1 if `fused` failed or was wrong anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVIDERS = ("fused", "reference", "compile")
+QUANTILES = (0.5, 0.2, 0.8)
+# Error (relative, of the norm) beyond twice that of the reference in the same dtype: another order of summation.
+SLACK = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+Row = dict[str, Any]
+Call = Callable[..., Tensor]
+
+
+def select(device: str, family: str | None = None, case: str = "") -> Iterator[tuple[Op, Case]]:
+    """The cases for a type of device whose ``family/name/dtype`` contains `case`."""
+    for op in REGISTRY:
+        for one in op.cases:
+            if one.device == device and family in (None, op.family) and case in label(op, one):
+                yield op, one
+
+
+def label(op: Op, case: Case) -> str:
+    """``family/name/dtype``."""
+    return f"{op.family}/{case.name}/{case.dtype_name}"
+
+
+def impl_of(provider: str, device: torch.device) -> str:
+    """The `impl` that a provider passes: an explicit "triton" never falls back, but does not run on a CPU."""
+    if provider != "fused":
+        return "reference"
+    return "triton" if device.type == "cuda" else "auto"
+
+
+def call_of(op: Op, provider: str, device: torch.device) -> Call:
+    """The provider as a function of the op's inputs."""
+    impl = impl_of(provider, device)
+
+    def call(**inputs: Tensor) -> Tensor:
+        return op.call(**inputs, impl=impl)
+
+    return torch.compile(call, dynamic=False) if provider == "compile" else call
+
+
+def runner(call: Call, inputs: Inputs, mode: str, dout: Tensor | None = None) -> Callable[[], dict[str, Tensor]]:
+    """What is timed: a call of it returns the output, and with the backward each gradient, by name."""
+    if mode == "forward":
+
+        def forward() -> dict[str, Tensor]:
+            with torch.no_grad():
+                return {"out": call(**inputs)}
+
+        return forward
+
+    names = [name for name, x in inputs.items() if x.is_floating_point()]
+    leaves = {name: x.detach().requires_grad_(name in names) for name, x in inputs.items()}
+
+    def forward_backward() -> dict[str, Tensor]:
+        out = call(**leaves)
+        grads = torch.autograd.grad(out, [leaves[name] for name in names], dout)
+        return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+    return forward_backward
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checking
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def attempt(fn: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(Result, None), or (None, what was raised): one that fails must not end the run."""
+    try:
+        return fn(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"[:600]
+
+
+def check(op: Op, case: Case, providers: Sequence[str], device: torch.device, seed: int) -> dict[str, Row]:
+    """For each provider its relative errors ‖x - ref‖ / ‖ref‖ of output and gradients, or why there are none.
+
+    An error may be twice that of the reference in the dtype of the case, plus a step of `SLACK`.
+    """
+    textbook = call_of(op, "reference", device)
+
+    def exact() -> tuple[Inputs, Tensor, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        inputs = op.inputs({**case.sizes, **case.check}, case.dtype, device, seed)
+        double = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        dout = torch.randn_like(runner(textbook, double, "forward")()["out"]).to(case.dtype)
+        return inputs, dout, runner(textbook, double, "forward+backward", dout.double())()
+
+    found, failure = attempt(exact)
+    if found is None:
+        return {provider: {"failure": f"no float64 reference: {failure}"} for provider in providers}
+    inputs, dout, truth = found
+
+    def errors(provider: str) -> dict[str, float]:
+        got = runner(call_of(op, provider, device), inputs, "forward+backward", dout)()
+        return {name: ((got[name].double() - x).norm() / x.norm()).item() for name, x in truth.items()}
+
+    rough, failure = attempt(partial(errors, "reference"))
+    slack = SLACK[case.dtype]
+    # A gradient may cancel to nearly nothing (that of a shift of all scores), so its step is the largest gradient's.
+    step = max((x.abs().max().item() for name, x in truth.items() if name != "out"), default=0.0)
+    steps = {name: 1.0 if name == "out" else max(1.0, (step / x.norm()).item()) for name, x in truth.items()}
+    limits = {name: 2 * (rough or {}).get(name, slack) + slack * steps[name] for name in truth}
+    rows: dict[str, Row] = {}
+    for provider in providers:
+        got, why = (rough, failure) if provider == "reference" else attempt(partial(errors, provider))
+        if got is None:
+            rows[provider] = {"failure": why}
+            continue
+        rows[provider] = {"error": max(got.values(), key=_nan_last), "errors": got, "limits": limits}
+        wrong = [n for n, error in got.items() if not (math.isfinite(error) and error <= limits[n])]
+        if wrong:
+            text = ", ".join(f"{n} {got[n]:.2e} (at most {limits[n]:.2e})" for n in wrong)
+            rows[provider]["failure"] = f"wrong: relative error against float64 of {text}"
+    return rows
+
+
+def _nan_last(x: float) -> float:
+    return math.inf if math.isnan(x) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def timed(fn: Callable[[], Any], device: torch.device, quick: bool) -> list[float]:
+    """[median, 20th, 80th percentile] of a call, in milliseconds."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        # Milliseconds of warm-up and of measurement; each call follows a flush of L2.
+        return do_bench(fn, warmup=10 if quick else 50, rep=20 if quick else 200, quantiles=list(QUANTILES))
+    fn()
+    times: list[float] = []
+    budget = time.perf_counter() + (0.05 if quick else 1.0)
+    while len(times) < 3 or (time.perf_counter() < budget and len(times) < 200):
+        start = time.perf_counter()
+        fn()
+        times.append(1e3 * (time.perf_counter() - start))
+    return torch.tensor(times, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+
+
+def graphed(fn: Callable[[], Any]) -> Callable[[], None]:
+    """Replay of a CUDA graph of `fn`, captured after a warm-up on a side stream, as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
+def peak_bytes(fn: Callable[[], Any]) -> int:
+    """Most memory that the allocator held during a call, beyond what it held before: results and temporaries."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings(dtypes: set[torch.dtype], device: torch.device, quick: bool) -> Row:
+    """Bytes a second of a copy (read + written), and FLOPs a second of a matrix product in each dtype."""
+    gpu = device.type == "cuda"
+    src = torch.randn(2**29 if gpu else 2**24, device=device)
+    ms = timed(partial(torch.empty_like(src).copy_, src), device, quick)[0]
+    found: Row = {"copy_bytes_per_s": 2 * src.nbytes / (1e-3 * ms), "matmul_flops_per_s": {}}
+    n = 8192 if gpu else 1024
+    for dtype in sorted(dtypes, key=str):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        ms = timed(partial(torch.mm, a, b), device, quick)[0]
+        found["matmul_flops_per_s"][str(dtype).removeprefix("torch.")] = 2 * n**3 / (1e-3 * ms)
+    return found
+
+
+def floor_of(cost: Cost, dtype: str, ceiling: Row) -> tuple[float, str]:
+    """The shortest time in milliseconds that the ceilings allow, and which of them it is."""
+    memory = 1e3 * cost.bytes / ceiling["copy_bytes_per_s"]
+    compute = 1e3 * cost.flops / ceiling["matmul_flops_per_s"][dtype]
+    return (memory, "memory") if memory >= compute else (compute, "compute")
+
+
+def measure(
+    op: Op, case: Case, providers: Sequence[str], device: torch.device, seed: int, ceiling: Row, *,
+    quick: bool = False, graph: bool = False,
+) -> Iterator[Row]:  # fmt: skip
+    """The rows of one case: first the check of every provider, then their times."""
+    torch._dynamo.reset()  # each case compiles anew, and does not use up the recompilations of the next
+    checked = check(op, case, providers, device, seed)
+    for provider in providers:
+        call, impl = call_of(op, provider, device), impl_of(provider, device)
+        for mode in MODES:
+            cost = op.work(case, mode)
+            floor, bound = floor_of(cost, case.dtype_name, ceiling)
+            row: Row = {
+                "family": op.family, "case": case.name, "dtype": case.dtype_name, "sizes": dict(case.sizes),
+                "provider": provider, "impl": impl, "mode": mode,
+                "flops": cost.flops, "bytes": cost.bytes, "floor_ms": floor, "bound": bound,
+                "seed": seed, **checked[provider],
+            }  # fmt: skip
+            if "failure" not in row:
+                draw = partial(op.inputs, case.sizes, case.dtype, device, seed + 1)
+                found, why = attempt(partial(numbers, call, draw, mode, device, quick=quick, graph=graph))
+                row |= found or {"failure": why}
+            if "median_ms" in row:
+                row["percent_of_ceiling"] = 100 * floor / row["median_ms"]
+            yield row
+
+
+def numbers(
+    call: Call, draw: Callable[[], Inputs], mode: str, device: torch.device, *, quick: bool, graph: bool
+) -> Row:
+    """Time of one provider in one mode, and its memory where that can be told."""
+    inputs = draw()
+    fn = runner(call, inputs, "forward")
+    if mode != "forward":
+        fn = runner(call, inputs, mode, torch.randn_like(fn()["out"]))
+    fn()  # compiles
+    row: Row = {}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        row["peak_bytes"] = peak_bytes(fn)
+    times = timed(graphed(fn) if graph else fn, device, quick)
+    return row | dict(zip(("median_ms", "p20_ms", "p80_ms"), times, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reporting
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _git(*args: str) -> str | None:
+    try:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a copy without .git
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, argv: Sequence[str], commit: str | None) -> Row:
+    """What a reader must know to believe the numbers or to repeat them."""
+    gpu = device.type == "cuda"
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return {
+        "device": {
+            "type": device.type,
+            "name": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+            **({} if gpu else {"threads": torch.get_num_threads()}),
+        },
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+            "cuda": torch.version.cuda if gpu else None,
+        },
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "bench.run", *argv]),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }  # fmt: skip
+
+
+def default_output(env: Row) -> Path:
+    """``bench/results/<device>-<date>.json``; the time of day keeps two runs apart."""
+    name = re.sub(r"\W+", "-", env["device"]["name"]).strip("-").lower()
+    date = env["date"][:19].replace("T", "-").replace(":", "")
+    return ROOT / "bench" / "results" / f"{name}-{date}.json"
+
+
+def progress(row: Row) -> str:
+    """One line on a row."""
+    what = f"{row['family']}/{row['case']}/{row['dtype']} {row['provider']} {row['mode']}"
+    if "failure" in row:
+        return f"{what}: FAILED: {row['failure'].splitlines()[0][:200]}"
+    return (
+        f"{what}: {row['median_ms']:.4f} ms, {row['percent_of_ceiling']:.0f}% of the {row['bound']} ceiling, "
+        f"error {row['error']:.1e}"
+    )
+
+
+def table(report: Row) -> Table:
+    """The rows of a stored report, for people: at most 120 columns wide."""
+    rows = report["rows"]
+    key = ("family", "case", "dtype", "mode")
+    reference = {tuple(r[k] for k in key): r.get("median_ms") for r in rows if r["provider"] == "reference"}
+    memory = any("peak_bytes" in row for row in rows)
+    names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+    modes = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
+    shown = Table(title=report["device"]["name"], box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in ("case", "mode", "provider"):
+        shown.add_column(header, no_wrap=True)
+    for header in ("ms", "spread", "× ref.", "floor ms", "of ceiling", *(["peak MiB"] if memory else []), "error"):
+        shown.add_column(header, no_wrap=True, justify="right")
+    last = None
+    for row in sorted(rows, key=lambda row: [row[k] for k in key]):  # stable: providers keep their order
+        if last not in (None, row["case"] + row["dtype"]):
+            shown.add_section()
+        last = row["case"] + row["dtype"]
+        ms, base = row.get("median_ms"), reference.get(tuple(row[k] for k in key))
+        cells = [f"{row['case']} {names[row['dtype']]}", modes[row["mode"]], row["provider"]]
+        cells += ["failed" if ms is None else f"{ms:.4f}" if ms < 10 else f"{ms:,.2f}"]
+        cells += ["" if ms is None else f"{100 * (row['p80_ms'] - row['p20_ms']) / ms:.0f}%"]
+        cells += ["" if ms is None or base is None else f"{base / ms:.2f}"]
+        cells += [f"{row['floor_ms']:.4f}"]
+        cells += ["" if ms is None else f"{row['percent_of_ceiling']:.0f}% {row['bound']}"]
+        if memory:
+            cells += [f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else ""]
+        shown.add_row(*cells, f"{row['error']:.1e}" if "error" in row else "")
+    return shown
+
+
+def summary(report: Row) -> str:
+    """The ceilings, what the table does not say of itself, and every failure."""
+    ceiling = report["ceilings"]
+    products = ", ".join(f"{r / 1e12:.3g} TFLOP/s ({dtype})" for dtype, r in ceiling["matmul_flops_per_s"].items())
+    lines = [
+        f"Ceilings: copy {ceiling['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), product {products}.",
+        f"Times by {report['timer']}: median; spread, from the 20th to the 80th percentile.",
+        "× ref.: time of the reference / time. Error: the largest of output and gradients, against float64.",
+    ]
+    if any(row.get("percent_of_ceiling", 0) > 100 for row in report["rows"]):
+        lines.append("Over 100%: the inputs stayed in a cache, or another program slowed the measured ceiling.")
+    if any(row["impl"] == "auto" for row in report["rows"]):
+        lines.append("No kernel ran: on a CPU `fused` is impl='auto', the same PyTorch code as `reference`.")
+    seen = set()
+    for row in report["rows"]:
+        if "failure" in row:
+            line = f"FAILED {row['case']} {row['dtype']} {row['provider']} {row['mode']}: {row['failure']}"
+            if line not in seen:
+                lines.append(line)
+            seen.add(line)
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time every op in the registry.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--family", choices=[op.family for op in REGISTRY])
+    parser.add_argument("--case", default="", help="only cases whose family/name/dtype contains this")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="may be repeated; default: all")
+    parser.add_argument("--output", type=Path, help="default: bench/results/<device>-<date>.json")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: a smoke test")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs: no gaps between launches")
+    parser.add_argument("--commit", help="commit to record where the copy has no .git")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = list(select(device.type, args.family, args.case))
+    if not chosen:
+        parser.error(f"no case for {device.type} matches; see --list")
+    if args.graph and device.type != "cuda":
+        parser.error("--graph needs a GPU")
+    if args.list:
+        for op, case in chosen:
+            sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
+            print(f"{label(op, case):<40} {sizes}")
+            for mode in MODES:
+                cost = op.work(case, mode)
+                print(f"    {mode}: {cost.flops / 1e9:.4g} GFLOP, {cost.bytes / 1e6:.4g} MB")
+        return 0
+
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:6.1f} s] {text}", flush=True)
+
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    # Compilation warns about its own internals, in the middle of the progress.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    report = environment(device, argv, args.commit)
+    seed = time.time_ns() % 2**31  # fresh inputs every run; stored with each row, so that a failure can be repeated
+    timer = "CUDA graph replays between device events" if args.graph else "device events, L2 flushed"
+    report |= {"quick": args.quick, "timer": timer if device.type == "cuda" else "the wall clock"}
+    report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
+    say(f"{report['device']['name']}: ceilings {json.dumps(report['ceilings'])}")
+    report["rows"] = []
+    output = args.output or default_output(report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for op, case in chosen:
+        for row in measure(
+            op, case, args.provider or PROVIDERS, device, seed, report["ceilings"],
+            quick=args.quick, graph=args.graph,
+        ):  # fmt: skip
+            report["rows"].append(row)
+            say(progress(row))
+        output.write_text(json.dumps(report, indent=1) + "\n")
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(report))
+    console.print(summary(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Written to {output}", highlight=False, soft_wrap=True)
+    return int(any(row["provider"] == "fused" and "failure" in row for row in report["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

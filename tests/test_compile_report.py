@@ -1,0 +1,60 @@
+"""Kernels that run here in the interpreter only are kept honest by compiling them for the chips they are for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiles with Triton")
+pytest.importorskip("rich", reason="the report prints with rich")
+
+ROOT = Path(__file__).parent.parent
+# The report must import the kernels without the interpreter, which this process may have on.
+ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "rows.json"
+    command = [sys.executable, "-m", "bench.compile_report", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert out.exists(), done.stdout + done.stderr
+    rows = json.loads(out.read_text())
+    assert (done.returncode == 0) == (not any(r["failed"] for r in rows))
+    return rows
+
+
+def test_every_kernel_compiles_without_spills_within_shared_memory(rows):
+    failed = [f"{r['target']} {r['case']} {r['kernel']} {r['blocks']}: {r['error']}" for r in rows if r["failed"]]
+    assert not failed
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_products_of_16_bit_operands_run_on_matrix_units(rows):
+    heavy = [r for r in rows if "bfloat16 B64 T1024 D512 A128 gated" in r["case"] and "merge" not in r["kernel"]]
+    assert heavy
+    assert all(r["loop"].get("matrix", 0) > 0 for r in heavy), heavy
+
+
+def test_inner_loop_counts_the_loop_with_most_arithmetic():
+    code = """
+    from bench.compile_report import inner_loop
+    sass = ["MOV R0, R1;", "LBB0:", "FFMA R1, R2;", "LBB1:", "HGMMA.64x64x16 R1, R2;", "LDS R1, [R2];",
+            "@P0 BRA LBB1;", "MUFU.EX2 R1;", "@!P1 BRA LBB0;", "LBB2:", "BRA LBB2;"]
+    assert inner_loop(sass, "cuda") == {"all": 3, "matrix": 1, "load": 1}, inner_loop(sass, "cuda")
+    """
+    script = "\n".join(line.strip() for line in code.strip().splitlines())
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
+
+
+def test_a_spill_or_too_much_shared_memory_fails_the_report():
+    script = (
+        "from collections import Counter\nfrom bench.compile_report import Row\n"
+        "row = lambda stack, shared, error='': Row('t','c','k','b', 1, stack, shared, 100, Counter(), 0., error)\n"
+        "assert [row(0, 100).failed, row(8, 0).failed, row(0, 101).failed, row(0, 0, 'no').failed]"
+        " == [False, True, True, True]"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
