@@ -266,8 +266,6 @@ def inner_loop(lines: list[str], backend: str) -> Counter[str]:
             if op[1] == "BRA" or op[1].startswith(("s_cbranch", "s_branch")):
                 jumps.append((len(ops), line.split()[-1]))
             ops.append(op[1])
-    back = {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}
-    innermost = [(a, b) for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
 
     def count(span: tuple[int, int]) -> Counter[str]:
         units = Counter({"all": span[1] - span[0]})
@@ -275,8 +273,17 @@ def inner_loop(lines: list[str], backend: str) -> Counter[str]:
             units.update(unit for unit, pattern in _UNITS[backend].items() if pattern.match(op))
         return units
 
-    loops = [count(span) for span in innermost] or [count((0, len(ops)))]
-    return max(loops, key=lambda c: (16 * c["matrix"] + c["sfu"] + c["fma"], c["all"]))
+    def work(units: Counter[str]) -> int:
+        return 16 * units["matrix"] + units["sfu"] + units["fma"]
+
+    loops = {span: count(span) for span in {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}}
+    loops = {span: units for span, units in loops.items() if work(units)}  # the others wait for a barrier
+
+    def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+        return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+    innermost = [units for span, units in loops.items() if not any(holds(span, other) for other in loops)]
+    return max(innermost or [count((0, len(ops)))], key=lambda units: (work(units), units["all"]))
 
 
 def _blocks(constants: dict[str, Any]) -> str:

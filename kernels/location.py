@@ -118,8 +118,10 @@ def _project(
 
 @triton.jit
 def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Σ_j value_j p_j, [BLOCK_DV, BLOCK_P]. As a matrix product it reads the tile from shared memory, where the
-    projection left it; written as a sum over registers it spilled (design 3.2).
+    """Σ_j value_j p_j, [BLOCK_DV, BLOCK_P].
+
+    As a matrix product it reads the tile from shared memory, where the projection left it; written as a sum over
+    registers it spilled at D = 512.
     """
     if BLOCK_P == 1:
         return tl.sum(values.to(tl.float32) * p, axis=0)[:, None]
