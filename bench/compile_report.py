@@ -7,7 +7,7 @@ a launch on that chip would compile, block sizes and pointer alignment included.
 spills, or needs more shared memory than the chip has makes the exit code 1.
 
 Columns: registers a thread, spilled bytes, shared memory of the chip's limit, and for the innermost loop with
-the most arithmetic (the whole kernel where there is none) instructions a thread, of which matrix, special
+the most arithmetic (the whole kernel where there is none, and on sm_100) instructions a thread, of which matrix, special
 function (SFU) and FMA pipe. `an element`: instructions of that loop, over all threads, for one element of its
 score tile. AMD: vector registers; no shared-memory column beyond the 64 KiB of a work group.
 """
@@ -276,6 +276,9 @@ def inner_loop(lines: list[str], backend: str) -> Counter[str]:
     def work(units: Counter[str]) -> int:
         return 16 * units["matrix"] + units["sfu"] + units["fma"]
 
+    if any(op.startswith("UTC") for op in ops):
+        # Blackwell's waits for its matrix unit are placed out of line: jumps back from them are not loops.
+        return count((0, len(ops)))
     loops = {span: count(span) for span in {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}}
     loops = {span: units for span, units in loops.items() if work(units)}  # the others wait for a barrier
 
