@@ -7,8 +7,8 @@ a launch on that chip would compile, block sizes and pointer alignment included.
 spills, or needs more shared memory than the chip has makes the exit code 1.
 
 Columns: registers a thread, spilled bytes, shared memory of the chip's limit, and for the innermost loop with
-the most arithmetic (the whole kernel where there is none, and on sm_100) instructions a thread, of which matrix, special
-function (SFU) and FMA pipe. `an element`: instructions of that loop, over all threads, for one element of its
+the most arithmetic (the whole kernel where there is none, and on sm_100) instructions a thread, of which matrix,
+special function (SFU) and FMA pipe. `an element`: instructions of that loop, over all threads, for one element of its
 score tile. AMD: vector registers; no shared-memory column beyond the 64 KiB of a work group.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: her
 import torch
 import triton
 from fused_attn.kernels import chip as chips
-from fused_attn.kernels import location
+from fused_attn.kernels import concat, concat_bwd, location
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -140,11 +141,89 @@ LOCATION = [
     LocationCase(F32, 8, 4096, 2048, 1024, R=128),
     LocationCase(BF16, 4, 16, 1, 1),
 ]  # fmt: skip
-CASES: dict[str, list[LocationCase]] = {"location": LOCATION}
 
 
-def elements(constants: dict[str, Any]) -> int:
-    """Elements of the score tile that one trip of the inner loop makes: rows by features."""
+@dataclass(frozen=True)
+class ConcatCase:
+    """One call of the concat family, forward and backward, as its sizes and options."""
+
+    dtype: torch.dtype
+    B: int
+    H: int
+    Tq: int
+    Tk: int
+    A: int
+    DV: int
+    activation: str = "tanh"
+    mask: int | None = None  # its rank
+    window: tuple[int | None, int | None] = (None, None)
+    bias: bool = False
+    ragged: bool = False
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), f"B{self.B} H{self.H} Tq{self.Tq} Tk{self.Tk}"]
+        parts += [f"A{self.A} Dv{self.DV}", self.activation] + [f"mask{self.mask}"] * (self.mask is not None)
+        parts += ["bias"] * self.bias + ["window"] * (self.window != (None, None))
+        parts += ["ragged"] * self.ragged + ["dropout"] * (self.dropout > 0)
+        return " ".join(parts)
+
+    def launch(self) -> None:
+        """Forward, and a backward for every gradient."""
+
+        def t(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        torch.set_float32_matmul_precision("highest")
+        B, H, Tq, Tk = (1, self.H, self.B * self.Tq, self.B * self.Tk) if self.ragged else (
+            self.B, self.H, self.Tq, self.Tk
+        )  # fmt: skip
+        masks = {None: None, 2: (B, Tk), 3: (B, Tq, Tk)}[self.mask]
+        offsets = t(self.B + 1, dtype=torch.int32) if self.ragged else None
+        tensors = (
+            t(B, H, Tq, self.A),
+            t(B, H, Tk, self.A),
+            t(B, H, Tk, self.DV),
+            t(H, self.A),
+            t(B, H, Tq, Tk) if self.bias else None,
+            None if masks is None else t(*masks, dtype=torch.bool),
+            offsets,
+            offsets,
+            t(1, dtype=torch.int64) if self.dropout else None,
+        )
+        options = (self.activation, *self.window, self.dropout)
+        out, lse, _ = concat.concat_fwd(*tensors, *options, False)
+        needs = [True] * 4 + [self.bias]
+        with concat_bwd.assume_longest(self.Tk):
+            concat_bwd.concat_bwd(out, None, None, *tensors, out, lse, *options, needs)
+
+
+CONCAT = [
+    # the sizes that the bounds of tests/test_compile_report.py are for
+    ConcatCase(BF16, 4, 1, 256, 512, 128, 128),
+    ConcatCase(F32, 4, 1, 256, 512, 128, 128),
+    # a Bahdanau decoder step, sigmoid, odd widths
+    ConcatCase(BF16, 80, 1, 1, 50, 1000, 1000, mask=2),
+    ConcatCase(F32, 4, 1, 30, 60, 300, 300, "sigmoid", mask=2),
+    ConcatCase(F16, 4, 1, 100, 100, 100, 100, "gelu", mask=3, bias=True),
+    # heads, windows, ragged
+    ConcatCase(BF16, 4, 8, 512, 512, 64, 64, "relu", window=(100, 0), dropout=0.1),
+    ConcatCase(BF16, 16, 4, 256, 256, 64, 64, "leaky_relu", ragged=True),
+    ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, window=(None, -1)),
+    ConcatCase(BF16, 4, 1, 256, 256, 1, 128, "identity", mask=2),
+    ConcatCase(F32, 4, 1, 64, 64, 64, 64, "silu"),
+]  # fmt: skip
+CASES: dict[str, list[Any]] = {"location": LOCATION, "concat": CONCAT}
+
+
+def elements(kernel: str, constants: dict[str, Any]) -> int:
+    """Elements of the score tile that one trip of the inner loop makes: rows by features.
+
+    The loops of the concat family take two features, or two walked rows, a trip.
+    """
+    if kernel.startswith("_concat"):
+        sides = {"dq": ("M", "D"), "dk": ("R", "D")}.get(kernel.split("_")[3], ("M", "N"))
+        return 2 * math.prod(constants.get(f"BLOCK_{side}", 1) for side in sides)
     return constants.get("BLOCK_T", 1) * constants.get("BLOCK_A", constants.get("BLOCK_K", 1))
 
 
@@ -253,8 +332,12 @@ def _usage_hip(kernel: Any) -> tuple[int, int, list[str]]:
     return registers, stack, text[: text.index("s_endpgm")].splitlines()
 
 
-def inner_loop(lines: list[str], backend: str) -> Counter[str]:
-    """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop."""
+def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Counter[str]:
+    """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop.
+
+    With `factored` the loop with the fewest special functions for its arithmetic: the other one is the exact loop
+    for tiles whose factors would overflow.
+    """
     ops: list[str] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -286,6 +369,8 @@ def inner_loop(lines: list[str], backend: str) -> Counter[str]:
         return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
     innermost = [units for span, units in loops.items() if not any(holds(span, other) for other in loops)]
+    if factored and (few := [units for units in innermost if units["sfu"] and units["fma"]]):
+        return min(few, key=lambda units: units["sfu"] / units["fma"])
     return max(innermost or [count((0, len(ops)))], key=lambda units: (work(units), units["all"]))
 
 
@@ -308,11 +393,11 @@ def compile_case(job: tuple[str, str, int]) -> list[Row]:
             rows["launch", ""] = Row(target, str(case), "launch", "", 0, 0, 0, chip.shared, Counter(), 0.0, text)
     for kernel, constants in {id(k): (k, c) for k, c in launched}.values():
         registers, stack, lines = (_usage_cuda if gpu.backend == "cuda" else _usage_hip)(kernel)
-        loop = inner_loop(lines, gpu.backend)
+        loop = inner_loop(lines, gpu.backend, factored=bool(constants.get("FACTORED")))
         threads = constants["num_warps"] * gpu.warp_size
         row = Row(
             target, str(case), kernel.name, _blocks(constants), registers, stack, kernel.metadata.shared,
-            chip.shared, loop, loop["all"] * threads / elements(constants),
+            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants),
         )  # fmt: skip
         before = rows.setdefault((row.kernel, row.blocks), row)
         if (row.failed, row.registers) > (before.failed, before.registers):

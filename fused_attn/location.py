@@ -97,8 +97,17 @@ class _LocationBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_location_bwd(*args[:-1], list(args[-1])))
+    def forward(  # spelled out: under torch.compile a nested Function is told from its number of parameters
+        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+        h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+        context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, scores: Tensor,
+        activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_location_bwd(
+            dout, dlse, dscores, h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
+            out, lse, scores, activation, gate_activation, dropout_p, context_per_row, list(needs),
+        ))  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -149,3 +149,76 @@ def location_attention(
         out = values.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], values.shape[-1])
         out = out.index_add(0, segment, weights[:, :, None] * values[:, None, :])
     return out, lse, scores
+
+
+def positions(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(sequence, position in it) of each row: ``(B, T)`` each; packed, ``(1, N)``."""
+    row = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return torch.arange(batch, device=device)[:, None].expand(batch, length), row.expand(batch, length)
+    segment = segment_ids(cu_seqlens, length)
+    return segment[None], (row - cu_seqlens[segment])[None]
+
+
+def concat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    *,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
+
+    .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
+
+    Shapes: ``query (B, H, Tq, A)``, ``key (B, H, Tk, A)``, ``value (B, H, Tk, Dv)``, ``v (H, A)``, ``mask (B, Tk)``
+    or ``(B, Tq, Tk)``, ``score_bias`` broadcastable to ``(B, H, Tq, Tk)``. Packed rows come as one sequence, B = 1,
+    with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is visible to query i iff
+    ``i - left <= j <= i + right``, None for an open side.
+
+    Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, and in at least float32 ``lse (B, H, Tq)`` and
+    ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
+    """
+    (B, H, Tq, _), Tk = query.shape, key.shape[2]
+    q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, query.device))
+    k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, query.device))
+    shown = q_seq == k_seq
+    if left is not None:
+        shown = shown & (j >= i - left)
+    if right is not None:
+        shown = shown & (j <= i + right)
+    if mask is not None:
+        shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)
+        # What no query or key may use can hold anything, NaN too.
+        keys = mask if mask.dim() == 2 else mask.any(1)
+        key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
+        if mask.dim() == 3:
+            query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
+    scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if score_bias is not None:
+        scores = scores + score_bias
+    scores = scores.masked_fill(~shown[:, None], -torch.inf)
+    top = scores.detach().amax(-1) if Tk else scores.new_full((B, H, Tq), -torch.inf)
+    pivot = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.exp(scores - pivot[..., None])
+    total = weights.sum(-1)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (pivot + torch.log(total)).masked_fill(empty, -torch.inf)
+    weights = weights / total[..., None]
+    if dropout_p > 0:
+        assert seed is not None
+        head = torch.arange(H, device=query.device)[:, None, None]
+        scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H + head, i[:, None], dropout_p)
+        weights = weights * scale.to(weights.dtype)
+    return weights.to(value.dtype) @ value, lse, scores

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether the kernels were made for Triton's interpreter (TRITON_INTERPRET=1 before they were imported)."""
@@ -54,3 +56,29 @@ def assume(chip: Chip) -> Iterator[None]:
 def chip_of(device: torch.device) -> Chip:
     """The chip that a tensor on `device` will be worked on."""
     return _assumed.get() or (INTERPRETER if INTERPRET else _query(device))
+
+
+def pow2(n: int, least: int, most: int) -> int:
+    """The power of two that holds n, within bounds that are powers of two themselves."""
+    return max(least, min(most, triton.next_power_of_2(n)))
+
+
+def unit(x: Tensor | None) -> Tensor | None:
+    """X with unit stride on the last axis, the one thing that the kernels ask of a layout."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def matmul_flags(chip: Chip, dtype: torch.dtype) -> dict[str, object]:
+    """How a kernel multiplies operands that were loaded in `dtype`.
+
+    COMPUTE is what they are cast to: the interpreter multiplies bfloat16 wrongly, in float32 it is right.
+    PRECISION is for float32 operands and follows PyTorch's own setting.
+    """
+    exact = dtype.itemsize == 2 or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else dtype],
+        "PRECISION": "ieee" if exact else "tf32",
+    }

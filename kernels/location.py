@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import A100, Chip, chip_of
+from .chip import A100, Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, online_softmax, pivot
 
@@ -545,13 +545,9 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-def _pow2(n: int, least: int, most: int) -> int:
-    return max(least, min(most, triton.next_power_of_2(n)))
-
-
 def _hop_block(hops: int) -> int:
     """One hop is a column of its own; more feed matrix products, whose smallest side is 16."""
-    return 1 if hops == 1 else _pow2(hops, 16, MAX_HOPS)
+    return 1 if hops == 1 else pow2(hops, 16, MAX_HOPS)
 
 
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
@@ -565,18 +561,18 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
     if itemsize == 4:
         # No matrix units in full float32: products are unrolled, so the tile is small and D goes in steps of 16.
-        block_a = hop if linear else _pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
-        return Blocks(_pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, _pow2(DV, 16, 4096 // wide), warps)
+        block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
+        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
     if not even:
         return Blocks(
-            _pow2(T, 16, 32), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 32), _pow2(DV, 16, 2048 // wide),
+            pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
             warps,
         )  # fmt: skip
-    block_dv = _pow2(DV, 16, (8192 if chip.shared >= A100.shared else 4096) // wide)
-    block_d = _pow2(D, 16, 256 if D <= 256 and chip.shared >= A100.shared else 64)
+    block_dv = pow2(DV, 16, (8192 if chip.shared >= A100.shared else 4096) // wide)
+    block_d = pow2(D, 16, 256 if D <= 256 and chip.shared >= A100.shared else 64)
     # mma.sync (sm_80) takes operands from registers where wgmma reads shared memory: half the rows.
-    block_t = _pow2(T, 16, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
-    return Blocks(block_t, block_d, hop if linear else _pow2(A, 16, 64), block_dv, warps)
+    block_t = pow2(T, 16, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
+    return Blocks(block_t, block_d, hop if linear else pow2(A, 16, 64), block_dv, warps)
 
 
 def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
@@ -584,11 +580,11 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     hop = _hop_block(R)
     even = _even(D, DV, A)
     if itemsize == 4:
-        block_a = hop if linear else _pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
-        return Blocks(_pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
+        block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
+        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
     if not even or chip.arch == 80:
-        return Blocks(_pow2(T, 16, 32), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 32), warps=8)
-    return Blocks(_pow2(T, 16, 64), _pow2(D, 16, 64), hop if linear else _pow2(A, 16, 64), warps=8)
+        return Blocks(pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
+    return Blocks(pow2(T, 16, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
 
 
 def _even(*widths: int) -> bool:
@@ -617,11 +613,6 @@ def _strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
     return (0, x.stride(0)) if ragged else (x.stride(0), x.stride(1))
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
-    """X with unit stride on the last axis, the one thing that the kernels ask of a layout."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _call(
     h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
@@ -629,7 +620,7 @@ def _call(
 ) -> _Call:  # fmt: skip
     chip = chip_of(h.device)
     ragged = cu_seqlens is not None
-    h, context, values = _unit(h), _unit(context), _unit(values)
+    h, context, values = unit(h), unit(context), unit(values)
     mask = None if mask is None else mask.view(torch.uint8)
     h_strides, val_strides, mask_strides = (_strides(x, ragged) for x in (h, values, mask))
     if context is None or context_per_row:
@@ -637,7 +628,6 @@ def _call(
     else:
         ctx_strides = context.stride(0), 0
     half = h.dtype.itemsize == 2
-    precision = "ieee" if half or torch.get_float32_matmul_precision() == "highest" else "tf32"
     D, A = w.shape
     R = A if v is None else v.shape[1]
     DV = (h if values is None else values).shape[-1]
@@ -672,15 +662,10 @@ def _call(
             "GATE_ACT": gate_activation,
             "FAST": half and chip.backend == "cuda",
             "CTX_PER_ROW": context_per_row,
-            # The interpreter multiplies bfloat16 wrongly; in float32 it is right.
-            "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else h.dtype],
-            "PRECISION": precision,
+            **matmul_flags(chip, h.dtype),
             "BLOCK_R": _hop_block(R),
         },
     )  # fmt: skip
-
-
-_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _item_args(items: Items) -> dict[str, Tensor | int | None]:

@@ -65,6 +65,23 @@ def locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
 
 
 @triton.jit
+def sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
+    """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
+    if cu_ptr is None:
+        start = seq * 0
+        length = T
+        item = seq * per_seq
+    else:
+        start = tl.load(cu_ptr + seq)
+        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
+        if first_ptr is None:
+            item = seq
+        else:
+            item = tl.load(first_ptr + seq).to(tl.int64)
+    return start, length, item
+
+
+@triton.jit
 def dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
     """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
 

@@ -58,3 +58,14 @@ def test_a_spill_or_too_much_shared_memory_fails_the_report():
         " == [False, True, True, True]"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
+
+
+def test_additive_inner_loops_keep_their_instruction_counts(rows):
+    case = "bfloat16 B4 H1 Tq256 Tk512 A128 Dv128 tanh"
+    found = {r["kernel"]: r for r in rows if r["target"] == "sm_90" and r["case"] == case}
+    bounds = {"_concat_fwd_kernel": 4.4, "_concat_bwd_dq_kernel": 7.0, "_concat_bwd_dk_kernel": 6.0}
+    for kernel, most in bounds.items():
+        row = found[kernel]
+        special = row["loop"]["sfu"] * row["per_element"] / row["loop"]["all"]
+        assert row["per_element"] <= most, row
+        assert special <= 0.5, row

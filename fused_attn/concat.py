@@ -1,0 +1,330 @@
+"""Concat attention: a feed-forward score of query and key, a softmax over the keys, a weighted sum of the values.
+
+Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, ACF, Dipole, Rocktäschel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+
+_TENSORS = 9  # tensor arguments of the raw forward
+_GRADS = 5  # the leading ones of them that have gradients
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor v, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed"
+)
+_OPTIONS = "str activation, int? left, int? right, float dropout_p"
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if args[-1]:
+        from ._concat_blocked import blocked_fwd as fwd
+    else:
+        from .kernels.concat import concat_fwd as fwd
+    return fwd(*args[:-1])
+
+
+def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_scores = args[-2]
+    batch, heads, length, _ = query.shape
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return (
+        value.new_empty(batch, heads, length, value.shape[-1]),
+        value.new_empty(batch, heads, length, dtype=dtype),
+        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=dtype),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    if args[-2]:
+        from ._concat_blocked import blocked_bwd as bwd
+    else:
+        from .kernels.concat_bwd import concat_bwd as bwd
+    return [args[0].new_empty(0) if g is None else g for g in bwd(*args[:-2], args[-1])]
+
+
+def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
+    ]
+
+
+_concat_fwd = raw_op(
+    "concat_fwd",
+    f"({_INPUTS}, {_OPTIONS}, bool need_scores, bool blocked) -> (Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+_concat_bwd = raw_op(
+    "concat_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool blocked, "
+    "bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _ConcatAttention(torch.autograd.Function):
+    """(out, lse, scores) by the kernel or the blocked path, all three differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor, Tensor]", _concat_fwd(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_TENSORS], *output[:2])
+        ctx.options = inputs[_TENSORS:-2]
+        ctx.need_scores, ctx.blocked = inputs[-2:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[:_GRADS]
+        dout = torch.zeros_like(ctx.saved_tensors[_TENSORS]) if dout is None else dout
+        dscores = dscores if ctx.need_scores else None
+        grads = _ConcatBackward.apply(dout, dlse, dscores, *ctx.saved_tensors, *ctx.options, ctx.blocked, needs)
+        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+class _ConcatBackward(torch.autograd.Function):
+    """The gradients of `_ConcatAttention`; their own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: under torch.compile a nested Function is told from its number of parameters
+        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+        query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
+        activation: str, left: int | None, right: int | None, dropout_p: float, blocked: bool,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_concat_bwd(
+            dout, dlse, dscores, query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse,
+            activation, left, right, dropout_p, blocked, list(needs),
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
+        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -2], inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        cotangents, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
+        return (*d_cotangents, *d_primals, *none)
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    activation, left, right, dropout_p = args[_TENSORS:]
+    return reference.concat_attention(
+        *args[:_TENSORS], activation=activation, left=left, right=right, dropout_p=dropout_p
+    )
+
+
+def concat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    *,
+    activation: str = "tanh",
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    score_bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Concat (additive) attention of projected queries and keys.
+
+    .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
+
+    A query that sees no key gives zeros, zero weights and zero gradients.
+
+    Parameters
+    ----------
+    query, key
+        Projected to the width A of the score: ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)``
+        and ``(B, H, Tk, A)``; packed ``(N, A)`` or ``(N, H, A)`` with both ``cu_seqlens``. Biases and further
+        contexts are added to them beforehand. float16, bfloat16, float32; float64 on a CPU or by the reference.
+    value
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``.
+    v
+        ``(A,)``, or ``(H, A)``.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    mask
+        bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
+        query or key use are never read: they may be NaN.
+    window
+        ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
+        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped.
+    score_bias
+        Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
+        of `query` or float32; not with packed rows.
+    cu_seqlens_q, cu_seqlens_k
+        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s.
+    dropout_p
+        Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
+    return_weights
+        Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
+        of size Tq·Tk.
+    impl
+        ``"auto"``: the Triton kernel on a GPU (the reference for float64), a blocked PyTorch path with the same
+        identities and linear memory elsewhere. ``"triton"`` and ``"reference"`` never fall back.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
+        or ``(B, H, Tq, Tk)``.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Bahdanau et al. 2015; Luong et al. 2015 (concat); Rocktäschel et al. 2016; Ma et al. 2017 (Dipole).
+
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
+    left, right = _validate_concat(
+        query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,
+        return_weights,
+    )  # fmt: skip
+    packed = cu_seqlens_q is not None
+    heads = query.dim() == (3 if packed else 4)
+
+    def canonical(x: Tensor) -> Tensor:
+        x = x if heads else x.unsqueeze(1)
+        return x.transpose(0, 1)[None] if packed else x
+
+    if score_bias is not None and not heads:
+        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1)))[:, None]
+    if score_bias is not None:
+        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1, 1)))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    query, key, value = canonical(query), canonical(key), canonical(value)
+    v = v.expand(query.shape[1], -1) if v.dim() == 1 else v
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    blocked = impl == "auto" and query.device.type != "cuda"
+    tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
+    if kernel or blocked:
+        if activation == "identity":  # v · (q + k) is a number a query and a number a key
+            wide = torch.promote_types(query.dtype, torch.float32)
+            query, key = ((x.to(wide) * v.to(wide)[:, None]).sum(-1, keepdim=True) for x in (query, key))
+            v = v.new_ones(v.shape[0], 1, dtype=wide)
+        out, lse, scores = _ConcatAttention.apply(query, key, value, v, score_bias, *tail, return_weights, blocked)
+    else:
+        out, lse, scores = _reference(query, key, value, v, score_bias, *tail)
+    out = out[0].transpose(0, 1) if packed else out
+    out = out if heads else out.squeeze(1)
+    if not return_weights:
+        return out
+    shift = lse.masked_fill(lse == -torch.inf, 0)
+    weights = torch.exp(scores - shift[..., None]).to(out.dtype)
+    return out, weights if heads else weights.squeeze(1)
+
+
+def _validate_concat(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, activation: str, mask: Tensor | None,
+    window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
+) -> tuple[int | None, int | None]:  # fmt: skip
+    """Check every argument; return the window's sides."""
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        name = "cu_seqlens_k" if packed else "cu_seqlens_q"
+        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
+    if packed:
+        forms = [("(N, A)", (None, None)), ("(N, H, A)", (None, None, None))]
+    else:
+        forms = [("(B, Tq, A)", (None,) * 3), ("(B, H, Tq, A)", (None,) * 4)]
+    check_tensor("query", query, shapes=forms)
+    heads = query.dim() == (3 if packed else 4)
+    dtypes, device, width = [query.dtype], query.device, query.shape[-1]
+    if width == 0:
+        raise ValueError(f"query: expected at least one feature; got shape {tuple(query.shape)}")
+    H = query.shape[1] if heads else None
+    lead: tuple[int | None, ...]  # of keys and values, their rows still open
+    if packed:
+        lead, word = ((None, H), "N, H, ") if heads else ((None,), "N, ")
+    else:
+        lead, word = ((query.shape[0], H, None), "B, H, Tk, ") if heads else ((query.shape[0], None), "B, Tk, ")
+    check_tensor("key", key, shapes=[(f"({word}A)", (*lead, width))], dtypes=dtypes, device=device)
+    rows = key.shape[0] if packed else key.shape[-2]
+    lead = (rows, *lead[1:]) if packed else (*lead[:-1], rows)
+    check_tensor("value", value, shapes=[(f"({word}Dv)", (*lead, None))], dtypes=dtypes, device=device)
+    if value.shape[-1] == 0:
+        raise ValueError(f"value: expected at least one feature; got shape {tuple(value.shape)}")
+    shapes = [("(A,)", (width,))] + ([("(H, A)", (H, width))] if heads else [])
+    check_tensor("v", v, shapes=shapes, dtypes=dtypes, device=device)
+    check_activation("activation", activation)
+    check_dropout(dropout_p)
+    if packed:
+        for name, given in (("mask", mask), ("score_bias", score_bias)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with packed rows; got a tensor")
+        if return_weights:
+            raise ValueError("return_weights: expected False with packed rows; pad the batch to see its weights")
+        check_cu_seqlens("cu_seqlens_q", cast("Tensor", cu_seqlens_q), query.shape[0], device)
+        check_cu_seqlens("cu_seqlens_k", cast("Tensor", cu_seqlens_k), key.shape[0], device)
+        if cast("Tensor", cu_seqlens_q).shape != cast("Tensor", cu_seqlens_k).shape:
+            raise ValueError(
+                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, shape "
+                f"{tuple(cast('Tensor', cu_seqlens_q).shape)}; got {tuple(cast('Tensor', cu_seqlens_k).shape)}"
+            )
+    else:
+        B, Tq, Tk = query.shape[0], query.shape[-2], rows
+        if mask is not None:
+            check_tensor(
+                "mask", mask, shapes=[("(B, Tk)", (B, Tk)), ("(B, Tq, Tk)", (B, Tq, Tk))], dtypes=[torch.bool],
+                device=device, hint="True = may be attended",
+            )  # fmt: skip
+        if score_bias is not None:
+            full = (B, H, Tq, Tk) if heads else (B, Tq, Tk)
+            any_shape = [("", tuple(score_bias.shape))] if isinstance(score_bias, Tensor) else []
+            allowed = dtypes if query.dtype in (torch.float32, torch.float64) else [*dtypes, torch.float32]
+            check_tensor("score_bias", score_bias, shapes=any_shape, dtypes=allowed, device=device)
+            fits = len(score_bias.shape) <= len(full) and all(
+                n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
+            )
+            if not fits:
+                words = "(B, H, Tq, Tk)" if heads else "(B, Tq, Tk)"
+                raise ValueError(
+                    f"score_bias: expected a shape that broadcasts to {words} = {full}; got {tuple(score_bias.shape)}"
+                )
+    if window is None:
+        return None, None
+    good = isinstance(window, tuple) and len(window) == 2
+    if not good or any(n is not None and (not isinstance(n, int) or isinstance(n, bool)) for n in window):
+        raise TypeError(f"window: expected a pair (left, right) of int or None; got {window!r}")
+    return window

@@ -1,0 +1,519 @@
+"""Concat (additive) attention: s_ij = v · act(q_i + k_j), softmax over j, weighted sum; no tanh an element.
+
+Scores. tanh and sigmoid of a sum factor into exponentials made once a row (design 3.1): with
+
+    tanh:     α = e^{2q}, β = e^{2k}:     Σ_d v_d tanh(q_d + k_d)  = Σ_d v_d - 2 Σ_d v_d / (1 + α_d β_d)
+    sigmoid:  α = e^{-q}, β = e^{-k}:     Σ_d v_d σ(q_d + k_d)     =           Σ_d v_d / (1 + α_d β_d)
+
+and two reciprocals share one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1): three operations of the FMA pipe and half
+a special function an element. The product x0 x1 must stay a float32, so every tile of rows carries the bound
+max|exponent|; a pair of tiles past it takes the direct loop with one tanh an element: exact everywhere. The other
+activations are cheap and have the direct loop only.
+
+The factors are laid out by tiles, (tiles, H, A, rows of a tile): one step of d loads whole vectors, from sequences
+that start anywhere. A is made even; the feature that is added has v = 0.
+
+Forward: a program has a tile of queries and walks the tiles of keys that its window shows. Where there are too few
+queries to fill the chip the keys are split, and `softmax.merge` joins the parts.
+The backward is in concat_bwd.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .chip import Chip, chip_of, matmul_flags, pow2, unit
+from .masks import Items, dropout_scale, locate, partition, sequence_of
+from .softmax import finish, merge, pivot
+
+SAFE = 42.0
+"""Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1) is a float32: 2·42 < log(3.4e38) = 88.7."""
+
+FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
+"""The exponents of the activations that factor: α = e^{FACTOR q}."""
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:  # one instruction, relative error 2^-23 at most by the PTX manual; 1.0 / x takes three
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def _exp(x, FMA: tl.constexpr):
+    """e^x to a few units in the last place at any x.
+
+    The factors carry their relative error into every score, and exp2(x log2 e) loses |x| units to the rounding of
+    the product: so the product is kept in two parts. It is O(T·A). The interpreter has no fused multiply-add, but
+    an exact enough exp.
+    """
+    if FMA:
+        hi = x * 1.4426950216293335
+        lo = tl.fma(x, 1.4426950216293335, -hi) + x * 1.9259629911266175e-8
+        return tl.exp2(hi) * (1.0 + lo * 0.6931471805599453)
+    return tl.exp(x)
+
+
+@triton.jit
+def _concat_factor_kernel(
+    x_ptr, stride_xb, stride_xh, stride_xt,  # (B, H, T, A), or packed with stride_xb = 0
+    keep_ptr, stride_kb, stride_kt,  # (B, T): rows that may hold anything are False; or None
+    tiles_ptr,  # (items, H, AP, BLOCK_T) float32
+    rows_ptr,  # (items, H, BLOCK_T, AP) float32: the same, transposed; or None
+    bound_ptr,  # (items, H) float32: max|scale x|
+    cu_ptr, seq_ptr, first_ptr,
+    num_seqs,
+    per_seq,
+    T,
+    H,
+    A,
+    AP,
+    scale,
+    EXP: tl.constexpr,
+    FMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    i = tl.arange(0, BLOCK_T)
+    keep = lo + i < hi
+    rows = (start + lo + i).to(tl.int64)
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + seq * stride_kb + rows * stride_kt, mask=keep, other=0) != 0
+    ptrs = x_ptr + seq * stride_xb + head * stride_xh + rows * stride_xt
+    tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * BLOCK_T
+    bound = tl.zeros([BLOCK_T], tl.float32)
+    for a0 in range(0, AP, BLOCK_A):
+        a = a0 + tl.arange(0, BLOCK_A)
+        x = tl.load(ptrs[:, None] + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
+        if EXP:
+            x *= scale
+            bound = tl.maximum(bound, tl.max(tl.abs(x), axis=1))
+            x = _exp(x, FMA)
+        tl.store(tiles_ptr + tile + a[None, :] * BLOCK_T + i[:, None], x, mask=(a < AP)[None, :])
+        if rows_ptr is not None:
+            tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
+    tl.store(bound_ptr + item * tl.num_programs(1) + head, tl.max(bound, axis=0))
+
+
+@triton.jit
+def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Σ_d v_d / (1 + α_d β_d), [BLOCK_M, BLOCK_N]; two features a step."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    for d in range(0, AP, 2):
+        a0 = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
+        a1 = tl.load(aq_ptr + (d + 1) * BLOCK_M + m)[:, None]
+        b0 = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
+        b1 = tl.load(ak_ptr + (d + 1) * BLOCK_N + n)[None, :]
+        v0 = tl.load(v_ptr + d)
+        v1 = tl.load(v_ptr + d + 1)
+        x0 = 1.0 + a0 * b0
+        x1 = 1.0 + a1 * b1
+        acc += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST)
+    return acc
+
+
+@triton.jit
+def _score_direct(aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Σ_d v_d act(q_d + k_d), [BLOCK_M, BLOCK_N], from tiles of q and k themselves."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    for d in range(0, AP):
+        q = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
+        k = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
+        acc += tl.load(v_ptr + d) * activate(q + k, ACT, False)
+    return acc
+
+
+@triton.jit
+def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, factor):
+    """Σ_d v_d / (1 + e^{factor (q_d + k_d)}) for tiles whose factors would overflow: one exponential an element."""
+    acc = tl.zeros([q_ptrs.shape[0], k_ptrs.shape[0]], tl.float32)
+    for d in range(0, A):
+        q = tl.load(q_ptrs + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+        k = tl.load(k_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(v_ptr + d) * tl.sigmoid(-factor * (q + k))
+    return acc
+
+
+@triton.jit
+def concat_scores(
+    q_tile, k_tile,  # item and head of the two tiles: item * H + head
+    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32
+    bq_ptr, bk_ptr,  # (items, H) float32
+    q_ptrs, q_keep,  # [BLOCK_M] raw rows, and which of them may be read
+    k_ptrs, k_keep,  # [BLOCK_N]
+    v_ptr,  # (AP,) of this head, float32
+    v_sum,  # Σ_d v_d
+    A,
+    AP,
+    factor,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SAFE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores of a pair of tiles, [BLOCK_M, BLOCK_N] float32."""
+    aq = aq_ptr + q_tile * AP * BLOCK_M
+    ak = ak_ptr + k_tile * AP * BLOCK_N
+    if FACTORED:
+        if tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE:
+            s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
+        else:
+            s = _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, factor)
+        if ACT == "tanh":
+            s = v_sum - 2.0 * s
+    else:
+        s = _score_direct(aq, ak, v_ptr, AP, ACT, BLOCK_M, BLOCK_N)
+    return s
+
+
+@triton.jit
+def visible(
+    i, j, q_inside, k_inside, mask_ptrs, stride_mq, stride_mk, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Which keys j [BLOCK_N] the queries i [BLOCK_M] see; mask_ptrs is at this sequence, or None."""
+    shown = q_inside[:, None] & k_inside[None, :]
+    if mask_ptrs is not None:
+        at = i[:, None].to(tl.int64) * stride_mq + j[None, :].to(tl.int64) * stride_mk
+        shown = shown & (tl.load(mask_ptrs + at, mask=shown, other=0) != 0)
+    if HAS_LEFT:
+        shown = shown & (j[None, :] >= i[:, None] - left)
+    if HAS_RIGHT:
+        shown = shown & (j[None, :] <= i[:, None] + right)
+    return shown
+
+
+@triton.jit
+def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """First and past-the-last key that any query of [lo, hi) sees."""
+    first = 0
+    last = length
+    if HAS_LEFT:
+        first = tl.maximum(lo - left, 0)
+    if HAS_RIGHT:
+        last = tl.minimum(hi + right, length)
+    return first, last
+
+
+@triton.jit
+def _concat_fwd_kernel(
+    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32: factors, or q and k
+    bq_ptr, bk_ptr,  # (items, H) float32: their bounds
+    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
+    v_ptr,  # (H, AP) float32
+    v_sum_ptr,  # (H,) float32: Σ_d v_d
+    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV)
+    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
+    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
+    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
+    k_cu_ptr, k_first_ptr,
+    seed_ptr,
+    out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
+    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
+    scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32 with the strides of lse, or None
+    splits,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    A,
+    AP,
+    DV,
+    factor,
+    left,
+    right,
+    threshold,
+    scale,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    q_item = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2) % splits
+    dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    i = lo + tl.arange(0, BLOCK_M)
+    q_inside = i < hi
+    q_rows = (q_start + i).to(tl.int64)
+    q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
+    q_keep = q_inside
+    if qrow_ptr is not None:
+        q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_inside, other=0) != 0
+    v_ptr += head * AP
+    v_sum = tl.load(v_sum_ptr + head)
+    if mask_ptr is None:
+        mask_ptrs = None
+    else:
+        mask_ptrs = mask_ptr + seq * stride_mb
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
+    tile0 = first // BLOCK_N
+    tiles = tl.where(last > first, tl.cdiv(last, BLOCK_N) - tile0, 0)
+    each = tl.cdiv(tiles, splits)
+    for tile in range(tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)):
+        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_inside = j < k_length
+        k_rows = (k_start + j).to(tl.int64)
+        k_keep = k_inside
+        if krow_ptr is not None:
+            k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_inside, other=0) != 0
+        s = concat_scores(
+            q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
+            q_ptrs, q_keep, k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
+            v_ptr, v_sum, A, AP, factor, ACT, FAST, FACTORED, SAFE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
+        if bias_ptr is not None:
+            at = seq * stride_sb + head * stride_sh + i[:, None].to(tl.int64) * stride_sq + j[None, :] * stride_sk
+            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32)
+        s = tl.where(shown, s, float("-inf"))
+        if scores_ptr is not None:
+            at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
+            tl.store(scores_ptr + at, s, mask=q_inside[:, None] & k_inside[None, :])
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        shift = pivot(m_new)
+        p = tl.exp(s - shift[:, None])
+        alpha = tl.exp(m - shift)
+        l = l * alpha + tl.sum(p, axis=1)
+        m = m_new
+        if seed_ptr is not None:
+            p *= dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+        values = tl.load(
+            val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut + dv[None, :],
+            mask=k_keep[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
+        acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
+
+    rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
+    if o_ptr is None:
+        inv, lse = finish(m, l)
+        tl.store(lse_ptr + rows, lse, mask=q_inside)
+        tl.store(
+            out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :],
+            (acc * inv[:, None]).to(out_ptr.dtype.element_ty),
+            mask=q_inside[:, None] & (dv < DV)[None, :],
+        )
+    else:
+        rows = rows * splits + split
+        tl.store(m_ptr + rows, m, mask=q_inside)
+        tl.store(l_ptr + rows, l, mask=q_inside)
+        tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=q_inside[:, None] & (dv < DV)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """Sizes of one kernel's tiles: queries, keys, width of the values."""
+
+    M: int
+    N: int
+    DV: int
+    warps: int
+    stages: int = 2
+
+
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, busy: bool) -> Blocks:
+    """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
+
+    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own. Chosen by the compile
+    report (no spills; 4.2 instructions an element on sm_90); speed on a GPU not yet measured.
+    """
+    if chip.backend == "interpreter":
+        return Blocks(16, 32, pow2(DV, 16, 64), 4)
+    if itemsize == 4:
+        # Without matrix units p V is unrolled over the tile's keys.
+        return Blocks(pow2(Tq, 16, 16), pow2(Tk, 16, 64), pow2(DV, 16, 32), 8)
+    if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
+        return Blocks(pow2(Tq, 16, 32), pow2(Tk, 32, 64 if busy else 128), pow2(DV, 16, 128), 4)
+    block_n = pow2(Tk, 32, 64 if busy else 256)
+    return Blocks(pow2(Tq, 16, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
+
+
+class Factors(NamedTuple):
+    """One side of the score, laid out by tiles."""
+
+    tiles: Tensor  # (items, H, AP, rows of a tile) float32
+    rows: Tensor | None  # the same with features contiguous
+    bound: Tensor  # (items, H) float32
+    items: Items
+
+
+def factors(
+    x: Tensor, keep: Tensor | None, cu_seqlens: Tensor | None, rows: int, activation: str, *, transposed: bool = False
+) -> Factors:
+    """Exponentials of ``x (B, H, T, A)`` (packed: B = 1), or x itself, in tiles of `rows` rows."""
+    B, H, T, A = x.shape
+    seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    items = partition(seqs, T, rows, cu_seqlens)
+    width = A + A % 2
+    tiles = torch.empty(items.count, H, width, rows, dtype=torch.float32, device=x.device)
+    by_row = torch.empty(items.count, H, rows, width, dtype=torch.float32, device=x.device) if transposed else None
+    bound = torch.empty(items.count, H, dtype=torch.float32, device=x.device)
+    stride_b = 0 if cu_seqlens is not None else x.stride(0)
+    _concat_factor_kernel[(items.count, H)](
+        x, stride_b, x.stride(1), x.stride(2),
+        keep, 0 if keep is None else keep.stride(0), 0 if keep is None else keep.stride(1),
+        tiles, by_row, bound, cu_seqlens, items.seq, items.first, seqs, items.per_seq, T, H, A, width,
+        FACTOR.get(activation, 1.0),
+        EXP=activation in FACTOR, FMA=chip_of(x.device).backend != "interpreter",
+        BLOCK_T=rows, BLOCK_A=pow2(width, 2, 32), num_warps=4,
+    )  # fmt: skip
+    return Factors(tiles, by_row, bound, items)
+
+
+class Call(NamedTuple):
+    """What the launches of one call share."""
+
+    chip: Chip
+    seqs: int
+    q_rows: Tensor | None  # (B, Tq) uint8: rows that may be read
+    k_rows: Tensor | None
+    v: Tensor  # (H, AP) float32
+    busy: bool  # see fwd_blocks
+    tensors: dict[str, Tensor | int | None]
+    sizes: dict[str, int | float]
+    flags: dict[str, object]
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+    activation: str, left: int | None, right: int | None, dropout_p: float,
+) -> Call:  # fmt: skip
+    """Arguments by the kernels' names; shapes as `fused_attn.reference.concat_attention` has them."""
+    chip = chip_of(query.device)
+    (B, H, Tq, A), Tk = query.shape, key.shape[2]
+    ragged = cu_seqlens_q is not None
+    query, key, value = unit(query), unit(key), unit(value)
+    q_rows = k_rows = None
+    if mask is not None:
+        k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
+        q_rows = mask.any(2).view(torch.uint8) if mask.dim() == 3 else None
+        mask = mask.view(torch.uint8) if mask.dim() == 3 else None
+    bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
+
+    def strides(names: str, x: Tensor | None, axes: tuple[int, ...]) -> dict[str, int]:
+        sizes = (0,) * len(axes) if x is None else (0 if ragged and a == 0 else x.stride(a) for a in axes)
+        return {f"stride_{name}": size for name, size in zip(names.split(), sizes, strict=True)}
+
+    return Call(
+        chip,
+        cu_seqlens_q.numel() - 1 if ragged else B,
+        q_rows,
+        k_rows,
+        torch.nn.functional.pad(v.float(), (0, A % 2)),
+        any(x is not None for x in (bias, mask, left, right, seed)),
+        {
+            "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2)),
+            "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2)),
+            "val_ptr": value, **strides("ub uh ut", value, (0, 1, 2)),
+            "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3)),
+            "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2)),
+            "qrow_ptr": q_rows, **strides("qrb qrt", q_rows, (0, 1)),
+            "krow_ptr": k_rows, **strides("krb krt", k_rows, (0, 1)),
+            "q_cu_ptr": cu_seqlens_q, "k_cu_ptr": cu_seqlens_k, "seed_ptr": seed,
+        },
+        {
+            "num_seqs": cu_seqlens_q.numel() - 1 if ragged else B,
+            "Tq": 0 if ragged else Tq, "Tk": 0 if ragged else Tk, "H": H, "A": A, "AP": A + A % 2,
+            "DV": value.shape[-1], "factor": FACTOR.get(activation, 1.0), "left": left or 0, "right": right or 0,
+            "threshold": round(dropout_p * 2**24), "scale": 1.0 / (1.0 - dropout_p),
+        },
+        {
+            "ACT": activation, "FAST": chip.backend == "cuda", "FACTORED": activation in FACTOR, "SAFE": SAFE,
+            "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None,
+            **matmul_flags(chip, value.dtype),
+        },
+    )  # fmt: skip
+
+
+def concat_fwd(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+    activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
+
+    The scores are written only where `need_scores` says so (padded batches only), else they are empty.
+    """
+    call = prepare(
+        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
+    )  # fmt: skip
+    (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
+    out = value.new_empty(B, H, Tq, DV)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=query.device)
+    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
+    if out.numel() == 0 or Tk == 0 or call.seqs == 0:
+        return out.zero_(), lse.fill_(-torch.inf), scores
+    blocks = fwd_blocks(call.chip, value.element_size(), Tq, Tk, DV, call.busy)
+    with torch.cuda.device_of(query):
+        q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
+        k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation)
+        dv_blocks = triton.cdiv(DV, blocks.DV)
+        programs = q.items.count * H * dv_blocks
+        splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
+        o = m = l = None
+        if splits > 1:
+            o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
+            m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
+            l = torch.empty_like(m)
+        ragged = cu_seqlens_q is not None
+        _concat_fwd_kernel[(q.items.count, H, splits * dv_blocks)](
+            **call.tensors, **call.sizes, **call.flags,
+            aq_ptr=q.tiles, ak_ptr=k.tiles, bq_ptr=q.bound, bk_ptr=k.bound, v_ptr=call.v, v_sum_ptr=call.v.sum(1),
+            q_seq_ptr=q.items.seq, q_first_ptr=q.items.first, k_first_ptr=k.items.first,
+            q_per_seq=q.items.per_seq, k_per_seq=k.items.per_seq,
+            out_ptr=out, stride_ob=0 if ragged else out.stride(0), stride_oh=out.stride(1), stride_ot=out.stride(2),
+            lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=1,
+            scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
+            BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+        if splits > 1:
+            parts = Items(B * H * Tq * splits, 0, splits, None, None)
+            flat = B * H * Tq
+            merge(
+                o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
+                out.view(flat, 1, DV), lse.view(flat, 1), skip_single=False,
+            )  # fmt: skip
+    return out, lse, scores

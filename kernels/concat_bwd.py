@@ -1,0 +1,590 @@
+"""Backward of concat attention, recomputed from lse: nothing of size Tq·Tk·A exists, sums have a fixed order.
+
+With a_ij = exp(s_ij - lse_i), k_ij the dropout factor, δ_i = dO_i · o_i - dlse_i:
+
+    g_ij = a_ij (k_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias
+    dvalue_j = Σ_i k_ij a_ij dO_i
+    dq_id = Σ_j g_ij v_d act'(q_id + k_jd)        dk_jd = Σ_i g_ij v_d act'(q_id + k_jd)
+    dv_d  = Σ_ij g_ij act(q_id + k_jd)
+
+Both dq and dk need g, and g needs the score, a whole forward's work. So g is made once, for as many tiles of
+queries as a workspace of fixed size holds (`WORKSPACE_BYTES`), and both loops run on it. With r = 1 / (1 + αβ):
+
+    tanh:     t = 1 - 2r,  1 - t² = 4 (r - r²)      σ = r,  σ' = r - r²  (of -(q + k), whose sign FACTOR has)
+
+so dq_id = c v_d Σ_j g_ij (r - r²) with c = 4 or 1, and dv wants Σ_j g_ij r. (Σ g r - Σ g r² would cost as much
+and lose what cancels: its error was ten times that of the sum of differences.) A thread has
+(row, feature) pairs and walks the other axis, two steps with one reciprocal: 1/x0 = x1 / (x0 x1). Sums stay in
+registers; no shuffles, no atomics.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, activate_grad
+from .chip import Chip, pow2
+from .concat import Blocks, concat_scores, factors, key_range, prepare, reciprocal, visible
+from .masks import dropout_scale, locate, sequence_of
+from .softmax import pivot
+
+WORKSPACE_BYTES = 64 * 2**20
+_longest: ContextVar[int | None] = ContextVar("assumed longest sequence", default=None)
+
+
+@contextmanager
+def assume_longest(keys: int) -> Iterator[None]:
+    """Launchers inside take `keys` for the longest sequence: how they are compiled on tensors without values."""
+    token = _longest.set(keys)
+    try:
+        yield
+    finally:
+        _longest.reset(token)
+
+
+@triton.jit
+def _concat_bwd_g_kernel(
+    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32: factors, or q and k
+    bq_ptr, bk_ptr,  # (items, H) float32: their bounds
+    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
+    v_ptr,  # (H, AP) float32
+    v_sum_ptr,  # (H,) float32: Σ_d v_d
+    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV)
+    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
+    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
+    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
+    k_cu_ptr, k_first_ptr,
+    seed_ptr,
+    do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
+    lse_ptr,  # (B, H, Tq) float32
+    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - dlse
+    dscores_ptr,  # (B, H, Tq, Tk) float32 or None
+    dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
+    g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
+    gt_ptr,  # the same with (BLOCK_M, BLOCK_N)
+    p_ptr,  # as g, in COMPUTE
+    q_item0,
+    k_tiles,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    A,
+    AP,
+    DV,
+    factor,
+    left,
+    right,
+    threshold,
+    scale,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
+    local = tl.program_id(0)
+    head = tl.program_id(1)
+    tile = tl.program_id(2)
+    q_item = q_item0 + local
+    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
+    if (tile * BLOCK_N < last) & ((tile + 1) * BLOCK_N > first) & (lo < hi):
+        i = lo + tl.arange(0, BLOCK_M)
+        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        q_rows = (q_start + i).to(tl.int64)
+        k_rows = (k_start + j).to(tl.int64)
+        q_keep = i < hi
+        k_keep = j < k_length
+        if qrow_ptr is not None:
+            q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_keep, other=0) != 0
+        if krow_ptr is not None:
+            k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_keep, other=0) != 0
+        v_sum = tl.load(v_sum_ptr + head)
+        s = concat_scores(
+            q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
+            q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
+            k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
+            v_ptr + head * AP, v_sum, A, AP, factor, ACT, FAST, FACTORED, SAFE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if mask_ptr is None:
+            mask_ptrs = None
+        else:
+            mask_ptrs = mask_ptr + seq * stride_mb
+        shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
+        if bias_ptr is not None:
+            at = seq * stride_sb + head * stride_sh + i[:, None].to(tl.int64) * stride_sq + j[None, :] * stride_sk
+            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32)
+        rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
+        lse = pivot(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
+        delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
+        p = tl.where(shown, tl.exp(s - lse[:, None]), 0.0)
+        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        do_ptrs = do_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot
+        val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut
+        for d0 in range(0, DV, BLOCK_DV):
+            d = d0 + tl.arange(0, BLOCK_DV)
+            do = tl.load(do_ptrs + d[None, :], mask=q_keep[:, None] & (d < DV)[None, :], other=0.0)
+            values = tl.load(val_ptrs + d[None, :], mask=k_keep[:, None] & (d < DV)[None, :], other=0.0)
+            dp = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), dp, input_precision=PRECISION)
+        pk = p
+        if seed_ptr is not None:
+            k = dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+            dp *= k
+            pk *= k
+        g = p * (dp - delta[:, None])
+        at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
+        if dscores_ptr is not None:
+            g += tl.load(dscores_ptr + at, mask=shown, other=0.0)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + at, g, mask=shown)
+        slot = ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
+        m = tl.arange(0, BLOCK_M)[:, None]
+        n = tl.arange(0, BLOCK_N)[None, :]
+        slots = slot + n * BLOCK_M + m
+        tl.store(g_ptr + slots, g)
+        tl.store(gt_ptr + slot + m * BLOCK_N + n, g)
+        tl.store(p_ptr + slots, pk.to(p_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _walk(
+    s1, s2,  # Σ g r and Σ g (r - r²); without factors Σ g act and Σ g act'
+    x,  # [BLOCK_R, BLOCK_D] factors (or q, k) of the rows that stay
+    walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
+    g_ptr,  # g of (walked, staying), at the tile's first; staying rows are contiguous
+    stride_g,
+    count,
+    x_ptrs, x_keep,  # raw rows that stay [BLOCK_R], for the loop without factors
+    raw_ptr, stride_raw, row0, inside,  # raw rows that are walked, from row0 on; how many there are
+    keep_ptr, stride_keep,  # which of these may be read; or None
+    d,
+    A,
+    AP,
+    factor,
+    safe,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    WANT_S1: tl.constexpr,  # else s1 stays as it is
+):  # fmt: skip
+    """Walk one tile. Rows past the end of a sequence have factor 1 and g = 0."""
+    r = tl.arange(0, x.shape[0])
+    some = d < AP
+    if FACTORED:
+        if safe:
+            for n in range(0, count, 2):
+                y0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+                y1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
+                g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
+                g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
+                x0 = 1.0 + x * y0
+                x1 = 1.0 + x * y1
+                inv = reciprocal(x0 * x1, FAST)
+                r0 = inv * x1
+                r1 = inv * x0
+                if WANT_S1:
+                    s1 += g0 * r0
+                    s1 += g1 * r1
+                s2 += g0 * (r0 - r0 * r0)
+                s2 += g1 * (r1 - r1 * r1)
+        else:
+            x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < A)[None, :], other=0.0)
+            for n in range(0, tl.minimum(count, inside)):
+                keep = d < A
+                if keep_ptr is not None:
+                    keep = keep & (tl.load(keep_ptr + (row0 + n) * stride_keep) != 0)
+                y = tl.load(raw_ptr + (row0 + n) * stride_raw + d, mask=keep, other=0.0).to(tl.float32)[None, :]
+                g = tl.load((g_ptr + n * stride_g + r)[:, None])
+                one = tl.sigmoid(-factor * (x_raw.to(tl.float32) + y))
+                if WANT_S1:
+                    s1 += g * one
+                s2 += g * (one - one * one)
+    else:
+        for n in range(0, count):
+            z = x + tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+            g = tl.load((g_ptr + n * stride_g + r)[:, None])
+            act = activate(z, ACT, False)
+            if WANT_S1:
+                s1 += g * act
+            s2 += g * activate_grad(z, act, ACT, False)
+    return s1, s2
+
+
+@triton.jit
+def _concat_bwd_dq_kernel(
+    rq_ptr,  # (q items, H, BLOCK_M, AP) float32
+    rk_ptr,  # (k items, H, BLOCK_N, AP) float32
+    bq_ptr, bk_ptr,  # (items, H) float32
+    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
+    v_ptr,  # (H, AP) float32
+    qrow_ptr, stride_qrb, stride_qrt,
+    krow_ptr, stride_krb, stride_krt,
+    q_cu_ptr, q_seq_ptr, q_first_ptr,
+    k_cu_ptr, k_first_ptr,
+    g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
+    dq_ptr,  # (B, H, Tq, A), contiguous
+    dv_ptr,  # (q items, H, AP) float32: one sum a program
+    stride_db, stride_dh,  # of dq
+    q_item0,
+    k_tiles,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    A,
+    AP,
+    factor,
+    left,
+    right,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    local = tl.program_id(0)
+    head = tl.program_id(1)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    q_item = q_item0 + local
+    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    m = tl.arange(0, BLOCK_M)
+    q_rows = (q_start + lo + m).to(tl.int64)
+    q_keep = lo + m < hi
+    if qrow_ptr is not None:
+        q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_keep, other=0) != 0
+    q_tile = q_item.to(tl.int64) * H + head
+    x = tl.load(rq_ptr + (q_tile * BLOCK_M + m[:, None]) * AP + d[None, :], mask=(d < AP)[None, :], other=0.0)
+    s1 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
+    tile0 = first // BLOCK_N
+    tile1 = tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK_N), tile0)
+    for tile in range(tile0, tile1):
+        k_tile = (k_item0 + tile).to(tl.int64) * H + head
+        g_tile = g_ptr + ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
+        row0 = (k_start + tile * BLOCK_N).to(tl.int64)
+        if krow_ptr is None:
+            keep_ptr = None
+        else:
+            keep_ptr = krow_ptr + seq * stride_krb
+        s1, s2 = _walk(
+            s1, s2, x, rk_ptr + k_tile * BLOCK_N * AP, g_tile, BLOCK_M,
+            tl.minimum(BLOCK_N, tl.cdiv(last - tile * BLOCK_N, 2) * 2),
+            q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
+            k_ptr + seq * stride_kb + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N,
+            keep_ptr, stride_krt, d, A, AP, factor,
+            tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
+            ACT, FAST, FACTORED, True,
+        )  # fmt: skip
+        if ACT == "tanh":
+            n = tl.arange(0, BLOCK_N)
+            total += tl.sum(tl.load(g_tile + n[:, None] * BLOCK_M + m[None, :]), axis=0)
+    v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
+    if ACT == "tanh":
+        s2 *= 4.0
+        s1 = total[:, None] - 2.0 * s1
+    tl.store(
+        dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * A + d[None, :],
+        (v * s2).to(dq_ptr.dtype.element_ty),
+        mask=(lo + m < hi)[:, None] & (d < A)[None, :],
+    )
+    tl.store(dv_ptr + q_tile * AP + d, tl.sum(s1, axis=0), mask=d < AP)
+
+
+@triton.jit
+def _concat_bwd_dk_kernel(
+    rk_ptr,  # (k items, H, BLOCK_N, AP) float32
+    rq_ptr,  # (q items, H, BLOCK_M, AP) float32
+    bq_ptr, bk_ptr,  # (items, H) float32
+    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
+    v_ptr,  # (H, AP) float32
+    qrow_ptr, stride_qrb, stride_qrt,
+    krow_ptr, stride_krb, stride_krt,
+    q_cu_ptr, q_first_ptr,
+    k_cu_ptr, k_seq_ptr, k_first_ptr,
+    gt_ptr,  # (q items of this launch, H, k tiles, BLOCK_M, BLOCK_N) float32
+    dk_ptr,  # (B, H, Tk, A) float32, contiguous: added to
+    stride_db, stride_dh,  # of dk
+    q_item0,
+    q_items,  # of this launch
+    k_tiles,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    A,
+    AP,
+    factor,
+    left,
+    right,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FACTORED: tl.constexpr,
+    SAFE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows of the tile of keys that a program has
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = BLOCK_N // BLOCK_R
+    k_item = tl.program_id(0) // parts
+    offset = (tl.program_id(0) % parts) * BLOCK_R
+    head = tl.program_id(1)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
+    q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
+    r = tl.arange(0, BLOCK_R)
+    j = k_lo + offset + r
+    k_rows = (k_start + j).to(tl.int64)
+    k_keep = j < k_hi
+    if krow_ptr is not None:
+        k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_keep, other=0) != 0
+    k_tile = k_item.to(tl.int64) * H + head
+    x = tl.load(
+        rk_ptr + (k_tile * BLOCK_N + offset + r[:, None]) * AP + d[None, :], mask=(d < AP)[None, :], other=0.0
+    )
+    s1 = tl.zeros([1, 1], tl.float32)
+    s2 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    # Tiles of queries of this sequence that are in this launch and see some of these keys.
+    q_tile0 = tl.maximum(q_item0 - q_first, 0)
+    q_tile1 = tl.minimum(q_item0 + q_items - q_first, tl.cdiv(tl.maximum(q_length, 0), BLOCK_M))
+    if HAS_RIGHT:
+        q_tile0 = tl.maximum(q_tile0, (k_lo + offset - right) // BLOCK_M)
+    if HAS_LEFT:
+        q_tile1 = tl.minimum(q_tile1, tl.cdiv(tl.maximum(k_lo + offset + BLOCK_R + left, 0), BLOCK_M))
+    q_tile1 = tl.where(k_lo + offset < k_hi, q_tile1, q_tile0)
+    for tile in range(q_tile0, q_tile1):
+        lo = tile * BLOCK_M
+        first, last = key_range(lo, tl.minimum(lo + BLOCK_M, q_length), k_hi, left, right, HAS_LEFT, HAS_RIGHT)
+        if (k_lo < last) & (k_lo + BLOCK_N > first):
+            q_tile = (q_first + tile).to(tl.int64) * H + head
+            slot = ((q_first + tile - q_item0).to(tl.int64) * H + head) * k_tiles + k_lo // BLOCK_N
+            row0 = (q_start + lo).to(tl.int64)
+            if qrow_ptr is None:
+                keep_ptr = None
+            else:
+                keep_ptr = qrow_ptr + seq * stride_qrb
+            s1, s2 = _walk(
+                s1, s2, x, rq_ptr + q_tile * BLOCK_M * AP, gt_ptr + slot * BLOCK_M * BLOCK_N + offset, BLOCK_N,
+                tl.minimum(BLOCK_M, tl.cdiv(q_length - lo, 2) * 2),
+                k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
+                q_ptr + seq * stride_qb + head * stride_qh, stride_qt, row0, q_length - lo,
+                keep_ptr, stride_qrt, d, A, AP, factor,
+                tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
+                ACT, FAST, FACTORED, False,
+            )  # fmt: skip
+    v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
+    if ACT == "tanh":
+        s2 *= 4.0
+    at = dk_ptr + seq * stride_db + head * stride_dh + k_rows[:, None] * A + d[None, :]
+    some = (j < k_hi)[:, None] & (d < A)[None, :]
+    tl.store(at, tl.load(at, mask=some, other=0.0) + v * s2, mask=some)
+
+
+@triton.jit
+def _concat_bwd_dvalue_kernel(
+    p_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M)
+    do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
+    qrow_ptr, stride_qrb, stride_qrt,
+    q_cu_ptr, q_first_ptr,
+    k_cu_ptr, k_seq_ptr, k_first_ptr,
+    dvalue_ptr,  # (B, H, Tk, DV) float32, contiguous: added to
+    stride_db, stride_dh,  # of dvalue
+    q_item0,
+    q_items,  # of this launch
+    k_tiles,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    DV,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = BLOCK_N // BLOCK_R
+    k_item = tl.program_id(0) // parts
+    offset = (tl.program_id(0) % parts) * BLOCK_R
+    head = tl.program_id(1)
+    d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
+    q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
+    r = tl.arange(0, BLOCK_R)
+    m = tl.arange(0, BLOCK_M)
+    j = k_lo + offset + r
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    q_tile0 = tl.maximum(q_item0 - q_first, 0)
+    q_tile1 = tl.minimum(q_item0 + q_items - q_first, tl.cdiv(tl.maximum(q_length, 0), BLOCK_M))
+    q_tile1 = tl.where(k_lo + offset < k_hi, q_tile1, q_tile0)
+    for tile in range(q_tile0, q_tile1):
+        lo = tile * BLOCK_M
+        first, last = key_range(lo, tl.minimum(lo + BLOCK_M, q_length), k_hi, left, right, HAS_LEFT, HAS_RIGHT)
+        if (k_lo < last) & (k_lo + BLOCK_N > first):
+            q_rows = (q_start + lo + m).to(tl.int64)
+            q_keep = lo + m < q_length
+            if qrow_ptr is not None:
+                q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_keep, other=0) != 0
+            slot = ((q_first + tile - q_item0).to(tl.int64) * H + head) * k_tiles + k_lo // BLOCK_N
+            p = tl.load(p_ptr + slot * BLOCK_N * BLOCK_M + (offset + r)[:, None] * BLOCK_M + m[None, :])
+            do = tl.load(
+                do_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + d[None, :],
+                mask=q_keep[:, None] & (d < DV)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(p.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
+    rows = (k_start + j).to(tl.int64)
+    at = dvalue_ptr + seq * stride_db + head * stride_dh + rows[:, None] * DV + d[None, :]
+    some = (j < k_hi)[:, None] & (d < DV)[None, :]
+    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+
+
+class Walk(NamedTuple):
+    """Tiles of the loops for dq and dk: rows of a tile of keys that one program has, and features."""
+
+    rows: int
+    features: int
+    warps: int
+
+
+def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool) -> tuple[Blocks, Walk]:
+    """Tiles of g and dvalue, and of dq and dk.
+
+    dq and dk: 32 rows by 128 features on 4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6
+    instructions an element on sm_90. No spills anywhere; speed on a GPU not yet measured.
+    """
+    if chip.backend == "interpreter":
+        return Blocks(16, 32, 16, 4), Walk(16, pow2(A, 16, 32), 4)
+    if itemsize == 4:
+        return Blocks(pow2(Tq, 16, 16), pow2(Tk, 32, 64), 16, 8), Walk(32, pow2(A, 16, 64), 8)
+    hip = chip.backend == "hip"
+    tiles = Blocks(pow2(Tq, 16, 32), pow2(Tk, 32, 64 if hip and busy else 128), 32, 8)
+    return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
+
+
+def concat_bwd(
+    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+    out: Tensor, lse: Tensor,
+    activation: str, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
+    call = prepare(
+        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
+    )  # fmt: skip
+    need_q, need_k, need_value, need_v, need_bias = needs
+    (B, H, Tq, A), Tk, DV = query.shape, key.shape[2], value.shape[-1]
+    ragged = cu_seqlens_q is not None
+    f32 = {"dtype": torch.float32, "device": query.device}
+    dq = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    dk = torch.zeros(key.shape, **f32)
+    dvalue = torch.zeros(value.shape, **f32)
+    dbias = torch.zeros(B, H, Tq, Tk, **f32) if need_bias else None
+    dv = torch.zeros(H, A, **f32)
+    if query.numel() and key.numel() and value.numel() and call.seqs:
+        blocks, walk = bwd_blocks(call.chip, value.element_size(), Tq, Tk, A, call.busy)
+        delta = (dout.float() * out.float()).sum(-1)
+        delta = (delta if dlse is None else delta - dlse).contiguous()
+        dout = dout.contiguous()
+        with torch.cuda.device_of(query):
+            q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)
+            k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation, transposed=True)
+            # The one wait for the device: how far the workspace of a packed tile of queries must reach.
+            longest = (_longest.get() or int(cu_seqlens_k.diff().max())) if ragged else Tk
+            k_tiles = triton.cdiv(longest, blocks.N)
+            compute = torch.float32 if call.chip.backend == "interpreter" else value.dtype
+            pair = blocks.M * blocks.N
+            slot = k_tiles * H * pair * (8 + compute.itemsize)
+            chunk = max(1, min(q.items.count, WORKSPACE_BYTES // max(1, slot)))
+            g = torch.empty(chunk, H, k_tiles, pair, **f32)
+            gt = torch.empty_like(g)
+            p = torch.empty(chunk, H, k_tiles, pair, dtype=compute, device=query.device)
+            width = A + A % 2
+            dv_parts = torch.empty(q.items.count, H, width, **f32)
+            args = {**call.tensors, **call.sizes, **call.flags}
+            args |= {
+                "aq_ptr": q.tiles, "ak_ptr": k.tiles, "rq_ptr": q.rows, "rk_ptr": k.rows,
+                "bq_ptr": q.bound, "bk_ptr": k.bound, "v_ptr": call.v, "v_sum_ptr": call.v.sum(1),
+                "q_seq_ptr": q.items.seq, "q_first_ptr": q.items.first,
+                "k_seq_ptr": k.items.seq, "k_first_ptr": k.items.first,
+                "q_per_seq": q.items.per_seq, "k_per_seq": k.items.per_seq, "k_tiles": k_tiles,
+                "do_ptr": dout, "stride_ob": 0 if ragged else dout.stride(0), "stride_oh": dout.stride(1),
+                "stride_ot": dout.stride(2), "lse_ptr": lse, "delta_ptr": delta,
+                "stride_lb": 0 if ragged else lse.stride(0), "stride_lh": lse.stride(1), "stride_lt": 1,
+                "dscores_ptr": dscores if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
+                "g_ptr": g, "gt_ptr": gt, "p_ptr": p, "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,
+                "dv_ptr": dv_parts, "BLOCK_M": blocks.M, "BLOCK_N": blocks.N, "BLOCK_DV": blocks.DV,
+                "BLOCK_D": walk.features, "BLOCK_R": walk.rows,
+            }  # fmt: skip
+
+            def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
+                named = {name: {**args, **more}[name] for name in kernel.arg_names}
+                kernel[grid](**named, num_warps=num_warps, num_stages=2)
+
+            features = triton.cdiv(A, walk.features)
+            keys = k.items.count * (blocks.N // walk.rows)
+            for q_item0 in range(0, q.items.count, chunk):
+                count = min(chunk, q.items.count - q_item0)
+                part = {"q_item0": q_item0, "q_items": count}
+                launch(_concat_bwd_g_kernel, (count, H, k_tiles), **part, num_warps=blocks.warps)
+                if need_q or need_v:
+                    strides = {"stride_db": 0 if ragged else dq.stride(0), "stride_dh": dq.stride(1)}
+                    launch(_concat_bwd_dq_kernel, (count, H, features), **part, **strides)
+                if need_k:
+                    strides = {"stride_db": 0 if ragged else dk.stride(0), "stride_dh": dk.stride(1)}
+                    launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **strides)
+                if need_value:
+                    strides = {"stride_db": 0 if ragged else dvalue.stride(0), "stride_dh": dvalue.stride(1)}
+                    grid = (keys, H, triton.cdiv(DV, blocks.DV))
+                    launch(_concat_bwd_dvalue_kernel, grid, **part, **strides, num_warps=8)
+            dv = dv_parts.sum(0)[:, :A]
+    return [
+        dq if need_q else None,
+        dk.to(key.dtype) if need_k else None,
+        dvalue.to(value.dtype) if need_value else None,
+        dv.to(v.dtype).contiguous() if need_v else None,
+        dbias.sum_to_size(score_bias.shape).to(score_bias.dtype) if need_bias else None,
+    ]
