@@ -37,7 +37,7 @@ from .reference import dropout_scale
 
 # Processor time at B = 4, 256 × 512, A = Dv = 128, float32, tanh, one thread of a Xeon with AVX-512 and 2 MiB of L2.
 BUFFER_BYTES = 2**21
-"""The work buffer, half of it for each of two cores. One core alone with 2^19, 2^20, 2^21 bytes: forward 50, 38, 40 ms,
+"""The work buffer, half of it for each of two cores. One core with 2^19, 2^20, 2^21 bytes: forward 50, 38, 40 ms,
 backward 130, 112, 122 ms. Not smaller: the threads meet after every operator, which is dear on a busy machine."""
 ROWS = 64
 """Queries of a tile. With 32, 64, 128: forward 45, 38, 40 ms; backward 117, 112, 112 ms."""

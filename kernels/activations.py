@@ -17,10 +17,11 @@ def tanh(x, FAST: tl.constexpr):
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    # 2σ(2x) - 1 cancels near 0, where five terms of the series are exact to float32.
+    # 1 - 2 / (1 + e^2x) cancels near 0, where five terms of the series are exact to float32.
     x2 = x * x
     series = x + x * x2 * (-0.33333333 + x2 * (0.13333333 + x2 * (-0.05396825 + x2 * 0.02186949)))
-    return tl.where(x2 < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+    return tl.where(x2 < 0.0625, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
