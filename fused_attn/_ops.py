@@ -149,3 +149,13 @@ def second_order(
     for j, g in zip(seen, from_cots, strict=True):
         d_cotangents[j] = g
     return d_primals, d_cotangents
+
+
+def weights_from(scores: Tensor, lse: Tensor) -> Tensor:
+    """Softmax weights ``exp(scores - lse)``, 0 where no key is visible; `lse` is float64 and broadcasts.
+
+    Its rounding error, at the size of the scores, would be the relative error of every weight: it goes in two parts.
+    """
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    high = lse.to(scores.dtype)
+    return torch.exp((scores - high) - (lse - high).to(scores.dtype))

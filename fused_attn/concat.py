@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 9  # tensor arguments of the raw forward
 _GRADS = 5  # the leading ones of them that have gradients
@@ -25,10 +25,13 @@ _OPTIONS = "str activation, int? left, int? right, float dropout_p"
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if args[-1]:
-        from ._concat_blocked import blocked_fwd as fwd
-    else:
-        from .kernels.concat import concat_fwd as fwd
-    return fwd(*args[:-1])
+        from ._concat_blocked import blocked_fwd
+
+        out, lse, scores = blocked_fwd(*args[:-1])
+        return out, lse.double(), scores
+    from .kernels.concat import concat_fwd
+
+    return concat_fwd(*args[:-1])
 
 
 def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,17 +40,21 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
     dtype = torch.promote_types(value.dtype, torch.float32)
     return (
         value.new_empty(batch, heads, length, value.shape[-1]),
-        value.new_empty(batch, heads, length, dtype=dtype),
+        value.new_empty(batch, heads, length, dtype=torch.float64),
         value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=dtype),
     )
 
 
 def _bwd(*args: Any) -> list[Tensor]:
     if args[-2]:
-        from ._concat_blocked import blocked_bwd as bwd
+        from ._concat_blocked import blocked_bwd
+
+        grads = blocked_bwd(*args[:-2], args[-1])  # type: ignore[call-arg]
     else:
-        from .kernels.concat_bwd import concat_bwd as bwd
-    return [args[0].new_empty(0) if g is None else g for g in bwd(*args[:-2], args[-1])]
+        from .kernels.concat_bwd import concat_bwd
+
+        grads = concat_bwd(*args[:-2], args[-1])
+    return [args[0].new_empty(0) if g is None else g for g in grads]
 
 
 def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
@@ -249,8 +256,7 @@ def concat_attention(
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    shift = lse.masked_fill(lse == -torch.inf, 0)
-    weights = torch.exp(scores - shift[..., None]).to(out.dtype)
+    weights = weights_from(scores, lse[..., None]).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 12  # tensor arguments of the raw forward
 _GRADS = 9  # the leading ones of them that have gradients
@@ -39,7 +39,7 @@ def _fwd_fake(
     width = (h if values is None else values).shape[-1]
     return (
         h.new_empty(seqs, hops, width),
-        h.new_empty(seqs, hops, dtype=torch.float32),
+        h.new_empty(seqs, hops, dtype=torch.float64),
         h.new_empty(*h.shape[:-1], hops, dtype=torch.float32),
     )
 
@@ -256,13 +256,11 @@ def location_attention(
     if not return_weights:
         return out
 
-    shift = lse.masked_fill(lse == -torch.inf, 0)
     if cu_seqlens is None:
-        weights = torch.exp(scores - shift[:, None]).mT
-        weights = weights if hop_axis else weights.squeeze(1)
+        weights = weights_from(scores, lse[:, None]).mT
     else:
-        weights = torch.exp(scores - shift[reference.segment_ids(cu_seqlens, h.shape[0])])
-        weights = weights if hop_axis else weights.squeeze(1)
+        weights = weights_from(scores, lse[reference.segment_ids(cu_seqlens, h.shape[0])])
+    weights = weights if hop_axis else weights.squeeze(1)
     weights = weights.to(out.dtype)
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)

@@ -86,7 +86,7 @@ def location_attention(
     Shapes: ``h (B, T, D)`` or packed ``(N, D)``; ``w (D, A)``; ``v (A, R)``, or None with ``A = R``;
     ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is the number of sequences.
 
-    Returns ``out (S, R, Dv)`` in the dtype of ``values``, and in at least float32 ``lse (S, R)`` and
+    Returns ``out (S, R, Dv)`` in the dtype of ``values``, float64 ``lse (S, R)``, and in at least float32
     ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
     """
     rows = h.shape[:-1]
@@ -134,7 +134,7 @@ def location_attention(
         total = torch.zeros_like(pivot).index_add(0, segment, weights)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    lse = (pivot + torch.log(total)).masked_fill(empty, -torch.inf)
+    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
     weights = weights / (total[:, None] if cu_seqlens is None else total[segment])
     if dropout_p > 0:
         assert seed is not None
@@ -185,7 +185,7 @@ def concat_attention(
     with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is visible to query i iff
     ``i - left <= j <= i + right``, None for an open side.
 
-    Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, and in at least float32 ``lse (B, H, Tq)`` and
+    Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, float64 ``lse (B, H, Tq)``, and in at least float32
     ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
     """
     (B, H, Tq, _), Tk = query.shape, key.shape[2]
@@ -214,7 +214,7 @@ def concat_attention(
     total = weights.sum(-1)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    lse = (pivot + torch.log(total)).masked_fill(empty, -torch.inf)
+    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
     weights = weights / total[..., None]
     if dropout_p > 0:
         assert seed is not None

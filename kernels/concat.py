@@ -229,7 +229,7 @@ def _concat_fwd_kernel(
     k_cu_ptr, k_first_ptr,
     seed_ptr,
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
+    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float64
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
     o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32 with the strides of lse, or None
     splits,
@@ -481,8 +481,8 @@ def concat_fwd(
     )  # fmt: skip
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV)
-    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=query.device)
-    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
+    lse = torch.empty(B, H, Tq, dtype=torch.float64, device=query.device)
+    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), lse.fill_(-torch.inf), scores
     blocks = fwd_blocks(call.chip, value.element_size(), Tq, Tk, DV, call.busy)

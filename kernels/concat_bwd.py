@@ -32,7 +32,7 @@ from .activations import activate, activate_grad
 from .chip import Chip, pow2
 from .concat import Blocks, concat_scores, factors, key_range, prepare, reciprocal, visible
 from .masks import dropout_scale, locate, sequence_of
-from .softmax import pivot
+from .softmax import split
 
 WORKSPACE_BYTES = 64 * 2**20
 _longest: ContextVar[int | None] = ContextVar("assumed longest sequence", default=None)
@@ -65,7 +65,7 @@ def _concat_bwd_g_kernel(
     k_cu_ptr, k_first_ptr,
     seed_ptr,
     do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr,  # (B, H, Tq) float32
+    lse_ptr,  # (B, H, Tq) float64
     delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - dlse
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
@@ -135,9 +135,9 @@ def _concat_bwd_g_kernel(
             at = seq * stride_sb + head * stride_sh + i[:, None].to(tl.int64) * stride_sq + j[None, :] * stride_sk
             s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32)
         rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-        lse = pivot(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
+        lse, lse_rest = split(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
         delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
-        p = tl.where(shown, tl.exp(s - lse[:, None]), 0.0)
+        p = tl.where(shown, tl.exp((s - lse[:, None]) - lse_rest[:, None]), 0.0)
         dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         do_ptrs = do_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot
         val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut
@@ -527,7 +527,7 @@ def concat_bwd(
     if query.numel() and key.numel() and value.numel() and call.seqs:
         blocks, walk = bwd_blocks(call.chip, value.element_size(), Tq, Tk, A, call.busy)
         delta = (dout.float() * out.float()).sum(-1)
-        delta = (delta if dlse is None else delta - dlse).contiguous()
+        delta = (delta if dlse is None else delta - dlse.float()).contiguous()
         dout = dout.contiguous()
         with torch.cuda.device_of(query):
             q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)

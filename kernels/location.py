@@ -31,7 +31,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import A100, Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition
-from .softmax import finish, merge, online_softmax, pivot
+from .softmax import finish, merge, online_softmax, split
 
 MAX_HOPS = 128
 WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
@@ -151,7 +151,7 @@ def _location_fwd_kernel(
     first_ptr,
     seed_ptr,  # (1,) int64 or None
     out_ptr,  # (S, R, DV)
-    lse_ptr,  # (S, R) float32
+    lse_ptr,  # (S, R) float64
     scores_ptr,  # (B, T, R) or (N, R) float32
     o_ptr,  # (items, R, DV) float32, or None: every sequence is one item
     m_ptr,  # (items, R) float32 or None
@@ -288,10 +288,10 @@ def _location_bwd_dz_kernel(
     first_ptr,
     seed_ptr,  # (1,) int64 or None
     out_ptr,  # (S, R, DV)
-    lse_ptr,  # (S, R) float32
+    lse_ptr,  # (S, R) float64
     scores_ptr,  # (B, T, R) or (N, R) float32
     do_ptr,  # (S, R, DV)
-    dlse_ptr,  # (S, R) float32 or None
+    dlse_ptr,  # (S, R) float64 or None
     dscores_ptr,  # (B, T, R) or (N, R) float32, or None
     dz_ptr,  # (items of this launch, BLOCK_T, A or 2A): [dz dg]
     p_ptr,  # (items of this launch, BLOCK_T, R) float32: a ⊙ k
@@ -342,6 +342,7 @@ def _location_bwd_dz_kernel(
     # dO · value_j and dO · o
     dp = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     delta = tl.zeros([BLOCK_R], tl.float32)
+    gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)  # dO · (value_j - o)
     for d0 in range(0, DV, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         values = _load_rows(val_ptrs, keep, d, DV)
@@ -349,22 +350,33 @@ def _location_bwd_dz_kernel(
         some = hop[None, :] & (d < DV)[:, None]
         do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
         out = tl.load(out_ptr + at, mask=some, other=0.0)
-        delta += tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=0)
-        dp = _matmul(values, do, dp, COMPUTE, PRECISION)
+        if BLOCK_R == 1:
+            # As one sum: where one key has all the weight it is 0, not a difference of roundings.
+            do = tl.trans(do.to(tl.float32))
+            gap += tl.sum((values.to(tl.float32) - tl.trans(out.to(tl.float32))) * do, axis=1)[:, None]
+            if seed_ptr is not None:
+                dp += tl.sum(values.to(tl.float32) * do, axis=1)[:, None]
+        else:
+            delta += tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=0)
+            dp = _matmul(values, do, dp, COMPUTE, PRECISION)
+
+    if BLOCK_R > 1:
+        gap = dp - delta[None, :]
 
     at = (seq * T + rows)[:, None] * R + r[None, :]
     visible = keep[:, None] & hop[None, :]
     s = tl.load(scores_ptr + at, mask=visible, other=float("-inf"))
     lse = tl.load(lse_ptr + seq * R + r, mask=hop, other=float("-inf"))
-    a_w = tl.exp(s - pivot(lse)[None, :])
+    hi, lo_part = split(lse)
+    a_w = tl.exp((s - hi[None, :]) - lo_part[None, :])
     p = a_w
     if seed_ptr is not None:
         k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
-        dp *= k
+        gap += (k - 1.0) * dp
         p *= k
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0)
-    ds = a_w * (dp - delta[None, :])
+        gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
+    ds = a_w * gap
     if dscores_ptr is not None:
         ds += tl.load(dscores_ptr + at, mask=visible, other=0.0)
     tl.store(p_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * R + r[None, :], p, mask=(r < R)[None, :])
@@ -685,7 +697,7 @@ def location_fwd(
     )  # fmt: skip
     seqs, R, DV = call.seqs, call.R, call.DV
     out = h.new_empty(seqs, R, DV)
-    lse = h.new_empty(seqs, R, dtype=torch.float32)
+    lse = h.new_empty(seqs, R, dtype=torch.float64)
     scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
         return out.zero_(), lse.fill_(-torch.inf), scores

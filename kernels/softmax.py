@@ -30,10 +30,23 @@ def online_softmax(s, m, l):
 
 @triton.jit
 def finish(m, l):
-    """(1 / l, lse); an empty row gets (0, -inf)."""
+    """(1 / l, lse); an empty row gets (0, -inf).
+
+    lse is float64: rounded to float32 at its size, which is that of the scores, it would put that rounding as a
+    relative error on every weight that the backward recomputes from it. One number a row, it costs nothing.
+    """
     seen = l > 0
     l = tl.where(seen, l, 1.0)
-    return tl.where(seen, 1.0 / l, 0.0), tl.where(seen, m + tl.log(l), float("-inf"))
+    lse = m.to(tl.float64) + tl.log(l.to(tl.float64))
+    return tl.where(seen, 1.0 / l, 0.0), tl.where(seen, lse, float("-inf"))
+
+
+@triton.jit
+def split(lse):
+    """A float64 lse as two float32 numbers, (0, 0) where no key was seen: the weight is exp((s - hi) - lo)."""
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    hi = lse.to(tl.float32)
+    return hi, (lse - hi.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -43,7 +56,7 @@ def _merge_kernel(
     l_ptr,  # (items, R) float32
     first_ptr,  # (S + 1,) int32 or None
     out_ptr,  # (S, R, DV)
-    lse_ptr,  # (S, R) float32
+    lse_ptr,  # (S, R) float64
     per_seq,
     R,
     DV,
