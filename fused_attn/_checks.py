@@ -68,10 +68,10 @@ def check_activation(name: str, value: str) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {value!r}")
 
 
-def check_dropout(value: float) -> None:
+def check_dropout(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= value < 1."""
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1; got {value}")
+        raise ValueError(f"{name}: expected 0 <= {name} < 1; got {value}")
 
 
 def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> None:

@@ -14,12 +14,15 @@ from torch.utils import _pytree as pytree
 Impl = Literal["auto", "triton", "reference"]
 
 
-@torch.compiler.assume_constant_result
 def _triton_state() -> str:
     """'absent', 'gpu' (compiles for a device) or 'interpreter' (TRITON_INTERPRET=1 when it was imported)."""
     if importlib.util.find_spec("triton") is None:
         return "absent"
     return "interpreter" if importlib.import_module("fused_attn.kernels.chip").INTERPRET else "gpu"
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, a second, with this package.
+_triton_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool:
@@ -78,6 +81,13 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
 
             return op(*(pick(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
 
+        if info.batch_size == 0:  # the shapes of one sample, and none of it
+            zero = op(*(
+                torch.zeros_like(x.movedim(d, 0).sum(0, dtype=x.dtype)) if isinstance(x, Tensor) and d is not None else x
+                for x, d in zip(args, in_dims, strict=True)
+            ))  # fmt: skip
+            empty = pytree.tree_map(lambda x: x.new_empty(0, *x.shape), zero)
+            return empty, pytree.tree_map(lambda x: 0, empty)
         outs = [pytree.tree_flatten(one(i)) for i in range(info.batch_size)]
         stacked = [torch.stack(leaves) for leaves in zip(*(flat for flat, _ in outs), strict=True)]
         return pytree.tree_unflatten(stacked, outs[0][1]), pytree.tree_unflatten([0] * len(stacked), outs[0][1])

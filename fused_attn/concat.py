@@ -28,7 +28,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         from ._concat_blocked import blocked_fwd
 
         out, lse, scores = blocked_fwd(*args[:-1])
-        return out, lse.double(), scores
+        return out.to(torch.promote_types(out.dtype, torch.float32)), lse.double(), scores
     from .kernels.concat import concat_fwd
 
     return concat_fwd(*args[:-1])
@@ -39,7 +39,7 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
     batch, heads, length, _ = query.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     return (
-        value.new_empty(batch, heads, length, value.shape[-1]),
+        value.new_empty(batch, heads, length, value.shape[-1], dtype=dtype),
         value.new_empty(batch, heads, length, dtype=torch.float64),
         value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=dtype),
     )
@@ -84,8 +84,15 @@ class _ConcatAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor, Tensor]", _concat_fwd(*args))
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+        activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool, blocked: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return cast("tuple[Tensor, Tensor, Tensor]", _concat_fwd(
+            query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
+            activation, left, right, dropout_p, need_scores, blocked,
+        ))  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,10 +103,11 @@ class _ConcatAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(ctx.saved_tensors[_TENSORS]) if dout is None else dout
+        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = _ConcatBackward.apply(dout, dlse, dscores, *ctx.saved_tensors, *ctx.options, ctx.blocked, needs)
+        grads = _ConcatBackward.apply(dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -110,7 +118,7 @@ class _ConcatBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # spelled out: under torch.compile a nested Function is told from its number of parameters
+    def forward(  # spelled out, as above
         dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
         query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
         cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
@@ -130,7 +138,8 @@ class _ConcatBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        cotangents, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:3], saved[3:]
         d_primals, d_cotangents = second_order(
             lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
             tensors[:_GRADS], cotangents, ctx.needs, grads,
@@ -252,6 +261,7 @@ def concat_attention(
         out, lse, scores = _ConcatAttention.apply(query, key, value, v, score_bias, *tail, return_weights, blocked)
     else:
         out, lse, scores = _reference(query, key, value, v, score_bias, *tail)
+    out = out.to(value.dtype)
     out = out[0].transpose(0, 1) if packed else out
     out = out if heads else out.squeeze(1)
     if not return_weights:
@@ -294,7 +304,7 @@ def _validate_concat(
     shapes = [("(A,)", (width,))] + ([("(H, A)", (H, width))] if heads else [])
     check_tensor("v", v, shapes=shapes, dtypes=dtypes, device=device)
     check_activation("activation", activation)
-    check_dropout(dropout_p)
+    check_dropout("dropout_p", dropout_p)
     if packed:
         for name, given in (("mask", mask), ("score_bias", score_bias)):
             if given is not None:

@@ -38,7 +38,7 @@ def _fwd_fake(
     hops = (w if v is None else v).shape[1]
     width = (h if values is None else values).shape[-1]
     return (
-        h.new_empty(seqs, hops, width),
+        h.new_empty(seqs, hops, width, dtype=torch.float32),
         h.new_empty(seqs, hops, dtype=torch.float64),
         h.new_empty(*h.shape[:-1], hops, dtype=torch.float32),
     )
@@ -72,8 +72,16 @@ class _LocationAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor, Tensor]", _location_fwd(*args))
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+        context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens: Tensor | None, seed: Tensor | None,
+        activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return cast("tuple[Tensor, Tensor, Tensor]", _location_fwd(
+            h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
+            activation, gate_activation, dropout_p, context_per_row,
+        ))  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,10 +91,10 @@ class _LocationAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
-        out = ctx.saved_tensors[_TENSORS]
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = _LocationBackward.apply(dout, dlse, dscores, *ctx.saved_tensors, *ctx.options, needs)
+        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
+        grads = _LocationBackward.apply(dout, dlse, dscores, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -97,7 +105,7 @@ class _LocationBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # spelled out: under torch.compile a nested Function is told from its number of parameters
+    def forward(  # spelled out, as above
         dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
         h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
         context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
@@ -117,7 +125,8 @@ class _LocationBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        cotangents, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:3], saved[3:]
         d_primals, d_cotangents = second_order(
             lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
             tensors[:_GRADS], cotangents, ctx.needs, grads,
@@ -252,6 +261,7 @@ def location_attention(
         unsupported = "holds at most 128 hops"
     run = _LocationAttention.apply if use_triton(impl, h.device, unsupported) else _reference
     out, lse, scores = run(*args)
+    out = out.to(h.dtype)
     out = out if hop_axis else out.squeeze(1)
     if not return_weights:
         return out
@@ -288,12 +298,15 @@ def _unpack_jagged(
     offsets = jagged.offsets()
 
     def packed(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a jagged tensor with the offsets of h; got {type(x).__name__}")
         if not (x.is_nested and x.layout == torch.jagged) or x.values().shape[0] != h.values().shape[0]:
             raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {tuple(x.shape)}")
         return x.values()
 
     if context is not None:
-        context = packed("context", context)[None] if context.is_nested else context[:, None]
+        is_jagged = isinstance(context, Tensor) and context.is_nested
+        context = packed("context", context)[None] if is_jagged else context[:, None]
     values = None if values is None else packed("values", values)
     score_bias = None if score_bias is None else packed("score_bias", score_bias)
     return h.values(), offsets, context, values, score_bias, offsets.to(torch.int32)
@@ -361,7 +374,7 @@ def _validate_location(
         )  # fmt: skip
     check_activation("activation", activation)
     check_activation("gate_activation", gate_activation)
-    check_dropout(dropout_p)
+    check_dropout("dropout_p", dropout_p)
     if ragged and not trusted_offsets:
         check_cu_seqlens("cu_seqlens", cast("Tensor", cu_seqlens), rows[0], h.device)
     if context is None:

@@ -64,7 +64,7 @@ class LocationAttention(nn.Module):
         if gated and attn_dim is None:
             raise ValueError("attn_dim: expected a width with gated=True; got None")
         check_activation("activation", activation)
-        check_dropout(dropout)
+        check_dropout("dropout", dropout)
         self.hops, self.activation, self.dropout = hops, activation, dropout
         width = attn_dim or hops or 1
         self.proj = nn.Linear(dim, width, bias=bias)
@@ -168,7 +168,7 @@ class ConcatAttention(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1; got {size}")
         check_activation("activation", activation)
-        check_dropout(dropout)
+        check_dropout("dropout", dropout)
         self.num_heads, self.activation, self.dropout = num_heads, activation, dropout
         width = num_heads * attn_dim
         self.query_proj = nn.Linear(query_dim, width, bias=bias)

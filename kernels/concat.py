@@ -480,7 +480,7 @@ def concat_fwd(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
-    out = value.new_empty(B, H, Tq, DV)
+    out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = torch.empty(B, H, Tq, dtype=torch.float64, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:

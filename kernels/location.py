@@ -150,7 +150,7 @@ def _location_fwd_kernel(
     seq_ptr,  # see masks.Items
     first_ptr,
     seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (S, R, DV)
+    out_ptr,  # (S, R, DV) float32
     lse_ptr,  # (S, R) float64
     scores_ptr,  # (B, T, R) or (N, R) float32
     o_ptr,  # (items, R, DV) float32, or None: every sequence is one item
@@ -287,7 +287,7 @@ def _location_bwd_dz_kernel(
     seq_ptr,  # see masks.Items
     first_ptr,
     seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (S, R, DV)
+    out_ptr,  # (S, R, DV) float32
     lse_ptr,  # (S, R) float64
     scores_ptr,  # (B, T, R) or (N, R) float32
     do_ptr,  # (S, R, DV)
@@ -339,10 +339,11 @@ def _location_bwd_dz_kernel(
     r = tl.arange(0, BLOCK_R)
     hop = (r < R) & (seq < num_seqs)
 
-    # dO · value_j and dO · o
-    dp = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    delta = tl.zeros([BLOCK_R], tl.float32)
-    gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)  # dO · (value_j - o)
+    # gap = dO_r · (value_j - o_r). Both sides are taken from o_0 where products are in float32: then a key with all
+    # the weight gets 0, not the difference of two roundings.
+    gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
+    offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
     for d0 in range(0, DV, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         values = _load_rows(val_ptrs, keep, d, DV)
@@ -350,18 +351,15 @@ def _location_bwd_dz_kernel(
         some = hop[None, :] & (d < DV)[:, None]
         do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
         out = tl.load(out_ptr + at, mask=some, other=0.0)
-        if BLOCK_R == 1:
-            # As one sum: where one key has all the weight it is 0, not a difference of roundings.
-            do = tl.trans(do.to(tl.float32))
-            gap += tl.sum((values.to(tl.float32) - tl.trans(out.to(tl.float32))) * do, axis=1)[:, None]
-            if seed_ptr is not None:
-                dp += tl.sum(values.to(tl.float32) * do, axis=1)[:, None]
-        else:
-            delta += tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=0)
-            dp = _matmul(values, do, dp, COMPUTE, PRECISION)
-
-    if BLOCK_R > 1:
-        gap = dp - delta[None, :]
+        if seed_ptr is not None:
+            delta += tl.sum(do * out, axis=0)
+        if BLOCK_R == 1 or COMPUTE == tl.float32:
+            centre = tl.load(out_ptr + seq * R * DV + d, mask=(d < DV) & (seq < num_seqs), other=0.0)
+            values = values.to(tl.float32) - centre[None, :]
+            out -= centre[:, None]
+        offset += tl.sum(do * out, axis=0)
+        gap = _matmul(values, do, gap, COMPUTE, PRECISION)
+    gap -= offset[None, :]
 
     at = (seq * T + rows)[:, None] * R + r[None, :]
     visible = keep[:, None] & hop[None, :]
@@ -372,7 +370,7 @@ def _location_bwd_dz_kernel(
     p = a_w
     if seed_ptr is not None:
         k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
-        gap += (k - 1.0) * dp
+        gap += (k - 1.0) * (gap + delta[None, :])
         p *= k
     if dlse_ptr is not None:
         gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
@@ -696,7 +694,7 @@ def location_fwd(
         activation, gate_activation, dropout_p, context_per_row,
     )  # fmt: skip
     seqs, R, DV = call.seqs, call.R, call.DV
-    out = h.new_empty(seqs, R, DV)
+    out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = h.new_empty(seqs, R, dtype=torch.float64)
     scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
@@ -828,10 +826,10 @@ def location_bwd(
     dww = None if dw is None else dw.sum(0)
     return [
         dh,
-        dww[:, :A].contiguous().to(w.dtype) if need_w else None,
+        dww[:, :A].clone().to(w.dtype) if need_w else None,
         db.sum(0).to(b.dtype) if need_b else None,
         dv.sum(0).to(v.dtype) if need_v else None,
-        dww[:, A:].contiguous().to(gate_w.dtype) if need_gw else None,
+        dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
         dgb.sum(0).to(gate_b.dtype) if need_gb else None,
         dctx,
         dvalues,
@@ -843,4 +841,4 @@ def _sum_items(parts: Tensor, items: Items, seqs: int) -> Tensor:
     """Sum of ``parts (items, A)`` over the items of each sequence, in a fixed order."""
     if items.first is not None:
         return torch.segment_reduce(parts, "sum", offsets=items.first.long(), unsafe=True)
-    return parts.view(seqs, items.per_seq, -1).sum(1)
+    return parts.view(seqs, items.per_seq, parts.shape[1]).sum(1)

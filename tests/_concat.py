@@ -1,0 +1,170 @@
+"""Inputs of the concat family for its test files."""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from _compare import Operator, assert_as_exact, assert_close, evaluate, in_double
+from _location import ACTIVATIONS, offsets
+from torch import Tensor
+
+from fused_attn import concat_attention
+
+__all__ = ["ACTIVATIONS", "ALL", "IMPLS", "Case", "check", "offsets", "operator", "pairwise"]
+
+IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
+ALL = (*IMPLS, "reference")
+Window = tuple[int | None, int | None]
+
+
+def operator(**options) -> Operator:
+    """`concat_attention` as the comparator wants it; the options are fixed."""
+
+    def op(*, impl: str, query: Tensor, key: Tensor, value: Tensor, v: Tensor, **rest):
+        return concat_attention(query, key, value, v, **options, **rest, impl=impl)
+
+    return op
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the values of the factors that the tests vary."""
+
+    dtype: torch.dtype = torch.float32
+    batch: int = 2  # sequences, where padded
+    queries: int = 21  # of a sequence, or all packed ones
+    keys: int = 33
+    attn_dim: int = 9
+    value_dim: int = 12
+    heads: int | None = None
+    v_heads: bool = True  # with heads, v is (H, A)
+    activation: str = "tanh"
+    ragged: bool = False
+    mask: str = "none"  # none, keys, padding, pairs (both with rows that see nothing), empty or expanded (stride 0)
+    window: Window | None = None
+    score_bias: str | None = None  # axes: b, h, q, k, or 1 (H: 1 for the heads); h and H go without heads
+    layout: str = "contiguous"  # contiguous, transposed, strided (the last axis) or expanded (batch or heads)
+    dropout_p: float = 0.0
+    return_weights: bool = True  # where padded
+    through: Sequence[str] = ("output", "weights")
+
+    def __str__(self) -> str:
+        """The factors that are not at their defaults, as a test's id."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{n}={_word(x)}" for n, x in changed.items()) or "default"
+
+    @property
+    def op(self) -> Operator:
+        return operator(
+            activation=self.activation, window=self.window, dropout_p=self.dropout_p,
+            return_weights=self.return_weights and not self.ragged,
+        )  # fmt: skip
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Random inputs by name; the same on every device."""
+        rng = torch.Generator().manual_seed(1)
+
+        def rows(count: int, width: int) -> Tensor:
+            heads = () if self.heads is None else (self.heads,)
+            shape = (count, *heads, width) if self.ragged else (self.batch, *heads, count, width)
+            return self._laid_out(torch.randn(shape, generator=rng).to(device, self.dtype))
+
+        made = {
+            "query": rows(self.queries, self.attn_dim),
+            "key": rows(self.keys, self.attn_dim),
+            "value": rows(self.keys, self.value_dim),
+        }
+        per_head = self.v_heads and self.heads is not None
+        v = torch.randn((self.heads, self.attn_dim) if per_head else (self.attn_dim,), generator=rng)
+        made["v"] = (v * 3 / math.sqrt(self.attn_dim)).to(device, self.dtype)
+        if self.score_bias is not None:
+            sizes = {"b": self.batch, "h": self.heads, "H": 1, "q": self.queries, "k": self.keys, "1": 1}
+            axes = self.score_bias if self.heads is not None else self.score_bias.replace("h", "").replace("H", "")
+            bias = torch.randn([sizes[axis] for axis in axes], generator=rng)
+            made["score_bias"] = self._laid_out(bias.to(device, self.dtype))
+        if self.mask != "none":
+            made["mask"] = self._mask(rng).to(device)
+        if self.ragged:
+            made["cu_seqlens_q"] = offsets(split_rows(self.queries, few=1), device)
+            made["cu_seqlens_k"] = offsets(split_rows(self.keys, few=2), device)
+        return made
+
+    def _mask(self, rng: torch.Generator) -> Tensor:
+        mask = torch.rand(self.batch, self.queries, self.keys, generator=rng) < 0.6
+        if self.mask in ("pairs", "expanded"):
+            mask[:, ::3] = False  # queries that see nothing
+            mask[:, :, ::4] = False  # keys that nothing sees
+            return mask[:, :1].expand_as(mask) if self.mask == "expanded" else mask
+        mask = mask[:, 0].clone() if self.queries else torch.ones(self.batch, self.keys, dtype=torch.bool)
+        if self.mask == "padding":
+            ends = torch.randint(1, self.keys + 1, (self.batch, 1), generator=rng)
+            return torch.arange(self.keys) < ends
+        if self.mask == "empty":
+            mask[-1:] = False
+        return mask
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if self.layout == "strided" and x.dim():
+            return torch.stack([x, x], -1)[..., 0]
+        if self.layout == "transposed" and x.dim() > 2:
+            return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+        if self.layout == "expanded" and x.dim() > 2:
+            return x.narrow(-3, 0, min(1, x.shape[-3])).expand_as(x)
+        return x
+
+
+def _word(x: object) -> str:
+    if isinstance(x, tuple):
+        return "+".join("None" if y is None else str(y) for y in x)
+    return str(x).removeprefix("torch.")
+
+
+def split_rows(rows: int, few: int) -> list[int]:
+    """Lengths of segments: one that is empty on both sides, one on each side alone, and one that holds most."""
+    few = min(rows, few)
+    some = min(rows - few, 4)
+    rest = rows - few - some
+    return [0, few, some, 0, rest, 0] if few == 1 else [0, 0, some, few, rest, 0]
+
+
+def check(case: Case, device: torch.device, impl: str, **options) -> None:
+    """`impl` against the reference; the options are those of `evaluate`."""
+    compare(case.op, case.tensors(device), impl, dtype=case.dtype, **{"through": case.through, **options})
+
+
+def compare(op: Operator, tensors: Mapping[str, Tensor], impl: str, *, dtype=torch.float32, **options) -> None:
+    exact = evaluate(op, in_double(tensors), "reference", **options)
+    got = evaluate(op, tensors, impl, **options)
+    if dtype == torch.float64:  # nothing judges the reference
+        assert_close(got, exact)
+    else:
+        assert_as_exact(got, evaluate(op, tensors, "reference", **options), exact, dtype=dtype)
+
+
+def pairwise(factors: Mapping[str, Sequence], seed: int = 0) -> list[Case]:
+    """Few cases such that every two values of different factors meet in one: greedy, and always the same."""
+    rng = random.Random(seed)
+    names = list(factors)
+    unmet = {
+        ((m, x), (n, y))
+        for m, n in itertools.combinations(names, 2)
+        for x, y in itertools.product(range(len(factors[m])), range(len(factors[n])))
+    }
+
+    def meets(picks: Mapping[str, int]) -> set:
+        return set(itertools.combinations(((n, picks[n]) for n in names if n in picks), 2)) & unmet
+
+    cases = []
+    while unmet:
+        picks = dict(min(unmet))
+        for name in rng.sample(names, len(names)):
+            if name not in picks:
+                gains = [(len(meets({**picks, name: i})), rng.random(), i) for i in range(len(factors[name]))]
+                picks[name] = max(gains)[2]
+        unmet -= meets(picks)
+        cases.append(Case(**{name: factors[name][i] for name, i in picks.items()}))
+    return cases

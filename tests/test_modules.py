@@ -1,0 +1,166 @@
+"""`LocationAttention`: parameters, shapes, and what it hands to the function."""
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import LocationAttention, location_attention
+
+DIM, ATTN_DIM, HOPS = 6, 5, 3
+# arguments -> parameters, and whether the output has a hop axis
+FORMS = {
+    "linear": ({}, {"proj.weight": (1, DIM), "proj.bias": (1,)}, False),
+    "linear hops": ({"hops": HOPS}, {"proj.weight": (HOPS, DIM), "proj.bias": (HOPS,)}, True),
+    "mlp": (
+        {"attn_dim": ATTN_DIM},
+        {"proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,), "score.weight": (1, ATTN_DIM)},
+        False,
+    ),
+    "mlp hops": (
+        {"attn_dim": ATTN_DIM, "hops": HOPS},
+        {"proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,), "score.weight": (HOPS, ATTN_DIM)},
+        True,
+    ),
+    "gated": (
+        {"attn_dim": ATTN_DIM, "gated": True},
+        {
+            "proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,),
+            "gate.weight": (ATTN_DIM, DIM), "gate.bias": (ATTN_DIM,), "score.weight": (1, ATTN_DIM),
+        },
+        False,
+    ),
+    "gated without biases": (
+        {"attn_dim": ATTN_DIM, "gated": True, "bias": False},
+        {"proj.weight": (ATTN_DIM, DIM), "gate.weight": (ATTN_DIM, DIM), "score.weight": (1, ATTN_DIM)},
+        False,
+    ),
+    "linear with a context": (
+        {"context_dim": 4},
+        {"proj.weight": (1, DIM), "proj.bias": (1,), "context.weight": (1, 4)},
+        False,
+    ),
+    "linear hops with a context": (
+        {"hops": HOPS, "context_dim": 4},
+        {"proj.weight": (HOPS, DIM), "proj.bias": (HOPS,), "context.weight": (HOPS, 4)},
+        True,
+    ),
+    "one hop with an axis": ({"hops": 1}, {"proj.weight": (1, DIM), "proj.bias": (1,)}, True),
+    "mlp with a context": (
+        {"attn_dim": ATTN_DIM, "context_dim": 4},
+        {
+            "proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,), "score.weight": (1, ATTN_DIM),
+            "context.weight": (ATTN_DIM, 4),
+        },
+        False,
+    ),
+}  # fmt: skip
+each_form = pytest.mark.parametrize(("arguments", "parameters", "hop_axis"), FORMS.values(), ids=FORMS.keys())
+
+
+@each_form
+def test_parameters_have_the_names_and_shapes(arguments, parameters, hop_axis):
+    state = LocationAttention(DIM, **arguments).state_dict()
+    assert {name: tuple(x.shape) for name, x in state.items()} == parameters
+
+
+@each_form
+def test_parameters_are_initialised_as_linear_layers_are(arguments, parameters, hop_axis):
+    torch.manual_seed(0)
+    module = LocationAttention(DIM, **arguments)
+    torch.manual_seed(0)
+    for name in ("proj", "gate", "score", "context"):  # in the order of the constructor
+        if f"{name}.weight" in parameters:
+            rows, columns = parameters[f"{name}.weight"]
+            layer = nn.Linear(columns, rows, bias=f"{name}.bias" in parameters)
+            for theirs, ours in zip(layer.parameters(), getattr(module, name).parameters(), strict=True):
+                assert torch.equal(ours, theirs), name
+
+
+@each_form
+def test_shapes_are_those_of_the_form(arguments, parameters, hop_axis, device):
+    module = LocationAttention(DIM, **arguments).to(device)
+    hops = (arguments.get("hops", 1),) if hop_axis else ()
+    needs_context = "context_dim" in arguments
+    h, context = torch.randn(2, 7, DIM, device=device), torch.randn(2, 4, device=device) if needs_context else None
+    out, weights = module(h, context=context, return_weights=True)
+    assert out.shape == (2, *hops, DIM)
+    assert weights.shape == (2, *hops, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    if needs_context:
+        by_row = context[:, None].expand(2, 7, 4)
+        torch.testing.assert_close(module(h, context=by_row), out)
+
+    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device)
+    context = torch.randn(3, 4, device=device) if needs_context else None
+    out, weights = module(h[0], context=context, cu_seqlens=offsets, return_weights=True)
+    assert out.shape == (3, *hops, DIM)
+    assert weights.shape == (7, *hops)
+
+
+def test_forward_is_the_function_on_the_parameters(device):
+    module = LocationAttention(DIM, ATTN_DIM, hops=HOPS, gated=True, activation="relu", context_dim=4).to(device)
+    h, context = torch.randn(2, 7, DIM, device=device), torch.randn(2, 4, device=device)
+    values, score_bias = torch.randn(2, 7, 2, device=device), torch.randn(2, 7, device=device)
+    mask = torch.rand(2, 7, device=device) < 0.7
+    got = module(h, context=context, values=values, mask=mask, score_bias=score_bias, return_weights=True)
+    p = dict(module.named_parameters())
+    want = location_attention(
+        h, p["proj.weight"].T, p["proj.bias"], p["score.weight"].T, gate=(p["gate.weight"].T, p["gate.bias"]),
+        context=context @ p["context.weight"].T, values=values, activation="relu", gate_activation="sigmoid",
+        mask=mask, score_bias=score_bias, return_weights=True,
+    )  # fmt: skip
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@each_form
+def test_every_parameter_gets_a_gradient(arguments, parameters, hop_axis, device):
+    module = LocationAttention(DIM, **arguments).to(device)
+    context = torch.randn(2, 7, 4, device=device) if "context_dim" in arguments else None
+    module(torch.randn(2, 7, DIM, device=device), context=context).square().sum().backward()
+    for name, x in module.named_parameters():
+        assert x.grad is not None, name
+        assert x.grad.count_nonzero() > 0, name
+
+
+def test_dropout_is_for_training_only(device):
+    module = LocationAttention(DIM, ATTN_DIM, dropout=0.5).to(device)
+    h = torch.randn(2, 7, DIM, device=device)
+    assert not torch.equal(module(h), module(h))
+    module.eval()
+    assert torch.equal(module(h), module(h))
+    plain = LocationAttention(DIM, ATTN_DIM).to(device)
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(module(h), plain(h))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"dim": 0}, "dim"),
+        ({"dim": 3, "attn_dim": 0}, "attn_dim"),
+        ({"dim": 3, "hops": 0}, "hops"),
+        ({"dim": 3, "context_dim": 0}, "context_dim"),
+        ({"dim": 3, "gated": True}, "attn_dim"),
+        ({"dim": 3, "activation": "softplus"}, "activation"),
+        ({"dim": 3, "dropout": 1.0}, "dropout"),
+    ],
+    ids=str,
+)
+def test_constructor_errors_name_the_argument(arguments, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*; got "):
+        LocationAttention(**arguments)
+
+
+def test_context_and_context_dim_go_together():
+    h, context = torch.randn(2, 7, DIM), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"^context: expected None, since context_dim is None; got a tensor"):
+        LocationAttention(DIM)(h, context=context)
+    with pytest.raises(ValueError, match=r"^context: expected a tensor, by context_dim; got None"):
+        LocationAttention(DIM, context_dim=4)(h)
+
+
+def test_repr_shows_the_options():
+    shown = repr(LocationAttention(DIM, ATTN_DIM, hops=2, activation="relu", dropout=0.25))
+    assert "hops=2, activation='relu', dropout=0.25" in shown
+    assert f"in_features={DIM}, out_features={ATTN_DIM}" in shown
