@@ -69,7 +69,9 @@ def check_activation(name: str, value: str) -> None:
 
 
 def check_dropout(name: str, value: float) -> None:
-    """Raise ValueError unless 0 <= value < 1."""
+    """Raise ValueError unless 0 <= value < 1, and TypeError for what is no number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float; got {type(value).__name__}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected 0 <= {name} < 1; got {value}")
 

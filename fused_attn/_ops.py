@@ -71,7 +71,12 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     The loop is exact whatever is batched: parameters (ensembles), inputs, or the gradients of a per-sample
     backward, where summing over a folded batch would lose the samples.
     """
-    op = torch.library.custom_op(f"fused_attn::{name}", fn, mutates_args=(), schema=schema)
+
+    def body(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see cast_for_autocast
+            return fn(*args)
+
+    op = torch.library.custom_op(f"fused_attn::{name}", body, mutates_args=(), schema=schema)
     op.register_fake(fake)
 
     def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

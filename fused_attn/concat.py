@@ -255,6 +255,10 @@ def concat_attention(
     tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
     if kernel or blocked:
         if activation == "identity":  # v · (q + k) is a number a query and a number a key
+            if mask is not None:  # rows that may be NaN, before they meet a number
+                keys = mask if mask.dim() == 2 else mask.any(1)
+                key = key.masked_fill(~keys[:, None, :, None], 0)
+                query = query if mask.dim() == 2 else query.masked_fill(~mask.any(2)[:, None, :, None], 0)
             wide = torch.promote_types(query.dtype, torch.float32)
             query, key = ((x.to(wide) * v.to(wide)[:, None]).sum(-1, keepdim=True) for x in (query, key))
             v = v.new_ones(v.shape[0], 1, dtype=wide)
@@ -310,7 +314,9 @@ def _validate_concat(
             if given is not None:
                 raise ValueError(f"{name}: expected None with packed rows; got a tensor")
         if return_weights:
-            raise ValueError("return_weights: expected False with packed rows; pad the batch to see its weights")
+            raise ValueError(
+                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
+            )
         check_cu_seqlens("cu_seqlens_q", cast("Tensor", cu_seqlens_q), query.shape[0], device)
         check_cu_seqlens("cu_seqlens_k", cast("Tensor", cu_seqlens_k), key.shape[0], device)
         if cast("Tensor", cu_seqlens_q).shape != cast("Tensor", cu_seqlens_k).shape:

@@ -339,8 +339,10 @@ def _location_bwd_dz_kernel(
     r = tl.arange(0, BLOCK_R)
     hop = (r < R) & (seq < num_seqs)
 
-    # gap = dO_r · (value_j - o_r). Both sides are taken from o_0 where products are in float32: then a key with all
-    # the weight gets 0, not the difference of two roundings.
+    # gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
+    # are in float32. Then a key with all the weight gets 0, not the difference of two roundings.
+    if seed_ptr is not None:
+        k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
     gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
     offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
@@ -351,9 +353,11 @@ def _location_bwd_dz_kernel(
         some = hop[None, :] & (d < DV)[:, None]
         do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
         out = tl.load(out_ptr + at, mask=some, other=0.0)
-        if seed_ptr is not None:
+        if BLOCK_R > 1 and seed_ptr is not None:
             delta += tl.sum(do * out, axis=0)
-        if BLOCK_R == 1 or COMPUTE == tl.float32:
+        if BLOCK_R == 1 and seed_ptr is not None:
+            values = values.to(tl.float32) * k
+        if BLOCK_R == 1 or tl.float32 == COMPUTE:
             centre = tl.load(out_ptr + seq * R * DV + d, mask=(d < DV) & (seq < num_seqs), other=0.0)
             values = values.to(tl.float32) - centre[None, :]
             out -= centre[:, None]
@@ -369,8 +373,8 @@ def _location_bwd_dz_kernel(
     a_w = tl.exp((s - hi[None, :]) - lo_part[None, :])
     p = a_w
     if seed_ptr is not None:
-        k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
-        gap += (k - 1.0) * (gap + delta[None, :])
+        if BLOCK_R > 1:
+            gap += (k - 1.0) * (gap + delta[None, :])
         p *= k
     if dlse_ptr is not None:
         gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
