@@ -87,10 +87,11 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
             return op(*(pick(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
 
         if info.batch_size == 0:  # the shapes of one sample, and none of it
-            zero = op(*(
-                torch.zeros_like(x.movedim(d, 0).sum(0, dtype=x.dtype)) if isinstance(x, Tensor) and d is not None else x
-                for x, d in zip(args, in_dims, strict=True)
-            ))  # fmt: skip
+
+            def blank(x: Any, dim: int | None) -> Any:
+                return x if dim is None else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
+
+            zero = op(*(blank(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
             empty = pytree.tree_map(lambda x: x.new_empty(0, *x.shape), zero)
             return empty, pytree.tree_map(lambda x: 0, empty)
         outs = [pytree.tree_flatten(one(i)) for i in range(info.batch_size)]

@@ -8,7 +8,20 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from _compare import assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest
-from _concat import ACTIVATIONS, ALL, IMPLS, Case, check, compare, offsets, operator, pairwise
+from _concat import (
+    ACTIVATIONS,
+    ALL,
+    FAR_EXPONENTS,
+    IMPLS,
+    LARGE_V,
+    ROUNDING,
+    Case,
+    check,
+    compare,
+    offsets,
+    operator,
+    pairwise,
+)
 from fused_attn.kernels import chip as chips
 from fused_attn.kernels import concat_bwd as kernels
 from hypothesis import given, settings
@@ -18,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_attn import _concat_blocked, concat_attention
 
+pytestmark = ROUNDING
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 every_impl = pytest.mark.parametrize("impl", ALL)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -261,6 +275,7 @@ def test_large_rows_beside_masked_ones_that_hold_nan(impl, device):
     assert_as_exact(evaluate(case.op, tensors, impl), rough, want)
 
 
+@LARGE_V
 @each_impl
 def test_large_v_does_not_magnify_the_rounding_of_small_scores(impl, device):
     case = Case(batch=1, queries=5, keys=9, attn_dim=8)
