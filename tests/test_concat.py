@@ -11,7 +11,6 @@ from _compare import assert_as_exact, assert_close, assert_identical, evaluate, 
 from _concat import (
     ACTIVATIONS,
     ALL,
-    FAR_EXPONENTS,
     IMPLS,
     LARGE_V,
     ROUNDING,
