@@ -575,7 +575,11 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
     if itemsize == 4:
         # No matrix units in full float32: products are unrolled, so the tile is small and D goes in steps of 16.
-        block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
+        block_a = (
+            hop
+            if linear
+            else pow2(A, 16, 64 if hop == 1 and even and chip.backend != "hip" else 32 if hop <= 32 else 16)
+        )
         return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
     if not even:
         return Blocks(
