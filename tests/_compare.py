@@ -18,9 +18,9 @@ IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "reference")
 class PastTheBoundError(AssertionError):
     """A number is less exact than the comparator allows; `ratio` says by how much, infinite for NaN."""
 
-    def __init__(self, text: str, ratio: float) -> None:
+    def __init__(self, text: str, ratio: float, dtype: torch.dtype) -> None:
         super().__init__(text)
-        self.ratio = ratio
+        self.ratio, self.dtype = ratio, dtype
 
 
 class Result(NamedTuple):
@@ -125,7 +125,7 @@ def assert_as_exact(
                 wrong.append(f"{kind}: {name} is off by {error:.3g}, allowed {allowed:.3g} (a step is {step:.3g})")
                 ratio = max(ratio, error / allowed if error < torch.inf and allowed > 0 else torch.inf)
     if wrong:
-        raise PastTheBoundError("\n".join(wrong), ratio)
+        raise PastTheBoundError("\n".join(wrong), ratio, dtype)
 
 
 def assert_identical(got: Result, want: Result) -> None:
