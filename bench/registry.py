@@ -6,14 +6,17 @@ Speed, memory, plots and the README's tables all read `REGISTRY`. Adding a famil
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_attn import location_attention
+from fused_attn import concat_attention, location_attention
+
+from .peers import Peer, concat_flex, concat_keops
 
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
@@ -25,6 +28,7 @@ class Cost(NamedTuple):
 
     flops: int  # of its matrix products; recomputation and elementwise functions are not counted
     bytes: int  # each input read once, each output written once
+    tanhs: int = 0  # tanh or sigmoid, one for each pair that is visible and each feature of its score
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,19 @@ class Op:
     inputs: Callable[[Sizes, torch.dtype, torch.device, int], Inputs]
     """(sizes, dtype, device, seed) -> fresh random keyword arguments of `call`; the floating ones get gradients."""
     call: Callable[..., Tensor]
-    """The op on `inputs` and `impl`."""
+    """The op on `inputs`, `options` and `impl`."""
     cost: Callable[[Sizes, int], tuple[Cost, Cost]]
     """(sizes, bytes of an element) -> cost of the forward, cost of the backward on its own."""
     cases: tuple[Case, ...]
+    options: Callable[[Sizes], Mapping[str, Any]] = lambda sizes: {}
+    """Keyword arguments of `call` that are no tensors."""
+    peers: Callable[[Sizes], Mapping[str, Peer]] = lambda sizes: {}
+    """Other systems that can compute these sizes, by provider."""
 
     def work(self, case: Case, mode: str) -> Cost:
         """Cost of a case in one of `MODES`."""
         forward, backward = self.cost(case.sizes, case.dtype.itemsize)
-        return forward if mode == "forward" else Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+        return forward if mode == "forward" else Cost(*(sum(both) for both in zip(forward, backward, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,10 +80,10 @@ class Op:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def ragged_lengths(sizes: Sizes) -> list[int]:
+def ragged_lengths(sizes: Sizes, axis: str = "T", count: str = "S") -> list[int]:
     """Lengths of the S sequences. They belong to the problem, not to the draw of its inputs: one fixed seed."""
     draw = random.Random(0)
-    return [draw.randint(min(16, sizes["T"]), sizes["T"]) for _ in range(sizes["S"])]
+    return [draw.randint(min(16, sizes[axis]), sizes[axis]) for _ in range(sizes[count])]
 
 
 def _location_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -163,4 +171,138 @@ LOCATION = Op(
     ),
 )
 
-REGISTRY: list[Op] = [LOCATION]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Concat. Sizes: B sequences of Tq queries and Tk keys, or S ragged ones of at most that many; H (absent: no heads),
+# A, Dv; left, right (absent: that side of the window is open); relu (0 or 1: tanh), padded (0 or 1: a mask of keys).
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def visible_pairs(sizes: Sizes) -> int:
+    """Pairs of a query and a key that it may see, over all sequences, of one head."""
+    if "S" in sizes:
+        lengths = list(zip(ragged_lengths(sizes, "Tq"), ragged_lengths(sizes, "Tk"), strict=True))
+    elif sizes.get("padded"):
+        lengths = [(sizes["Tq"], keys) for keys in ragged_lengths(sizes, "Tk", "B")]
+    else:
+        lengths = [(sizes["Tq"], sizes["Tk"])] * sizes["B"]
+
+    def of_sequence(queries: int, keys: int) -> int:
+        left, right = sizes.get("left", queries), sizes.get("right", keys)
+        return sum(max(0, min(keys, i + right + 1) - max(0, i - left)) for i in range(queries))
+
+    return sum(n * of_sequence(*shape) for shape, n in Counter(lengths).items())
+
+
+def _concat_rows(sizes: Sizes) -> tuple[int, int]:
+    """Rows of queries and of keys, over all sequences."""
+    if "S" in sizes:
+        return sum(ragged_lengths(sizes, "Tq")), sum(ragged_lengths(sizes, "Tk"))
+    return sizes["B"] * sizes["Tq"], sizes["B"] * sizes["Tk"]
+
+
+def _concat_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    heads = (sizes["H"],) if "H" in sizes else ()
+    rows = _concat_rows(sizes)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+    def packed_or_padded(side: int, width: int) -> Tensor:
+        if "S" in sizes:
+            return normal(rows[side], *heads, width)
+        return normal(sizes["B"], *heads, rows[side] // sizes["B"], width)
+
+    A = sizes["A"]
+    inputs = {
+        "query": packed_or_padded(0, A),
+        "key": packed_or_padded(1, A),
+        "value": packed_or_padded(1, sizes["Dv"]),
+        "v": normal(*heads, A, std=2 * A**-0.5),  # scores spread by about 1: weights neither uniform nor one-hot
+    }
+    if "S" in sizes:
+        for name, axis in (("cu_seqlens_q", "Tq"), ("cu_seqlens_k", "Tk")):
+            lengths = torch.tensor([0, *ragged_lengths(sizes, axis)], device=device)
+            inputs[name] = lengths.cumsum(0).to(torch.int32)
+    if sizes.get("padded"):
+        lengths = torch.tensor(ragged_lengths(sizes, "Tk", "B"), device=device)
+        inputs["mask"] = torch.arange(sizes["Tk"], device=device) < lengths[:, None]
+    return inputs
+
+
+def _concat_options(sizes: Sizes) -> Mapping[str, Any]:
+    return {
+        "activation": "relu" if sizes.get("relu") else "tanh",
+        "window": (sizes.get("left"), sizes.get("right")),
+    }
+
+
+def _concat_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    A, DV, H = sizes["A"], sizes["Dv"], sizes.get("H", 1)
+    queries, keys = _concat_rows(sizes)
+    pairs = H * visible_pairs(sizes)
+    index = 2 * 4 * (sizes["S"] + 1) if "S" in sizes else 0
+    if sizes.get("padded"):
+        index += keys  # the mask, a byte each
+    read = H * (queries * A + keys * (A + DV) + A)
+    out = H * queries * DV
+    # The scores are no product of matrices: `tanhs` has them.
+    tanhs = 0 if sizes.get("relu") else pairs * A
+    forward = Cost(2 * pairs * DV, itemsize * (read + out) + index, tanhs)
+    # To make the activations again is recomputation, and a tanh has its derivative.
+    backward = Cost(2 * forward.flops, itemsize * (read + out + read) + index)
+    return forward, backward
+
+
+def _concat_peers(sizes: Sizes) -> Mapping[str, Peer]:
+    if any(name in sizes for name in ("S", "left", "right", "padded")):
+        return {}
+    return {"flex": Peer(concat_flex, compile=True), "keops": Peer(concat_keops, needs="pykeops")}
+
+
+# The reference writes the activations, B·H·Tq·Tk·A of them: in bf16 2 bytes each, and forward and backward hold about
+# five such tensors at once. On a GPU of 140 GB it can do all cases but "long-window", where its failure is the result.
+# In float64 they are four times as large: hence the sizes to check at.
+CONCAT = Op(
+    family="concat",
+    inputs=_concat_inputs,
+    call=concat_attention,  # type: ignore[arg-type]
+    cost=_concat_cost,
+    options=_concat_options,
+    peers=_concat_peers,
+    cases=(
+        Case("decoder", {"B": 32, "Tq": 128, "Tk": 512, "A": 256, "Dv": 256}),
+        Case("decoder", {"B": 32, "Tq": 128, "Tk": 512, "A": 256, "Dv": 256}, torch.float32),
+        Case("decoder-step", {"B": 128, "Tq": 1, "Tk": 512, "A": 512, "Dv": 512}),
+        Case("padded", {"B": 32, "Tq": 128, "Tk": 512, "A": 256, "Dv": 256, "padded": 1}),
+        Case(
+            "square", {"B": 4, "H": 4, "Tq": 2048, "Tk": 2048, "A": 128, "Dv": 128}, check={"B": 1, "H": 2},
+        ),
+        Case("long-keys", {"B": 2, "Tq": 128, "Tk": 65_536, "A": 128, "Dv": 128}, check={"Tk": 16_384}),
+        Case(
+            "long-keys", {"B": 2, "Tq": 128, "Tk": 65_536, "A": 128, "Dv": 128}, torch.float32, check={"Tk": 16_384}
+        ),
+        Case("causal", {"B": 4, "H": 4, "Tq": 1024, "Tk": 1024, "A": 128, "Dv": 128, "right": 0}, check={"B": 1}),
+        Case(
+            "window", {"B": 2, "H": 2, "Tq": 4096, "Tk": 4096, "A": 128, "Dv": 128, "left": 255, "right": 0},
+            check={"B": 1, "Tq": 2048, "Tk": 2048},
+        ),
+        Case(
+            "long-window", {"B": 1, "Tq": 32_768, "Tk": 32_768, "A": 128, "Dv": 128, "left": 255, "right": 0},
+            check={"Tq": 2048, "Tk": 2048},
+        ),
+        Case("ragged", {"S": 16, "Tq": 512, "Tk": 512, "A": 128, "Dv": 128}, check={"S": 8}),
+        Case("relu", {"B": 8, "Tq": 1024, "Tk": 1024, "A": 128, "Dv": 128, "relu": 1}, check={"B": 4}),
+        Case(
+            "decoder-small", {"B": 4, "Tq": 256, "Tk": 512, "A": 128, "Dv": 128}, torch.float32, "cpu",
+            check={"B": 2},
+        ),
+        Case(
+            "window-small", {"B": 2, "Tq": 512, "Tk": 512, "A": 64, "Dv": 64, "left": 63, "right": 0}, torch.float32,
+            "cpu",
+        ),
+    ),
+)  # fmt: skip
+
+REGISTRY: list[Op] = [LOCATION, CONCAT]

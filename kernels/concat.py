@@ -7,8 +7,17 @@ Scores. tanh and sigmoid of a sum factor into exponentials made once a row (desi
 
 and two reciprocals share one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1): three operations of the FMA pipe and half
 a special function an element. The product x0 x1 must stay a float32, so every tile of rows carries the bound
-max|exponent|; a pair of tiles past it takes the direct loop with one tanh an element: exact everywhere. The other
-activations are cheap and have the direct loop only.
+max|exponent|; a pair of tiles past it takes a loop with one tanh an element: right everywhere. The other activations
+are cheap and have a direct loop only.
+
+float32 inputs (`EXACT`) take two operations more. Σv - 2 Σ v r, with r = 1 / (1 + αβ) near ½, has the rounding of
+numbers near Σv in it, 15 times the error of a float32 tanh where v > 0 and A = 128. So for them
+
+    tanh(q + k) = y / (y + 2),  y = αβ - 1 by one rounding
+
+is exact where it is small, and sums are made in groups: 1.2 times the error of the textbook expression in float32
+(A = 128, q and k normal). Where all exponents of a pair of tiles are small, y has lost what the rounding of α took,
+and the loop with a tanh an element is right again. 16-bit inputs carry errors far above all of this.
 
 The factors are laid out by tiles, (tiles, H, A, rows of a tile): one step of d loads whole vectors, from sequences
 that start anywhere. A is made even; the feature that is added has v = 0.
@@ -30,8 +39,17 @@ from .chip import Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition, sequence_of
 from .softmax import finish, merge, pivot
 
-SAFE = 42.0
-"""Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1) is a float32: 2·42 < log(3.4e38) = 88.7."""
+SAFE, SAFE_EXACT = 42.0, 30.0
+"""Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1) is a float32: 2·42 < log(3.4e38) = 88.7.
+
+With `EXACT` v multiplies that product before it is divided by it: e^60 = 1e26 leaves room for any sensible v.
+"""
+
+TINY = 1.0
+"""With `EXACT`, tanh of a pair of tiles whose exponents are all under this is not factored."""
+
+GROUP = 16
+"""With `EXACT`, features that are summed before they meet the sum of the others."""
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 """The exponents of the activations that factor: α = e^{FACTOR q}."""
@@ -47,12 +65,19 @@ def reciprocal(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, FMA: tl.constexpr):
+def fma(x, y, z, FMA: tl.constexpr):
+    """x y + z with one rounding. The interpreter has no such operation; there float64 holds the product exactly."""
+    if FMA:
+        return tl.fma(x, y, z)
+    return (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
+
+
+@triton.jit
+def exp(x, FMA: tl.constexpr):
     """e^x to a few units in the last place at any x.
 
-    The factors carry their relative error into every score, and exp2(x log2 e) loses |x| units to the rounding of
-    the product: so the product is kept in two parts. It is O(T·A). The interpreter has no fused multiply-add, but
-    an exact enough exp.
+    exp2(x log2 e) loses |x| units to the rounding of the product: so the product is kept in two parts. The
+    interpreter has no fused multiply-add, but an exact enough exp.
     """
     if FMA:
         hi = x * 1.4426950216293335
@@ -99,7 +124,7 @@ def _concat_factor_kernel(
         if EXP:
             x *= scale
             bound = tl.maximum(bound, tl.max(tl.abs(x), axis=1))
-            x = _exp(x, FMA)
+            x = exp(x, FMA)
         tl.store(tiles_ptr + tile + a[None, :] * BLOCK_T + i[:, None], x, mask=(a < AP)[None, :])
         if rows_ptr is not None:
             tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
@@ -126,27 +151,75 @@ def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _score_direct(aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _score_exact(
+    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, FAST: tl.constexpr, FMA: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Σ_d v_d act(q_d + k_d) from the factors, to the precision of float32."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    for first in range(0, AP, GROUP):
+        group = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in range(first, tl.minimum(first + GROUP, AP), 2):
+            a0 = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
+            a1 = tl.load(aq_ptr + (d + 1) * BLOCK_M + m)[:, None]
+            b0 = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
+            b1 = tl.load(ak_ptr + (d + 1) * BLOCK_N + n)[None, :]
+            u0 = tl.load(v_ptr + d)
+            u1 = tl.load(v_ptr + d + 1)
+            if ACT == "tanh":
+                y0 = fma(a0, b0, -1.0, FMA)
+                y1 = fma(a1, b1, -1.0, FMA)
+                x0 = y0 + 2.0
+                x1 = y1 + 2.0
+                u0 *= y0
+                u1 *= y1
+            else:
+                x0 = fma(a0, b0, 1.0, FMA)
+                x1 = fma(a1, b1, 1.0, FMA)
+            group += (u0 * x1 + u1 * x0) * reciprocal(x0 * x1, FAST)
+        acc += group
+    return acc
+
+
+@triton.jit
+def _score_direct(
+    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Σ_d v_d act(q_d + k_d), [BLOCK_M, BLOCK_N], from tiles of q and k themselves."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    for d in range(0, AP):
-        q = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
-        k = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
+    for first in range(0, AP, GROUP):
+        group = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in range(first, tl.minimum(first + GROUP, AP)):
+            q = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
+            k = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
+            group += tl.load(v_ptr + d) * activate(q + k, ACT, False)
+        acc += group
+    return acc
+
+
+@triton.jit
+def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, ACT: tl.constexpr):
+    """Σ_d v_d act(q_d + k_d) for tiles that do not factor, from rows of q and k: one exponential an element."""
+    acc = tl.zeros([q_ptrs.shape[0], k_ptrs.shape[0]], tl.float32)
+    for d in range(0, A):
+        q = tl.load(q_ptrs + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+        k = tl.load(k_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
         acc += tl.load(v_ptr + d) * activate(q + k, ACT, False)
     return acc
 
 
 @triton.jit
-def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, factor):
-    """Σ_d v_d / (1 + e^{factor (q_d + k_d)}) for tiles whose factors would overflow: one exponential an element."""
-    acc = tl.zeros([q_ptrs.shape[0], k_ptrs.shape[0]], tl.float32)
-    for d in range(0, A):
-        q = tl.load(q_ptrs + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
-        k = tl.load(k_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
-        acc += tl.load(v_ptr + d) * tl.sigmoid(-factor * (q + k))
-    return acc
+def factors_fit(bq_ptr, bk_ptr, ACT: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, TINY: tl.constexpr):
+    """Whether a pair of tiles may take the loop over factors."""
+    bound = tl.load(bq_ptr) + tl.load(bk_ptr)
+    if EXACT and ACT == "tanh":
+        return (bound <= SAFE) & (bound >= TINY)
+    else:
+        return bound <= SAFE
 
 
 @triton.jit
@@ -160,11 +233,14 @@ def concat_scores(
     v_sum,  # Σ_d v_d
     A,
     AP,
-    factor,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     SAFE: tl.constexpr,
+    TINY: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -172,14 +248,17 @@ def concat_scores(
     aq = aq_ptr + q_tile * AP * BLOCK_M
     ak = ak_ptr + k_tile * AP * BLOCK_N
     if FACTORED:
-        if tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE:
-            s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
+        if factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY):
+            if EXACT:
+                s = _score_exact(aq, ak, v_ptr, AP, ACT, FAST, FMA, GROUP, BLOCK_M, BLOCK_N)
+            else:
+                s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
+                if ACT == "tanh":
+                    s = v_sum - 2.0 * s
         else:
-            s = _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, factor)
-        if ACT == "tanh":
-            s = v_sum - 2.0 * s
+            s = _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, ACT)
     else:
-        s = _score_direct(aq, ak, v_ptr, AP, ACT, BLOCK_M, BLOCK_N)
+        s = _score_direct(aq, ak, v_ptr, AP, ACT, GROUP, BLOCK_M, BLOCK_N)
     return s
 
 
@@ -242,15 +321,18 @@ def _concat_fwd_kernel(
     A,
     AP,
     DV,
-    factor,
     left,
     right,
     threshold,
     scale,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     SAFE: tl.constexpr,
+    TINY: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -296,7 +378,7 @@ def _concat_fwd_kernel(
         s = concat_scores(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptrs, q_keep, k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr, v_sum, A, AP, factor, ACT, FAST, FACTORED, SAFE, BLOCK_M, BLOCK_N,
+            v_ptr, v_sum, A, AP, ACT, FAST, FMA, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
@@ -423,7 +505,7 @@ def prepare(
     """Arguments by the kernels' names; shapes as `fused_attn.reference.concat_attention` has them."""
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
-    ragged = cu_seqlens_q is not None
+    ragged, exact = cu_seqlens_q is not None, value.dtype == torch.float32
     query, key, value = unit(query), unit(key), unit(value)
     q_rows = k_rows = None
     if mask is not None:
@@ -456,11 +538,13 @@ def prepare(
         {
             "num_seqs": cu_seqlens_q.numel() - 1 if ragged else B,
             "Tq": 0 if ragged else Tq, "Tk": 0 if ragged else Tk, "H": H, "A": A, "AP": A + A % 2,
-            "DV": value.shape[-1], "factor": FACTOR.get(activation, 1.0), "left": left or 0, "right": right or 0,
+            "DV": value.shape[-1], "left": left or 0, "right": right or 0,
             "threshold": round(dropout_p * 2**24), "scale": 1.0 / (1.0 - dropout_p),
         },
         {
-            "ACT": activation, "FAST": chip.backend == "cuda", "FACTORED": activation in FACTOR, "SAFE": SAFE,
+            "ACT": activation, "FAST": chip.backend == "cuda", "FMA": chip.backend != "interpreter",
+            "FACTORED": activation in FACTOR, "EXACT": exact, "SAFE": SAFE_EXACT if exact else SAFE, "TINY": TINY,
+            "GROUP": GROUP if exact else 2**20,
             "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None,
             **matmul_flags(chip, value.dtype),
         },

@@ -16,6 +16,10 @@ so dq_id = c v_d Σ_j g_ij (r - r²) with c = 4 or 1, and dv wants Σ_j g_ij r. 
 and lose what cancels: its error was ten times that of the sum of differences.) A thread has
 (row, feature) pairs and walks the other axis, two steps with one reciprocal: 1/x0 = x1 / (x0 x1). Sums stay in
 registers; no shuffles, no atomics.
+
+float32 inputs (`EXACT`, see concat.py) sum g t and g (1 - t²) with t = y / (y + 2), a tile at a time; and for them
+dO_i · (k_ij value_j - o_i) is one sum: where one key has all the weight it is 0, and not the difference of two
+roundings. Without matrix units for float32 this costs one operation more an element.
 """
 
 from collections.abc import Iterator
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import Chip, pow2
-from .concat import Blocks, concat_scores, factors, key_range, prepare, reciprocal, visible
+from .concat import Blocks, concat_scores, exp, factors, factors_fit, fma, key_range, prepare, reciprocal, visible
 from .masks import dropout_scale, locate, sequence_of
 from .softmax import split
 
@@ -66,7 +70,8 @@ def _concat_bwd_g_kernel(
     seed_ptr,
     do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
     lse_ptr,  # (B, H, Tq) float64
-    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - dlse
+    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - dlse; with EXACT -dlse
+    out_ptr,  # (B, H, Tq, DV) float32, with the strides of dO
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
     g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
@@ -83,15 +88,18 @@ def _concat_bwd_g_kernel(
     A,
     AP,
     DV,
-    factor,
     left,
     right,
     threshold,
     scale,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     SAFE: tl.constexpr,
+    TINY: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -124,7 +132,7 @@ def _concat_bwd_g_kernel(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr + head * AP, v_sum, A, AP, factor, ACT, FAST, FACTORED, SAFE, BLOCK_M, BLOCK_N,
+            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FMA, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if mask_ptr is None:
             mask_ptrs = None
@@ -137,20 +145,32 @@ def _concat_bwd_g_kernel(
         rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
         lse, lse_rest = split(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
         delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
-        p = tl.where(shown, tl.exp((s - lse[:, None]) - lse_rest[:, None]), 0.0)
-        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        do_ptrs = do_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot
-        val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut
-        for d0 in range(0, DV, BLOCK_DV):
-            d = d0 + tl.arange(0, BLOCK_DV)
-            do = tl.load(do_ptrs + d[None, :], mask=q_keep[:, None] & (d < DV)[None, :], other=0.0)
-            values = tl.load(val_ptrs + d[None, :], mask=k_keep[:, None] & (d < DV)[None, :], other=0.0)
-            dp = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), dp, input_precision=PRECISION)
+        p = tl.where(shown, exp((s - lse[:, None]) - lse_rest[:, None], EXACT and FMA), 0.0)
         pk = p
         if seed_ptr is not None:
             k = dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
-            dp *= k
             pk *= k
+        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        o_rows = seq * stride_ob + head * stride_oh + q_rows * stride_ot
+        val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows * stride_ut
+        if EXACT:
+            for d in range(0, DV):
+                do = tl.load(do_ptr + o_rows + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+                out = tl.load(out_ptr + o_rows + d, mask=q_keep, other=0.0)[:, None]
+                values = tl.load(val_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
+                if seed_ptr is not None:
+                    values *= k
+                dp += do * (values - out)
+        else:
+            for d0 in range(0, DV, BLOCK_DV):
+                d = d0 + tl.arange(0, BLOCK_DV)
+                do = tl.load(
+                    do_ptr + o_rows[:, None] + d[None, :], mask=q_keep[:, None] & (d < DV)[None, :], other=0.0
+                )
+                values = tl.load(val_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < DV)[None, :], other=0.0)
+                dp = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), dp, input_precision=PRECISION)
+            if seed_ptr is not None:
+                dp *= k
         g = p * (dp - delta[:, None])
         at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
         if dscores_ptr is not None:
@@ -168,65 +188,92 @@ def _concat_bwd_g_kernel(
 
 @triton.jit
 def _walk(
-    s1, s2,  # Σ g r and Σ g (r - r²); without factors Σ g act and Σ g act'
+    s1, s2,  # Σ g r and Σ g (r - r²); without factors, and with EXACT, Σ g act and Σ g act'
     x,  # [BLOCK_R, BLOCK_D] factors (or q, k) of the rows that stay
     walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
     g_ptr,  # g of (walked, staying), at the tile's first; staying rows are contiguous
     stride_g,
     count,
-    x_ptrs, x_keep,  # raw rows that stay [BLOCK_R], for the loop without factors
+    x_ptrs, x_keep,  # raw rows that stay [BLOCK_R], for tiles that do not factor
     raw_ptr, stride_raw, row0, inside,  # raw rows that are walked, from row0 on; how many there are
     keep_ptr, stride_keep,  # which of these may be read; or None
     d,
     A,
     AP,
-    factor,
-    safe,
+    fit,  # see factors_fit
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     WANT_S1: tl.constexpr,  # else s1 stays as it is
 ):  # fmt: skip
     """Walk one tile. Rows past the end of a sequence have factor 1 and g = 0."""
     r = tl.arange(0, x.shape[0])
     some = d < AP
+    if EXACT:
+        old1 = s1
+        old2 = s2
+        s1 = tl.zeros_like(s1)
+        s2 = tl.zeros_like(s2)
     if FACTORED:
-        if safe:
+        if fit:
             for n in range(0, count, 2):
-                y0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
-                y1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
+                b0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+                b1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
                 g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
                 g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
-                x0 = 1.0 + x * y0
-                x1 = 1.0 + x * y1
-                inv = reciprocal(x0 * x1, FAST)
-                r0 = inv * x1
-                r1 = inv * x0
+                if EXACT and ACT == "tanh":
+                    y0 = fma(x, b0, -1.0, FMA)
+                    y1 = fma(x, b1, -1.0, FMA)
+                    x0 = y0 + 2.0
+                    x1 = y1 + 2.0
+                    inv = reciprocal(x0 * x1, FAST)
+                    one0 = y0 * (inv * x1)
+                    one1 = y1 * (inv * x0)
+                    s2 += g0 * fma(-one0, one0, 1.0, FMA)
+                    s2 += g1 * fma(-one1, one1, 1.0, FMA)
+                else:
+                    x0 = 1.0 + x * b0
+                    x1 = 1.0 + x * b1
+                    inv = reciprocal(x0 * x1, FAST)
+                    one0 = inv * x1
+                    one1 = inv * x0
+                    s2 += g0 * (one0 - one0 * one0)
+                    s2 += g1 * (one1 - one1 * one1)
                 if WANT_S1:
-                    s1 += g0 * r0
-                    s1 += g1 * r1
-                s2 += g0 * (r0 - r0 * r0)
-                s2 += g1 * (r1 - r1 * r1)
+                    s1 += g0 * one0
+                    s1 += g1 * one1
         else:
             x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < A)[None, :], other=0.0)
             for n in range(0, tl.minimum(count, inside)):
                 keep = d < A
                 if keep_ptr is not None:
                     keep = keep & (tl.load(keep_ptr + (row0 + n) * stride_keep) != 0)
-                y = tl.load(raw_ptr + (row0 + n) * stride_raw + d, mask=keep, other=0.0).to(tl.float32)[None, :]
+                z = tl.load(raw_ptr + (row0 + n) * stride_raw + d, mask=keep, other=0.0).to(tl.float32)[None, :]
+                z += x_raw.to(tl.float32)
                 g = tl.load((g_ptr + n * stride_g + r)[:, None])
-                one = tl.sigmoid(-factor * (x_raw.to(tl.float32) + y))
+                if EXACT:
+                    one = activate(z, ACT, False)
+                    s2 += g * activate_grad(z, one, ACT, False)
+                else:
+                    if ACT == "tanh":
+                        z *= -2.0
+                    one = tl.sigmoid(z)
+                    s2 += g * (one - one * one)
                 if WANT_S1:
                     s1 += g * one
-                s2 += g * (one - one * one)
     else:
         for n in range(0, count):
             z = x + tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
             g = tl.load((g_ptr + n * stride_g + r)[:, None])
-            act = activate(z, ACT, False)
+            one = activate(z, ACT, False)
             if WANT_S1:
-                s1 += g * act
-            s2 += g * activate_grad(z, act, ACT, False)
+                s1 += g * one
+            s2 += g * activate_grad(z, one, ACT, False)
+    if EXACT:
+        s1 += old1
+        s2 += old2
     return s1, s2
 
 
@@ -256,13 +303,15 @@ def _concat_bwd_dq_kernel(
     H,
     A,
     AP,
-    factor,
     left,
     right,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     SAFE: tl.constexpr,
+    TINY: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -301,15 +350,15 @@ def _concat_bwd_dq_kernel(
             tl.minimum(BLOCK_N, tl.cdiv(last - tile * BLOCK_N, 2) * 2),
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N,
-            keep_ptr, stride_krt, d, A, AP, factor,
-            tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
-            ACT, FAST, FACTORED, True,
+            keep_ptr, stride_krt, d, A, AP,
+            factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
+            ACT, FAST, FMA, FACTORED, EXACT, True,
         )  # fmt: skip
-        if ACT == "tanh":
+        if ACT == "tanh" and not EXACT:
             n = tl.arange(0, BLOCK_N)
             total += tl.sum(tl.load(g_tile + n[:, None] * BLOCK_M + m[None, :]), axis=0)
     v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
-    if ACT == "tanh":
+    if ACT == "tanh" and not EXACT:
         s2 *= 4.0
         s1 = total[:, None] - 2.0 * s1
     tl.store(
@@ -346,13 +395,15 @@ def _concat_bwd_dk_kernel(
     H,
     A,
     AP,
-    factor,
     left,
     right,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
     SAFE: tl.constexpr,
+    TINY: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -403,12 +454,12 @@ def _concat_bwd_dk_kernel(
                 tl.minimum(BLOCK_M, tl.cdiv(q_length - lo, 2) * 2),
                 k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
                 q_ptr + seq * stride_qb + head * stride_qh, stride_qt, row0, q_length - lo,
-                keep_ptr, stride_qrt, d, A, AP, factor,
-                tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
-                ACT, FAST, FACTORED, False,
+                keep_ptr, stride_qrt, d, A, AP,
+                factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
+                ACT, FAST, FMA, FACTORED, EXACT, False,
             )  # fmt: skip
     v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
-    if ACT == "tanh":
+    if ACT == "tanh" and not EXACT:
         s2 *= 4.0
     at = dk_ptr + seq * stride_db + head * stride_dh + k_rows[:, None] * A + d[None, :]
     some = (j < k_hi)[:, None] & (d < A)[None, :]
@@ -526,9 +577,9 @@ def concat_bwd(
     dv = torch.zeros(H, A, **f32)
     if query.numel() and key.numel() and value.numel() and call.seqs:
         blocks, walk = bwd_blocks(call.chip, value.element_size(), Tq, Tk, A, call.busy)
-        delta = (dout.float() * out.float()).sum(-1)
-        delta = (delta if dlse is None else delta - dlse.float()).contiguous()
-        dout = dout.contiguous()
+        dout, out = dout.contiguous(), out.contiguous()
+        delta = torch.zeros(lse.shape, **f32) if call.flags["EXACT"] else (dout.float() * out).sum(-1)
+        delta = delta if dlse is None else delta - dlse.float()
         with torch.cuda.device_of(query):
             q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)
             k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation, transposed=True)
@@ -552,7 +603,7 @@ def concat_bwd(
                 "k_seq_ptr": k.items.seq, "k_first_ptr": k.items.first,
                 "q_per_seq": q.items.per_seq, "k_per_seq": k.items.per_seq, "k_tiles": k_tiles,
                 "do_ptr": dout, "stride_ob": 0 if ragged else dout.stride(0), "stride_oh": dout.stride(1),
-                "stride_ot": dout.stride(2), "lse_ptr": lse, "delta_ptr": delta,
+                "stride_ot": dout.stride(2), "out_ptr": out, "lse_ptr": lse, "delta_ptr": delta,
                 "stride_lb": 0 if ragged else lse.stride(0), "stride_lh": lse.stride(1), "stride_lt": 1,
                 "dscores_ptr": dscores if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
                 "g_ptr": g, "gt_ptr": gt, "p_ptr": p, "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_attn import _concat_blocked, concat_attention
 
-pytestmark = ROUNDING
+pytestmark = []
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 every_impl = pytest.mark.parametrize("impl", ALL)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

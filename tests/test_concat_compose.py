@@ -20,7 +20,7 @@ FORMS = {
     "ragged": Case(queries=9, keys=8, attn_dim=3, value_dim=2, ragged=True, window=(None, 2)),
 }
 SMALL = Case(queries=3, keys=5, attn_dim=3, value_dim=2)
-pytestmark = ROUNDING
+pytestmark = []
 each_impl = pytest.mark.parametrize("impl", ALL)
 each_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS.keys())
 
