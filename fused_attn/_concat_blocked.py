@@ -263,14 +263,15 @@ def blocked_fwd(
     )  # fmt: skip
     B, H, Tq, Tk = call.B, call.H, call.Tq, call.Tk
     out = value.new_zeros(B, H, Tq, value.shape[-1])
-    lse = call.q.new_full((B, H, Tq), -torch.inf)
-    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
+    lse = torch.full((B, H, Tq), -torch.inf, dtype=torch.float64, device=value.device)
+    scores = call.q.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
     for t in call.tiles():
         s = call.scores(t, call.hidden(t))
         if need_scores:
             scores[t.b, t.h, t.rows, t.cols] = s
         p, pivot, total = _softmax(s)
-        lse[t.b, t.h, t.rows] = (pivot + total.log()).squeeze(-1)  # log 0 = -inf is what a row without keys has
+        # log 0 = -inf is what a row without keys has
+        lse[t.b, t.h, t.rows] = (pivot.double() + total.double().log()).squeeze(-1)
         kept = call.kept(t)
         if kept is not None:
             p *= kept

@@ -28,7 +28,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         from ._concat_blocked import blocked_fwd
 
         out, lse, scores = blocked_fwd(*args[:-1])
-        return out.to(torch.promote_types(out.dtype, torch.float32)), lse.double(), scores
+        return out.to(torch.promote_types(out.dtype, torch.float32)), lse, scores
     from .kernels.concat import concat_fwd
 
     return concat_fwd(*args[:-1])
@@ -260,7 +260,8 @@ def concat_attention(
                 key = key.masked_fill(~keys[:, None, :, None], 0)
                 query = query if mask.dim() == 2 else query.masked_fill(~mask.any(2)[:, None, :, None], 0)
             wide = torch.promote_types(query.dtype, torch.float32)
-            query, key = ((x.to(wide) * v.to(wide)[:, None]).sum(-1, keepdim=True) for x in (query, key))
+            sums = wide if query.element_size() == 2 else torch.float64  # they may cancel: 60 and -45
+            query, key = ((x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide) for x in (query, key))
             v = v.new_ones(v.shape[0], 1, dtype=wide)
         out, lse, scores = _ConcatAttention.apply(query, key, value, v, score_bias, *tail, return_weights, blocked)
     else:

@@ -65,14 +65,6 @@ def reciprocal(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def fma(x, y, z, FMA: tl.constexpr):
-    """x y + z with one rounding. The interpreter has no such operation; there float64 holds the product exactly."""
-    if FMA:
-        return tl.fma(x, y, z)
-    return (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
-
-
-@triton.jit
 def exp(x, FMA: tl.constexpr):
     """e^x to a few units in the last place at any x.
 
@@ -152,7 +144,7 @@ def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.c
 
 @triton.jit
 def _score_exact(
-    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, FAST: tl.constexpr, FMA: tl.constexpr, GROUP: tl.constexpr,
+    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Σ_d v_d act(q_d + k_d) from the factors, to the precision of float32."""
@@ -169,16 +161,16 @@ def _score_exact(
             u0 = tl.load(v_ptr + d)
             u1 = tl.load(v_ptr + d + 1)
             if ACT == "tanh":
-                y0 = fma(a0, b0, -1.0, FMA)
-                y1 = fma(a1, b1, -1.0, FMA)
+                y0 = tl.fma(a0, b0, -1.0)
+                y1 = tl.fma(a1, b1, -1.0)
                 x0 = y0 + 2.0
                 x1 = y1 + 2.0
                 u0 *= y0
                 u1 *= y1
             else:
-                x0 = fma(a0, b0, 1.0, FMA)
-                x1 = fma(a1, b1, 1.0, FMA)
-            group += (u0 * x1 + u1 * x0) * reciprocal(x0 * x1, FAST)
+                x0 = tl.fma(a0, b0, 1.0)
+                x1 = tl.fma(a1, b1, 1.0)
+            group = tl.fma(tl.fma(u0, x1, u1 * x0), reciprocal(x0 * x1, FAST), group)
         acc += group
     return acc
 
@@ -235,7 +227,6 @@ def concat_scores(
     AP,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
-    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
@@ -250,7 +241,7 @@ def concat_scores(
     if FACTORED:
         if factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY):
             if EXACT:
-                s = _score_exact(aq, ak, v_ptr, AP, ACT, FAST, FMA, GROUP, BLOCK_M, BLOCK_N)
+                s = _score_exact(aq, ak, v_ptr, AP, ACT, FAST, GROUP, BLOCK_M, BLOCK_N)
             else:
                 s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
                 if ACT == "tanh":
@@ -327,7 +318,6 @@ def _concat_fwd_kernel(
     scale,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
-    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
@@ -378,7 +368,7 @@ def _concat_fwd_kernel(
         s = concat_scores(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptrs, q_keep, k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr, v_sum, A, AP, ACT, FAST, FMA, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
+            v_ptr, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import Chip, pow2
-from .concat import Blocks, concat_scores, exp, factors, factors_fit, fma, key_range, prepare, reciprocal, visible
+from .concat import Blocks, concat_scores, exp, factors, factors_fit, key_range, prepare, reciprocal, visible
 from .masks import dropout_scale, locate, sequence_of
 from .softmax import split
 
@@ -132,7 +132,7 @@ def _concat_bwd_g_kernel(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FMA, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
+            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if mask_ptr is None:
             mask_ptrs = None
@@ -160,7 +160,7 @@ def _concat_bwd_g_kernel(
                 values = tl.load(val_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
                 if seed_ptr is not None:
                     values *= k
-                dp += do * (values - out)
+                dp = tl.fma(do, values - out, dp)
         else:
             for d0 in range(0, DV, BLOCK_DV):
                 d = d0 + tl.arange(0, BLOCK_DV)
@@ -203,7 +203,6 @@ def _walk(
     fit,  # see factors_fit
     ACT: tl.constexpr,
     FAST: tl.constexpr,
-    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     WANT_S1: tl.constexpr,  # else s1 stays as it is
@@ -224,15 +223,15 @@ def _walk(
                 g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
                 g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
                 if EXACT and ACT == "tanh":
-                    y0 = fma(x, b0, -1.0, FMA)
-                    y1 = fma(x, b1, -1.0, FMA)
+                    y0 = tl.fma(x, b0, -1.0)
+                    y1 = tl.fma(x, b1, -1.0)
                     x0 = y0 + 2.0
                     x1 = y1 + 2.0
                     inv = reciprocal(x0 * x1, FAST)
                     one0 = y0 * (inv * x1)
                     one1 = y1 * (inv * x0)
-                    s2 += g0 * fma(-one0, one0, 1.0, FMA)
-                    s2 += g1 * fma(-one1, one1, 1.0, FMA)
+                    s2 = tl.fma(g0, tl.fma(-one0, one0, 1.0), s2)
+                    s2 = tl.fma(g1, tl.fma(-one1, one1, 1.0), s2)
                 else:
                     x0 = 1.0 + x * b0
                     x1 = 1.0 + x * b1
@@ -242,8 +241,8 @@ def _walk(
                     s2 += g0 * (one0 - one0 * one0)
                     s2 += g1 * (one1 - one1 * one1)
                 if WANT_S1:
-                    s1 += g0 * one0
-                    s1 += g1 * one1
+                    s1 = tl.fma(g0, one0, s1)
+                    s1 = tl.fma(g1, one1, s1)
         else:
             x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < A)[None, :], other=0.0)
             for n in range(0, tl.minimum(count, inside)):
@@ -307,7 +306,6 @@ def _concat_bwd_dq_kernel(
     right,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
-    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
@@ -352,7 +350,7 @@ def _concat_bwd_dq_kernel(
             k_ptr + seq * stride_kb + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N,
             keep_ptr, stride_krt, d, A, AP,
             factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
-            ACT, FAST, FMA, FACTORED, EXACT, True,
+            ACT, FAST, FACTORED, EXACT, True,
         )  # fmt: skip
         if ACT == "tanh" and not EXACT:
             n = tl.arange(0, BLOCK_N)
@@ -399,7 +397,6 @@ def _concat_bwd_dk_kernel(
     right,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
-    FMA: tl.constexpr,
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
@@ -456,7 +453,7 @@ def _concat_bwd_dk_kernel(
                 q_ptr + seq * stride_qb + head * stride_qh, stride_qt, row0, q_length - lo,
                 keep_ptr, stride_qrt, d, A, AP,
                 factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
-                ACT, FAST, FMA, FACTORED, EXACT, False,
+                ACT, FAST, FACTORED, EXACT, False,
             )  # fmt: skip
     v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
     if ACT == "tanh" and not EXACT:

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from _compare import assert_close, evaluate, in_double, largest, projection
-from _concat import ALL, IMPLS, ROUNDING, Case, compare, operator
+from _concat import ALL, IMPLS, Case, compare, operator
 from torch import nn
 
 from fused_attn import ConcatAttention, concat_attention
@@ -20,7 +20,6 @@ FORMS = {
     "ragged": Case(queries=9, keys=8, attn_dim=3, value_dim=2, ragged=True, window=(None, 2)),
 }
 SMALL = Case(queries=3, keys=5, attn_dim=3, value_dim=2)
-pytestmark = []
 each_impl = pytest.mark.parametrize("impl", ALL)
 each_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS.keys())
 
