@@ -258,12 +258,15 @@ def _concat_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
 def _concat_peers(sizes: Sizes) -> Mapping[str, Peer]:
     if any(name in sizes for name in ("S", "left", "right", "padded")):
         return {}
-    return {"flex": Peer(concat_flex, compile=True), "keops": Peer(concat_keops, needs="pykeops")}
+    peers = {"keops": Peer(concat_keops, needs="pykeops")}
+    if sizes["A"] <= 128:  # unrolled: on two cores of a CPU, 32 features took 18 s to compile and 128 took 92 s
+        peers["flex"] = Peer(concat_flex, compile=True)
+    return peers
 
 
-# The reference writes the activations, B·H·Tq·Tk·A of them: in bf16 2 bytes each, and forward and backward hold about
-# five such tensors at once. On a GPU of 140 GB it can do all cases but "long-window", where its failure is the result.
-# In float64 they are four times as large: hence the sizes to check at.
+# The reference writes the activations, B·H·Tq·Tk·A of them, and its backward holds about five such tensors at once:
+# at most 86 GB here, but for "long-window", which no GPU holds and where its failure is the result. In float64 they
+# are four times as large: hence the sizes to check at.
 CONCAT = Op(
     family="concat",
     inputs=_concat_inputs,

@@ -2,13 +2,18 @@
 
 For each case: every provider is compared with the reference in float64 at fresh random inputs, and one that is wrong
 is not timed. Then each is timed, forward (no gradients) and forward+backward (a gradient for each floating input).
+Peers (flex, keops) are other systems, forward only; a run on a GPU includes those that are there, on the cases that
+they can compute.
 
 - Time on a GPU: device events around a call, L2 flushed before it; median, and the 20th and 80th percentile. Where a
   call is short this includes the gaps between its launches; `--graph` times replays of a CUDA graph, without them.
   On a CPU: the wall clock, after a warm-up.
-- Memory, on a GPU only: the peak of PyTorch's allocator during a call, beyond what the inputs hold.
+- Memory: the peak during a call, beyond what there was before: on a GPU of PyTorch's allocator; on a CPU of the
+  process, where the system tells (Linux with glibc), good to some MiB.
 - Ceilings are measured in the same run: a large copy, and a large matrix product in each dtype. The floor of a call
   is the larger of bytes / copy rate and FLOPs / product rate, and `% of ceiling` is the floor over the measured time.
+- The tanh wall, on NVIDIA GPUs: the time of one hardware tanh for each pair that is visible and each feature, at the
+  rate that a kernel of nothing else has in the same run. `× wall` is the wall over the time of the forward.
 
 The results are written after every case. The exit status is 1 if `fused` failed or was wrong anywhere.
 """
@@ -16,6 +21,7 @@ The results are written after every case. The exit status is 1 if `fused` failed
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import math
@@ -42,6 +48,7 @@ from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("fused", "reference", "compile")
+PEERS = ("flex", "keops")
 QUANTILES = (0.5, 0.2, 0.8)
 # Error (relative, of the norm) beyond twice that of the reference in the same dtype: another order of summation.
 SLACK = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -63,21 +70,41 @@ def label(op: Op, case: Case) -> str:
     return f"{op.family}/{case.name}/{case.dtype_name}"
 
 
+def providers_of(op: Op, case: Case, device: torch.device, wanted: Sequence[str] | None = None) -> list[str]:
+    """Which of the wanted providers take part; without a wish, on a GPU every peer that is installed too."""
+    peers = op.peers(case.sizes)
+    if wanted is None:
+        wanted = [*PROVIDERS, *(name for name in peers if device.type == "cuda" and peers[name].available)]
+    return [name for name in wanted if name in PROVIDERS or name in peers]
+
+
+def modes_of(provider: str) -> Sequence[str]:
+    """The modes in which a provider takes part."""
+    return MODES[:1] if provider in PEERS else MODES
+
+
 def impl_of(provider: str, device: torch.device) -> str:
     """The `impl` that a provider passes: an explicit "triton" never falls back, but does not run on a CPU."""
+    if provider in PEERS:
+        return provider
     if provider != "fused":
         return "reference"
     return "triton" if device.type == "cuda" else "auto"
 
 
-def call_of(op: Op, provider: str, device: torch.device) -> Call:
+def call_of(op: Op, case: Case, provider: str, device: torch.device) -> Call:
     """The provider as a function of the op's inputs."""
-    impl = impl_of(provider, device)
+    options = op.options(case.sizes)
+    if provider in PEERS:
+        peer = op.peers(case.sizes)[provider]
+        given, compiled = partial(peer.call, **options), peer.compile
+    else:
+        given, compiled = partial(op.call, **options, impl=impl_of(provider, device)), provider == "compile"
 
     def call(**inputs: Tensor) -> Tensor:
-        return op.call(**inputs, impl=impl)
+        return given(**inputs)
 
-    return torch.compile(call, dynamic=False) if provider == "compile" else call
+    return torch.compile(call, dynamic=False) if compiled else call
 
 
 def runner(call: Call, inputs: Inputs, mode: str, dout: Tensor | None = None) -> Callable[[], dict[str, Tensor]]:
@@ -119,7 +146,7 @@ def check(op: Op, case: Case, providers: Sequence[str], device: torch.device, se
 
     An error may be twice that of the reference in the dtype of the case, plus a step of `SLACK`.
     """
-    textbook = call_of(op, "reference", device)
+    textbook = call_of(op, case, "reference", device)
 
     def exact() -> tuple[Inputs, Tensor, dict[str, Tensor]]:
         torch.manual_seed(seed)
@@ -134,8 +161,8 @@ def check(op: Op, case: Case, providers: Sequence[str], device: torch.device, se
     inputs, dout, truth = found
 
     def errors(provider: str) -> dict[str, float]:
-        got = runner(call_of(op, provider, device), inputs, "forward+backward", dout)()
-        return {name: ((got[name].double() - x).norm() / x.norm()).item() for name, x in truth.items()}
+        got = runner(call_of(op, case, provider, device), inputs, modes_of(provider)[-1], dout)()
+        return {name: ((x.double() - truth[name]).norm() / truth[name].norm()).item() for name, x in got.items()}
 
     rough, failure = attempt(partial(errors, "reference"))
     slack = SLACK[case.dtype]
@@ -197,18 +224,37 @@ def graphed(fn: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def peak_bytes(fn: Callable[[], Any]) -> int:
-    """Most memory that the allocator held during a call, beyond what it held before: results and temporaries."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def peak_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory held during a call, beyond what was held before: results and temporaries. None: it can't be told.
+
+    On a GPU it is of the allocator, on a CPU of the process. `fn` has been called before: that makes buffers to keep.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # Freed blocks of less than 32 MiB stay in the process, and a call that takes them again shows no growth: for
+        # the blocked concat path 0 to 8 MiB instead of 10 to 16. A fresh process is no help: it has called `fn` once.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        return None
+    before = _resident("VmRSS")
     fn()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
 def ceilings(dtypes: set[torch.dtype], device: torch.device, quick: bool) -> Row:
-    """Bytes a second of a copy (read + written), and FLOPs a second of a matrix product in each dtype."""
+    """A second's bytes of a copy (read + written), FLOPs of a matrix product in each dtype, and hardware tanh."""
     gpu = device.type == "cuda"
     src = torch.randn(2**29 if gpu else 2**24, device=device)
     ms = timed(partial(torch.empty_like(src).copy_, src), device, quick)[0]
@@ -218,7 +264,21 @@ def ceilings(dtypes: set[torch.dtype], device: torch.device, quick: bool) -> Row
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         ms = timed(partial(torch.mm, a, b), device, quick)[0]
         found["matmul_flops_per_s"][str(dtype).removeprefix("torch.")] = 2 * n**3 / (1e-3 * ms)
+    if gpu and torch.version.hip is None:
+        rate, why = attempt(partial(tanh_rate, device, quick))
+        found |= {"tanh_per_s": rate} if why is None else {"tanh_failure": why}
     return found
+
+
+def tanh_rate(device: torch.device, quick: bool) -> float:
+    """Hardware tanh a second of an NVIDIA GPU."""
+    from . import tanh_rate as kernel
+
+    trips = 64  # about a millisecond: 2^15 tanh for each of 2,048 threads an SM, at 16 a clock
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    out = torch.empty(processors * (2048 // (32 * kernel.WARPS)) * kernel.BLOCK, device=device)
+    ms = timed(partial(kernel.launch, out, trips), device, quick)[0]
+    return out.numel() * kernel.UNROLLED * trips / (1e-3 * ms)
 
 
 def floor_of(cost: Cost, dtype: str, ceiling: Row) -> tuple[float, str]:
@@ -236,14 +296,14 @@ def measure(
     torch._dynamo.reset()  # each case compiles anew, and does not use up the recompilations of the next
     checked = check(op, case, providers, device, seed)
     for provider in providers:
-        call, impl = call_of(op, provider, device), impl_of(provider, device)
-        for mode in MODES:
+        call, impl = call_of(op, case, provider, device), impl_of(provider, device)
+        for mode in modes_of(provider):
             cost = op.work(case, mode)
             floor, bound = floor_of(cost, case.dtype_name, ceiling)
             row: Row = {
                 "family": op.family, "case": case.name, "dtype": case.dtype_name, "sizes": dict(case.sizes),
                 "provider": provider, "impl": impl, "mode": mode,
-                "flops": cost.flops, "bytes": cost.bytes, "floor_ms": floor, "bound": bound,
+                **cost._asdict(), "floor_ms": floor, "bound": bound,
                 "seed": seed, **checked[provider],
             }  # fmt: skip
             if "failure" not in row:
@@ -252,6 +312,8 @@ def measure(
                 row |= found or {"failure": why}
             if "median_ms" in row:
                 row["percent_of_ceiling"] = 100 * floor / row["median_ms"]
+                if cost.tanhs and mode == "forward" and "tanh_per_s" in ceiling:
+                    row["x_tanh_wall"] = 1e3 * cost.tanhs / ceiling["tanh_per_s"] / row["median_ms"]
             yield row
 
 
@@ -267,7 +329,8 @@ def numbers(
     row: Row = {}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        row["peak_bytes"] = peak_bytes(fn)
+    if (peak := peak_bytes(fn, device)) is not None:
+        row["peak_bytes"] = peak
     times = timed(graphed(fn) if graph else fn, device, quick)
     return row | dict(zip(("median_ms", "p20_ms", "p80_ms"), times, strict=True))
 
@@ -337,32 +400,47 @@ def progress(row: Row) -> str:
     )
 
 
+def _short(x: float) -> str:
+    """At least four digits of a number."""
+    return f"{x:.4f}" if x < 10 else f"{x:.2f}" if x < 1000 else f"{x:,.0f}"
+
+
 def table(report: Row) -> Table:
     """The rows of a stored report, for people: at most 120 columns wide."""
     rows = report["rows"]
     key = ("family", "case", "dtype", "mode")
-    reference = {tuple(r[k] for k in key): r.get("median_ms") for r in rows if r["provider"] == "reference"}
-    memory = any("peak_bytes" in row for row in rows)
+    bases = {
+        provider: {tuple(r[k] for k in key): r.get("median_ms") for r in rows if r["provider"] == provider}
+        for provider in ("reference", "compile")
+    }
+    memory, wall = (any(field in row for row in rows) for field in ("peak_bytes", "x_tanh_wall"))
     names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
     modes = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
-    shown = Table(title=report["device"]["name"], box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    threads = report["device"].get("threads")
+    title = report["device"]["name"] + ("" if threads is None else f", {threads} threads")
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for header in ("case", "mode", "provider"):
         shown.add_column(header, no_wrap=True)
-    for header in ("ms", "spread", "× ref.", "floor ms", "of ceiling", *(["peak MiB"] if memory else []), "error"):
+    optional = [*(["× wall"] if wall else []), *(["peak MiB"] if memory else [])]
+    for header in ("ms", "±", "× ref.", "× comp.", "floor", "of ceiling", *optional, "error"):
         shown.add_column(header, no_wrap=True, justify="right")
     last = None
     for row in sorted(rows, key=lambda row: [row[k] for k in key]):  # stable: providers keep their order
         if last not in (None, row["case"] + row["dtype"]):
             shown.add_section()
         last = row["case"] + row["dtype"]
-        ms, base = row.get("median_ms"), reference.get(tuple(row[k] for k in key))
+        ms = row.get("median_ms")
         cells = [f"{row['case']} {names[row['dtype']]}", modes[row["mode"]], row["provider"]]
-        cells += ["failed" if ms is None else f"{ms:.4f}" if ms < 10 else f"{ms:,.2f}"]
+        cells += ["failed" if ms is None else _short(ms)]
         cells += ["" if ms is None else f"{100 * (row['p80_ms'] - row['p20_ms']) / ms:.0f}%"]
-        cells += ["" if ms is None or base is None else f"{base / ms:.2f}"]
-        cells += [f"{row['floor_ms']:.4f}"]
+        for times in bases.values():
+            base = times.get(tuple(row[k] for k in key))
+            cells += ["" if ms is None or base is None else f"{base / ms:.2f}"]
+        cells += [_short(row["floor_ms"])]
         cells += ["" if ms is None else f"{row['percent_of_ceiling']:.0f}% {row['bound']}"]
+        if wall:
+            cells += [f"{row['x_tanh_wall']:.2f}" if "x_tanh_wall" in row else ""]
         if memory:
             cells += [f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else ""]
         shown.add_row(*cells, f"{row['error']:.1e}" if "error" in row else "")
@@ -373,15 +451,24 @@ def summary(report: Row) -> str:
     """The ceilings, what the table does not say of itself, and every failure."""
     ceiling = report["ceilings"]
     products = ", ".join(f"{r / 1e12:.3g} TFLOP/s ({dtype})" for dtype, r in ceiling["matmul_flops_per_s"].items())
+    tanh = f", {ceiling['tanh_per_s'] / 1e12:.3g} T tanh/s" if "tanh_per_s" in ceiling else ""
     lines = [
-        f"Ceilings: copy {ceiling['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), product {products}.",
-        f"Times by {report['timer']}: median; spread, from the 20th to the 80th percentile.",
-        "× ref.: time of the reference / time. Error: the largest of output and gradients, against float64.",
+        f"Ceilings: copy {ceiling['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), product {products}{tanh}.",
+        f"Times by {report['timer']}: median; ±, from the 20th to the 80th percentile; floor in ms.",
+        "× ref., × comp.: time of the reference, of torch.compile of it / time. "
+        "Error: the largest of output and gradients, against float64.",
     ]
+    if any("x_tanh_wall" in row for row in report["rows"]):
+        lines.append("× wall: time of one hardware tanh for each visible pair and feature / time of the forward.")
+    if "tanh_failure" in ceiling:
+        lines.append(f"No tanh wall: {ceiling['tanh_failure']}")
     if any(row.get("percent_of_ceiling", 0) > 100 for row in report["rows"]):
         lines.append("Over 100%: the inputs stayed in a cache, or another program slowed the measured ceiling.")
     if any(row["impl"] == "auto" for row in report["rows"]):
-        lines.append("No kernel ran: on a CPU `fused` is impl='auto', the same PyTorch code as `reference`.")
+        lines.append(
+            "No kernel ran: on a CPU `fused` is impl='auto': for concat a blocked path in PyTorch, else the same "
+            "code as `reference`."
+        )
     seen = set()
     for row in report["rows"]:
         if "failure" in row:
@@ -399,7 +486,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--family", choices=[op.family for op in REGISTRY])
     parser.add_argument("--case", default="", help="only cases whose family/name/dtype contains this")
-    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="may be repeated; default: all")
+    parser.add_argument("--provider", action="append", choices=(*PROVIDERS, *PEERS),
+                        help="may be repeated; default: all; peers on a GPU only, where installed")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="of a CPU; default: PyTorch's choice")
     parser.add_argument("--output", type=Path, help="default: bench/results/<device>-<date>.json")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a smoke test")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs: no gaps between launches")
@@ -422,6 +511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"    {mode}: {cost.flops / 1e9:.4g} GFLOP, {cost.bytes / 1e6:.4g} MB")
         return 0
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     start = time.perf_counter()
 
     def say(text: str) -> None:
@@ -442,7 +533,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     for op, case in chosen:
         for row in measure(
-            op, case, args.provider or PROVIDERS, device, seed, report["ceilings"],
+            op, case, providers_of(op, case, device, args.provider), device, seed, report["ceilings"],
             quick=args.quick, graph=args.graph,
         ):  # fmt: skip
             report["rows"].append(row)

@@ -6,30 +6,33 @@ A round is a call and a wait for the device, on the wall clock; the numbers to q
 import pytest
 import torch
 
-from .registry import MODES, Case, Op
-from .run import PROVIDERS, call_of, check, label, runner, select
+from .registry import Case, Op
+from .run import call_of, check, label, modes_of, providers_of, runner, select
 
 pytest.importorskip("pytest_benchmark")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-# To compile for a CPU takes longer than all the rest together.
-PROVIDERS_HERE = PROVIDERS if GPU else tuple(p for p in PROVIDERS if p != "compile")
-CASES = [pytest.param(op, case, id=label(op, case)) for op, case in select(DEVICE.type)]
+CASES = [
+    pytest.param(op, case, provider, id=f"{label(op, case)}-{provider}")
+    for op, case in select(DEVICE.type)
+    for provider in providers_of(op, case, DEVICE)
+    if GPU or provider != "compile"  # to compile for a CPU takes longer than all the rest together
+]
+SPEEDS = [
+    pytest.param(*one.values, mode, id=f"{one.id}-{mode}") for one in CASES for mode in modes_of(str(one.values[2]))
+]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS_HERE)
-@pytest.mark.parametrize(("op", "case"), CASES)
+@pytest.mark.parametrize(("op", "case", "provider"), CASES)
 def test_is_right(op: Op, case: Case, provider: str) -> None:
     assert "failure" not in (row := check(op, case, [provider], DEVICE, seed=0)[provider]), row["failure"]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS_HERE)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("op", "case"), CASES)
-def test_speed(op: Op, case: Case, mode: str, provider: str, benchmark) -> None:
+@pytest.mark.parametrize(("op", "case", "provider", "mode"), SPEEDS)
+def test_speed(op: Op, case: Case, provider: str, mode: str, benchmark) -> None:
     torch._dynamo.reset()
-    call, inputs = call_of(op, provider, DEVICE), op.inputs(case.sizes, case.dtype, DEVICE, 1)
+    call, inputs = call_of(op, case, provider, DEVICE), op.inputs(case.sizes, case.dtype, DEVICE, 1)
     out = runner(call, inputs, "forward")()["out"]
     fn = runner(call, inputs, mode, torch.randn_like(out))
 

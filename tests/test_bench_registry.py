@@ -1,19 +1,26 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from bench import run
-from bench.registry import LOCATION, MODES, REGISTRY, Case, Cost, Op, ragged_lengths
-from fused_attn import location_attention
+from bench.peers import Peer
+from bench.registry import CONCAT, LOCATION, MODES, REGISTRY, Case, Cost, Op, ragged_lengths, visible_pairs
+from fused_attn import concat_attention, location_attention
 
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
 TINY = Case("tiny", {"B": 2, "T": 8, "D": 4, "A": 3, "gates": 1}, torch.float32, "cpu")
+TINY_CONCAT = Case("tiny", {"B": 2, "Tq": 5, "Tk": 6, "A": 3, "Dv": 4}, torch.float32, "cpu")
 
 
 def nbytes(tensors) -> int:
@@ -37,7 +44,7 @@ def test_case_is_built_in_small_and_its_cost_counts_its_tensors(op: Op, case: Ca
             assert not torch.equal(x, other[name]), name
             assert x.count_nonzero() > 0, name
 
-    call = run.call_of(op, "reference", CPU)
+    call = run.call_of(op, small, "reference", CPU)
     out = run.runner(call, inputs, MODES[0])()["out"]
     results = run.runner(call, inputs, MODES[1], torch.randn_like(out))()
     floating = [name for name, x in inputs.items() if x.is_floating_point()]
@@ -46,6 +53,7 @@ def test_case_is_built_in_small_and_its_cost_counts_its_tensors(op: Op, case: Ca
         assert results[name].shape == inputs[name].shape
     forward, both = (op.work(small, mode) for mode in MODES)
     assert forward.bytes == nbytes([*inputs.values(), out])
+    assert both.tanhs == forward.tanhs >= 0
     # The backward reads the inputs and the gradient of the output, and writes the other gradients.
     assert both.bytes == forward.bytes + nbytes([*inputs.values(), out]) + nbytes(results[name] for name in floating)
     assert both.flops == 3 * forward.flops > 0
@@ -71,6 +79,49 @@ def test_location_cost_by_hand(sizes, forward, backward) -> None:
     assert LOCATION.cost(sizes, 2) == (Cost(*forward), Cost(*backward))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        # Query 3·5, key 4·5, value 4·7, v 5 in, twice but v: 131; out 2·3·7. A pair: 7 products, 5 tanh.
+        ({}, (2 * 24 * 7, 173 * 2, 24 * 5), (4 * 24 * 7, 304 * 2)),
+        ({"relu": 1}, (2 * 24 * 7, 173 * 2), (4 * 24 * 7, 304 * 2)),
+        # Three heads have three of everything.
+        ({"H": 3}, (6 * 24 * 7, 519 * 2, 72 * 5), (12 * 24 * 7, 912 * 2)),
+        # Causal: 1 + 2 + 3 of 12 pairs. The key before it too: 1 + 2 + 2. Strictly the one before: 0 + 1 + 1.
+        ({"right": 0}, (2 * 12 * 7, 173 * 2, 12 * 5), (4 * 12 * 7, 304 * 2)),
+        ({"left": 1, "right": 0}, (2 * 10 * 7, 173 * 2, 10 * 5), (4 * 10 * 7, 304 * 2)),
+        ({"left": 1, "right": -1}, (2 * 4 * 7, 173 * 2, 4 * 5), (4 * 4 * 7, 304 * 2)),
+        # Lengths of at least min(16, Tk) = all 4 keys, and the mask: a byte a key.
+        ({"padded": 1}, (2 * 24 * 7, 173 * 2 + 8, 24 * 5), (4 * 24 * 7, 304 * 2 + 8)),
+        # Two sequences as long as those, and three int32 offsets twice.
+        ({"S": 2}, (2 * 24 * 7, 173 * 2 + 24, 24 * 5), (4 * 24 * 7, 304 * 2 + 24)),
+    ],
+    ids=["plain", "relu", "heads", "causal", "window", "strict", "padded", "ragged"],
+)
+def test_concat_cost_by_hand(sizes, forward, backward) -> None:
+    assert CONCAT.cost({"B": 2, "Tq": 3, "Tk": 4, "A": 5, "Dv": 7, **sizes}, 2) == (Cost(*forward), Cost(*backward))
+
+
+@pytest.mark.parametrize(("op", "case"), [pytest.param(CONCAT, c, id=run.label(CONCAT, c)) for c in CONCAT.cases])
+def test_visible_pairs_are_the_weights_that_are_not_zero(op: Op, case: Case) -> None:
+    sizes = {name: min(size, 40 if name in ("Tq", "Tk") else 3) for name, size in case.sizes.items()}
+    inputs = op.inputs(sizes, torch.float32, CPU, 0)
+    options = {**op.options(sizes), "return_weights": "S" not in sizes}
+    if "S" in sizes:
+        q, k = (ragged_lengths(sizes, axis) for axis in ("Tq", "Tk"))
+        assert visible_pairs(sizes) == sum(a * b for a, b in zip(q, k, strict=True))
+    else:
+        _, weights = op.call(**inputs, **options, impl="reference")
+        assert visible_pairs(sizes) * sizes.get("H", 1) == weights.count_nonzero()
+
+
+def test_concat_weights_are_neither_uniform_nor_one_hot() -> None:
+    sizes = {"B": 1, "Tq": 64, "Tk": 512, "A": 128, "Dv": 8}
+    _, weights = concat_attention(**CONCAT.inputs(sizes, torch.float32, CPU, 0), return_weights=True)
+    entropy = -(weights * weights.log()).sum(-1).mean() / torch.tensor(512.0).log()
+    assert 0.5 < entropy < 0.95
+
+
 def test_ragged_lengths_belong_to_the_case() -> None:
     lengths = ragged_lengths({"S": 64, "T": 4096})
     assert lengths == ragged_lengths({"S": 64, "T": 4096})
@@ -92,8 +143,8 @@ def quick(monkeypatch, tmp_path):
     """Run the benchmark on the tiny case with `op`; the exit status and what was stored."""
     monkeypatch.setattr(run, "ceilings", lambda *_: {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"float32": 1e9}})
 
-    def go(op: Op, *argv: str):
-        monkeypatch.setattr(run, "REGISTRY", [dataclasses.replace(op, cases=(TINY,))])
+    def go(op: Op, *argv: str, case: Case = TINY):
+        monkeypatch.setattr(run, "REGISTRY", [dataclasses.replace(op, cases=(case,))])
         output = tmp_path / "sub" / "out.json"
         argv = ("--quick", "--device", "cpu", "--provider", "fused", "--provider", "reference", *argv)
         status = run.main([*argv, "--output", str(output)])
@@ -124,11 +175,141 @@ def test_quick_run_stores_what_it_promises(quick, capsys) -> None:
         assert row["percent_of_ceiling"] == pytest.approx(100 * row["floor_ms"] / row["median_ms"])
         assert row["errors"].keys() == {"out", "h", "w", "b", "v", "gate_w", "gate_b"}
         assert row["error"] == max(row["errors"].values()) < 1e-5
-        assert "peak_bytes" not in row  # not measured on a CPU
+        assert ("peak_bytes" in row) == (sys.platform == "linux")
+        assert "x_tanh_wall" not in row
         assert "failure" not in row
     printed = capsys.readouterr().out
     assert "No kernel ran" in printed
-    assert "peak MiB" not in printed
+    assert "threads" in printed
+
+
+def test_peak_memory_counts_what_a_call_takes_and_gives_back() -> None:
+    def take() -> None:  # freed blocks of this size stay with the allocator, and are counted all the same
+        blocks = [torch.ones(2**18) for _ in range(64)]
+        del blocks[:]
+
+    take()
+    found = run.peak_bytes(take, CPU)
+    if found is None:
+        pytest.skip("this system does not tell")
+    assert 63 * 2**20 < found < 80 * 2**20
+    assert run.peak_bytes(lambda: None, CPU) < 4 * 2**20
+
+
+def test_where_memory_is_not_told_it_is_left_out(quick, monkeypatch, capsys) -> None:
+    class NoGlibc:
+        def __init__(self, _) -> None: ...
+
+    monkeypatch.setattr(run.ctypes, "CDLL", NoGlibc)
+    _, report = quick(LOCATION)
+    assert not any("peak_bytes" in row for row in report["rows"])
+    assert "peak MiB" not in capsys.readouterr().out
+
+
+def test_speed_ups_over_the_reference_and_over_its_compilation(monkeypatch) -> None:
+    row = {
+        "family": "concat", "case": "tiny", "dtype": "float32", "mode": "forward", "p20_ms": 1.0, "p80_ms": 1.0,
+        "floor_ms": 0.1, "bound": "memory", "percent_of_ceiling": 1.0,
+    }  # fmt: skip
+    times = {"fused": 2.0, "reference": 16.0, "compile": 5.0}
+    report = {
+        "device": {"name": "CPU", "threads": 2},
+        "rows": [row | {"provider": provider, "median_ms": ms} for provider, ms in times.items()],
+    }
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(run.table(report))
+    lines = console.export_text().splitlines()
+    assert lines[0].strip() == "CPU, 2 threads"
+    found = {line.split()[3]: line.split()[6:8] for line in lines if line.startswith(" tiny")}
+    assert found == {"fused": ["8.00", "2.50"], "reference": ["1.00", "0.31"], "compile": ["3.20", "1.00"]}
+
+
+def test_tanh_wall_is_of_the_forward_where_the_rate_is_known(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "numbers", lambda *_, **__: {"median_ms": 0.5, "p20_ms": 0.5, "p80_ms": 0.5})
+    ceiling = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"float32": 1e9}, "tanh_per_s": 1e6}
+    rows = list(run.measure(CONCAT, TINY_CONCAT, ["reference"], CPU, 0, ceiling))
+    assert rows[0]["tanhs"] == 2 * 5 * 6 * 3
+    assert rows[0]["x_tanh_wall"] == pytest.approx(0.18 / 0.5)
+    assert "x_tanh_wall" not in rows[1]
+    relu = dataclasses.replace(TINY_CONCAT, sizes={**TINY_CONCAT.sizes, "relu": 1})
+    assert not any("x_tanh_wall" in r for r in run.measure(CONCAT, relu, ["reference"], CPU, 0, ceiling))
+    report = {"device": {"name": "GPU"}, "timer": "a clock", "ceilings": ceiling, "rows": rows}
+    assert "1e-06 T tanh/s" in run.summary(report)
+    assert "× wall: time of one hardware tanh" in run.summary(report)
+
+
+@pytest.mark.parametrize("target", [80, 90, 100, 120])
+def test_tanh_kernel_is_one_instruction_a_tanh(target: int) -> None:
+    pytest.importorskip("triton", reason="compiles with Triton")
+    code = f"""
+import re, triton
+from bench import tanh_rate
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+blocks = {{"BLOCK": tanh_rate.BLOCK, "UNROLLED": tanh_rate.UNROLLED}}
+signature = {{"out_ptr": "*fp32", "trips": "i32"}} | dict.fromkeys(blocks, "constexpr")
+kernel = triton.compile(
+    ASTSource(tanh_rate._tanh_rate_kernel, signature, blocks),
+    target=GPUTarget("cuda", {target}, 32), options={{"num_warps": tanh_rate.WARPS}},
+)
+sass = kernel.asm["sass"]
+print(len(re.findall("MUFU.TANH", sass)), len(re.findall("FMUL|FFMA|FADD", sass)), len(re.findall("LDL|STL", sass)))
+print(tanh_rate.BLOCK // (32 * tanh_rate.WARPS) * tanh_rate.UNROLLED)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, expected = (line.split() for line in done.stdout.splitlines())
+    tanh, other, spilled = map(int, found)
+    assert tanh == int(expected[0])  # none left out, none made twice
+    assert other <= tanh // 2  # the instruction is used as it is, with no scaling around it; the start has some
+    assert spilled == 0
+
+
+def fake_peer(wrong: float = 0.0) -> Op:
+    def call(*, activation: str, window: tuple, **inputs: torch.Tensor) -> torch.Tensor:
+        return concat_attention(**inputs, activation=activation, window=window, impl="reference") + wrong
+
+    return dataclasses.replace(CONCAT, peers=lambda sizes: {"keops": Peer(call), "flex": Peer(call, needs="nowhere")})
+
+
+def test_peers_run_forward_only_and_are_checked(quick, capsys) -> None:
+    status, report = quick(fake_peer(), "--provider", "keops", case=TINY_CONCAT)
+    assert status == 0
+    peers = [row for row in report["rows"] if row["provider"] == "keops"]
+    assert [(row["mode"], row["impl"], list(row["errors"])) for row in peers] == [("forward", "keops", ["out"])]
+    assert peers[0]["median_ms"] > 0
+    status, report = quick(fake_peer(1e-3), "--provider", "keops", case=TINY_CONCAT)
+    assert status == 0  # it is not ours
+    assert report["rows"][-1]["failure"].startswith("wrong")
+
+
+def test_peers_take_part_by_default_on_a_gpu_where_installed() -> None:
+    op, gpu = fake_peer(), torch.device("cuda")
+    assert run.providers_of(op, TINY_CONCAT, gpu) == ["fused", "reference", "compile", "keops"]
+    assert run.providers_of(op, TINY_CONCAT, CPU) == ["fused", "reference", "compile"]
+    assert run.providers_of(op, TINY_CONCAT, CPU, ["flex", "fused"]) == ["flex", "fused"]
+    assert run.providers_of(LOCATION, TINY, gpu, ["flex", "fused"]) == ["fused"]
+    for sizes in ({"padded": 1}, {"S": 2}, {"right": 0}, {"left": 3}):
+        assert not CONCAT.peers({**TINY_CONCAT.sizes, **sizes})
+
+
+@pytest.mark.parametrize("relu", [0, 1])
+@pytest.mark.parametrize("heads", [{}, {"H": 2}])
+@pytest.mark.parametrize("peer", run.PEERS)
+def test_peer_computes_the_same(peer: str, heads, relu: int) -> None:
+    """FlexAttention uncompiled; KeOps where it is installed."""
+    case = dataclasses.replace(TINY_CONCAT, sizes={**TINY_CONCAT.sizes, **heads, "relu": relu})
+    peers = CONCAT.peers(case.sizes)
+    if not peers[peer].available:
+        pytest.skip(f"{peers[peer].needs} is not installed")
+    inputs = CONCAT.inputs(case.sizes, torch.float32, CPU, 0)
+    expected = run.call_of(CONCAT, case, "reference", CPU)(**inputs)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        found = peers[peer].call(**inputs, **CONCAT.options(case.sizes))
+    torch.testing.assert_close(found, expected)
 
 
 def test_table_of_every_gpu_case_fits_into_120_columns() -> None:
@@ -137,8 +318,9 @@ def test_table_of_every_gpu_case_fits_into_120_columns() -> None:
             "family": op.family, "case": case.name, "dtype": case.dtype_name, "mode": mode, "provider": provider,
             "median_ms": 1234.5678, "p20_ms": 1200.0, "p80_ms": 1300.0, "floor_ms": 123.4567, "bound": "compute",
             "percent_of_ceiling": 10.0, "peak_bytes": 140 * 2**30, "error": 1.23e-06,
+            **({"x_tanh_wall": 1.234} if mode == "forward" else {}),
         }
-        for op, case in run.select("cuda") for provider in run.PROVIDERS for mode in MODES
+        for op, case in run.select("cuda") for provider in (*run.PROVIDERS, *run.PEERS) for mode in MODES
     ]  # fmt: skip
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(run.table({"device": {"name": "NVIDIA H200"}, "rows": rows}))
@@ -146,7 +328,7 @@ def test_table_of_every_gpu_case_fits_into_120_columns() -> None:
     assert "…" not in text
     line = next(line for line in text.splitlines() if "fwd+bwd" in line)
     assert line.split() == [
-        "gated-bag", "bf16", "fwd+bwd", "fused", "1,234.57", "8%", "1.00", "123.4567", "10%", "compute", "143,360.0",
+        "causal", "bf16", "fwd+bwd", "fused", "1,235", "8%", "1.00", "1.00", "123.46", "10%", "compute", "143,360.0",
         "1.2e-06",
     ]  # fmt: skip
 
@@ -195,6 +377,21 @@ def test_ceilings_are_positive(monkeypatch) -> None:
     found = run.ceilings({torch.float32}, CPU, True)
     assert found["copy_bytes_per_s"] == pytest.approx(2 * 4 * 2**24 / 2e-3)
     assert found["matmul_flops_per_s"] == {"float32": pytest.approx(2 * 1024**3 / 2e-3)}
+    assert not any("tanh" in name for name in found)
+
+
+def test_tanh_rate_counts_what_is_launched(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="the kernel is Triton's")
+    from bench import tanh_rate
+
+    launched = []
+    monkeypatch.setattr(tanh_rate, "launch", lambda out, trips: launched.append((out.numel(), trips)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(run, "timed", lambda fn, *_: (fn(), [2.0])[1])
+    rate = run.tanh_rate(CPU, True)
+    [(elements, trips)] = launched
+    assert elements == 3 * 16 * tanh_rate.BLOCK  # 2,048 threads an SM
+    assert rate == pytest.approx(elements * trips * tanh_rate.UNROLLED / 2e-3)
 
 
 def test_selection_and_list(capsys) -> None:

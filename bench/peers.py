@@ -1,0 +1,69 @@
+"""Other systems that can compute a family's forward: what `Op.peers` names. Each is imported only where it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another system's forward."""
+
+    call: Callable[..., Tensor]
+    """On the inputs and options of an op."""
+    needs: str = "torch"  # the module it is made with
+    compile: bool = False  # whether it is made for torch.compile
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be imported here."""
+        return importlib.util.find_spec(self.needs) is not None
+
+
+def _with_heads(query: Tensor, key: Tensor, value: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four as (B, H, T, width) and (H, A)."""
+    if query.dim() == 3:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    return query, key, value, v.expand(query.shape[1], -1)
+
+
+def concat_flex(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, *, activation: str, window: tuple[None, None]
+) -> Tensor:
+    """FlexAttention: the product of its own query and key is 0, a score modification makes the additive score.
+
+    A modification maps numbers to numbers, so the sum over features is unrolled and reads captured tensors.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    act = {"tanh": torch.tanh, "relu": torch.relu}[activation]
+    q, k, values, weights = _with_heads(query, key, value, v)
+
+    def additive(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        for d in range(q.shape[-1]):
+            # Its scores are float32; so are these, which bf16 would round at each term.
+            score = score + weights[h, d].float() * act(q[b, h, i, d].float() + k[b, h, j, d].float())
+        return score
+
+    nothing = [values.new_zeros(*x.shape[:3], 16) for x in (q, k)]  # 16: the narrowest that it takes
+    return flex_attention(*nothing, values, score_mod=additive, scale=1.0).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def concat_keops(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, *, activation: str, window: tuple[None, None]
+) -> Tensor:
+    """KeOps: the formula on lazy tensors, compiled when it is first met. It has no bf16, so that is float32 here."""
+    from pykeops.torch import LazyTensor
+
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q, k, values, weights = (x.to(dtype).contiguous() for x in _with_heads(query, key, value, v))
+    z = LazyTensor(q[:, :, :, None]) + LazyTensor(k[:, :, None])
+    act = z.relu() if activation == "relu" else 1 - 2 / (1 + (2 * z).exp())  # it has no tanh
+    scores = (act * LazyTensor(weights[None, :, None, None])).sum(-1)
+    out = scores.sumsoftmaxweight(LazyTensor(values[:, :, None]), axis=3)
+    return out.to(value.dtype).reshape(*query.shape[:-1], value.shape[-1])
