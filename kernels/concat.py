@@ -10,14 +10,14 @@ a special function an element. The product x0 x1 must stay a float32, so every t
 max|exponent|; a pair of tiles past it takes a loop with one tanh an element: right everywhere. The other activations
 are cheap and have a direct loop only.
 
-float32 inputs (`EXACT`) take two operations more. Σv - 2 Σ v r, with r = 1 / (1 + αβ) near ½, has the rounding of
-numbers near Σv in it, 15 times the error of a float32 tanh where v > 0 and A = 128. So for them
+float32 inputs (`EXACT`) have a loop of their own, with a reciprocal and six operations an element, that is as exact
+as the textbook expression in float32:
 
-    tanh(q + k) = y / (y + 2),  y = αβ - 1 by one rounding
+    tanh(q + k) = y / (y + 2),  y = αβ - 1 by one rounding,  α = α_hi + α_lo,  β = β_hi + β_lo
 
-is exact where it is small, and sums are made in groups: 1.2 times the error of the textbook expression in float32
-(A = 128, q and k normal). Where all exponents of a pair of tiles are small, y has lost what the rounding of α took,
-and the loop with a tanh an element is right again. 16-bit inputs carry errors far above all of this.
+Σv - 2 Σ v r would have the rounding of numbers near Σv in it, 15 times the error of a float32 tanh where v > 0 and
+A = 128; y is exact where it is small. The rounding of α alone is one error for all keys of a query, and of β for all
+queries of a key, which sums keep. And sums are made in groups. 16-bit inputs carry errors far above all of this.
 
 The factors are laid out by tiles, (tiles, H, A, rows of a tile): one step of d loads whole vectors, from sequences
 that start anywhere. A is made even; the feature that is added has v = 0.
@@ -39,14 +39,8 @@ from .chip import Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition, sequence_of
 from .softmax import finish, merge, pivot
 
-SAFE, SAFE_EXACT = 42.0, 30.0
-"""Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1) is a float32: 2·42 < log(3.4e38) = 88.7.
-
-With `EXACT` v multiplies that product before it is divided by it: e^60 = 1e26 leaves room for any sensible v.
-"""
-
-TINY = 1.0
-"""With `EXACT`, tanh of a pair of tiles whose exponents are all under this is not factored."""
+SAFE, SAFE_EXACT = 42.0, 80.0
+"""Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1), or with `EXACT` αβ, is a float32 (under e^88.7)."""
 
 GROUP = 16
 """With `EXACT`, features that are summed before they meet the sum of the others."""
@@ -82,7 +76,7 @@ def exp(x, FMA: tl.constexpr):
 def _concat_factor_kernel(
     x_ptr, stride_xb, stride_xh, stride_xt,  # (B, H, T, A), or packed with stride_xb = 0
     keep_ptr, stride_kb, stride_kt,  # (B, T): rows that may hold anything are False; or None
-    tiles_ptr,  # (items, H, AP, BLOCK_T) float32
+    tiles_ptr,  # (items, H, AP, BLOCK_T) float32; with EXACT (items, H, 2, AP, BLOCK_T), the second what is cut off
     rows_ptr,  # (items, H, BLOCK_T, AP) float32: the same, transposed; or None
     bound_ptr,  # (items, H) float32: max|scale x|
     cu_ptr, seq_ptr, first_ptr,
@@ -94,6 +88,7 @@ def _concat_factor_kernel(
     AP,
     scale,
     EXP: tl.constexpr,
+    EXACT: tl.constexpr,
     FMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -109,15 +104,23 @@ def _concat_factor_kernel(
         keep = tl.load(keep_ptr + seq * stride_kb + rows * stride_kt, mask=keep, other=0) != 0
     ptrs = x_ptr + seq * stride_xb + head * stride_xh + rows * stride_xt
     tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * BLOCK_T
+    planes: tl.constexpr = 2 if EXP and EXACT else 1
     bound = tl.zeros([BLOCK_T], tl.float32)
     for a0 in range(0, AP, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
         x = tl.load(ptrs[:, None] + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
         if EXP:
-            x *= scale
+            x *= scale  # a power of two
             bound = tl.maximum(bound, tl.max(tl.abs(x), axis=1))
-            x = exp(x, FMA)
-        tl.store(tiles_ptr + tile + a[None, :] * BLOCK_T + i[:, None], x, mask=(a < AP)[None, :])
+            if EXACT:
+                full = tl.exp(x.to(tl.float64))
+                x = full.to(tl.float32)
+                rest = (full - x.to(tl.float64)).to(tl.float32)
+                at = planes * tile + (AP + a[None, :]) * BLOCK_T + i[:, None]
+                tl.store(tiles_ptr + at, rest, mask=(a < AP)[None, :])
+            else:
+                x = exp(x, FMA)
+        tl.store(tiles_ptr + planes * tile + a[None, :] * BLOCK_T + i[:, None], x, mask=(a < AP)[None, :])
         if rows_ptr is not None:
             tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
     tl.store(bound_ptr + item * tl.num_programs(1) + head, tl.max(bound, axis=0))
@@ -143,34 +146,34 @@ def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
+def _product_exact(aq_ptr, ak_ptr, d, AP, one, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """one + α_d β_d, [BLOCK_M, BLOCK_N], from factors in two parts."""
+    q_ptrs = aq_ptr + d * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_ptrs = ak_ptr + d * BLOCK_N + tl.arange(0, BLOCK_N)
+    a = tl.load(q_ptrs)[:, None]
+    b = tl.load(k_ptrs)[None, :]
+    a_rest = tl.load(q_ptrs + AP * BLOCK_M)[:, None]
+    b_rest = tl.load(k_ptrs + AP * BLOCK_N)[None, :]
+    return tl.fma(a_rest, b, tl.fma(a, b_rest, tl.fma(a, b, one)))
+
+
+@triton.jit
 def _score_exact(
     aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Σ_d v_d act(q_d + k_d) from the factors, to the precision of float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     for first in range(0, AP, GROUP):
         group = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(first, tl.minimum(first + GROUP, AP), 2):
-            a0 = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
-            a1 = tl.load(aq_ptr + (d + 1) * BLOCK_M + m)[:, None]
-            b0 = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
-            b1 = tl.load(ak_ptr + (d + 1) * BLOCK_N + n)[None, :]
-            u0 = tl.load(v_ptr + d)
-            u1 = tl.load(v_ptr + d + 1)
+        for d in range(first, tl.minimum(first + GROUP, AP)):
+            v = tl.load(v_ptr + d)
             if ACT == "tanh":
-                y0 = tl.fma(a0, b0, -1.0)
-                y1 = tl.fma(a1, b1, -1.0)
-                x0 = y0 + 2.0
-                x1 = y1 + 2.0
-                u0 *= y0
-                u1 *= y1
+                y = _product_exact(aq_ptr, ak_ptr, d, AP, -1.0, BLOCK_M, BLOCK_N)
+                group = tl.fma(v, y * reciprocal(y + 2.0, FAST), group)
             else:
-                x0 = tl.fma(a0, b0, 1.0)
-                x1 = tl.fma(a1, b1, 1.0)
-            group = tl.fma(tl.fma(u0, x1, u1 * x0), reciprocal(x0 * x1, FAST), group)
+                x = _product_exact(aq_ptr, ak_ptr, d, AP, 1.0, BLOCK_M, BLOCK_N)
+                group = tl.fma(v, reciprocal(x, FAST), group)
         acc += group
     return acc
 
@@ -205,19 +208,9 @@ def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, ACT: tl.constexpr):
 
 
 @triton.jit
-def factors_fit(bq_ptr, bk_ptr, ACT: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, TINY: tl.constexpr):
-    """Whether a pair of tiles may take the loop over factors."""
-    bound = tl.load(bq_ptr) + tl.load(bk_ptr)
-    if EXACT and ACT == "tanh":
-        return (bound <= SAFE) & (bound >= TINY)
-    else:
-        return bound <= SAFE
-
-
-@triton.jit
 def concat_scores(
     q_tile, k_tile,  # item and head of the two tiles: item * H + head
-    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32
+    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32
     bq_ptr, bk_ptr,  # (items, H) float32
     q_ptrs, q_keep,  # [BLOCK_M] raw rows, and which of them may be read
     k_ptrs, k_keep,  # [BLOCK_N]
@@ -230,7 +223,6 @@ def concat_scores(
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
-    TINY: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -239,9 +231,19 @@ def concat_scores(
     aq = aq_ptr + q_tile * AP * BLOCK_M
     ak = ak_ptr + k_tile * AP * BLOCK_N
     if FACTORED:
-        if factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY):
+        if tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE:
             if EXACT:
-                s = _score_exact(aq, ak, v_ptr, AP, ACT, FAST, GROUP, BLOCK_M, BLOCK_N)
+                s = _score_exact(
+                    aq + q_tile * AP * BLOCK_M,
+                    ak + k_tile * AP * BLOCK_N,
+                    v_ptr,
+                    AP,
+                    ACT,
+                    FAST,
+                    GROUP,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
             else:
                 s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
                 if ACT == "tanh":
@@ -284,7 +286,7 @@ def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl
 
 @triton.jit
 def _concat_fwd_kernel(
-    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32: factors, or q and k
+    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
     bq_ptr, bk_ptr,  # (items, H) float32: their bounds
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
@@ -321,7 +323,6 @@ def _concat_fwd_kernel(
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
-    TINY: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -368,7 +369,7 @@ def _concat_fwd_kernel(
         s = concat_scores(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptrs, q_keep, k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
+            v_ptr, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
@@ -444,7 +445,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, busy: bool)
 class Factors(NamedTuple):
     """One side of the score, laid out by tiles."""
 
-    tiles: Tensor  # (items, H, AP, rows of a tile) float32
+    tiles: Tensor  # (items, H, 1, AP, rows of a tile) float32; 2 for factors in two parts
     rows: Tensor | None  # the same with features contiguous
     bound: Tensor  # (items, H) float32
     items: Items
@@ -457,8 +458,8 @@ def factors(
     B, H, T, A = x.shape
     seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
     items = partition(seqs, T, rows, cu_seqlens)
-    width = A + A % 2
-    tiles = torch.empty(items.count, H, width, rows, dtype=torch.float32, device=x.device)
+    width, exact = A + A % 2, activation in FACTOR and x.dtype == torch.float32
+    tiles = torch.empty(items.count, H, 2 if exact else 1, width, rows, dtype=torch.float32, device=x.device)
     by_row = torch.empty(items.count, H, rows, width, dtype=torch.float32, device=x.device) if transposed else None
     bound = torch.empty(items.count, H, dtype=torch.float32, device=x.device)
     stride_b = 0 if cu_seqlens is not None else x.stride(0)
@@ -467,7 +468,7 @@ def factors(
         keep, 0 if keep is None else keep.stride(0), 0 if keep is None else keep.stride(1),
         tiles, by_row, bound, cu_seqlens, items.seq, items.first, seqs, items.per_seq, T, H, A, width,
         FACTOR.get(activation, 1.0),
-        EXP=activation in FACTOR, FMA=chip_of(x.device).backend != "interpreter",
+        EXP=activation in FACTOR, EXACT=exact, FMA=chip_of(x.device).backend != "interpreter",
         BLOCK_T=rows, BLOCK_A=pow2(width, 2, 32), num_warps=4,
     )  # fmt: skip
     return Factors(tiles, by_row, bound, items)
@@ -533,7 +534,7 @@ def prepare(
         },
         {
             "ACT": activation, "FAST": chip.backend == "cuda", "FMA": chip.backend != "interpreter",
-            "FACTORED": activation in FACTOR, "EXACT": exact, "SAFE": SAFE_EXACT if exact else SAFE, "TINY": TINY,
+            "FACTORED": activation in FACTOR, "EXACT": exact, "SAFE": SAFE_EXACT if exact else SAFE,
             "GROUP": GROUP if exact else 2**20,
             "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None,
             **matmul_flags(chip, value.dtype),

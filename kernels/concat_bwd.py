@@ -17,9 +17,10 @@ and lose what cancels: its error was ten times that of the sum of differences.) 
 (row, feature) pairs and walks the other axis, two steps with one reciprocal: 1/x0 = x1 / (x0 x1). Sums stay in
 registers; no shuffles, no atomics.
 
-float32 inputs (`EXACT`, see concat.py) sum g t and g (1 - t²) with t = y / (y + 2), a tile at a time; and for them
-dO_i · (k_ij value_j - o_i) is one sum: where one key has all the weight it is 0, and not the difference of two
-roundings. Without matrix units for float32 this costs one operation more an element.
+float32 inputs (`EXACT`, see concat.py) sum g t for dv, and w - w² with w = min(r, 1 - r) for r - r², which keeps its
+precision on both sides; a tile at a time. And for them dO_i · (k_ij value_j - o_i) is one sum: where one key has all
+the weight it is 0, and not the difference of two roundings. Without matrix units for float32 this costs one
+operation more an element.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import Chip, pow2
-from .concat import Blocks, concat_scores, exp, factors, factors_fit, key_range, prepare, reciprocal, visible
+from .concat import Blocks, concat_scores, exp, factors, key_range, prepare, reciprocal, visible
 from .masks import dropout_scale, locate, sequence_of
 from .softmax import split
 
@@ -54,7 +55,7 @@ def assume_longest(keys: int) -> Iterator[None]:
 
 @triton.jit
 def _concat_bwd_g_kernel(
-    aq_ptr, ak_ptr,  # (items, H, AP, BLOCK) float32: factors, or q and k
+    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
     bq_ptr, bk_ptr,  # (items, H) float32: their bounds
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
@@ -98,7 +99,6 @@ def _concat_bwd_g_kernel(
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
-    TINY: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -132,7 +132,7 @@ def _concat_bwd_g_kernel(
             q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, TINY, GROUP, BLOCK_M, BLOCK_N,
+            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, GROUP, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if mask_ptr is None:
             mask_ptrs = None
@@ -188,7 +188,7 @@ def _concat_bwd_g_kernel(
 
 @triton.jit
 def _walk(
-    s1, s2,  # Σ g r and Σ g (r - r²); without factors, and with EXACT, Σ g act and Σ g act'
+    s1, s2,  # Σ g r (with EXACT Σ g act) and Σ g (r - r²); without factors Σ g act and Σ g act'
     x,  # [BLOCK_R, BLOCK_D] factors (or q, k) of the rows that stay
     walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
     g_ptr,  # g of (walked, staying), at the tile's first; staying rows are contiguous
@@ -200,7 +200,7 @@ def _walk(
     d,
     A,
     AP,
-    fit,  # see factors_fit
+    safe,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
     FACTORED: tl.constexpr,
@@ -216,33 +216,39 @@ def _walk(
         s1 = tl.zeros_like(s1)
         s2 = tl.zeros_like(s2)
     if FACTORED:
-        if fit:
-            for n in range(0, count, 2):
-                b0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
-                b1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
-                g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
-                g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
-                if EXACT and ACT == "tanh":
-                    y0 = tl.fma(x, b0, -1.0)
-                    y1 = tl.fma(x, b1, -1.0)
-                    x0 = y0 + 2.0
-                    x1 = y1 + 2.0
-                    inv = reciprocal(x0 * x1, FAST)
-                    one0 = y0 * (inv * x1)
-                    one1 = y1 * (inv * x0)
-                    s2 = tl.fma(g0, tl.fma(-one0, one0, 1.0), s2)
-                    s2 = tl.fma(g1, tl.fma(-one1, one1, 1.0), s2)
-                else:
+        if safe:
+            if EXACT:
+                for n in range(0, count):
+                    b = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+                    g = tl.load((g_ptr + n * stride_g + r)[:, None])
+                    if ACT == "tanh":
+                        y = tl.fma(x, b, -1.0)
+                        one = reciprocal(y + 2.0, FAST)
+                        least = tl.minimum(one, (y + 1.0) * one)
+                        one *= y
+                    else:
+                        p = x * b
+                        one = reciprocal(1.0 + p, FAST)
+                        least = tl.minimum(one, p * one)
+                    s2 = tl.fma(g, tl.fma(-least, least, least), s2)
+                    if WANT_S1:
+                        s1 = tl.fma(g, one, s1)
+            else:
+                for n in range(0, count, 2):
+                    b0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+                    b1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
+                    g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
+                    g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
                     x0 = 1.0 + x * b0
                     x1 = 1.0 + x * b1
                     inv = reciprocal(x0 * x1, FAST)
-                    one0 = inv * x1
-                    one1 = inv * x0
-                    s2 += g0 * (one0 - one0 * one0)
-                    s2 += g1 * (one1 - one1 * one1)
-                if WANT_S1:
-                    s1 = tl.fma(g0, one0, s1)
-                    s1 = tl.fma(g1, one1, s1)
+                    r0 = inv * x1
+                    r1 = inv * x0
+                    if WANT_S1:
+                        s1 += g0 * r0
+                        s1 += g1 * r1
+                    s2 += g0 * (r0 - r0 * r0)
+                    s2 += g1 * (r1 - r1 * r1)
         else:
             x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < A)[None, :], other=0.0)
             for n in range(0, tl.minimum(count, inside)):
@@ -252,14 +258,12 @@ def _walk(
                 z = tl.load(raw_ptr + (row0 + n) * stride_raw + d, mask=keep, other=0.0).to(tl.float32)[None, :]
                 z += x_raw.to(tl.float32)
                 g = tl.load((g_ptr + n * stride_g + r)[:, None])
-                if EXACT:
-                    one = activate(z, ACT, False)
-                    s2 += g * activate_grad(z, one, ACT, False)
-                else:
-                    if ACT == "tanh":
-                        z *= -2.0
-                    one = tl.sigmoid(z)
-                    s2 += g * (one - one * one)
+                if ACT == "tanh":
+                    z *= -2.0
+                one = tl.sigmoid(z)
+                s2 += g * (one - one * one)
+                if EXACT and ACT == "tanh":
+                    one = activate(-0.5 * z, ACT, False)
                 if WANT_S1:
                     s1 += g * one
     else:
@@ -309,7 +313,6 @@ def _concat_bwd_dq_kernel(
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
-    TINY: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -349,16 +352,17 @@ def _concat_bwd_dq_kernel(
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N,
             keep_ptr, stride_krt, d, A, AP,
-            factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
+            tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
             ACT, FAST, FACTORED, EXACT, True,
         )  # fmt: skip
         if ACT == "tanh" and not EXACT:
             n = tl.arange(0, BLOCK_N)
             total += tl.sum(tl.load(g_tile + n[:, None] * BLOCK_M + m[None, :]), axis=0)
     v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
-    if ACT == "tanh" and not EXACT:
+    if ACT == "tanh":
         s2 *= 4.0
-        s1 = total[:, None] - 2.0 * s1
+        if not EXACT:
+            s1 = total[:, None] - 2.0 * s1
     tl.store(
         dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * A + d[None, :],
         (v * s2).to(dq_ptr.dtype.element_ty),
@@ -400,7 +404,6 @@ def _concat_bwd_dk_kernel(
     FACTORED: tl.constexpr,
     EXACT: tl.constexpr,
     SAFE: tl.constexpr,
-    TINY: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -452,11 +455,11 @@ def _concat_bwd_dk_kernel(
                 k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
                 q_ptr + seq * stride_qb + head * stride_qh, stride_qt, row0, q_length - lo,
                 keep_ptr, stride_qrt, d, A, AP,
-                factors_fit(bq_ptr + q_tile, bk_ptr + k_tile, ACT, EXACT, SAFE, TINY),
+                tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE,
                 ACT, FAST, FACTORED, EXACT, False,
             )  # fmt: skip
     v = tl.load(v_ptr + head * AP + d, mask=d < AP, other=0.0)[None, :]
-    if ACT == "tanh" and not EXACT:
+    if ACT == "tanh":
         s2 *= 4.0
     at = dk_ptr + seq * stride_db + head * stride_dh + k_rows[:, None] * A + d[None, :]
     some = (j < k_hi)[:, None] & (d < A)[None, :]
