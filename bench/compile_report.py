@@ -211,7 +211,8 @@ CONCAT = [
     ConcatCase(BF16, 16, 4, 256, 256, 64, 64, "leaky_relu", ragged=True),
     ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, window=(None, -1)),
     ConcatCase(BF16, 4, 1, 256, 256, 1, 128, "identity", mask=2),
-    ConcatCase(F32, 4, 1, 64, 64, 64, 64, "silu"),
+    ConcatCase(F32, 4, 1, 64, 64, 64, 128, "silu"),
+    ConcatCase(F32, 4, 1, 64, 64, 64, 64, mask=3, bias=True, window=(100, 0), dropout=0.1),
 ]  # fmt: skip
 CASES: dict[str, list[Any]] = {"location": LOCATION, "concat": CONCAT}
 
@@ -219,11 +220,11 @@ CASES: dict[str, list[Any]] = {"location": LOCATION, "concat": CONCAT}
 def elements(kernel: str, constants: dict[str, Any]) -> int:
     """Elements of the score tile that one trip of the inner loop makes: rows by features.
 
-    The loops of the concat family take two features, or two walked rows, a trip.
+    The loops of the concat family take two features, or two walked rows, a trip; one with `EXACT`.
     """
     if kernel.startswith("_concat"):
         sides = {"dq": ("M", "D"), "dk": ("R", "D")}.get(kernel.split("_")[3], ("M", "N"))
-        return 2 * math.prod(constants.get(f"BLOCK_{side}", 1) for side in sides)
+        return (1 if constants.get("EXACT") else 2) * math.prod(constants.get(f"BLOCK_{side}", 1) for side in sides)
     return constants.get("BLOCK_T", 1) * constants.get("BLOCK_A", constants.get("BLOCK_K", 1))
 
 
@@ -301,12 +302,14 @@ _UNITS = {
     "cuda": {
         "matrix": re.compile(r"^(U?[HQI]G?MMA|UTC\w*MMA)"),
         "sfu": re.compile(r"^MUFU"),
+        "exp": re.compile(r"^MUFU\.EX2"),
         "fma": re.compile(r"^(FFMA|FADD|FMUL)"),
         "load": re.compile(r"^(LDG|LDS|LDSM|LDGSTS|UBLKCP|UTMALDG)"),
     },
     "hip": {
         "matrix": re.compile(r"^v_mfma"),
         "sfu": re.compile(r"^v_(exp|log|rcp|sqrt|rsq|sin|cos)_"),
+        "exp": re.compile(r"^v_exp_"),
         "fma": re.compile(r"^v_(pk_)?(fma|add|mul|sub|fmac)_f32"),
         "load": re.compile(r"^(global_load|buffer_load|ds_read|ds_load)"),
     },
@@ -335,8 +338,7 @@ def _usage_hip(kernel: Any) -> tuple[int, int, list[str]]:
 def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Counter[str]:
     """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop.
 
-    With `factored` the loop with the fewest special functions for its arithmetic: the other one is the exact loop
-    for tiles whose factors would overflow.
+    With `factored` one without exponentials: the other is the loop for tiles whose factors would overflow.
     """
     ops: list[str] = []
     labels: dict[str, int] = {}
@@ -345,8 +347,8 @@ def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Cou
         line = line.split(";")[0].strip()
         if label := re.fullmatch(r"(\.?LBB\w*):", line):
             labels[label[1]] = len(ops)
-        elif op := re.match(r"(?:@!?U?P\w+\s+)?([A-Za-z][\w]*)", line):
-            if op[1] == "BRA" or op[1].startswith(("s_cbranch", "s_branch")):
+        elif op := re.match(r"(?:@!?U?P\w+\s+)?([A-Za-z][\w.]*)", line):
+            if op[1].split(".")[0] == "BRA" or op[1].startswith(("s_cbranch", "s_branch")):
                 jumps.append((len(ops), line.split()[-1]))
             ops.append(op[1])
 
@@ -362,15 +364,17 @@ def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Cou
     if any(op.startswith("UTC") for op in ops):
         # Blackwell's waits for its matrix unit are placed out of line: jumps back from them are not loops.
         return count((0, len(ops)))
-    loops = {span: count(span) for span in {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}}
+    # Blackwell's uniform branches give the address, 16 bytes an instruction, in place of a label.
+    targets = [(at, int(to, 16) // 16 if to.startswith("0x") else labels.get(to, at)) for at, to in jumps]
+    loops = {span: count(span) for span in {(to, at + 1) for at, to in targets if to < at}}
     loops = {span: units for span, units in loops.items() if work(units)}  # the others wait for a barrier
 
     def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
         return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
     innermost = [units for span, units in loops.items() if not any(holds(span, other) for other in loops)]
-    if factored and (few := [units for units in innermost if units["sfu"] and units["fma"]]):
-        return min(few, key=lambda units: units["sfu"] / units["fma"])
+    if factored and (few := [units for units in innermost if units["sfu"] and units["fma"] and not units["exp"]]):
+        return max(few, key=work)
     return max(innermost or [count((0, len(ops)))], key=lambda units: (work(units), units["all"]))
 
 

@@ -549,7 +549,7 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool) 
     if chip.backend == "interpreter":
         return Blocks(16, 32, 16, 4), Walk(16, pow2(A, 16, 32), 4)
     if itemsize == 4:
-        return Blocks(pow2(Tq, 16, 16), pow2(Tk, 32, 64), 16, 8), Walk(32, pow2(A, 16, 64), 8)
+        return Blocks(16, pow2(Tk, 32, 128), 16, 4), Walk(32, pow2(A, 16, 128), 8)
     hip = chip.backend == "hip"
     tiles = Blocks(pow2(Tq, 16, 32), pow2(Tk, 32, 64 if hip and busy else 128), 32, 8)
     return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
