@@ -35,7 +35,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: her
 import torch
 import triton
 from fused_attn.kernels import chip as chips
-from fused_attn.kernels import concat, concat_bwd, location
+from fused_attn.kernels import concat, concat_bwd, location, location_bwd
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -75,6 +75,7 @@ class LocationCase:
     ragged: bool = False
     dropout: float = 0.0
     tf32: bool = False  # torch.set_float32_matmul_precision("high")
+    projected: bool = False  # no W: A = D
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"B{self.B} T{self.T} D{self.D}"]
@@ -84,7 +85,7 @@ class LocationCase:
         parts += [f"context/{self.context}"] * (self.context is not None)
         parts += [self.activation] * (self.activation != "tanh")
         parts += ["ragged"] * self.ragged + ["dropout"] * (self.dropout > 0) + ["tf32"] * self.tf32
-        return " ".join(parts)
+        return " ".join([*parts, *["projected"] * self.projected])
 
     def launch(self) -> None:
         """Forward, and a backward for every gradient."""
@@ -98,7 +99,7 @@ class LocationCase:
         contexts = {"row": (*rows, width), "sequence": (self.B, width)}
         tensors = (
             t(*rows, self.D),
-            t(self.D, width),
+            None if self.projected else t(self.D, width),
             t(width),
             None if self.A is None else t(self.A, self.R),
             *gate,
@@ -113,7 +114,7 @@ class LocationCase:
         options = (self.activation, "sigmoid", self.dropout, self.context == "row")
         out, lse, scores = location.location_fwd(*tensors, *options)
         needs = [x is not None for x in tensors[:9]]
-        location.location_bwd(out, lse, scores, *tensors, out, lse, scores, *options, needs)
+        location_bwd.location_bwd(out, lse, scores, *tensors, out, lse, scores, *options, needs)
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -140,6 +141,9 @@ LOCATION = [
     LocationCase(BF16, 8, 4096, 2048, 1024, context="row", activation="gelu"),
     LocationCase(F32, 8, 4096, 2048, 1024, R=128),
     LocationCase(BF16, 4, 16, 1, 1),
+    # one query a sequence of the concat family
+    LocationCase(BF16, 32, 512, 256, 256, values=512, context="sequence", projected=True),
+    LocationCase(F32, 80, 50, 1000, 1000, values=1000, context="sequence", dropout=0.1, projected=True),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import reference
+from . import location, reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
 from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
@@ -263,7 +263,12 @@ def concat_attention(
             sums = wide if query.element_size() == 2 else torch.float64  # they may cancel: 60 and -45
             query, key = ((x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide) for x in (query, key))
             v = v.new_ones(v.shape[0], 1, dtype=wide)
-        out, lse, scores = _ConcatAttention.apply(query, key, value, v, score_bias, *tail, return_weights, blocked)
+        if query.shape[1:3] == (1, 1) and window is None and not packed:
+            out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
+        else:
+            out, lse, scores = _ConcatAttention.apply(
+                query, key, value, v, score_bias, *tail, return_weights, blocked
+            )
     else:
         out, lse, scores = _reference(query, key, value, v, score_bias, *tail)
     out = out.to(value.dtype)
@@ -273,6 +278,30 @@ def concat_attention(
         return out
     weights = weights_from(scores, lse[..., None]).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
+
+
+def _pooled(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+    seed: Tensor | None, activation: str, dropout_p: float, kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One query and one head a sequence, by the location family: keys projected already, the query a context.
+
+    Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
+    nothing: by the compile report (sm_90, bfloat16) 67 instructions a feature of a key, where this has 11, and no
+    factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
+    the blocked path at B = 32, Tk = 512, A = Dv = 256.
+    """
+    keys = mask
+    if mask is not None and mask.dim() == 3:
+        keys = mask[:, 0]
+        query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)  # one that sees nothing may be NaN
+    bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
+    run = location._LocationAttention.apply if kernel else location._reference
+    out, lse, scores = run(
+        key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
+        activation, "sigmoid", float(dropout_p), False,
+    )  # fmt: skip
+    return out[:, None], lse[:, None], scores.mT[:, None]
 
 
 def _validate_concat(

@@ -17,7 +17,7 @@ from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, wei
 _TENSORS = 12  # tensor arguments of the raw forward
 _GRADS = 9  # the leading ones of them that have gradients
 _INPUTS = (
-    "Tensor h, Tensor w, Tensor? b, Tensor? v, Tensor? gate_w, Tensor? gate_b, Tensor? context, "
+    "Tensor h, Tensor? w, Tensor? b, Tensor? v, Tensor? gate_w, Tensor? gate_b, Tensor? context, "
     "Tensor? values, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed"
 )
 _OPTIONS = "str activation, str gate_activation, float dropout_p, bool context_per_row"
@@ -30,12 +30,12 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_fake(
-    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    hops = (w if v is None else v).shape[1]
+    hops = cast("Tensor", w if v is None else v).shape[1]
     width = (h if values is None else values).shape[-1]
     return (
         h.new_empty(seqs, hops, width, dtype=torch.float32),
@@ -45,7 +45,7 @@ def _fwd_fake(
 
 
 def _bwd(*args: Any) -> list[Tensor]:
-    from .kernels.location import location_bwd
+    from .kernels.location_bwd import location_bwd
 
     dout = args[0]
     return [dout.new_empty(0) if g is None else g for g in location_bwd(*args)]
@@ -73,7 +73,7 @@ class _LocationAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+        h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
         context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
         cu_seqlens: Tensor | None, seed: Tensor | None,
         activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
@@ -107,7 +107,7 @@ class _LocationBackward(torch.autograd.Function):
     @staticmethod
     def forward(  # spelled out, as above
         dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+        h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
         context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
         cu_seqlens: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, scores: Tensor,
         activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: tuple[bool, ...],
@@ -145,7 +145,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def location_attention(
     h: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     b: Tensor | None = None,
     v: Tensor | None = None,
     *,
@@ -176,7 +176,8 @@ def location_attention(
         float16, bfloat16 or float32; float64 by the reference only.
     w, b
         Linear score: ``w (D,)``, ``b ()``; with R hops ``w (D, R)``, ``b (R,)``.
-        MLP score (with `v`): ``w (D, A)``, ``b (A,)``.
+        MLP score (with `v`): ``w (D, A)``, ``b (A,)``; ``w=None`` where h is projected already, A = D: with a
+        `context` a sequence and `values` this is concat attention of one query, ragged too.
     v
         ``(A,)``, or ``(A, R)`` for R hops.
     gate
@@ -232,23 +233,24 @@ def location_attention(
         )
     gate_w, gate_b = _split_gate(gate)
     tensors = cast_for_autocast(h, w, b, v, gate_w, gate_b, context, values)
-    h, w = cast("tuple[Tensor, Tensor]", tensors[:2])
-    b, v, gate_w, gate_b, context, values = tensors[2:]
+    h = cast("Tensor", tensors[0])
+    w, b, v, gate_w, gate_b, context, values = tensors[1:]
     context_per_row = _validate_location(
         h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, trusted_offsets=offsets is not None,
     )  # fmt: skip
-    hop_axis = (w if v is None else v).dim() == 2
+    last = cast("Tensor", w if v is None else v)
+    hop_axis = last.dim() == 2
     if context is not None:
-        width = () if w.dim() == 1 else (w.shape[1],)
+        width = h.shape[-1] if w is None else w.shape[1] if w.dim() == 2 else 1
         rows = h.shape[:-1] if context_per_row else (_num_sequences(h, cu_seqlens),)
-        context = context.reshape(*rows, *(width or (1,)))
+        context = context.reshape(*rows, width)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=h.device)
     args = (
         h,
-        w if w.dim() == 2 else w[:, None],
+        w if w is None or w.dim() == 2 else w[:, None],
         b if b is None else b.reshape(-1),
         v if v is None or v.dim() == 2 else v[:, None],
         gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
@@ -257,7 +259,7 @@ def location_attention(
     unsupported = None
     if h.dtype == torch.float64:
         unsupported = "has no float64"
-    elif (w if v is None else v).shape[-1] > 128 and hop_axis:
+    elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
     run = _LocationAttention.apply if use_triton(impl, h.device, unsupported) else _reference
     out, lse, scores = run(*args)
@@ -326,7 +328,7 @@ class _Same(TypedDict):
 
 
 def _validate_location(
-    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *,
     trusted_offsets: bool,
@@ -342,11 +344,18 @@ def _validate_location(
     if width == 0:
         raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
 
-    linear = [] if v is not None else [("(D,)", (width,))]
-    check_tensor("w", w, shapes=[*linear, ("(D, R)" if v is None else "(D, A)", (width, None))], **same)
-    inner = tuple(w.shape[1:])
-    if 0 in inner:
-        raise ValueError(f"w: expected at least one column; got shape {tuple(w.shape)}")
+    inner: tuple[int, ...]
+    if w is None:
+        if v is None or gate_w is not None:
+            given = "v=None" if v is None else "a gate"
+            raise ValueError(f"w: expected a tensor, or None with v and without a gate (h is projected); got {given}")
+        inner = (width,)
+    else:
+        linear = [] if v is not None else [("(D,)", (width,))]
+        check_tensor("w", w, shapes=[*linear, ("(D, R)" if v is None else "(D, A)", (width, None))], **same)
+        inner = tuple(w.shape[1:])
+        if 0 in inner:
+            raise ValueError(f"w: expected at least one column; got shape {tuple(w.shape)}")
     inner_word = ("R" if v is None else "A") if inner else ""
     if b is not None:
         check_tensor("b", b, shapes=[(f"({inner_word},)" if inner else "()", inner)], **same)
@@ -357,7 +366,7 @@ def _validate_location(
     if gate_w is not None:
         if v is None:
             raise ValueError("gate: expected v with a gate, to reduce the gated features to a score; got v=None")
-        check_tensor("gate[0]", gate_w, shapes=[("(D, A)", tuple(w.shape))], **same)
+        check_tensor("gate[0]", gate_w, shapes=[("(D, A)", (width, *inner))], **same)
         if gate_b is not None:
             check_tensor("gate[1]", gate_b, shapes=[("(A,)", inner)], **same)
     if mask is not None:

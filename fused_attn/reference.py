@@ -61,7 +61,7 @@ def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
 
 def location_attention(
     h: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     b: Tensor | None,
     v: Tensor | None,
     gate_w: Tensor | None,
@@ -84,7 +84,8 @@ def location_attention(
         \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
 
     Shapes: ``h (B, T, D)`` or packed ``(N, D)``; ``w (D, A)``; ``v (A, R)``, or None with ``A = R``;
-    ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is the number of sequences.
+    ``w`` None leaves the product out; ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is
+    the number of sequences.
 
     Returns ``out (S, R, Dv)`` in the dtype of ``values``, float64 ``lse (S, R)``, and in at least float32
     ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
@@ -105,7 +106,7 @@ def location_attention(
         if context is not None and context_per_row:
             context = context.masked_fill(~mask[..., None], 0)
 
-    z = h @ w
+    z = h if w is None else h @ w
     if b is not None:
         z = z + b
     if context is not None:

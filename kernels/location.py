@@ -8,17 +8,7 @@ and the online softmax over s with acc = Σ p_jr value_j. Where the values are H
 fed the projection also feeds the weighted sum. Without `v` the score is u itself (A = R).
 One sequence makes several items where there are too few sequences to fill the chip; `softmax.merge` joins them.
 
-Backward, from the saved scores and lse (k_jr is the dropout factor, 1 without dropout):
-
-    a_jr  = exp(s_jr - lse_r)
-    ds_jr = a_jr (k_jr dO_r · value_j - dO_r · o_r + dlse_r) + dscores_jr
-    du_ja = Σ_r ds_jr v_ar
-    dz    = du ⊙ act'(z) ⊙ gate            dg = du ⊙ act(z) ⊙ gate'
-    dbias_j = Σ_r ds_jr,  db = Σ_j dz_j,  dv = Σ_j u_j ds_jᵀ            (per item, then summed in a fixed order)
-    dH = [dz dg] [W G]ᵀ + (a ⊙ k) dO,  d[W G] = Hᵀ [dz dg]
-
-[dz dg] is made for a block of items at a time in a workspace of fixed size (`WORKSPACE_BYTES`), which the two
-matrix products then read from L2; nothing of size N·A reaches memory as a whole.
+The backward is in location_bwd.py.
 """
 
 from typing import NamedTuple
@@ -28,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_grad
+from .activations import activate
 from .chip import A100, Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition
-from .softmax import finish, merge, online_softmax, split
+from .softmax import finish, merge, online_softmax
 
 MAX_HOPS = 128
-WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -43,7 +32,7 @@ WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back
 
 
 @triton.jit
-def _load_rows(ptrs, keep, cols, width):
+def load_rows(ptrs, keep, cols, width):
     """Tile [BLOCK_T, BLOCK] of rows at ptrs [BLOCK_T]; 0 outside: what is masked is never read."""
     return tl.load(ptrs[:, None] + cols[None, :], mask=keep[:, None] & (cols < width)[None, :], other=0.0)
 
@@ -59,7 +48,7 @@ def _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A):
 
 
 @triton.jit
-def _matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """The sum acc + x y; where y has one column, in float32 without the matrix units."""
     if y.shape[1] == 1:
         return acc + tl.sum(x.to(tl.float32) * tl.trans(y.to(tl.float32)), axis=1)[:, None]
@@ -67,7 +56,7 @@ def _matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _project(
+def project(
     h_ptrs,  # [BLOCK_T] pointers to rows of H
     h,  # the tile [BLOCK_T, BLOCK_D] itself where RESIDENT
     rows,
@@ -88,28 +77,30 @@ def _project(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(H W + b + ctx, H G + g) for the features a, [BLOCK_T, BLOCK_A] each; the first twice without a gate."""
+    """(H W + b + ctx, H G + g) for the features a, [BLOCK_T, BLOCK_A] each; H itself is projected where W is None."""
     z = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
     g = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
-    if RESIDENT:
+    if w_ptr is None:
+        z = load_rows(h_ptrs, keep, a, A).to(tl.float32)
+    elif RESIDENT:
         d = tl.arange(0, BLOCK_D)
-        z = _matmul(h, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
+        z = matmul(h, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
         if gw_ptr is not None:
-            g = _matmul(h, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
+            g = matmul(h, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
     else:
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            h_d = _load_rows(h_ptrs, keep, d, D)
-            z = _matmul(h_d, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
+            h_d = load_rows(h_ptrs, keep, d, D)
+            z = matmul(h_d, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
             if gw_ptr is not None:
-                g = _matmul(h_d, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
+                g = matmul(h_d, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
     if b_ptr is not None:
         z += tl.load(b_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
     if gb_ptr is not None:
         g += tl.load(gb_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
     if ctx_ptr is not None:
         if CTX_PER_ROW:
-            z += _load_rows(ctx_ptr + seq * stride_cb + rows * stride_ct, keep, a, A).to(tl.float32)
+            z += load_rows(ctx_ptr + seq * stride_cb + rows * stride_ct, keep, a, A).to(tl.float32)
         else:
             ctx = tl.load(ctx_ptr + seq * stride_cb + a, mask=(a < A) & (seq < num_seqs), other=0.0)
             z += ctx.to(tl.float32)[None, :]
@@ -137,7 +128,7 @@ def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECI
 @triton.jit
 def _location_fwd_kernel(
     h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
-    w_ptr, stride_wd, stride_wa,  # (D, A)
+    w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
     b_ptr,  # (A,) or None
     v_ptr,  # (A, R) or None
     gw_ptr, stride_gd, stride_ga,  # (D, A) or None
@@ -199,14 +190,14 @@ def _location_fwd_kernel(
             keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=inside, other=0) != 0
         h_ptrs = h_ptr + seq * stride_hb + rows * stride_ht
         if RESIDENT:
-            h = _load_rows(h_ptrs, keep, tl.arange(0, BLOCK_D), D)
+            h = load_rows(h_ptrs, keep, tl.arange(0, BLOCK_D), D)
         else:
             h = h_ptrs
 
         s = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
         for a0 in range(0, A, BLOCK_A):
             a = a0 + tl.arange(0, BLOCK_A)
-            z, g = _project(
+            z, g = project(
                 h_ptrs, h, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
                 ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, RESIDENT, BLOCK_D, COMPUTE, PRECISION,
             )  # fmt: skip
@@ -217,7 +208,7 @@ def _location_fwd_kernel(
                 s = u
             else:
                 v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0)
-                s = _matmul(u, v, s, COMPUTE, PRECISION)
+                s = matmul(u, v, s, COMPUTE, PRECISION)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + seq * stride_sb + rows * stride_st, mask=keep, other=0.0)
             s += bias.to(tl.float32)[:, None]
@@ -236,13 +227,13 @@ def _location_fwd_kernel(
             if RESIDENT and val_ptr is None:
                 values = h
             else:
-                values = _load_rows(val_ptrs, keep, dv, DV)
+                values = load_rows(val_ptrs, keep, dv, DV)
             acc = acc * alpha[None, :] + _weighted_sum(values, p, BLOCK_P, COMPUTE, PRECISION)
         else:
             # Too wide for registers: the running sum lives in this item's slot of o_ptr, which stays in cache.
             for d0 in range(0, DV, BLOCK_DV):
                 d = d0 + dv
-                values = _load_rows(val_ptrs, keep, d, DV)
+                values = load_rows(val_ptrs, keep, d, DV)
                 new = _weighted_sum(values, p, BLOCK_P, COMPUTE, PRECISION)
                 o_ptrs = o_ptr + (item.to(tl.int64) * R + col[None, :]) * DV + d[:, None]
                 write = (d < DV)[:, None] & (col < R)[None, :]
@@ -272,277 +263,6 @@ def _location_fwd_kernel(
             tl.store(o_ptr + item.to(tl.int64) * R * DV + offsets, acc, mask=write & (items != 1))
 
 
-@triton.jit
-def _location_bwd_dz_kernel(
-    h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
-    w_ptr, stride_wd, stride_wa,  # (D, A)
-    b_ptr,  # (A,) or None
-    v_ptr,  # (A, R) or None
-    gw_ptr, stride_gd, stride_ga,  # (D, A) or None
-    gb_ptr,  # (A,) or None
-    ctx_ptr, stride_cb, stride_ct,  # (S, A), (B, T, A), (N, A) or None
-    val_ptr, stride_ub, stride_ut,  # (B, T, DV), (N, DV), or None: H
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (S, R, DV) float32
-    lse_ptr,  # (S, R) float64
-    scores_ptr,  # (B, T, R) or (N, R) float32
-    do_ptr,  # (S, R, DV)
-    dlse_ptr,  # (S, R) float64 or None
-    dscores_ptr,  # (B, T, R) or (N, R) float32, or None
-    dz_ptr,  # (items of this launch, BLOCK_T, A or 2A): [dz dg]
-    p_ptr,  # (items of this launch, BLOCK_T, R) float32: a ⊙ k
-    dbias_ptr,  # (B, T) or (N,), or None
-    dctx_ptr,  # (B, T, A) or (N, A), or None: context a row
-    db_ptr,  # (items, A) float32 or None
-    dgb_ptr,  # (items, A) float32 or None
-    dv_ptr,  # (items, A, R) float32 or None
-    item0,
-    num_seqs,
-    per_seq,
-    T,  # 0 where the batch is ragged
-    D,
-    A,
-    R,
-    DV,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    GATE_ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    CTX_PER_ROW: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # rows of an item
-    BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    local = tl.program_id(0)
-    item = (item0 + local).to(tl.int64)
-    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-    i = tl.arange(0, BLOCK_T)
-    t = lo + i
-    inside = t < hi
-    rows = (start + t).to(tl.int64)
-    keep = inside
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=inside, other=0) != 0
-    h_ptrs = h_ptr + seq * stride_hb + rows * stride_ht
-    if val_ptr is None:
-        val_ptrs = h_ptrs
-    else:
-        val_ptrs = val_ptr + seq * stride_ub + rows * stride_ut
-    r = tl.arange(0, BLOCK_R)
-    hop = (r < R) & (seq < num_seqs)
-
-    # gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
-    # are in float32. Then a key with all the weight gets 0, not the difference of two roundings.
-    if seed_ptr is not None:
-        k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
-    gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
-    offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
-    for d0 in range(0, DV, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        values = _load_rows(val_ptrs, keep, d, DV)
-        at = seq * R * DV + r[None, :] * DV + d[:, None]
-        some = hop[None, :] & (d < DV)[:, None]
-        do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
-        out = tl.load(out_ptr + at, mask=some, other=0.0)
-        if BLOCK_R > 1 and seed_ptr is not None:
-            delta += tl.sum(do * out, axis=0)
-        if BLOCK_R == 1 and seed_ptr is not None:
-            values = values.to(tl.float32) * k
-        if BLOCK_R == 1 or tl.float32 == COMPUTE:
-            centre = tl.load(out_ptr + seq * R * DV + d, mask=(d < DV) & (seq < num_seqs), other=0.0)
-            values = values.to(tl.float32) - centre[None, :]
-            out -= centre[:, None]
-        offset += tl.sum(do * out, axis=0)
-        gap = _matmul(values, do, gap, COMPUTE, PRECISION)
-    gap -= offset[None, :]
-
-    at = (seq * T + rows)[:, None] * R + r[None, :]
-    visible = keep[:, None] & hop[None, :]
-    s = tl.load(scores_ptr + at, mask=visible, other=float("-inf"))
-    lse = tl.load(lse_ptr + seq * R + r, mask=hop, other=float("-inf"))
-    hi, lo_part = split(lse)
-    a_w = tl.exp((s - hi[None, :]) - lo_part[None, :])
-    p = a_w
-    if seed_ptr is not None:
-        if BLOCK_R > 1:
-            gap += (k - 1.0) * (gap + delta[None, :])
-        p *= k
-    if dlse_ptr is not None:
-        gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
-    ds = a_w * gap
-    if dscores_ptr is not None:
-        ds += tl.load(dscores_ptr + at, mask=visible, other=0.0)
-    tl.store(p_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * R + r[None, :], p, mask=(r < R)[None, :])
-    if dbias_ptr is not None:
-        dbias = tl.sum(ds, axis=1).to(dbias_ptr.dtype.element_ty)
-        tl.store(dbias_ptr + seq * T + rows, dbias, mask=inside)
-
-    if gw_ptr is None:
-        width = A
-    else:
-        width = 2 * A
-    dz_ptrs = dz_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * width
-    for a0 in range(0, A, BLOCK_A):
-        a = a0 + tl.arange(0, BLOCK_A)
-        z, g = _project(
-            h_ptrs, h_ptrs, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
-            ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, False, BLOCK_D, COMPUTE, PRECISION,
-        )  # fmt: skip
-        y = activate(z, ACT, FAST)
-        u = y
-        if v_ptr is None:
-            du = ds
-        else:
-            v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0).to(
-                tl.float32
-            )
-            if BLOCK_R == 1:
-                du = ds * tl.trans(v)
-            else:
-                du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), input_precision=PRECISION)
-        dy = du
-        if gw_ptr is not None:
-            gate = activate(g, GATE_ACT, FAST)
-            u = y * gate
-            dy = du * gate
-            dg = du * y * activate_grad(g, gate, GATE_ACT, FAST)
-            tl.store(dz_ptrs + A + a[None, :], dg.to(dz_ptr.dtype.element_ty), mask=(a < A)[None, :])
-            if dgb_ptr is not None:
-                tl.store(dgb_ptr + item * A + a, tl.sum(dg, axis=0), mask=a < A)
-        dz = dy * activate_grad(z, y, ACT, FAST)
-        tl.store(dz_ptrs + a[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(a < A)[None, :])
-        if db_ptr is not None:
-            tl.store(db_ptr + item * A + a, tl.sum(dz, axis=0), mask=a < A)
-        if dctx_ptr is not None:
-            dctx = dz.to(dctx_ptr.dtype.element_ty)
-            ctx_at = (seq * T + rows)[:, None] * A + a[None, :]
-            tl.store(dctx_ptr + ctx_at, dctx, mask=inside[:, None] & (a < A)[None, :])
-        if dv_ptr is not None:
-            if BLOCK_R == 1:
-                dv = tl.sum(u * ds, axis=0)[:, None]
-            else:
-                dv = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), input_precision=PRECISION)
-            dv_at = item * A * R + a[:, None] * R + r[None, :]
-            tl.store(dv_ptr + dv_at, dv, mask=(a < A)[:, None] & (r < R)[None, :])
-
-
-@triton.jit
-def _location_bwd_rows_kernel(
-    dz_ptr,  # (items of this launch, BLOCK_T, K), or None: no term from the scores
-    w_ptr, stride_wd, stride_wk,  # (D, K): [W G], or None
-    p_ptr,  # (items of this launch, BLOCK_T, R) float32, or None: no term from the weighted sum
-    do_ptr,  # (S, R, D), or None
-    grad_ptr,  # (B, T, D) or (N, D), contiguous
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    item0,
-    num_seqs,
-    per_seq,
-    T,
-    D,
-    K,
-    R,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Gradient of rows: [dz dg] [W G]ᵀ + p dO. Both terms where the values are H, one of them where they are not."""
-    local = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-    i = tl.arange(0, BLOCK_T)
-    t = lo + i
-    slot = (local * BLOCK_T + i).to(tl.int64)
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    if dz_ptr is not None:
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-            w = tl.load(
-                w_ptr + k[:, None] * stride_wk + d[None, :] * stride_wd,
-                mask=(k < K)[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(dz.to(COMPUTE), w.to(COMPUTE), acc, input_precision=PRECISION)
-    if p_ptr is not None:
-        r = tl.arange(0, BLOCK_R)
-        p = tl.load(p_ptr + slot[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
-        do = tl.load(
-            do_ptr + seq * R * D + r[:, None] * D + d[None, :],
-            mask=(r < R)[:, None] & (d < D)[None, :] & (seq < num_seqs),
-            other=0.0,
-        )
-        if BLOCK_R == 1:
-            acc += p * do.to(tl.float32)
-        else:
-            acc = tl.dot(p.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
-    rows = seq * T + start + t
-    tl.store(
-        grad_ptr + rows[:, None] * D + d[None, :],
-        acc.to(grad_ptr.dtype.element_ty),
-        mask=(t < hi)[:, None] & (d < D)[None, :],
-    )
-
-
-@triton.jit
-def _location_bwd_dw_kernel(
-    h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    dz_ptr,  # (items of this launch, BLOCK_T, K)
-    dw_ptr,  # (splits, D, K) float32: added to
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    item0,
-    items,  # items of this launch
-    items_per_split,
-    num_seqs,
-    per_seq,
-    T,
-    D,
-    K,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """d[W G] += Hᵀ [dz dg] over this split's items."""
-    split = tl.program_id(2)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = tl.arange(0, BLOCK_T)
-    acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-    first = split * items_per_split
-    for local in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-        t = lo + i
-        rows = (start + t).to(tl.int64)
-        keep = t < hi
-        if mask_ptr is not None:
-            keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
-        h = _load_rows(h_ptr + seq * stride_hb + rows * stride_ht, keep, d, D)
-        slot = (local * BLOCK_T + i).to(tl.int64)
-        dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(h.to(COMPUTE)), dz.to(COMPUTE), acc, input_precision=PRECISION)
-    at = dw_ptr + (split.to(tl.int64) * D + d[:, None]) * K + k[None, :]
-    some = (d < D)[:, None] & (k < K)[None, :]
-    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------
@@ -559,7 +279,7 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-def _hop_block(hops: int) -> int:
+def hop_block(hops: int) -> int:
     """One hop is a column of its own; more feed matrix products, whose smallest side is 16."""
     return 1 if hops == 1 else pow2(hops, 16, MAX_HOPS)
 
@@ -569,19 +289,19 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
 
     Chosen by the compile report (no spills, shared memory within the chip); speed on a GPU not yet measured.
     """
-    hop = _hop_block(R)
+    hop = hop_block(R)
     wide = max(16, hop)  # columns of the accumulator: 8192 elements of it are 32 registers a thread of 8 warps
-    even = _even(D, DV, A)
+    whole = even(D, DV, A)
     warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
     if itemsize == 4:
         # No matrix units in full float32: products are unrolled, so the tile is small and D goes in steps of 16.
         block_a = (
             hop
             if linear
-            else pow2(A, 16, 64 if hop == 1 and even and chip.backend != "hip" else 32 if hop <= 32 else 16)
+            else pow2(A, 16, 64 if hop == 1 and whole and chip.backend != "hip" else 32 if hop <= 32 else 16)
         )
         return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
-    if not even:
+    if not whole:
         return Blocks(
             pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
             warps,
@@ -593,24 +313,12 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     return Blocks(block_t, block_d, hop if linear else pow2(A, 16, 64), block_dv, warps)
 
 
-def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
-    """Tiles of the three backward kernels; T is also the rows of an item. Chosen as the forward's are."""
-    hop = _hop_block(R)
-    even = _even(D, DV, A)
-    if itemsize == 4:
-        block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and even else 32 if hop <= 32 else 16)
-        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
-    if not even or chip.arch == 80:
-        return Blocks(pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
-    return Blocks(pow2(T, 16, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
-
-
-def _even(*widths: int) -> bool:
+def even(*widths: int) -> bool:
     """Whether rows are whole 16-byte vectors; where not, each element needs an address and a predicate."""
     return all(n % 16 == 0 for n in widths)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What the launches of one call share."""
 
     seqs: int
@@ -631,11 +339,11 @@ def _strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
     return (0, x.stride(0)) if ragged else (x.stride(0), x.stride(1))
 
 
-def _call(
-    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+def prepare(
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
     seed: Tensor | None, activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
-) -> _Call:  # fmt: skip
+) -> Call:  # fmt: skip
     chip = chip_of(h.device)
     ragged = cu_seqlens is not None
     h, context, values = unit(h), unit(context), unit(values)
@@ -646,10 +354,10 @@ def _call(
     else:
         ctx_strides = context.stride(0), 0
     half = h.dtype.itemsize == 2
-    D, A = w.shape
+    D, A = (h.shape[-1],) * 2 if w is None else w.shape
     R = A if v is None else v.shape[1]
     DV = (h if values is None else values).shape[-1]
-    return _Call(
+    return Call(
         seqs=cu_seqlens.numel() - 1 if ragged else h.shape[0],
         length=h.shape[0] if ragged else h.shape[1],
         A=A,
@@ -658,7 +366,7 @@ def _call(
         chip=chip,
         tensors={
             "h_ptr": h, "stride_hb": h_strides[0], "stride_ht": h_strides[1],
-            "w_ptr": w, "stride_wd": w.stride(0), "stride_wa": w.stride(1),
+            "w_ptr": w, "stride_wd": 0 if w is None else w.stride(0), "stride_wa": 0 if w is None else w.stride(1),
             "b_ptr": b if b is None else b.contiguous(),
             "v_ptr": v if v is None else v.contiguous(),
             "gw_ptr": gate_w,
@@ -681,23 +389,23 @@ def _call(
             "FAST": half and chip.backend == "cuda",
             "CTX_PER_ROW": context_per_row,
             **matmul_flags(chip, h.dtype),
-            "BLOCK_R": _hop_block(R),
+            "BLOCK_R": hop_block(R),
         },
     )  # fmt: skip
 
 
-def _item_args(items: Items) -> dict[str, Tensor | int | None]:
+def item_args(items: Items) -> dict[str, Tensor | int | None]:
     return {"seq_ptr": items.seq, "first_ptr": items.first, "per_seq": items.per_seq}
 
 
 def location_fwd(
-    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, seed: Tensor | None,
     activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, scores); arguments and shapes as `fused_attn.reference.location_attention` has them."""
-    call = _call(
+    call = prepare(
         h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
         activation, gate_activation, dropout_p, context_per_row,
     )  # fmt: skip
@@ -708,7 +416,7 @@ def location_fwd(
     if seqs == 0 or call.length == 0:
         return out.zero_(), lse.fill_(-torch.inf), scores
 
-    blocks = fwd_blocks(call.chip, h.element_size(), call.length, w.shape[0], call.A, R, DV, v is None)
+    blocks = fwd_blocks(call.chip, h.element_size(), call.length, h.shape[-1], call.A, R, DV, v is None)
     one_dv = blocks.DV >= DV
     rows = _rows_per_item(call, cu_seqlens is not None, blocks.T)
     items = partition(seqs, call.length, rows, cu_seqlens)
@@ -721,13 +429,13 @@ def location_fwd(
     bias_strides = _strides(score_bias, cu_seqlens is not None)
     with torch.cuda.device_of(h):
         _location_fwd_kernel[(items.count,)](
-            **call.tensors, **_item_args(items), **call.sizes, **call.flags,
+            **call.tensors, **item_args(items), **call.sizes, **call.flags,
             bias_ptr=score_bias, stride_sb=bias_strides[0], stride_st=bias_strides[1],
             out_ptr=out, lse_ptr=lse, scores_ptr=scores, o_ptr=o, m_ptr=m, l_ptr=l,
             num_seqs=seqs, rows_per_item=rows,
-            RESIDENT=w.shape[0] <= blocks.D, ONE_DV=one_dv,
+            RESIDENT=w is not None and w.shape[0] <= blocks.D, ONE_DV=one_dv,
             BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV,
-            BLOCK_P=1 if R == 1 and h.element_size() == 4 else max(16, _hop_block(R)),
+            BLOCK_P=1 if R == 1 and h.element_size() == 4 else max(16, hop_block(R)),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         if not direct:
@@ -735,118 +443,9 @@ def location_fwd(
     return out, lse, scores
 
 
-def _rows_per_item(call: _Call, ragged: bool, block_t: int) -> int:
+def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
     """Enough items for four a core, but none so short that its partial sum costs more than its rows."""
     want = 4 * call.chip.cores
     parts = triton.cdiv(want, 1 if ragged else call.seqs)
     rows = max(triton.cdiv(call.length, parts), 4 * block_t)
     return triton.cdiv(rows, block_t) * block_t
-
-
-def location_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    h: Tensor, w: Tensor, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens: Tensor | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor, scores: Tensor,
-    activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False."""
-    call = _call(
-        h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
-        activation, gate_activation, dropout_p, context_per_row,
-    )  # fmt: skip
-    need_h, need_w, need_b, need_v, need_gw, need_gb, need_ctx, need_values, need_bias = needs
-    R, DV, (D, A) = call.R, call.DV, w.shape
-    K = A if gate_w is None else 2 * A
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if need_h else None
-    dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
-    dbias = torch.empty_like(score_bias, memory_format=torch.contiguous_format) if need_bias else None
-    dctx = torch.empty_like(context, memory_format=torch.contiguous_format) if need_ctx else None
-
-    blocks = bwd_blocks(call.chip, h.element_size(), call.length, D, A, R, DV, v is None)
-    items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
-    ctx_a_row = need_ctx and context_per_row
-    ctx_a_seq = need_ctx and not context_per_row
-    f32 = {"dtype": torch.float32, "device": h.device}
-    db = torch.empty(items.count, A, **f32) if need_b or ctx_a_seq else None
-    dgb = torch.empty(items.count, A, **f32) if need_gb else None
-    dv = torch.empty(items.count, A, R, **f32) if need_v else None
-    need_weights = need_w or need_gw
-
-    # The workspace holds as many items as fit, one at least.
-    chunk = max(1, min(items.count, WORKSPACE_BYTES // (blocks.T * (K * h.element_size() + R * 4))))
-    dz = h.new_empty(chunk, blocks.T, K)
-    p = torch.empty(chunk, blocks.T, R, **f32)
-    ww = w if gate_w is None else torch.cat([w, gate_w], dim=1)
-    block_k = min(64, max(16, triton.next_power_of_2(K)))
-    tiles = triton.cdiv(D, blocks.D), triton.cdiv(K, block_k)
-    splits = max(1, min(triton.cdiv(2 * call.chip.cores, tiles[0] * tiles[1]), triton.cdiv(chunk, 4)))
-    dw = torch.zeros(splits, D, K, **f32) if need_weights else None
-
-    common = {
-        "num_seqs": call.seqs,
-        "T": call.sizes["T"],
-        "cu_ptr": call.tensors["cu_ptr"],
-        **_item_args(items),
-    }
-    tile = {
-        "COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"],
-        "BLOCK_T": blocks.T, "BLOCK_D": blocks.D,
-        "num_warps": blocks.warps, "num_stages": blocks.stages,
-    }  # fmt: skip
-    dout = dout.contiguous()
-    for item0 in range(0, items.count, chunk):
-        count = min(chunk, items.count - item0)
-        with torch.cuda.device_of(h):
-            _location_bwd_dz_kernel[(count,)](
-                **{**call.tensors, **common, **call.sizes, **call.flags, **tile},
-                out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout,
-                dlse_ptr=dlse if dlse is None else dlse.contiguous(),
-                dscores_ptr=dscores if dscores is None else dscores.contiguous(),
-                dz_ptr=dz, p_ptr=p, dbias_ptr=dbias, dctx_ptr=dctx if ctx_a_row else None,
-                db_ptr=db, dgb_ptr=dgb, dv_ptr=dv, item0=item0, BLOCK_A=blocks.A,
-            )  # fmt: skip
-            if need_h:
-                shared = values is None
-                _location_bwd_rows_kernel[(count, tiles[0])](
-                    **common, **tile, dz_ptr=dz, w_ptr=ww, stride_wd=ww.stride(0), stride_wk=ww.stride(1),
-                    p_ptr=p if shared else None, do_ptr=dout if shared else None, grad_ptr=dh,
-                    item0=item0, D=D, K=K, R=R, BLOCK_K=block_k, BLOCK_R=call.flags["BLOCK_R"],
-                )  # fmt: skip
-            if need_values:
-                _location_bwd_rows_kernel[(count, triton.cdiv(DV, blocks.D))](
-                    **common, **tile, dz_ptr=None, w_ptr=None, stride_wd=0, stride_wk=0,
-                    p_ptr=p, do_ptr=dout, grad_ptr=dvalues,
-                    item0=item0, D=DV, K=0, R=R, BLOCK_K=block_k, BLOCK_R=call.flags["BLOCK_R"],
-                )  # fmt: skip
-            if need_weights:
-                _location_bwd_dw_kernel[(*tiles, splits)](
-                    **common, **tile,
-                    **{k: call.tensors[k] for k in (
-                        "h_ptr", "stride_hb", "stride_ht", "mask_ptr", "stride_mb", "stride_mt")},
-                    dz_ptr=dz, dw_ptr=dw, item0=item0, items=count,
-                    items_per_split=triton.cdiv(count, splits), D=D, K=K, BLOCK_K=block_k,
-                )  # fmt: skip
-
-    if ctx_a_seq:
-        dctx = _sum_items(db, items, call.seqs).to(context.dtype)
-    dww = None if dw is None else dw.sum(0)
-    return [
-        dh,
-        dww[:, :A].clone().to(w.dtype) if need_w else None,
-        db.sum(0).to(b.dtype) if need_b else None,
-        dv.sum(0).to(v.dtype) if need_v else None,
-        dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
-        dgb.sum(0).to(gate_b.dtype) if need_gb else None,
-        dctx,
-        dvalues,
-        dbias,
-    ]
-
-
-def _sum_items(parts: Tensor, items: Items, seqs: int) -> Tensor:
-    """Sum of ``parts (items, A)`` over the items of each sequence, in a fixed order."""
-    if items.first is not None:
-        return torch.segment_reduce(parts, "sum", offsets=items.first.long(), unsafe=True)
-    return parts.view(seqs, items.per_seq, parts.shape[1]).sum(1)

@@ -13,13 +13,16 @@ from torch import Tensor
 from fused_attn import location_attention
 
 ACTIVATIONS = ("identity", "tanh", "relu", "sigmoid", "leaky_relu", "gelu", "silu")
-SCORES = ("linear", "linear_hops", "mlp", "mlp_hops", "gated", "gated_hops")
+SCORES = ("linear", "linear_hops", "mlp", "mlp_hops", "gated", "gated_hops", "projected", "projected_hops")
 
 
 def operator(**options) -> Operator:
     """`location_attention` over flat names, as the comparator wants it; the options are fixed."""
 
-    def op(*, impl: str, h: Tensor, w: Tensor, gate_w: Tensor | None = None, gate_b: Tensor | None = None, **rest):
+    def op(
+        *, impl: str, h: Tensor, w: Tensor | None = None, gate_w: Tensor | None = None, gate_b: Tensor | None = None,
+        **rest,
+    ):  # fmt: skip
         gate = None if gate_w is None else (gate_w, gate_b)
         return location_attention(h, w, gate=gate, **{"return_weights": True, **options}, **rest, impl=impl)
 
@@ -67,18 +70,19 @@ class Case:
             return torch.randn(shape, generator=rng) * scale
 
         mlp = not self.score.startswith("linear")
-        inner = (self.attn_dim,) if mlp else (self.hops,) if self.score == "linear_hops" else ()
+        projected = self.score.startswith("projected")  # w is None
+        attn_dim = self.dim if projected else self.attn_dim
+        inner = (attn_dim,) if mlp else (self.hops,) if self.score == "linear_hops" else ()
         lengths = split_rows(self.rows) if self.ragged else [self.rows] * self.batch
         lead = (self.rows,) if self.ragged else (self.batch, self.rows)
-        made = {
-            "h": randn(*lead, self.dim),
-            "w": randn(self.dim, *inner, scale=1.5 / math.sqrt(self.dim)),
-        }
+        made = {"h": randn(*lead, self.dim)}
+        if not projected:
+            made["w"] = randn(self.dim, *inner, scale=1.5 / math.sqrt(self.dim))
         if self.bias:
             made["b"] = randn(*inner)
         if mlp:
             hops = (self.hops,) if self.score.endswith("hops") else ()
-            made["v"] = randn(self.attn_dim, *hops, scale=3 / math.sqrt(self.attn_dim))
+            made["v"] = randn(attn_dim, *hops, scale=3 / math.sqrt(attn_dim))
         if self.score.startswith("gated"):
             made["gate_w"] = randn(self.dim, self.attn_dim, scale=1 / math.sqrt(self.dim))
             if self.bias:

@@ -14,6 +14,7 @@ from _compare import (
 )
 from _location import SCORES, Case, offsets, operator
 from fused_attn.kernels import location as kernels
+from fused_attn.kernels import location_bwd
 
 both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
@@ -77,7 +78,7 @@ def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, ragged, d
     )  # fmt: skip
     tensors = case.tensors(device)
     whole = evaluate(case.op, tensors, "triton")
-    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(location_bwd, "WORKSPACE_BYTES", 1)
     assert_matches_reference(case.op, tensors)
     parts = evaluate(case.op, tensors, "triton")
     for name in ("h", "values", "context", "score_bias", "v", "b", "gate_b"):  # W and G sum in another order

@@ -1,0 +1,422 @@
+"""Backward of location attention, from the saved scores and lse.
+
+With the dropout factor k_jr, 1 without dropout:
+
+    a_jr  = exp(s_jr - lse_r)
+    ds_jr = a_jr (k_jr dO_r · value_j - dO_r · o_r + dlse_r) + dscores_jr
+    du_ja = Σ_r ds_jr v_ar
+    dz    = du ⊙ act'(z) ⊙ gate            dg = du ⊙ act(z) ⊙ gate'
+    dbias_j = Σ_r ds_jr,  db = Σ_j dz_j,  dv = Σ_j u_j ds_jᵀ            (per item, then summed in a fixed order)
+    dH = [dz dg] [W G]ᵀ + (a ⊙ k) dO,  d[W G] = Hᵀ [dz dg]        (without W: dH = dz + (a ⊙ k) dO)
+
+[dz dg] is made for a block of items at a time in a workspace of fixed size (`WORKSPACE_BYTES`), which the two
+matrix products then read from L2; nothing of size N·A reaches memory as a whole.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, activate_grad
+from .chip import Chip, pow2
+from .location import Blocks, even, hop_block, item_args, load_rows, matmul, prepare, project
+from .masks import Items, dropout_scale, locate, partition
+from .softmax import split
+
+WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
+
+
+@triton.jit
+def _location_bwd_dz_kernel(
+    h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
+    w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
+    b_ptr,  # (A,) or None
+    v_ptr,  # (A, R) or None
+    gw_ptr, stride_gd, stride_ga,  # (D, A) or None
+    gb_ptr,  # (A,) or None
+    ctx_ptr, stride_cb, stride_ct,  # (S, A), (B, T, A), (N, A) or None
+    val_ptr, stride_ub, stride_ut,  # (B, T, DV), (N, DV), or None: H
+    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
+    cu_ptr,  # (S + 1,) or None
+    seq_ptr,  # see masks.Items
+    first_ptr,
+    seed_ptr,  # (1,) int64 or None
+    out_ptr,  # (S, R, DV) float32
+    lse_ptr,  # (S, R) float64
+    scores_ptr,  # (B, T, R) or (N, R) float32
+    do_ptr,  # (S, R, DV)
+    dlse_ptr,  # (S, R) float64 or None
+    dscores_ptr,  # (B, T, R) or (N, R) float32, or None
+    dz_ptr,  # (items of this launch, BLOCK_T, A or 2A): [dz dg]
+    p_ptr,  # (items of this launch, BLOCK_T, R) float32: a ⊙ k
+    dbias_ptr,  # (B, T) or (N,), or None
+    dctx_ptr,  # (B, T, A) or (N, A), or None: context a row
+    db_ptr,  # (items, A) float32 or None
+    dgb_ptr,  # (items, A) float32 or None
+    dv_ptr,  # (items, A, R) float32 or None
+    item0,
+    num_seqs,
+    per_seq,
+    T,  # 0 where the batch is ragged
+    D,
+    A,
+    R,
+    DV,
+    threshold,
+    scale,
+    ACT: tl.constexpr,
+    GATE_ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    CTX_PER_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # rows of an item
+    BLOCK_D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    local = tl.program_id(0)
+    item = (item0 + local).to(tl.int64)
+    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    i = tl.arange(0, BLOCK_T)
+    t = lo + i
+    inside = t < hi
+    rows = (start + t).to(tl.int64)
+    keep = inside
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=inside, other=0) != 0
+    h_ptrs = h_ptr + seq * stride_hb + rows * stride_ht
+    if val_ptr is None:
+        val_ptrs = h_ptrs
+    else:
+        val_ptrs = val_ptr + seq * stride_ub + rows * stride_ut
+    r = tl.arange(0, BLOCK_R)
+    hop = (r < R) & (seq < num_seqs)
+
+    # gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
+    # are in float32. Then a key with all the weight gets 0, not the difference of two roundings.
+    if seed_ptr is not None:
+        k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
+    gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
+    offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
+    for d0 in range(0, DV, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        values = load_rows(val_ptrs, keep, d, DV)
+        at = seq * R * DV + r[None, :] * DV + d[:, None]
+        some = hop[None, :] & (d < DV)[:, None]
+        do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
+        out = tl.load(out_ptr + at, mask=some, other=0.0)
+        if BLOCK_R > 1 and seed_ptr is not None:
+            delta += tl.sum(do * out, axis=0)
+        if BLOCK_R == 1 and seed_ptr is not None:
+            values = values.to(tl.float32) * k
+        if BLOCK_R == 1 or tl.float32 == COMPUTE:
+            centre = tl.load(out_ptr + seq * R * DV + d, mask=(d < DV) & (seq < num_seqs), other=0.0)
+            values = values.to(tl.float32) - centre[None, :]
+            out -= centre[:, None]
+        offset += tl.sum(do * out, axis=0)
+        gap = matmul(values, do, gap, COMPUTE, PRECISION)
+    gap -= offset[None, :]
+
+    at = (seq * T + rows)[:, None] * R + r[None, :]
+    visible = keep[:, None] & hop[None, :]
+    s = tl.load(scores_ptr + at, mask=visible, other=float("-inf"))
+    lse = tl.load(lse_ptr + seq * R + r, mask=hop, other=float("-inf"))
+    hi, lo_part = split(lse)
+    a_w = tl.exp((s - hi[None, :]) - lo_part[None, :])
+    p = a_w
+    if seed_ptr is not None:
+        if BLOCK_R > 1:
+            gap += (k - 1.0) * (gap + delta[None, :])
+        p *= k
+    if dlse_ptr is not None:
+        gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
+    ds = a_w * gap
+    if dscores_ptr is not None:
+        ds += tl.load(dscores_ptr + at, mask=visible, other=0.0)
+    tl.store(p_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * R + r[None, :], p, mask=(r < R)[None, :])
+    if dbias_ptr is not None:
+        dbias = tl.sum(ds, axis=1).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + seq * T + rows, dbias, mask=inside)
+
+    if gw_ptr is None:
+        width = A
+    else:
+        width = 2 * A
+    dz_ptrs = dz_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * width
+    for a0 in range(0, A, BLOCK_A):
+        a = a0 + tl.arange(0, BLOCK_A)
+        z, g = project(
+            h_ptrs, h_ptrs, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
+            ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, False, BLOCK_D, COMPUTE, PRECISION,
+        )  # fmt: skip
+        y = activate(z, ACT, FAST)
+        u = y
+        if v_ptr is None:
+            du = ds
+        else:
+            v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0).to(
+                tl.float32
+            )
+            if BLOCK_R == 1:
+                du = ds * tl.trans(v)
+            else:
+                du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), input_precision=PRECISION)
+        dy = du
+        if gw_ptr is not None:
+            gate = activate(g, GATE_ACT, FAST)
+            u = y * gate
+            dy = du * gate
+            dg = du * y * activate_grad(g, gate, GATE_ACT, FAST)
+            tl.store(dz_ptrs + A + a[None, :], dg.to(dz_ptr.dtype.element_ty), mask=(a < A)[None, :])
+            if dgb_ptr is not None:
+                tl.store(dgb_ptr + item * A + a, tl.sum(dg, axis=0), mask=a < A)
+        dz = dy * activate_grad(z, y, ACT, FAST)
+        tl.store(dz_ptrs + a[None, :], dz.to(dz_ptr.dtype.element_ty), mask=(a < A)[None, :])
+        if db_ptr is not None:
+            tl.store(db_ptr + item * A + a, tl.sum(dz, axis=0), mask=a < A)
+        if dctx_ptr is not None:
+            dctx = dz.to(dctx_ptr.dtype.element_ty)
+            ctx_at = (seq * T + rows)[:, None] * A + a[None, :]
+            tl.store(dctx_ptr + ctx_at, dctx, mask=inside[:, None] & (a < A)[None, :])
+        if dv_ptr is not None:
+            if BLOCK_R == 1:
+                dv = tl.sum(u * ds, axis=0)[:, None]
+            else:
+                dv = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), input_precision=PRECISION)
+            dv_at = item * A * R + a[:, None] * R + r[None, :]
+            tl.store(dv_ptr + dv_at, dv, mask=(a < A)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _location_bwd_rows_kernel(
+    dz_ptr,  # (items of this launch, BLOCK_T, K), or None: no term from the scores
+    w_ptr, stride_wd, stride_wk,  # (D, K): [W G], or None: [dz dg] itself, K = D
+    p_ptr,  # (items of this launch, BLOCK_T, R) float32, or None: no term from the weighted sum
+    do_ptr,  # (S, R, D), or None
+    grad_ptr,  # (B, T, D) or (N, D), contiguous
+    cu_ptr,  # (S + 1,) or None
+    seq_ptr,  # see masks.Items
+    first_ptr,
+    item0,
+    num_seqs,
+    per_seq,
+    T,
+    D,
+    K,
+    R,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gradient of rows: [dz dg] [W G]ᵀ + p dO. Both terms where the values are H, one of them where they are not."""
+    local = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    i = tl.arange(0, BLOCK_T)
+    t = lo + i
+    slot = (local * BLOCK_T + i).to(tl.int64)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if dz_ptr is not None and w_ptr is None:
+        acc += tl.load(dz_ptr + slot[:, None] * K + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
+    elif dz_ptr is not None:
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+            w = tl.load(
+                w_ptr + k[:, None] * stride_wk + d[None, :] * stride_wd,
+                mask=(k < K)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(dz.to(COMPUTE), w.to(COMPUTE), acc, input_precision=PRECISION)
+    if p_ptr is not None:
+        r = tl.arange(0, BLOCK_R)
+        p = tl.load(p_ptr + slot[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
+        do = tl.load(
+            do_ptr + seq * R * D + r[:, None] * D + d[None, :],
+            mask=(r < R)[:, None] & (d < D)[None, :] & (seq < num_seqs),
+            other=0.0,
+        )
+        if BLOCK_R == 1:
+            acc += p * do.to(tl.float32)
+        else:
+            acc = tl.dot(p.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
+    rows = seq * T + start + t
+    tl.store(
+        grad_ptr + rows[:, None] * D + d[None, :],
+        acc.to(grad_ptr.dtype.element_ty),
+        mask=(t < hi)[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit
+def _location_bwd_dw_kernel(
+    h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
+    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
+    dz_ptr,  # (items of this launch, BLOCK_T, K)
+    dw_ptr,  # (splits, D, K) float32: added to
+    cu_ptr,  # (S + 1,) or None
+    seq_ptr,  # see masks.Items
+    first_ptr,
+    item0,
+    items,  # items of this launch
+    items_per_split,
+    num_seqs,
+    per_seq,
+    T,
+    D,
+    K,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d[W G] += Hᵀ [dz dg] over this split's items."""
+    split = tl.program_id(2)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = tl.arange(0, BLOCK_T)
+    acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
+    first = split * items_per_split
+    for local in range(first, tl.minimum(first + items_per_split, items)):
+        seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+        t = lo + i
+        rows = (start + t).to(tl.int64)
+        keep = t < hi
+        if mask_ptr is not None:
+            keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
+        h = load_rows(h_ptr + seq * stride_hb + rows * stride_ht, keep, d, D)
+        slot = (local * BLOCK_T + i).to(tl.int64)
+        dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(h.to(COMPUTE)), dz.to(COMPUTE), acc, input_precision=PRECISION)
+    at = dw_ptr + (split.to(tl.int64) * D + d[:, None]) * K + k[None, :]
+    some = (d < D)[:, None] & (k < K)[None, :]
+    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+
+
+def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
+    """Tiles of the three backward kernels; T is also the rows of an item. Chosen as the forward's are."""
+    hop = hop_block(R)
+    whole = even(D, DV, A)
+    if itemsize == 4:
+        block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
+        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
+    if not whole or chip.arch == 80:
+        return Blocks(pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
+    return Blocks(pow2(T, 16, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
+
+
+def location_bwd(
+    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None, seed: Tensor | None,
+    out: Tensor, lse: Tensor, scores: Tensor,
+    activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False."""
+    call = prepare(
+        h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
+        activation, gate_activation, dropout_p, context_per_row,
+    )  # fmt: skip
+    need_h, need_w, need_b, need_v, need_gw, need_gb, need_ctx, need_values, need_bias = needs
+    R, DV, D, A = call.R, call.DV, call.sizes["D"], call.A
+    K = A if gate_w is None else 2 * A
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format) if need_h else None
+    dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
+    dbias = torch.empty_like(score_bias, memory_format=torch.contiguous_format) if need_bias else None
+    dctx = torch.empty_like(context, memory_format=torch.contiguous_format) if need_ctx else None
+
+    blocks = bwd_blocks(call.chip, h.element_size(), call.length, D, A, R, DV, v is None)
+    items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
+    ctx_a_row = need_ctx and context_per_row
+    ctx_a_seq = need_ctx and not context_per_row
+    f32 = {"dtype": torch.float32, "device": h.device}
+    db = torch.empty(items.count, A, **f32) if need_b or ctx_a_seq else None
+    dgb = torch.empty(items.count, A, **f32) if need_gb else None
+    dv = torch.empty(items.count, A, R, **f32) if need_v else None
+    need_weights = need_w or need_gw
+
+    # The workspace holds as many items as fit, one at least.
+    chunk = max(1, min(items.count, WORKSPACE_BYTES // (blocks.T * (K * h.element_size() + R * 4))))
+    dz = h.new_empty(chunk, blocks.T, K)
+    p = torch.empty(chunk, blocks.T, R, **f32)
+    ww = w if gate_w is None else torch.cat([w, gate_w], dim=1)
+    block_k = min(64, max(16, triton.next_power_of_2(K)))
+    tiles = triton.cdiv(D, blocks.D), triton.cdiv(K, block_k)
+    splits = max(1, min(triton.cdiv(2 * call.chip.cores, tiles[0] * tiles[1]), triton.cdiv(chunk, 4)))
+    dw = torch.zeros(splits, D, K, **f32) if need_weights else None
+
+    common = {
+        "num_seqs": call.seqs,
+        "T": call.sizes["T"],
+        "cu_ptr": call.tensors["cu_ptr"],
+        **item_args(items),
+    }
+    tile = {
+        "COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"],
+        "BLOCK_T": blocks.T, "BLOCK_D": blocks.D,
+        "num_warps": blocks.warps, "num_stages": blocks.stages,
+    }  # fmt: skip
+    dout = dout.contiguous()
+    for item0 in range(0, items.count, chunk):
+        count = min(chunk, items.count - item0)
+        with torch.cuda.device_of(h):
+            _location_bwd_dz_kernel[(count,)](
+                **{**call.tensors, **common, **call.sizes, **call.flags, **tile},
+                out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout,
+                dlse_ptr=dlse if dlse is None else dlse.contiguous(),
+                dscores_ptr=dscores if dscores is None else dscores.contiguous(),
+                dz_ptr=dz, p_ptr=p, dbias_ptr=dbias, dctx_ptr=dctx if ctx_a_row else None,
+                db_ptr=db, dgb_ptr=dgb, dv_ptr=dv, item0=item0, BLOCK_A=blocks.A,
+            )  # fmt: skip
+            if need_h:
+                shared = values is None
+                _location_bwd_rows_kernel[(count, tiles[0])](
+                    **common, **tile, dz_ptr=dz, w_ptr=ww, stride_wd=0 if ww is None else ww.stride(0),
+                    stride_wk=0 if ww is None else ww.stride(1),
+                    p_ptr=p if shared else None, do_ptr=dout if shared else None, grad_ptr=dh,
+                    item0=item0, D=D, K=K, R=R, BLOCK_K=block_k, BLOCK_R=call.flags["BLOCK_R"],
+                )  # fmt: skip
+            if need_values:
+                _location_bwd_rows_kernel[(count, triton.cdiv(DV, blocks.D))](
+                    **common, **tile, dz_ptr=None, w_ptr=None, stride_wd=0, stride_wk=0,
+                    p_ptr=p, do_ptr=dout, grad_ptr=dvalues,
+                    item0=item0, D=DV, K=0, R=R, BLOCK_K=block_k, BLOCK_R=call.flags["BLOCK_R"],
+                )  # fmt: skip
+            if need_weights:
+                _location_bwd_dw_kernel[(*tiles, splits)](
+                    **common, **tile,
+                    **{k: call.tensors[k] for k in (
+                        "h_ptr", "stride_hb", "stride_ht", "mask_ptr", "stride_mb", "stride_mt")},
+                    dz_ptr=dz, dw_ptr=dw, item0=item0, items=count,
+                    items_per_split=triton.cdiv(count, splits), D=D, K=K, BLOCK_K=block_k,
+                )  # fmt: skip
+
+    if ctx_a_seq:
+        dctx = _sum_items(db, items, call.seqs).to(context.dtype)
+    dww = None if dw is None else dw.sum(0)
+    return [
+        dh,
+        dww[:, :A].clone().to(w.dtype) if need_w else None,
+        db.sum(0).to(b.dtype) if need_b else None,
+        dv.sum(0).to(v.dtype) if need_v else None,
+        dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
+        dgb.sum(0).to(gate_b.dtype) if need_gb else None,
+        dctx,
+        dvalues,
+        dbias,
+    ]
+
+
+def _sum_items(parts: Tensor, items: Items, seqs: int) -> Tensor:
+    """Sum of ``parts (items, A)`` over the items of each sequence, in a fixed order."""
+    if items.first is not None:
+        return torch.segment_reduce(parts, "sum", offsets=items.first.long(), unsafe=True)
+    return parts.view(seqs, items.per_seq, parts.shape[1]).sum(1)
