@@ -68,6 +68,12 @@ def unit(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def strides(names: str, x: Tensor | None, axes: tuple[int, ...], *, packed: bool) -> dict[str, int]:
+    """Strides of x by the kernels' names; 0 where there is no x, and for the batch axis of packed rows."""
+    sizes = (0,) * len(axes) if x is None else (0 if packed and axis == 0 else x.stride(axis) for axis in axes)
+    return {f"stride_{name}": size for name, size in zip(names.split(), sizes, strict=True)}
+
+
 _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from .activations import activate
 from .chip import Chip, chip_of, matmul_flags, pow2, unit
-from .masks import Items, dropout_scale, locate, partition, sequence_of
-from .softmax import finish, merge, pivot
+from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
+from .softmax import exp, finish, merge, pivot
 
 SAFE, SAFE_EXACT = 42.0, 80.0
 """Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1), or with `EXACT` αβ, is a float32 (under e^88.7)."""
@@ -56,20 +56,6 @@ def reciprocal(x, FAST: tl.constexpr):
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return 1.0 / x
-
-
-@triton.jit
-def exp(x, FMA: tl.constexpr):
-    """e^x to a few units in the last place at any x.
-
-    exp2(x log2 e) loses |x| units to the rounding of the product: so the product is kept in two parts. The
-    interpreter has no fused multiply-add, but an exact enough exp.
-    """
-    if FMA:
-        hi = x * 1.4426950216293335
-        lo = tl.fma(x, 1.4426950216293335, -hi) + x * 1.9259629911266175e-8
-        return tl.exp2(hi) * (1.0 + lo * 0.6931471805599453)
-    return tl.exp(x)
 
 
 @triton.jit
@@ -253,35 +239,6 @@ def concat_scores(
     else:
         s = _score_direct(aq, ak, v_ptr, AP, ACT, GROUP, BLOCK_M, BLOCK_N)
     return s
-
-
-@triton.jit
-def visible(
-    i, j, q_inside, k_inside, mask_ptrs, stride_mq, stride_mk, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Which keys j [BLOCK_N] the queries i [BLOCK_M] see; mask_ptrs is at this sequence, or None."""
-    shown = q_inside[:, None] & k_inside[None, :]
-    if mask_ptrs is not None:
-        at = i[:, None].to(tl.int64) * stride_mq + j[None, :].to(tl.int64) * stride_mk
-        shown = shown & (tl.load(mask_ptrs + at, mask=shown, other=0) != 0)
-    if HAS_LEFT:
-        shown = shown & (j[None, :] >= i[:, None] - left)
-    if HAS_RIGHT:
-        shown = shown & (j[None, :] <= i[:, None] + right)
-    return shown
-
-
-@triton.jit
-def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """First and past-the-last key that any query of [lo, hi) sees."""
-    first = 0
-    last = length
-    if HAS_LEFT:
-        first = tl.maximum(lo - left, 0)
-    if HAS_RIGHT:
-        last = tl.minimum(hi + right, length)
-    return first, last
 
 
 @triton.jit

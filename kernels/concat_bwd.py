@@ -35,9 +35,9 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import Chip, pow2
-from .concat import Blocks, concat_scores, exp, factors, key_range, prepare, reciprocal, visible
-from .masks import dropout_scale, locate, sequence_of
-from .softmax import split
+from .concat import Blocks, concat_scores, factors, prepare, reciprocal
+from .masks import dropout_scale, key_range, locate, sequence_of, visible
+from .softmax import exp, split
 
 WORKSPACE_BYTES = 64 * 2**20
 _longest: ContextVar[int | None] = ContextVar("assumed longest sequence", default=None)

@@ -1,4 +1,4 @@
-"""Which rows a program works on, and which weights dropout keeps.
+"""Which rows a program works on, which keys a query sees, and which weights dropout keeps.
 
 A launch is over *items*: consecutive rows of one sequence, at most `Items.rows` of them. For a padded batch
 item -> (sequence, part) is a division. For a ragged batch the lengths are known on the device only, so the
@@ -92,3 +92,59 @@ def dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
     c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
     word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
     return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def visible_pairs(
+    i, j, inside, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Which keys j the queries i see, for a tile whose rows are either of the two.
+
+    i [BLOCK_M, 1] and j [1, BLOCK_N], or i [1, BLOCK_M] and j [BLOCK_N, 1]; inside: pairs of rows that may be read;
+    mask_ptrs is at this sequence, or None.
+    """
+    shown = inside
+    if mask_ptrs is not None:
+        at = i.to(tl.int64) * stride_mq + j.to(tl.int64) * stride_mk
+        shown = shown & (tl.load(mask_ptrs + at, mask=shown, other=0) != 0)
+    if HAS_LEFT:
+        shown = shown & (j >= i - left)
+    if HAS_RIGHT:
+        shown = shown & (j <= i + right)
+    return shown
+
+
+@triton.jit
+def visible(
+    i, j, q_inside, k_inside, mask_ptrs, stride_mq, stride_mk, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Which keys j [BLOCK_N] the queries i [BLOCK_M] see, [BLOCK_M, BLOCK_N]."""
+    return visible_pairs(
+        i[:, None], j[None, :], q_inside[:, None] & k_inside[None, :], mask_ptrs, stride_mq, stride_mk, left, right,
+        HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
+
+
+@triton.jit
+def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """First and past-the-last key that any query of [lo, hi) sees."""
+    first = 0
+    last = length
+    if HAS_LEFT:
+        first = tl.maximum(lo - left, 0)
+    if HAS_RIGHT:
+        last = tl.minimum(hi + right, length)
+    return first, last
+
+
+@triton.jit
+def whole_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
+    first = 0
+    last = length
+    if HAS_LEFT:
+        first = tl.maximum(hi - 1 - left, 0)
+    if HAS_RIGHT:
+        last = tl.minimum(lo + right + 1, length)
+    return first, last

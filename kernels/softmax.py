@@ -13,6 +13,21 @@ from .masks import Items
 
 
 @triton.jit
+def exp(x, FMA: tl.constexpr):
+    """e^x to a few units in the last place at any x.
+
+    exp2(x log2 e) loses |x| units to the rounding of the product: so the product is kept in two parts. The
+    interpreter has no fused multiply-add, but an exact enough exp.
+    """
+    if FMA:
+        x = tl.maximum(x, -150.0)  # 0 in float32; of -inf the two parts would be NaN
+        hi = x * 1.4426950216293335
+        lo = tl.fma(x, 1.4426950216293335, -hi) + x * 1.9259629911266175e-8
+        return tl.exp2(hi) * (1.0 + lo * 0.6931471805599453)
+    return tl.exp(x)
+
+
+@triton.jit
 def pivot(m):
     """A finite number to subtract: m, or 0 where no key was seen."""
     return tl.where(m == float("-inf"), 0.0, m)

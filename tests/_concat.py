@@ -1,11 +1,11 @@
 """Inputs of the concat family for its test files."""
 
-import itertools
+import functools
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import _pairwise
 import pytest
 import torch
 from _compare import Operator, assert_close, assert_matches_reference, evaluate
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from fused_attn import concat_attention
 
-__all__ = ["ACTIVATIONS", "ALL", "IMPLS", "Case", "check", "offsets", "operator", "pairwise"]
+__all__ = [
+    "ACTIVATIONS", "ALL", "IMPLS", "ROWS", "Case", "check", "compare", "hide", "offsets", "operator", "pairwise",
+]  # fmt: skip
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")
+ROWS = ("query", "key", "value")
 Window = tuple[int | None, int | None]
 
 
@@ -87,11 +90,21 @@ class Case:
             bias = torch.randn([sizes[axis] for axis in axes], generator=rng)
             made["score_bias"] = self._laid_out(bias.to(device, self.dtype))
         if self.mask != "none":
-            made["mask"] = self._mask(rng).to(device)
+            mask = self._mask(rng).to(device)
+            made["mask"] = mask if "expanded" in (self.mask, self.layout) else self._laid_out(mask)
         if self.ragged:
             made["cu_seqlens_q"] = offsets(split_rows(self.queries, few=1), device)
             made["cu_seqlens_k"] = offsets(split_rows(self.keys, few=2), device)
         return made
+
+    def raw_arguments(self, tensors: Mapping[str, Tensor], seed: Tensor | None = None) -> list:
+        """The inputs and options of the raw operators, in their canonical form."""
+        rows = [tensors[name] if self.heads else tensors[name].unsqueeze(-2 if self.ragged else 1) for name in ROWS]
+        if self.ragged:
+            rows = [x.transpose(0, 1)[None] for x in rows]
+        v = tensors["v"].expand(self.heads or 1, -1)
+        rest = map(tensors.get, ("score_bias", "mask", "cu_seqlens_q", "cu_seqlens_k"))
+        return [*rows, v, *rest, seed, self.activation, *(self.window or (None, None)), self.dropout_p]
 
     def _mask(self, rng: torch.Generator) -> Tensor:
         mask = torch.rand(self.batch, self.queries, self.keys, generator=rng) < 0.6
@@ -143,26 +156,17 @@ def compare(op: Operator, tensors: Mapping[str, Tensor], impl: str, *, dtype=tor
         assert_matches_reference(op, tensors, dtype=dtype, impl=impl, **options)
 
 
-def pairwise(factors: Mapping[str, Sequence], seed: int = 0) -> list[Case]:
-    """Few cases such that every two values of different factors meet in one: greedy, and always the same."""
-    rng = random.Random(seed)
-    names = list(factors)
-    unmet = {
-        ((m, x), (n, y))
-        for m, n in itertools.combinations(names, 2)
-        for x, y in itertools.product(range(len(factors[m])), range(len(factors[n])))
-    }
+pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
-    def meets(picks: Mapping[str, int]) -> set:
-        return set(itertools.combinations(((n, picks[n]) for n in names if n in picks), 2)) & unmet
 
-    cases = []
-    while unmet:
-        picks = dict(min(unmet))
-        for name in rng.sample(names, len(names)):
-            if name not in picks:
-                gains = [(len(meets({**picks, name: i})), rng.random(), i) for i in range(len(factors[name]))]
-                picks[name] = max(gains)[2]
-        unmet -= meets(picks)
-        cases.append(Case(**{name: factors[name][i] for name, i in picks.items()}))
-    return cases
+def hide(tensors, fill):
+    """Put `fill` in the rows that the mask lets no query or key use; return these rows by name."""
+    mask = tensors["mask"]
+    keys = mask if mask.dim() == 2 else mask.any(1)
+    hidden = {"key": ~keys, "value": ~keys}
+    if mask.dim() == 3:
+        hidden["query"] = ~mask.any(2)
+    for name, rows in hidden.items():
+        x = tensors[name]
+        (x if x.dim() == 3 else x.transpose(1, 2))[rows] = fill
+    return hidden

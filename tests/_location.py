@@ -1,11 +1,12 @@
 """Inputs of the location family for its test files."""
 
+import functools
 import itertools
 import math
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import _pairwise
 import torch
 from _compare import Operator
 from torch import Tensor
@@ -137,26 +138,4 @@ def offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def pairwise(factors: Mapping[str, Sequence], seed: int = 0) -> list[Case]:
-    """Few cases such that every two values of different factors meet in one: greedy, and always the same."""
-    rng = random.Random(seed)
-    names = list(factors)
-    unmet = {
-        ((m, x), (n, y))
-        for m, n in itertools.combinations(names, 2)
-        for x, y in itertools.product(range(len(factors[m])), range(len(factors[n])))
-    }
-
-    def meets(picks: Mapping[str, int]) -> set:
-        return set(itertools.combinations(((n, picks[n]) for n in names if n in picks), 2)) & unmet
-
-    cases = []
-    while unmet:
-        picks = dict(min(unmet))
-        for name in rng.sample(names, len(names)):
-            if name not in picks:
-                gains = [(len(meets({**picks, name: i})), rng.random(), i) for i in range(len(factors[name]))]
-                picks[name] = max(gains)[2]
-        unmet -= meets(picks)
-        cases.append(Case(**{name: factors[name][i] for name, i in picks.items()}))
-    return cases
+pairwise = functools.partial(_pairwise.pairwise, make=Case)

@@ -38,14 +38,9 @@ def attend(t, *, impl, **options):
 
 def raw_arguments(case, device, *, blocked, need_scores):
     """Arguments of `torch.ops.fused_attn.concat_fwd`, in its canonical form, and of its backward."""
-    t = case.tensors(device)
-    rows = [t[name] if case.heads else t[name].unsqueeze(1) for name in ("query", "key", "value")]
-    if case.ragged:
-        rows = [x.transpose(0, 1)[None] for x in rows]
-    v = t["v"] if case.heads else t["v"][None]
     seed = torch.tensor([5], device=device) if case.dropout_p else None
-    inputs = (*rows, v, *map(t.get, ("score_bias", "mask", "cu_seqlens_q", "cu_seqlens_k")), seed)
-    options = (case.activation, *(case.window or (None, None)), case.dropout_p)
+    arguments = case.raw_arguments(case.tensors(device), seed)
+    inputs, options = arguments[:9], arguments[9:]
     out, lse, scores = torch.ops.fused_attn.concat_fwd(*inputs, *options, need_scores, blocked)
     cotangents = (projection(out, 0), projection(lse, 1), projection(scores, 2) if need_scores else None)
     needs = [x is not None for x in inputs[:5]]

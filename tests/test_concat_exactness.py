@@ -1,0 +1,183 @@
+"""Concat attention where the factors would overflow, cancel, or be lost; scores that are hard on a softmax."""
+
+import pytest
+import torch
+from _compare import assert_as_exact, assert_close, evaluate, in_double, rough_runs
+from _concat import ALL, IMPLS, Case, compare, hide
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = pytest.mark.parametrize("impl", ALL)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+
+
+def spread(rows: int, width: int, center: float, radius: float, seed: int) -> torch.Tensor:
+    """Random numbers in a shuffled range, so that every row has small and large ones."""
+    rng = torch.Generator().manual_seed(seed)
+    x = center + radius * torch.linspace(-1, 1, rows * width)
+    return x[torch.randperm(len(x), generator=rng)].view(rows, width)
+
+
+# (center, radius) of queries and of keys
+RANGES = {
+    "spans 100": ((0, 50), (0, 50)),
+    "60 against -45": ((60, 1), (-45, 1)),
+    "60 against -60": ((60, 1), (-60, 1)),
+    "-60 against 60": ((-60, 1), (60, 1)),
+    "both 50": ((50, 1), (50, 1)),
+    "both -50": ((-50, 1), (-50, 1)),
+    "at the guard": ((10, 0.4), (10, 0.6)),
+    "past a pair": ((13, 1), (12, 1)),
+    "small": ((0, 1e-2), (0, 1e-2)),
+}
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(("of_query", "of_key"), RANGES.values(), ids=RANGES.keys())
+def test_exponents_of_any_size_are_exact(of_query, of_key, activation, dtype, impl, device):
+    case = Case(dtype=dtype, batch=1, queries=5, keys=9, attn_dim=7, activation=activation)
+    tensors = case.tensors(device)
+    for name, (center, radius), seed in (("query", of_query, 1), ("key", of_key, 2)):
+        tensors[name] = spread(*tensors[name].shape[1:], center, radius, seed)[None].to(tensors[name])
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@each_impl
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@both_forms
+def test_tiles_that_exceed_the_range_leave_the_others_alone(ragged, activation, impl, device):
+    """The first 16 queries and 32 keys are a tile each; after them some are large."""
+    case = Case(batch=1, queries=40, keys=70, attn_dim=5, activation=activation, ragged=ragged, window=(None, 50))
+    tensors = case.tensors(device)
+    for name, first in (("query", 20), ("key", 33)):
+        rows = tensors[name].view(-1, 5)
+        rows[first] = 60
+        rows[first + 1] = -60
+        rows[first + 5, 2] = 45
+    compare(case.op, tensors, impl)
+
+
+@each_impl
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("mask", ["keys", "pairs"])
+def test_large_rows_beside_masked_ones_that_hold_nan(mask, layout, impl, device):
+    """The loop without factors reads the rows themselves, and must not read these."""
+    case = Case(batch=1, queries=20, keys=40, attn_dim=5, mask=mask, layout=layout, window=(10, 25))
+    tensors = case.tensors(device)
+    tensors["query"][:, ::5] *= 50
+    tensors["key"][:, ::7] *= 50
+    want = evaluate(case.op, in_double(tensors), "reference")
+    rough = evaluate(case.op, tensors, "reference")
+    hide(tensors, torch.nan)
+    assert_as_exact(evaluate(case.op, tensors, impl), rough, want)
+
+
+# The largest exponent of αβ. The loops of pairs take up to 42 (on a CPU, 40), those of float32 up to 80: past 88.7
+# a float32 is infinite, and past half of that the product of two may be.
+EXPONENTS = (39.9, 47, 75, 87, 92)
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("sign", [1, -1], ids=["up", "down"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("exponent", EXPONENTS)
+def test_exponents_around_the_guards_are_exact(exponent, activation, sign, dtype, impl, device):
+    """Every feature of a query has it beside one of small numbers, so that neither is lost in the other."""
+    case = Case(dtype=dtype, batch=1, queries=5, keys=9, attn_dim=8, activation=activation)
+    tensors = case.tensors(device)
+    side = sign * exponent / (4 if activation == "tanh" else -2)
+    for name in ("query", "key"):
+        tensors[name][..., :5] = (side + 0.01 * tensors[name][..., :5]).clamp(-abs(side), abs(side))
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_one_large_feature_among_many_is_exact(activation, dtype, impl, device):
+    """The bound is one of all features, which are looked at in parts."""
+    case = Case(dtype=dtype, batch=1, queries=3, keys=5, attn_dim=40, value_dim=3, activation=activation)
+    tensors = case.tensors(device)
+    for name in ("query", "key"):
+        tensors[name][..., 1] += 30 if activation == "tanh" else -60
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "identity"])
+def test_features_of_any_size_that_cancel_are_exact(activation, dtype, impl, device):
+    """Each feature at its own place in ±100, where a sum of q and k is small."""
+    case = Case(dtype=dtype, batch=1, queries=9, keys=17, attn_dim=16, activation=activation)
+    tensors = case.tensors(device)
+    centers = spread(1, 16, 0, 100, seed=3).round().to(tensors["query"])
+    tensors |= {"query": tensors["query"] + centers, "key": tensors["key"] - centers}
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@each_impl
+@each_dtype
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 3])
+def test_scores_of_many_features_of_one_sign_are_exact(scale, activation, dtype, impl, device):
+    """Σ v - 2 Σ v r has the rounding of numbers near Σ v in it: 15 times what the scores themselves have."""
+    case = Case(dtype=dtype, batch=1, queries=5, keys=9, attn_dim=128, value_dim=3, activation=activation)
+    tensors = case.tensors(device)
+    tensors |= {"query": tensors["query"] * scale, "key": tensors["key"] * scale, "v": tensors["v"].abs()}
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@each_impl
+@pytest.mark.parametrize("small", [1e-2, 1e-4])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+def test_large_v_does_not_magnify_the_rounding_of_small_scores(activation, small, impl, device):
+    case = Case(batch=1, queries=17, keys=40, attn_dim=8, activation=activation)
+    tensors = case.tensors(device)
+    tensors |= {"query": tensors["query"] * small, "key": tensors["key"] * small, "v": tensors["v"] / small}
+    compare(case.op, tensors, impl)
+
+
+@each_impl
+def test_adding_a_number_to_all_scores_changes_nothing(impl, device):
+    case = Case(batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
+    tensors["score_bias"] = (tensors["score_bias"] * 4).round() / 4
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    tensors["score_bias"] = tensors["score_bias"] + 1000
+    assert_close(evaluate(case.op, in_double(tensors), "reference"), exact)
+    assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(case.op, tensors), exact)
+
+
+@each_impl
+def test_weights_of_large_scores_that_are_exact_are_exact(impl, device):
+    """Rounded to the scores' own precision, lse alone would be wrong here."""
+    case = Case(batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    tensors |= {"v": tensors["v"] * 0, "score_bias": tensors["score_bias"].round() + 5000}
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    assert_as_exact(evaluate(case.op, tensors, impl), evaluate(case.op, tensors, "reference"), exact)
+
+
+@each_impl
+@each_dtype
+def test_huge_score_biases_match_the_reference(dtype, impl, device):
+    case = Case(dtype=dtype, batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    tensors["score_bias"] = tensors["score_bias"] * 10_000
+    compare(case.op, tensors, impl, dtype=dtype)
+
+
+@every_impl
+@pytest.mark.parametrize("heads", [None, 2])
+def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device):
+    case = Case(heads=heads, queries=7, keys=35, attn_dim=3, score_bias="bhqk", mask="pairs")
+    tensors = case.tensors(device)
+    mask = tensors.pop("mask")
+    masked = evaluate(case.op, tensors | {"mask": mask}, impl)
+    hidden = ~mask if heads is None else ~mask[:, None]
+    tensors["score_bias"] = tensors["score_bias"].masked_fill(hidden, -torch.inf)
+    assert_close(evaluate(case.op, tensors, impl), masked)
