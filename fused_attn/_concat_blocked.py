@@ -45,8 +45,8 @@ TILE = 2**20
 """Most elements of a tile of scores, while it has `LEAST_ROWS` queries: the values are read once a tile."""
 LEAST_ROWS = 8
 
-SAFE = 40.0
-"""Largest |exponent of a| for a block of pairs: the products stay under e^80 |v| = 6e34 |v|."""
+SAFE = 30.0
+"""Largest |exponent of a| for a block of pairs: the products stay under e^60 |v| = 1e26 |v|."""
 SMALL = 4.0
 """A tanh whose exponents stay under this is taken as it is: a - 1 would lose the relative precision of small ones."""
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}

@@ -90,11 +90,12 @@ def test_large_v_does_not_magnify_the_rounding_of_small_scores(impl, device):
 
 
 @pytest.mark.kernel
-def test_derivative_of_a_saturated_sigmoid_is_as_exact_as_at_its_mirror_image(device):
+@pytest.mark.parametrize(("activation", "by"), [("sigmoid", 5), ("tanh", 2), ("tanh", 3)])
+def test_derivative_of_a_saturated_activation_is_as_exact_as_at_its_mirror_image(activation, by, device):
     """σ'(z) = σ'(-z), but y (1 - y) loses it where y is near 1: the reference is exact on one side only."""
-    case = Case(queries=18, keys=35, heads=2, activation="sigmoid")
+    case = Case(queries=18, keys=35, heads=2, activation=activation)
     tensors = case.tensors(device)
-    up = tensors | {name: tensors[name] / 4 + 5 for name in ("query", "key")}
+    up = tensors | {name: tensors[name] / 4 + by for name in ("query", "key")}
     down = tensors | {name: -up[name] for name in ("query", "key")}
     exact = derivatives(case, in_double(up), "reference", ("scores",)).gradients
     rough = [derivatives(case, nudged(down, i), "reference", ("scores",)).gradients for i in range(3)]

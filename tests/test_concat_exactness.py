@@ -141,6 +141,18 @@ def test_large_v_does_not_magnify_the_rounding_of_small_scores(activation, small
 
 
 @each_impl
+@pytest.mark.parametrize("exponent", [29.0, 39.6, 79.0])
+def test_large_v_does_not_overflow_where_the_factors_just_fit(exponent, impl, device):
+    case = Case(batch=1, queries=3, keys=5, attn_dim=8)
+    tensors = case.tensors(device)
+    signs = torch.tensor([1.0] * 4 + [-1.0] * 4, device=device)
+    for name, by in (("query", exponent / 4), ("key", exponent / 4 * signs)):
+        tensors[name] = torch.zeros_like(tensors[name]) + by
+    tensors["key"][:, 1:] += tensors["value"][:, 1:, :8] / 1e4
+    compare(case.op, tensors | {"v": tensors["v"].abs() * 1e5}, impl)
+
+
+@each_impl
 def test_adding_a_number_to_all_scores_changes_nothing(impl, device):
     case = Case(batch=1, score_bias="qk")
     tensors = case.tensors(device)
