@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -100,3 +101,122 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         raise ValueError(
             f"{name}: expected non-decreasing offsets from 0 to the {rows} packed rows; got {cu.tolist()}"
         )
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """The window's sides, both open where there is none; TypeError for what is no pair of int or None."""
+    if window is None:
+        return None, None
+    good = isinstance(window, tuple) and len(window) == 2
+    if not good or any(n is not None and (not isinstance(n, int) or isinstance(n, bool)) for n in window):
+        raise TypeError(f"window: expected a pair (left, right) of int or None; got {window!r}")
+    return window
+
+
+def check_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    *,
+    widths: tuple[str, str],
+    same_width: bool,
+) -> bool:
+    """Check queries, keys and values, padded or packed; return whether they have heads.
+
+    Parameters
+    ----------
+    query, key, value
+        ``(B, Tq, Dq)``, ``(B, Tk, Dk)`` and ``(B, Tk, Dv)``, with heads ``(B, H, T, D)``; packed ``(N, D)`` or
+        ``(N, H, D)``.
+    cu_seqlens_q, cu_seqlens_k
+        Both or none; their values are left to `check_structure`.
+    widths
+        What the messages call the widths of queries and of keys.
+    same_width
+        Whether keys must be as wide as queries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `check_tensor`; also for features of width 0.
+
+    """
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        name = "cu_seqlens_k" if packed else "cu_seqlens_q"
+        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
+    forms = [("N, ", 2), ("N, H, ", 3)] if packed else [("B, Tq, ", 3), ("B, H, Tq, ", 4)]
+    check_tensor("query", query, shapes=[(f"({words}{widths[0]})", (None,) * rank) for words, rank in forms])
+    heads = query.dim() == (3 if packed else 4)
+    rows: list[int | None] = [None, query.shape[1]] if packed else [query.shape[0], query.shape[1], None]
+    if not heads:
+        del rows[1]
+    words = forms[heads][0].replace("Tq", "Tk")
+    like = {"dtypes": [query.dtype], "device": query.device}
+    width = query.shape[-1] if same_width else None
+    check_tensor("key", key, shapes=[(f"({words}{widths[1]})", (*rows, width))], **like)  # type: ignore[arg-type]
+    if value is not None:
+        check_tensor("value", value, shapes=[(f"({words}Dv)", (*key.shape[:-1], None))], **like)  # type: ignore[arg-type]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x is not None and x.shape[-1] == 0:
+            raise ValueError(f"{name}: expected at least one feature; got shape {tuple(x.shape)}")
+    return heads
+
+
+def check_structure(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    score_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    return_weights: bool,
+) -> tuple[int | None, int | None]:
+    """Check what says which pairs of queries and keys meet, after `check_rows`; return the window's sides.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `check_tensor` and `check_cu_seqlens`; also for what packed rows do not have.
+
+    """
+    device = query.device
+    if cu_seqlens_q is not None:
+        for name, given in (("mask", mask), ("score_bias", score_bias)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with packed rows; got a tensor")
+        if return_weights:
+            raise ValueError(
+                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
+            )
+        cu_seqlens_k = cast("Tensor", cu_seqlens_k)
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], device)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], device)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, shape {tuple(cu_seqlens_q.shape)}; got "
+                f"{tuple(cu_seqlens_k.shape)}"
+            )
+    full = (*query.shape[:-1], key.shape[-2])  # (B, [H,] Tq, Tk)
+    if mask is not None:
+        keys, pairs = (full[0], full[-1]), (full[0], *full[-2:])
+        check_tensor(
+            "mask", mask, shapes=[("(B, Tk)", keys), ("(B, Tq, Tk)", pairs)], dtypes=[torch.bool], device=device,
+            hint="True = may be attended",
+        )  # fmt: skip
+    if score_bias is not None:
+        allowed = [query.dtype] if query.dtype.itemsize >= 4 else [query.dtype, torch.float32]
+        any_shape = [("", tuple(score_bias.shape))] if isinstance(score_bias, Tensor) else []
+        check_tensor("score_bias", score_bias, shapes=any_shape, dtypes=allowed, device=device)
+        fits = len(score_bias.shape) <= len(full) and all(
+            n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
+        )
+        if not fits:
+            words = "(B, H, Tq, Tk)" if len(full) == 4 else "(B, Tq, Tk)"
+            raise ValueError(
+                f"score_bias: expected a shape that broadcasts to {words} = {full}; got {tuple(score_bias.shape)}"
+            )
+    return check_window(window)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import location, reference
-from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
+from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
 from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 9  # tensor arguments of the raw forward
@@ -260,7 +260,7 @@ def concat_attention(
                 key = key.masked_fill(~keys[:, None, :, None], 0)
                 query = query if mask.dim() == 2 else query.masked_fill(~mask.any(2)[:, None, :, None], 0)
             wide = torch.promote_types(query.dtype, torch.float32)
-            sums = wide if query.element_size() == 2 else torch.float64  # they may cancel: 60 and -45
+            sums = wide if query.element_size() == 2 else torch.float64  # one rounding
             query, key = ((x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide) for x in (query, key))
             v = v.new_ones(v.shape[0], 1, dtype=wide)
         if query.shape[1:3] == (1, 1) and window is None and not packed:
@@ -374,9 +374,4 @@ def _validate_concat(
                 raise ValueError(
                     f"score_bias: expected a shape that broadcasts to {words} = {full}; got {tuple(score_bias.shape)}"
                 )
-    if window is None:
-        return None, None
-    good = isinstance(window, tuple) and len(window) == 2
-    if not good or any(n is not None and (not isinstance(n, int) or isinstance(n, bool)) for n in window):
-        raise TypeError(f"window: expected a pair (left, right) of int or None; got {window!r}")
-    return window
+    return check_window(window)

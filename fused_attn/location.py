@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor
+from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
+from ._location_windowed import WindowedAttention
 from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 12  # tensor arguments of the raw forward
@@ -155,6 +156,7 @@ def location_attention(
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -168,6 +170,13 @@ def location_attention(
 
     The gate is there with `gate`, the product with `v` with `v`, the context and the bias :math:`\beta` where
     they are given. A sequence without a visible key gives zeros, zero weights and zero gradients.
+
+    With a `window` every position i has an output of its own, over the keys that it sees:
+
+    .. math:: o_i = \sum_j softmax_j(s_j) \, value_j \quad over \quad i - left <= j <= i + right
+
+    A window with an open side is a scan: time and memory are linear in T. With two ends the time is T times its
+    width, and so it is with dropout, which differs between the positions.
 
     Parameters
     ----------
@@ -192,6 +201,9 @@ def location_attention(
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
+    window
+        ``(left, right)``, None for an open side; None for one output a sequence. Causal is ``(None, 0)``, strictly
+        causal ``(None, -1)``. The mask is of keys: what it hides has an output, over the keys that it sees.
     score_bias
         ``(B, T)`` or ``(N,)``, in the dtype of `h` or float32: a log-prior, added to the scores of every hop.
     cu_seqlens
@@ -200,16 +212,19 @@ def location_attention(
         Probability that a weight is dropped, 0 <= p < 1. It always applies: pass 0 for evaluation. The mask
         comes from a counter-based generator, seeded from PyTorch's, and is the same in the backward.
     return_weights
-        Return the weights too, as they are before dropout. They are differentiable.
+        Return the weights too, as they are before dropout. They are differentiable. With a window they are of size
+        T·T, and padded only.
     impl
-        ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere, for float64 and for more than 128 hops.
-        ``"triton"`` and ``"reference"`` never fall back.
+        ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere, for float64 and for more than 128 hops; with a
+        window in blocks, where the reference makes all pairs. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
     Tensor or (Tensor, Tensor)
         Output ``(B, Dv)``, or ``(B, R, Dv)`` where `v` (`w` without `v`) has a hop axis; S for B where ragged.
         Weights ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a jagged `h`.
+        With a window: output ``(B, T, Dv)``, ``(B, T, R, Dv)``; packed ``(N, Dv)``, ``(N, R, Dv)``; jagged for a
+        jagged `h`; weights ``(B, T, T)``, ``(B, R, T, T)``.
 
     Raises
     ------
@@ -239,6 +254,11 @@ def location_attention(
         h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, trusted_offsets=offsets is not None,
     )  # fmt: skip
+    left, right = check_window(window)
+    if window is not None and return_weights and cu_seqlens is not None:
+        raise ValueError(
+            "return_weights: expected False with a window and packed rows, pad the batch to see its weights; got True"
+        )
     last = cast("Tensor", w if v is None else v)
     hop_axis = last.dim() == 2
     if context is not None:
@@ -261,7 +281,12 @@ def location_attention(
         unsupported = "has no float64"
     elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
-    run = _LocationAttention.apply if use_triton(impl, h.device, unsupported) else _reference
+    kernel = use_triton(impl, h.device, unsupported)
+    run = _LocationAttention.apply if kernel else _reference
+    if window is not None:
+        scores = run(*args[:7], None, *args[8:11], None, *args[12:14], 0.0, context_per_row)[2]
+        tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
+        return _windowed(scores, *tail, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
     out, lse, scores = run(*args)
     out = out.to(h.dtype)
     out = out if hop_axis else out.squeeze(1)
@@ -277,6 +302,32 @@ def location_attention(
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
     return out, weights
+
+
+def _windowed(
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, left: int | None,
+    right: int | None, dropout_p: float, dtype: torch.dtype, impl: Impl, kernel: bool, hop_axis: bool,
+    return_weights: bool, offsets: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """One output a position, from the scores ``(B, T, R)`` or ``(N, R)``."""
+    if impl == "reference":
+        out, lse = reference.windowed_attention(
+            scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
+        )
+    else:
+        out, lse = WindowedAttention.apply(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
+    out = out.to(dtype)
+    out = out if hop_axis else out.squeeze(-2)
+    if offsets is not None:
+        return torch.nested.nested_tensor_from_jagged(out, offsets)
+    if not return_weights:
+        return out
+
+    j = torch.arange(scores.shape[1], device=scores.device)
+    shown = reference.in_window(j[:, None], j, left, right, torch.ones_like(j, dtype=torch.bool))
+    pairs = scores.mT[:, :, None].masked_fill(~shown, -torch.inf)  # (B, R, T, T), of positions and keys
+    weights = weights_from(pairs, lse.mT[..., None]).to(dtype)
+    return out, weights if hop_axis else weights.squeeze(1)
 
 
 def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:

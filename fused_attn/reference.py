@@ -152,6 +152,37 @@ def location_attention(
     return out, lse, scores
 
 
+def windowed_attention(
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    r"""The windowed form of location attention, from its scores: one output a position, as if T queries came.
+
+    .. math:: o_i = \sum_j softmax_j(s_j) \, value_j \quad over \quad i - left <= j <= i + right
+
+    Shapes: ``scores (B, T, R)`` or packed ``(N, R)``, ``values (B, T, Dv)`` or ``(N, Dv)``, which may hold anything
+    where the scores are ``-inf``. Dropout draws as for R heads: of key j, sequence and hop, and query i.
+
+    Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``values``, float64 ``lse`` without the last axis.
+    """
+    if cu_seqlens is not None:
+        scores, values = scores[None], values[None]
+    values = values.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    (B, T, R), width = scores.shape, values.shape[-1]
+    out, lse, _ = _attend(
+        scores.mT[:, :, None].expand(B, R, T, T), values[:, None].expand(B, R, T, width), None, None,
+        cu_seqlens, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p,
+    )  # fmt: skip
+    out, lse = out.transpose(1, 2), lse.mT
+    return (out, lse) if cu_seqlens is None else (out[0], lse[0])
+
+
 def positions(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """(sequence, position in it) of each row: ``(B, T)`` each; packed, ``(1, N)``."""
     row = torch.arange(length, device=device)
@@ -159,6 +190,15 @@ def positions(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.
         return torch.arange(batch, device=device)[:, None].expand(batch, length), row.expand(batch, length)
     segment = segment_ids(cu_seqlens, length)
     return segment[None], (row - cu_seqlens[segment])[None]
+
+
+def in_window(i: Tensor, j: Tensor, left: int | None, right: int | None, among: Tensor) -> Tensor:
+    """Which of the pairs `among` are in the window: ``i - left <= j <= i + right``, None for an open side."""
+    if left is not None:
+        among = among & (j >= i - left)
+    if right is not None:
+        among = among & (j <= i + right)
+    return among
 
 
 def concat_attention(
@@ -189,22 +229,75 @@ def concat_attention(
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, float64 ``lse (B, H, Tq)``, and in at least float32
     ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
     """
-    (B, H, Tq, _), Tk = query.shape, key.shape[2]
-    q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, query.device))
-    k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, query.device))
-    shown = q_seq == k_seq
-    if left is not None:
-        shown = shown & (j >= i - left)
-    if right is not None:
-        shown = shown & (j <= i + right)
+    query, key, value = readable(mask, query, key, value)
+    scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    return _attend(
+        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, left=left, right=right, dropout_p=dropout_p
+    )
+
+
+def general_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    weight: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    *,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
+
+    .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
+
+    Shapes: ``query (B, H, Tq, Dq)``, ``key (B, H, Tk, Dk)``, ``value (B, H, Tk, Dv)``, None for the keys;
+    ``weight (Dq, Dk)`` or ``(H, Dq, Dk)``, None for the identity with ``Dq = Dk``. The other arguments and the
+    results are those of `concat_attention`.
+    """
+    query, key, value = readable(mask, query, key, key if value is None else value)
+    scores = ACTIVATIONS[activation](scale * ((query if weight is None else query @ weight) @ key.mT))
+    return _attend(
+        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, left=left, right=right, dropout_p=dropout_p
+    )
+
+
+def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``(B, H, T, D)`` with zeros where the mask lets no pair use a row: it may be NaN."""
     if mask is not None:
-        shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)
-        # What no query or key may use can hold anything, NaN too.
         keys = mask if mask.dim() == 2 else mask.any(1)
         key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
         if mask.dim() == 3:
             query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
-    scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    return query, key, value
+
+
+def _attend(
+    scores: Tensor,
+    value: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    *,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) from the scores ``(B, H, Tq, Tk)`` of all pairs, before bias and mask."""
+    B, H, Tq, Tk = scores.shape
+    q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
+    k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
+    shown = in_window(i, j, left, right, q_seq == k_seq)
+    if mask is not None:
+        shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if score_bias is not None:
         scores = scores + score_bias
@@ -219,7 +312,7 @@ def concat_attention(
     weights = weights / total[..., None]
     if dropout_p > 0:
         assert seed is not None
-        head = torch.arange(H, device=query.device)[:, None, None]
+        head = torch.arange(H, device=scores.device)[:, None, None]
         scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H + head, i[:, None], dropout_p)
         weights = weights * scale.to(weights.dtype)
     return weights.to(value.dtype) @ value, lse, scores

@@ -44,7 +44,7 @@ def test_inner_loop_counts_the_loop_with_most_arithmetic():
     from bench.compile_report import inner_loop
     sass = ["MOV R0, R1;", "LBB0:", "FFMA R1, R2;", "LBB1:", "HGMMA.64x64x16 R1, R2;", "LDS R1, [R2];",
             "@P0 BRA LBB1;", "MUFU.EX2 R1;", "@!P1 BRA LBB0;", "LBB2:", "BRA LBB2;"]
-    assert inner_loop(sass, "cuda") == {"all": 3, "matrix": 1, "load": 1}, inner_loop(sass, "cuda")
+    assert inner_loop(sass, "cuda") == {"all": 3, "matrix": 1, "wgmma": 1, "load": 1}, inner_loop(sass, "cuda")
     """
     script = "\n".join(line.strip() for line in code.strip().splitlines())
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
@@ -69,3 +69,22 @@ def test_additive_inner_loops_keep_their_instruction_counts(rows):
         special = row["loop"]["sfu"] * row["per_element"] / row["loop"]["all"]
         assert row["per_element"] <= most, row
         assert special <= 0.5, row
+
+
+@pytest.mark.parametrize("kernel", ["_general_fwd_kernel", "_general_bwd_dq_kernel", "_general_bwd_dkv_kernel"])
+@pytest.mark.parametrize("case", ["D64 Dv64", "D128 Dv128", "D128 shared window"])
+def test_products_of_many_queries_and_keys_use_wgmma(rows, case, kernel):
+    name = f"bfloat16 B4 H8 Tq4096 Tk4096 {case}"
+    (row,) = [r for r in rows if (r["target"], r["case"], r["kernel"]) == ("sm_90", name, kernel)]
+    assert row["loop"]["wgmma"] == row["loop"]["matrix"] > 0, row
+
+
+def test_keys_that_are_the_values_are_loaded_once(rows):
+    """A tile of values beside that of keys would take as much shared memory again, in every stage."""
+    sizes = {
+        r["case"].split("D256 ")[1]: r["shared"]
+        for r in rows
+        if r["target"] == "sm_90" and r["kernel"] == "_general_fwd_kernel" and "Tq1024 Tk1024 D256" in r["case"]
+    }
+    query = 128 * 256 * 2
+    assert sizes["shared"] - query <= (sizes["Dv256"] - query) * 0.6, sizes

@@ -94,6 +94,14 @@ WRONG_VALUES = {
     "unknown impl": ("impl", {"impl": "cuda"}),
     "dropout_p under 0": ("dropout_p", {"dropout_p": -0.1}),
     "dropout_p of 1": ("dropout_p", {"dropout_p": 1.0}),
+    "weights of a window over packed rows": (
+        "return_weights",
+        {"cu_seqlens": GOOD, "window": (None, 0), "return_weights": True},
+    ),
+    "weights of a window over jagged rows": (
+        "return_weights",
+        {"h": JAGGED, "window": (None, 0), "return_weights": True},
+    ),
     "dropout_p of NaN": ("dropout_p", {"dropout_p": float("nan")}),
 }
 WRONG_OFFSETS = {
@@ -125,6 +133,11 @@ WRONG_TYPES = {
     "cu_seqlens of int64": ("cu_seqlens", {"cu_seqlens": GOOD.long()}),
     "cu_seqlens is a list": ("cu_seqlens", {"cu_seqlens": [0, 3, N]}),
     "jagged h with a list as values": ("values", {"h": JAGGED, "values": [0.0]}),
+    "window is a number": ("window", {"window": 3}),
+    "window of one": ("window", {"window": (3,)}),
+    "window is a list": ("window", {"window": [None, 0]}),
+    "window of floats": ("window", {"window": (None, 0.5)}),
+    "window of booleans": ("window", {"window": (None, True)}),
 }
 
 

@@ -1,0 +1,358 @@
+"""General attention: the score is a product of query and key, bilinear with a weight or dot without.
+
+Also known as multiplicative or Luong's general; the score of Dipole's general form. Where no values are given the
+values are the keys, as in the classical papers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+
+_TENSORS = 8  # tensor arguments of the raw forward
+_GRADS = 4  # the leading ones of them that have gradients
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor? value, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seed"
+)
+_OPTIONS = "str activation, float scale, int? left, int? right, float dropout_p"
+
+
+def _sdpa(
+    mask: Tensor | None, causal: bool, scale: float, query: Tensor, key: Tensor, value: Tensor | None = None
+) -> Tensor:
+    """PyTorch's attention by the rules here: hidden rows are not read, a query that sees no key gives zeros."""
+    query, key, value = reference.readable(mask, query, key, key if value is None else value)
+    Tq, Tk = query.shape[2], key.shape[2]
+    if 0 in (query.numel(), key.numel()):
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
+    shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    if causal and (shown is not None or Tq != Tk):
+        lower = torch.ones(Tq, Tk, dtype=torch.bool, device=query.device).tril()
+        shown, causal = lower if shown is None else shown & lower, False
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if shown is None:
+        return attend(query, key, value, is_causal=causal, scale=scale)
+    blind = ~shown.any(-1, keepdim=True)
+    # What a row of -inf gives differs between backends and versions: such a row sees all, and is cleared.
+    return attend(query, key, value, attn_mask=shown | blind, scale=scale).masked_fill(blind, 0)
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *args, need_scores, sdpa = args  # type: ignore[assignment]
+    if not sdpa:
+        from .kernels.general import general_fwd
+
+        return general_fwd(*args, need_scores)
+    query, key, value, _, mask, *_, scale, _, right, _ = args
+    out = _sdpa(mask, right == 0, scale, query, key, value)
+    lse = out.new_zeros(out.shape[:3], dtype=torch.float64)  # nothing asks for it
+    return out.to(torch.promote_types(out.dtype, torch.float32)), lse, out.new_zeros(0, dtype=torch.float32)
+
+
+def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_scores = args[-2]
+    batch, heads, length, _ = query.shape
+    value = key if value is None else value
+    return (
+        value.new_empty(batch, heads, length, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
+        value.new_empty(batch, heads, length, dtype=torch.float64),
+        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=torch.float32),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    *args, sdpa, needs = args  # type: ignore[assignment]
+    if sdpa:
+        dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
+        rows = (query, key) if value is None else (query, key, value)
+        pull = torch.func.vjp(functools.partial(_sdpa, mask, right == 0, scale), *rows)[1]
+        made = (*pull(dout.to(query.dtype)), None, None)
+        grads = [g if need else None for g, need in zip(made, needs, strict=False)]
+    else:
+        from .kernels.general_bwd import general_bwd
+
+        grads = general_bwd(*args, needs)
+    return [args[0].new_empty(0) if g is None else g.contiguous() for g in grads]
+
+
+def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
+    ]
+
+
+_general_fwd = raw_op(
+    "general_fwd",
+    f"({_INPUTS}, {_OPTIONS}, bool need_scores, bool sdpa) -> (Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+_general_bwd = raw_op(
+    "general_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool sdpa, "
+    "bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _GeneralAttention(torch.autograd.Function):
+    """(out, lse, scores) by the kernel, all three differentiable; with `sdpa` out alone, by PyTorch's attention."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
+        activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
+        need_scores: bool, sdpa: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return cast("tuple[Tensor, Tensor, Tensor]", _general_fwd(
+            query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
+            activation, scale, left, right, dropout_p, need_scores, sdpa,
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_TENSORS], *output[:2])
+        ctx.options = inputs[_TENSORS:-2]
+        ctx.need_scores, ctx.sdpa = inputs[-2:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
+        needs = ctx.needs_input_grad[:_GRADS]
+        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
+        dscores = dscores if ctx.need_scores else None
+        grads = _GeneralBackward.apply(dout, dlse, dscores, *saved, *ctx.options, ctx.sdpa, needs)
+        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+class _GeneralBackward(torch.autograd.Function):
+    """The gradients of `_GeneralAttention`; their own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out, as above
+        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+        query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
+        activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
+        sdpa: bool, needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_general_bwd(
+            dout, dlse, dscores, query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse,
+            activation, scale, left, right, dropout_p, sdpa, list(needs),
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
+        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -2], inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:3], saved[3:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
+        return (*d_cotangents, *d_primals, *none)
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor | None, *args: Any, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    activation, scale, left, right, dropout_p = args[_TENSORS - 3 :]
+    return reference.general_attention(
+        query, key, value, weight, *args[: _TENSORS - 3],
+        activation=activation, scale=scale, left=left, right=right, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def general_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    activation: str = "identity",
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    score_bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""General (bilinear, multiplicative) attention; dot attention without `weight`.
+
+    .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
+
+    A query that sees no key gives zeros, zero weights and zero gradients.
+
+    Parameters
+    ----------
+    query, key
+        ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; packed
+        ``(N, D)`` or ``(N, H, D)`` with both ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the
+        reference.
+    value
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. None: the keys, of which the kernel
+        then loads a tile once for both products (up to a width of 256).
+    weight
+        W, ``(Dq, Dk)``, or with heads ``(H, Dq, Dk)``. It meets the queries before the kernel, in one product. None:
+        the identity, and Dq = Dk.
+    scale
+        Factor on the product; 1 by default, as the classical papers have it.
+    activation
+        Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    mask
+        bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
+        query or key use are never read: they may be NaN.
+    window
+        ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
+        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped.
+    score_bias
+        Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
+        of `query` or float32; not with packed rows.
+    cu_seqlens_q, cu_seqlens_k
+        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s.
+    dropout_p
+        Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
+    return_weights
+        Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
+        of size Tq·Tk.
+    impl
+        ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
+        `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
+        activation, bias, dropout, weights or packed rows, Dv = Dk, no window or the causal one; on a GPU also values
+        that are not the keys, no mask (its fastest backends have none) and no gradient (its backward has no
+        derivative, so ours would run its forward twice). The rule on a GPU is not yet measured. ``"triton"`` and
+        ``"reference"`` never fall back.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
+        or ``(B, H, Tq, Tk)``.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Luong et al. 2015 (dot, general); Ma et al. 2017 (Dipole).
+
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    query, key, value, weight = cast(
+        "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
+    )
+    left, right = _validate_general(
+        query, key, value, weight, scale, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k,
+        dropout_p, return_weights,
+    )  # fmt: skip
+    packed = cu_seqlens_q is not None
+    heads = query.dim() == (3 if packed else 4)
+
+    def canonical(x: Tensor) -> Tensor:
+        x = x if heads else x.unsqueeze(1)
+        return x.transpose(0, 1)[None] if packed else x
+
+    if score_bias is not None and not heads:
+        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1)))[:, None]
+    if score_bias is not None:
+        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1, 1)))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    query, key = canonical(query), canonical(key)
+    value = None if value is None else canonical(value)
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    options = (activation, float(scale), left, right, float(dropout_p))
+    sdpa = impl == "auto" and not return_weights and _sdpa_serves(
+        query, key, value, weight, score_bias, mask, cu_seqlens_q, *options, kernel=kernel
+    )  # fmt: skip
+    tail = (score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, *options)
+    if kernel or sdpa:
+        if weight is not None:
+            if mask is not None and mask.dim() == 3:  # rows that may be NaN, before they meet a number
+                query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
+            query = query @ weight
+        out, lse, scores = _GeneralAttention.apply(query, key, value, *tail, return_weights, sdpa)
+    else:
+        out, lse, scores = _reference(query, key, value, *tail, weight=weight)
+    out = out.to(key.dtype)
+    out = out[0].transpose(0, 1) if packed else out
+    out = out if heads else out.squeeze(1)
+    if not return_weights:
+        return out
+    weights = weights_from(scores, lse[..., None]).to(out.dtype)
+    return out, weights if heads else weights.squeeze(1)
+
+
+def _sdpa_serves(
+    query: Tensor, key: Tensor, value: Tensor | None, weight: Tensor | None, score_bias: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, scale: float, left: int | None,
+    right: int | None, dropout_p: float, *, kernel: bool,
+) -> bool:  # fmt: skip
+    """Whether `impl="auto"` calls `scaled_dot_product_attention`: the rule that `general_attention` documents.
+
+    `kernel`: whether the Triton kernel would take the call. On a CPU it would not, and the choice is between this and
+    a reference that makes all the scores.
+    """
+    same = activation == "identity" and scale > 0 and dropout_p == 0 and score_bias is None and cu_seqlens is None
+    if not same or left is not None or right not in (None, 0):
+        return False
+    if value is not None and value.shape[-1] != key.shape[-1]:
+        return False  # only its backend without a fused kernel takes these
+    if not kernel:
+        return query.device.type == "cpu"
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, weight))
+    return value is not None and mask is None and not gradient
+
+
+def _validate_general(
+    query: Tensor, key: Tensor, value: Tensor | None, weight: Tensor | None, scale: float, activation: str,
+    mask: Tensor | None, window: tuple[int | None, int | None] | None, score_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
+) -> tuple[int | None, int | None]:  # fmt: skip
+    """Check every argument; return the window's sides."""
+    heads = check_rows(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, widths=("Dq", "Dk"), same_width=weight is None
+    )  # fmt: skip
+    if weight is not None:
+        sizes = (query.shape[-1], key.shape[-1])
+        shapes = [("(Dq, Dk)", sizes)] + ([("(H, Dq, Dk)", (query.shape[1], *sizes))] if heads else [])
+        check_tensor("weight", weight, shapes=shapes, dtypes=[query.dtype], device=query.device)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale: expected a float; got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number; got {scale}")
+    check_activation("activation", activation)
+    check_dropout("dropout_p", dropout_p)
+    return check_structure(query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights)

@@ -1,0 +1,308 @@
+"""General attention, the kernel, against the reference; keys that are the values; exactness; parts."""
+
+import dataclasses
+import itertools
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _compare import Result, assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest, rough_runs
+from _concat import ACTIVATIONS, ALL, compare, offsets
+from _general import Case, operator, pairwise
+from fused_attn.kernels import chip as chips
+from hypothesis import given, settings
+from test_location_reference import BY_HAND
+
+from fused_attn import general_attention
+
+pytestmark = pytest.mark.kernel
+every_impl = pytest.mark.parametrize("impl", ALL)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+both_values = pytest.mark.parametrize("own_value", [True, False], ids=["values", "keys"])
+
+WINDOWS = (None, (None, 0), (None, -1), (0, None), (3, 4), (5, -1), (-2, 9))
+# Sizes are odd, and around the tiles of the interpreter: 16 queries, 32 keys, 16 or 32 features.
+FACTORS = {
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "batch": (1, 2),
+    "queries": (1, 6, 18, 33),
+    "keys": (1, 5, 35, 70),
+    "attn_dim": (1, 9, 40),
+    "value_dim": (1, 12, 40),
+    "heads": (None, 2),
+    "weight": ("none", "matrix", "heads"),
+    "own_value": (True, False),
+    "scale": (1.0, 0.3, -0.5),
+    "activation": ACTIVATIONS,
+    "mask": ("none", "keys", "padding", "pairs", "empty", "expanded"),
+    "window": WINDOWS,
+    "score_bias": (None, "bhqk", "hqk", "q1", "k", "bH1k", "1"),
+    "layout": ("contiguous", "transposed", "strided", "expanded"),
+    "dropout_p": (0.0, 0.3),
+    "return_weights": (True, False),
+    "through": (("output", "weights"), ("output",)),
+}
+# Nothing but the window and the ends hide keys: whole tiles have a loop of their own.
+PLAIN = {name: FACTORS[name] for name in (
+    "dtype", "attn_dim", "value_dim", "heads", "weight", "own_value", "scale", "activation", "window", "layout",
+)} | {"batch": (1,), "queries": (1, 18, 70), "keys": (1, 35, 130), "return_weights": (False,)}  # fmt: skip
+PACKED = PLAIN | {"queries": (1, 5, 40), "keys": (1, 5, 100), "dropout_p": (0.0, 0.3), "ragged": (True,)}
+TENSORS = ("query", "key", "value", "weight", "score_bias")
+
+
+def check(case: Case, device: torch.device, impl: str = "triton", **options) -> None:
+    compare(case.op, case.tensors(device), impl, dtype=case.dtype, **{"through": case.through, **options})
+
+
+# --- Every pair of factors, and what pairs may miss --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*pairwise(FACTORS), *pairwise(PLAIN), *pairwise(PACKED)], ids=str)
+def test_kernel_matches_the_reference_for_every_pair_of_factors(case, device):
+    check(case, device)
+
+
+@both_forms
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_matches_the_reference_for_every_activation(activation, ragged, device):
+    check(Case(batch=1, queries=18, keys=35, activation=activation, ragged=ragged), device)
+
+
+@both_values
+@pytest.mark.parametrize("keys", [5, 100])
+@pytest.mark.parametrize("window", [*WINDOWS[1:], (40, 30), (-20, 60)], ids=str)
+def test_matches_the_reference_for_every_window(window, keys, own_value, device):
+    case = Case(batch=1, queries=70, keys=keys, attn_dim=3, own_value=own_value, window=window, return_weights=False)
+    check(case, device)
+
+
+@both_values
+@each_dtype
+@pytest.mark.parametrize("dims", [(70, 20), (20, 70), (70, 100)], ids=str)
+def test_matches_the_reference_for_features_wider_than_a_tile(dims, dtype, own_value, device):
+    """In parts: the score's, the values', or both."""
+    attn_dim, value_dim = dims
+    check(Case(dtype, 1, 17, 70, attn_dim, value_dim, own_value=own_value, scale=0.1), device)
+
+
+def everything() -> Case:
+    """A small call with every tensor argument."""
+    return Case(queries=5, keys=7, attn_dim=3, value_dim=4, heads=2, score_bias="bhqk", mask="pairs", weight="heads")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_gradient_alone_is_that_of_the_reference(name, device):
+    check(everything(), device, wrt=[name])
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_gradients_without_one_of_them_are_those_of_the_reference(name, device):
+    check(everything(), device, wrt=[n for n in TENSORS if n != name])
+
+
+@pytest.mark.parametrize("wrt", [["query"], ["key"], ["weight", "score_bias"]], ids=str)
+def test_gradients_of_keys_that_are_the_values_alone_or_not_at_all(wrt, device):
+    check(dataclasses.replace(everything(), own_value=False), device, wrt=wrt)
+
+
+@both_values
+@pytest.mark.parametrize("through", [("output",), ("weights",)], ids=["output", "weights"])
+def test_gradients_through_one_result_alone_are_those_of_the_reference(through, own_value, device):
+    check(dataclasses.replace(everything(), own_value=own_value), device, through=through)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_score_bias_may_be_float32_beside_16_bit_queries(dtype, device):
+    case = Case(dtype=dtype, batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    tensors["score_bias"] = tensors["score_bias"].float() * 1.001
+    compare(case.op, tensors, "triton", dtype=dtype)
+
+
+@st.composite
+def calls(draw) -> tuple[Case, list[tuple[int, int]]]:
+    """A ragged call in float32, and the lengths of its segments on both sides."""
+    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 80)), max_size=4))
+    side = st.one_of(st.none(), st.integers(-3, 40))
+    case = Case(
+        ragged=True,
+        queries=sum(q for q, _ in lengths),
+        keys=sum(k for _, k in lengths),
+        attn_dim=draw(st.integers(1, 40)),
+        value_dim=draw(st.integers(1, 20)),
+        heads=draw(st.sampled_from([None, 2])),
+        own_value=draw(st.booleans()),
+        activation=draw(st.sampled_from(["identity", "tanh"])),
+        window=draw(st.one_of(st.none(), st.tuples(side, side))),
+        dropout_p=draw(st.sampled_from([0.0, 0.5])),
+    )
+    return case, lengths
+
+
+@settings(max_examples=15)
+@given(calls())
+def test_matches_the_reference_for_any_segments(device, call):
+    case, lengths = call
+    cu = {f"cu_seqlens_{side}": offsets([pair[i] for pair in lengths], device) for i, side in enumerate("qk")}
+    compare(case.op, case.tensors(device) | cu, "triton")
+
+
+# --- The oracle itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_value", [True, False], ids=["values", "keys"])
+@pytest.mark.parametrize("weight", ["none", "matrix", "heads"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_is_the_formula(activation, weight, own_value):
+    """Against loops over numbers."""
+    left, right = window = (2, 3)
+    case = Case(
+        batch=1, queries=4, keys=6, attn_dim=3, value_dim=2, heads=2, activation=activation, mask="pairs",
+        window=window, score_bias="bhqk", weight=weight, query_dim=2, own_value=own_value, scale=0.7,
+    )  # fmt: skip
+    tensors = in_double(case.tensors(torch.device("cpu")))
+    out, weights = case.op(impl="reference", **tensors)
+    matrix = tensors.get("weight", torch.eye(3, dtype=torch.float64)).expand(2, -1, -1).tolist()
+    numbers = {name: x.tolist() for name, x in tensors.items()}
+    values = numbers["value" if own_value else "key"][0]
+    act, mask = BY_HAND[activation], numbers["mask"][0]
+    for head, i in itertools.product(range(2), range(4)):
+        raw = []
+        for j in range(6):
+            product = sum(
+                q * matrix[head][a][b] * k
+                for a, q in enumerate(numbers["query"][0][head][i])
+                for b, k in enumerate(numbers["key"][0][head][j])
+            )
+            score = act(0.7 * product) + numbers["score_bias"][0][head][i][j]
+            raw.append(math.exp(score) if mask[i][j] and i - left <= j <= i + right else 0.0)
+        want = [x / sum(raw) if sum(raw) else 0.0 for x in raw]
+        assert weights[0, head, i].tolist() == pytest.approx(want, rel=1e-12, abs=1e-12)
+        total = [sum(w * row[d] for w, row in zip(want, values[head], strict=True)) for d in range(out.shape[-1])]
+        assert out[0, head, i].tolist() == pytest.approx(total, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, (2, 1)], ids=str)
+def test_reference_of_packed_rows_is_that_of_each_segment_alone(window):
+    case = Case(queries=12, keys=14, heads=2, ragged=True, window=window, weight="heads")
+    t = in_double(case.tensors(torch.device("cpu")))
+    out = case.op(impl="reference", **t)
+    ends = zip(*(itertools.pairwise(t[f"cu_seqlens_{side}"].tolist()) for side in "qk"), strict=True)
+    for (q0, q1), (k0, k1) in ends:
+        parts = (("query", q0, q1), ("key", k0, k1), ("value", k0, k1))
+        rows = (t[name][lo:hi].transpose(0, 1)[None] for name, lo, hi in parts)
+        alone = general_attention(*rows, t["weight"], scale=case.scale, window=window, impl="reference")
+        torch.testing.assert_close(out[q0:q1], alone[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+# --- Keys that are the values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("structure", [
+    {}, {"mask": "pairs", "heads": 2, "score_bias": "hqk"}, {"ragged": True, "dropout_p": 0.3}, {"attn_dim": 70},
+    {"window": (None, 0), "queries": 70, "keys": 70, "return_weights": False},
+], ids=str)  # fmt: skip
+def test_keys_as_values_are_those_values_and_their_gradients_add(structure, impl, dtype, device):
+    if (impl, dtype) == ("triton", torch.float64):
+        pytest.skip("the kernel has no float64")
+    case = Case(dtype=dtype, own_value=False, **structure)
+    tensors = case.tensors(device)
+    shared = evaluate(case.op, tensors, impl)
+    apart = evaluate(case.op, tensors | {"value": tensors["key"].clone()}, impl)
+    gradients = dict(apart.gradients)
+    gradients["key"] = gradients["key"] + gradients.pop("value")
+    if dtype == torch.bfloat16:  # one sum is rounded once
+        torch.testing.assert_close(shared.gradients["key"], gradients["key"], rtol=0.05, atol=0.05)
+        gradients["key"] = shared.gradients["key"]
+    assert_close(shared, Result(apart.outputs, gradients))
+
+
+# --- Exactness ---------------------------------------------------------------------------------------------------
+
+
+@both_values
+@each_dtype
+@pytest.mark.parametrize("factor", [30, 1e-3])
+def test_scores_of_any_size_are_exact(factor, dtype, own_value, device):
+    """Large ones give one key all the weight, and gradients that are differences of equal numbers."""
+    case = Case(dtype=dtype, batch=1, queries=18, keys=40, own_value=own_value)
+    tensors = case.tensors(device)
+    compare(case.op, tensors | {"query": tensors["query"] * factor}, "triton", dtype=dtype)
+
+
+@both_values
+def test_one_key_with_all_the_weight_leaves_the_scores_no_gradient(own_value, device):
+    """With float32 exactly none, however large queries and keys are."""
+    case = Case(batch=1, queries=20, keys=40, attn_dim=8, value_dim=40, own_value=own_value, return_weights=False)
+    tensors = case.tensors(device)
+    keys = torch.eye(8, device=device).repeat(5, 1) * (1 + torch.arange(40, device=device)[:, None])
+    tensors |= {"key": keys[None] * 100, "query": keys[None, -20:] * 100}
+    assert largest(evaluate(case.op, tensors, "triton").gradients["query"]) == 0
+
+
+def test_adding_a_number_to_all_scores_changes_nothing(device):
+    case = Case(batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
+    tensors["score_bias"] = (tensors["score_bias"] * 4).round() / 4
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    tensors["score_bias"] = tensors["score_bias"] + 1000
+    assert_close(evaluate(case.op, in_double(tensors), "reference"), exact)
+    assert_as_exact(evaluate(case.op, tensors, "triton"), rough_runs(case.op, tensors), exact)
+
+
+@each_dtype
+def test_huge_score_biases_match_the_reference(dtype, device):
+    case = Case(dtype=dtype, batch=1, score_bias="qk")
+    tensors = case.tensors(device)
+    tensors["score_bias"] = tensors["score_bias"] * 10_000
+    compare(case.op, tensors, "triton", dtype=dtype)
+
+
+@every_impl
+@pytest.mark.parametrize("heads", [None, 2])
+def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device):
+    case = Case(heads=heads, queries=7, keys=35, attn_dim=3, score_bias="bhqk", mask="pairs")
+    tensors = case.tensors(device)
+    mask = tensors.pop("mask")
+    masked = evaluate(case.op, tensors | {"mask": mask}, impl)
+    hidden = ~mask if heads is None else ~mask[:, None]
+    tensors["score_bias"] = tensors["score_bias"].masked_fill(hidden, -torch.inf)
+    assert_close(evaluate(case.op, tensors, impl), masked)
+
+
+# --- Splits of the keys, and the same twice -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [
+    Case(batch=1, queries=1, keys=300, return_weights=False),
+    Case(batch=1, queries=3, keys=300, own_value=False, attn_dim=40),
+    Case(batch=1, queries=3, keys=300, heads=2, mask="empty", score_bias="hqk", dropout_p=0.3),
+    Case(batch=1, queries=20, keys=300, window=(4, 150), value_dim=70, return_weights=False),
+    Case(queries=15, keys=300, ragged=True, heads=2),
+    Case(dtype=torch.bfloat16, batch=1, queries=16, keys=300, mask="keys", own_value=False),
+], ids=str)  # fmt: skip
+def test_keys_in_parts_match_the_reference(case, device):
+    """On a chip of many cores, few queries have their keys split."""
+    with chips.assume(chips.chip_of(device)._replace(cores=1000)):
+        check(case, device)
+
+
+@both_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bitwise_equal(dtype, ragged, device):
+    case = Case(dtype=dtype, batch=1, queries=33, keys=40, ragged=ragged, dropout_p=0.3)
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "triton"))
+
+
+def test_dot_attention_with_scale_is_that_of_a_scaled_query(device):
+    case = Case(batch=1, scale=0.25)
+    tensors = case.tensors(device)
+    scaled = tensors | {"query": tensors["query"] * 0.25}
+    got = operator(scale=0.25)(impl="triton", **tensors)
+    torch.testing.assert_close(got, operator()(impl="triton", **scaled))
