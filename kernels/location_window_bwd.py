@@ -249,7 +249,7 @@ def window_bwd(
             call.launch(_location_window_bwd_scores_kernel, call.items.count, hops, **states)
         if need_values:
             # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
-            width = max(16, call.blocks.DV // 2)
+            width = max(16, call.blocks.DV // 2) if call.args["EXACT"] else call.blocks.DV
             grid = call.items.count, triton.cdiv(DV, width)
             call.launch(_location_window_bwd_values_kernel, *grid, num_stages=1, BLOCK_DV=width, **states)
     return [ds, dvalue]
