@@ -67,3 +67,27 @@ def concat_keops(
     scores = (act * LazyTensor(weights[None, :, None, None])).sum(-1)
     out = scores.sumsoftmaxweight(LazyTensor(values[:, :, None]), axis=3)
     return out.to(value.dtype).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def general_sdpa(
+    query: Tensor, key: Tensor, value: Tensor | None = None, *, scale: float, window: tuple[None, int | None]
+) -> Tensor:
+    """PyTorch's attention, by the backend that it chooses."""
+    q, k, values = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, values, is_causal=window[1] == 0, scale=scale).reshape(*query.shape[:-1], values.shape[-1])
+
+
+def general_flex(
+    query: Tensor, key: Tensor, value: Tensor | None = None, *, scale: float, window: tuple[None, int | None]
+) -> Tensor:
+    """FlexAttention; the causal window as a block mask, which is made in the call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, values = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
+    blocks = None
+    if window[1] == 0:
+        sizes = (q.shape[2], k.shape[2])
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, *sizes, device=q.device)
+    out = flex_attention(q, k, values, block_mask=blocks, scale=scale)
+    return out.reshape(*query.shape[:-1], values.shape[-1])

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn import concat_attention, location_attention
+from fused_attn import concat_attention, general_attention, location_attention
 
-from .peers import Peer, concat_flex, concat_keops
+from .peers import Peer, concat_flex, concat_keops, general_flex, general_sdpa
 
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Op:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Location. Sizes: B sequences of T rows, or S ragged ones of at most T; D, A (absent: linear score), R (absent: no
-# hop axis), gates (0 or 1).
+# hop axis), gates (0 or 1); with left or right, or both, a window: one output a row.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -119,10 +119,19 @@ def _location_call(
     gate_w: Tensor | None = None,
     gate_b: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    window: tuple[int | None, int | None] | None,
     impl: str,
 ) -> Tensor:
     gate = None if gate_w is None else (gate_w, gate_b)
-    return location_attention(h, w, b, v, gate=gate, cu_seqlens=cu_seqlens, impl=impl)  # type: ignore[return-value, arg-type]
+    return location_attention(h, w, b, v, gate=gate, cu_seqlens=cu_seqlens, window=window, impl=impl)  # type: ignore[return-value, arg-type]
+
+
+def _location_options(sizes: Sizes) -> Mapping[str, Any]:
+    return {"window": _window(sizes) if {"left", "right"} & set(sizes) else None}
+
+
+def _window(sizes: Sizes) -> tuple[int | None, int | None]:
+    return sizes.get("left"), sizes.get("right")
 
 
 def _location_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
@@ -137,9 +146,11 @@ def _location_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
         projections = 1 + sizes.get("gates", 0)
         weights, biases = D * A * projections + A * R, A * projections
     read = rows * D + weights + biases
-    out = seqs * R * D
-    # A row meets every weight once, and R sums of D.
-    forward = Cost(2 * rows * (weights + R * D), itemsize * (read + out) + index)
+    window = _location_options(sizes)["window"]
+    out = (seqs if window is None else rows) * R * D
+    # A row meets every weight once, and R sums of D: of a window with two ends it is in many.
+    sums = 1 if window is None or None in window else min(sum(window) + 1, sizes["T"])
+    forward = Cost(2 * rows * (weights + sums * R * D), itemsize * (read + out) + index)
     # Each product gives two, one for either operand; inputs and the output's gradient in, every gradient out.
     backward = Cost(2 * forward.flops, itemsize * (read + out + read) + index)
     return forward, backward
@@ -153,6 +164,7 @@ LOCATION = Op(
     inputs=_location_inputs,
     call=_location_call,
     cost=_location_cost,
+    options=_location_options,
     cases=(
         Case("gated-bag", {"B": 1, "T": 100_000, **_GATED}),
         Case("gated-bag", {"B": 1, "T": 100_000, **_GATED}, torch.float32),
@@ -163,6 +175,11 @@ LOCATION = Op(
         Case("linear", {"B": 256, "T": 1024, "D": 512}),
         Case("linear", {"B": 256, "T": 1024, "D": 512}, torch.float32),
         Case("wide", {"B": 8, "T": 4096, "D": 2048, "A": 256}),
+        # The reference makes all pairs of positions.
+        Case("prefix", {"B": 8, "T": 4096, "D": 256, "A": 128, "right": 0}, check={"B": 2}),
+        Case("prefix", {"B": 8, "T": 4096, "D": 256, "A": 128, "right": 0}, torch.float32, check={"B": 2}),
+        Case("context", {"B": 8, "T": 4096, "D": 256, "A": 128, "left": 16, "right": 16}, check={"B": 2}),
+        Case("prefix-small", {"B": 4, "T": 1024, "D": 64, "A": 32, "right": 0}, torch.float32, "cpu"),
         Case("gated-bag-small", {"B": 1, "T": 8192, **_SMALL_GATED}, torch.float32, "cpu"),
         Case("gated-ragged-small", {"S": 16, "T": 512, **_SMALL_GATED}, torch.float32, "cpu"),
         Case("han-words-small", {"B": 64, "T": 32, "D": 64, "A": 32}, torch.float32, "cpu"),
@@ -234,7 +251,7 @@ def _concat_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed:
 def _concat_options(sizes: Sizes) -> Mapping[str, Any]:
     return {
         "activation": "relu" if sizes.get("relu") else "tanh",
-        "window": (sizes.get("left"), sizes.get("right")),
+        "window": _window(sizes),
     }
 
 
@@ -308,4 +325,78 @@ CONCAT = Op(
     ),
 )  # fmt: skip
 
-REGISTRY: list[Op] = [LOCATION, CONCAT]
+
+# ---------------------------------------------------------------------------------------------------------------
+# General. Sizes: B sequences of Tq queries and Tk keys, H (absent: no heads), D, Dv (absent: the values are the
+# keys), weight (0 or 1), left, right (absent: that side of the window is open).
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _general_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    lead = (sizes["B"], *((sizes["H"],) if "H" in sizes else ()))
+    D = sizes["D"]
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
+
+    inputs = {"query": normal(*lead, sizes["Tq"], D), "key": normal(*lead, sizes["Tk"], D)}
+    if "Dv" in sizes:
+        inputs["value"] = normal(*lead, sizes["Tk"], sizes["Dv"])
+    if sizes.get("weight"):
+        inputs["weight"] = normal(D, D, std=D**-0.5)
+    return inputs
+
+
+def _general_options(sizes: Sizes) -> Mapping[str, Any]:
+    return {"scale": sizes["D"] ** -0.5, "window": _window(sizes)}
+
+
+def _general_cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    D, H = sizes["D"], sizes.get("H", 1)
+    queries, keys = (H * n for n in _concat_rows(sizes))
+    width = sizes.get("Dv", D)
+    weights = D * D if sizes.get("weight") else 0
+    read = queries * D + keys * (D + sizes.get("Dv", 0)) + weights
+    out = queries * width
+    forward = Cost(2 * H * visible_pairs(sizes) * (D + width) + 2 * queries * weights, itemsize * (read + out))
+    backward = Cost(2 * forward.flops, itemsize * (read + out + read))
+    return forward, backward
+
+
+def _general_peers(sizes: Sizes) -> Mapping[str, Peer]:
+    if sizes.get("weight") or "left" in sizes or sizes.get("right", 0):
+        return {}
+    return {"sdpa": Peer(general_sdpa), "flex": Peer(general_flex, compile=True)}
+
+
+GENERAL = Op(
+    family="general",
+    inputs=_general_inputs,
+    call=general_attention,  # type: ignore[arg-type]
+    cost=_general_cost,
+    options=_general_options,
+    peers=_general_peers,
+    cases=(
+        # Values that are the keys: few queries (a decoder's step), then many.
+        Case("shared-step", {"B": 64, "Tq": 1, "Tk": 8192, "D": 256}),
+        Case("shared-steps", {"B": 64, "Tq": 16, "Tk": 8192, "D": 256}),
+        Case("shared-step", {"B": 64, "Tq": 1, "Tk": 8192, "D": 256}, torch.float32),
+        Case("shared", {"B": 4, "H": 8, "Tq": 4096, "Tk": 4096, "D": 128}, check={"B": 1, "H": 2}),
+        Case("dot-64", {"B": 4, "H": 8, "Tq": 4096, "Tk": 4096, "D": 64, "Dv": 64}, check={"B": 1, "H": 2}),
+        Case("dot-128", {"B": 4, "H": 8, "Tq": 4096, "Tk": 4096, "D": 128, "Dv": 128}, check={"B": 1, "H": 2}),
+        Case(
+            "causal-128", {"B": 4, "H": 8, "Tq": 4096, "Tk": 4096, "D": 128, "Dv": 128, "right": 0},
+            check={"B": 1, "H": 2},
+        ),
+        Case("bilinear", {"B": 32, "Tq": 128, "Tk": 512, "D": 256, "weight": 1}),
+        Case("bilinear", {"B": 32, "Tq": 128, "Tk": 512, "D": 256, "weight": 1}, torch.float32),
+        Case("bilinear-small", {"B": 4, "Tq": 64, "Tk": 256, "D": 64, "weight": 1}, torch.float32, "cpu"),
+        Case(
+            "causal-small", {"B": 2, "H": 2, "Tq": 256, "Tk": 256, "D": 32, "Dv": 32, "right": 0}, torch.float32,
+            "cpu",
+        ),
+    ),
+)  # fmt: skip
+
+REGISTRY: list[Op] = [LOCATION, CONCAT, GENERAL]

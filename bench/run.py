@@ -48,7 +48,7 @@ from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("fused", "reference", "compile")
-PEERS = ("flex", "keops")
+PEERS = ("sdpa", "flex", "keops")
 QUANTILES = (0.5, 0.2, 0.8)
 # Error (relative, of the norm) beyond twice that of the reference in the same dtype: another order of summation.
 SLACK = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}

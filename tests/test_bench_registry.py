@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench import run
 from bench.peers import Peer
-from bench.registry import CONCAT, LOCATION, MODES, REGISTRY, Case, Cost, Op, ragged_lengths, visible_pairs
+from bench.registry import CONCAT, GENERAL, LOCATION, MODES, REGISTRY, Case, Cost, Op, ragged_lengths, visible_pairs
 from fused_attn import concat_attention, location_attention
 
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
@@ -72,8 +72,11 @@ def test_case_is_built_in_small_and_its_cost_counts_its_tensors(op: Op, case: Ca
         ({"B": 2, "T": 3, "D": 5, "A": 7, "R": 2}, (6 * 2 * 59, 106 * 2), (2 * 708, 192 * 2)),
         # Two sequences of one row: H 2·5, W 35, b 7, v 7: 59; out 10; three int32 offsets.
         ({"S": 2, "T": 1, "D": 5, "A": 7}, (2 * 2 * 47, 69 * 2 + 12), (2 * 188, 128 * 2 + 12)),
+        # One output a row, out 30: of a scan a row is in one sum, of a window of three in three.
+        ({"B": 2, "T": 3, "D": 5, "A": 7, "right": 0}, (6 * 2 * 47, 109 * 2), (2 * 564, 188 * 2)),
+        ({"B": 2, "T": 9, "D": 5, "A": 7, "left": 1, "right": 1}, (18 * 2 * 57, 229 * 2), (2 * 2052, 368 * 2)),
     ],
-    ids=["linear", "mlp", "gated", "hops", "ragged"],
+    ids=["linear", "mlp", "gated", "hops", "ragged", "prefix", "window"],
 )
 def test_location_cost_by_hand(sizes, forward, backward) -> None:
     assert LOCATION.cost(sizes, 2) == (Cost(*forward), Cost(*backward))
@@ -100,6 +103,34 @@ def test_location_cost_by_hand(sizes, forward, backward) -> None:
 )
 def test_concat_cost_by_hand(sizes, forward, backward) -> None:
     assert CONCAT.cost({"B": 2, "Tq": 3, "Tk": 4, "A": 5, "Dv": 7, **sizes}, 2) == (Cost(*forward), Cost(*backward))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        # Query 3·5, key and value 4·5 each, in; out 3·5. A pair: 5 products for s, 5 for the sum.
+        ({"Dv": 5}, (2 * 12 * 10, 70 * 2), (4 * 12 * 10, 125 * 2)),
+        # The values are the keys: one of them is read.
+        ({}, (2 * 12 * 10, 50 * 2), (4 * 12 * 10, 85 * 2)),
+        # A weight of 25, which each of three queries meets.
+        ({"weight": 1}, (2 * 12 * 10 + 2 * 75, 75 * 2), (4 * 12 * 10 + 4 * 75, 135 * 2)),
+        # Two heads have two of everything; causal: 6 of 12 pairs.
+        ({"H": 2, "right": 0}, (4 * 6 * 10, 100 * 2), (8 * 6 * 10, 170 * 2)),
+    ],
+    ids=["dot", "shared", "bilinear", "causal heads"],
+)
+def test_general_cost_by_hand(sizes, forward, backward) -> None:
+    assert GENERAL.cost({"B": 1, "Tq": 3, "Tk": 4, "D": 5, **sizes}, 2) == (Cost(*forward), Cost(*backward))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("more", [{"Dv": 16}, {"H": 2, "Dv": 16, "right": 0}, {}], ids=["dot", "causal", "shared"])
+@pytest.mark.parametrize("peer", ["sdpa", "flex"])
+def test_peers_of_general_say_the_same(peer, more) -> None:
+    case = Case("tiny", {"B": 2, "Tq": 130, "Tk": 130, "D": 16, **more}, torch.float32, "cpu")
+    inputs = GENERAL.inputs(case.sizes, torch.float32, CPU, 0)
+    found = GENERAL.peers(case.sizes)[peer].call(**inputs, **GENERAL.options(case.sizes))
+    torch.testing.assert_close(found, run.call_of(GENERAL, case, "reference", CPU)(**inputs))
 
 
 @pytest.mark.parametrize(("op", "case"), [pytest.param(CONCAT, c, id=run.label(CONCAT, c)) for c in CONCAT.cases])
@@ -297,7 +328,7 @@ def test_peers_take_part_by_default_on_a_gpu_where_installed() -> None:
 
 @pytest.mark.parametrize("relu", [0, 1])
 @pytest.mark.parametrize("heads", [{}, {"H": 2}])
-@pytest.mark.parametrize("peer", run.PEERS)
+@pytest.mark.parametrize("peer", ["flex", "keops"])
 def test_peer_computes_the_same(peer: str, heads, relu: int) -> None:
     """FlexAttention uncompiled; KeOps where it is installed."""
     case = dataclasses.replace(TINY_CONCAT, sizes={**TINY_CONCAT.sizes, **heads, "relu": relu})
