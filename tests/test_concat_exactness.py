@@ -8,6 +8,7 @@ from _concat import ALL, IMPLS, Case, compare, hide
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 every_impl = pytest.mark.parametrize("impl", ALL)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+each_loop = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # 16 bits have one in common
 both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
 
@@ -33,7 +34,7 @@ RANGES = {
 
 
 @each_impl
-@each_dtype
+@each_loop
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 @pytest.mark.parametrize(("of_query", "of_key"), RANGES.values(), ids=RANGES.keys())
 def test_exponents_of_any_size_are_exact(of_query, of_key, activation, dtype, impl, device):
@@ -74,13 +75,13 @@ def test_large_rows_beside_masked_ones_that_hold_nan(mask, layout, impl, device)
     assert_as_exact(evaluate(case.op, tensors, impl), rough, want)
 
 
-# The largest exponent of αβ. The loops of pairs take up to 42 (on a CPU, 40), those of float32 up to 80: past 88.7
+# The largest exponent of αβ. The loops of pairs take up to 42 (on a CPU, 30), those of float32 up to 80: past 88.7
 # a float32 is infinite, and past half of that the product of two may be.
-EXPONENTS = (39.9, 47, 75, 87, 92)
+EXPONENTS = (29.9, 39.9, 47, 75, 87)
 
 
 @each_impl
-@each_dtype
+@each_loop
 @pytest.mark.parametrize("sign", [1, -1], ids=["up", "down"])
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
 @pytest.mark.parametrize("exponent", EXPONENTS)
