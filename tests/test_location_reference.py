@@ -51,14 +51,15 @@ def test_reference_is_the_formula(activation, score):
     t = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors(torch.device("cpu")).items()}
     gate = (t["gate_w"], t["gate_b"]) if "gate_w" in t else None
     out, weights = location_attention(
-        t["h"], t["w"], t["b"], t.get("v"), gate=gate, context=t["context"], values=t["values"],
+        t["h"], t.get("w"), t["b"], t.get("v"), gate=gate, context=t["context"], values=t["values"],
         activation=activation, gate_activation=gate_activation, mask=t["mask"], score_bias=t["score_bias"],
         return_weights=True, impl="reference",
     )  # fmt: skip
 
-    # Give every score a hop axis, and a linear one the v of its hop.
+    # Give every score a hop axis, a linear one the v of its hop, and projected rows the identity.
     out, weights = (x if score.endswith("hops") else x[:, None] for x in (out, weights))
-    w, b, context = t["w"].reshape(3, -1), t["b"].reshape(-1), t["context"].reshape(3, -1)
+    w = t["w"].reshape(3, -1) if "w" in t else torch.eye(3).double()
+    b, context = t["b"].reshape(-1), t["context"].reshape(3, -1)
     v = torch.eye(w.shape[1]).double() if "v" not in t else t["v"].reshape(w.shape[1], -1)
     for seq in range(3):
         for hop in range(v.shape[1]):
