@@ -348,7 +348,7 @@ def _concat_bwd_dq_kernel(
             keep_ptr = krow_ptr + seq * stride_krb
         s1, s2 = _walk(
             s1, s2, x, rk_ptr + k_tile * BLOCK_N * AP, g_tile, BLOCK_M,
-            tl.minimum(BLOCK_N, last - tile * BLOCK_N),
+            tl.minimum(BLOCK_N, tl.cdiv(last - tile * BLOCK_N, 2) * 2),
             q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
             k_ptr + seq * stride_kb + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N,
             keep_ptr, stride_krt, d, A, AP,
@@ -451,7 +451,7 @@ def _concat_bwd_dk_kernel(
                 keep_ptr = qrow_ptr + seq * stride_qrb
             s1, s2 = _walk(
                 s1, s2, x, rq_ptr + q_tile * BLOCK_M * AP, gt_ptr + slot * BLOCK_M * BLOCK_N + offset, BLOCK_N,
-                tl.minimum(BLOCK_M, q_length - lo),
+                tl.minimum(BLOCK_M, tl.cdiv(q_length - lo, 2) * 2),
                 k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
                 q_ptr + seq * stride_qb + head * stride_qh, stride_qt, row0, q_length - lo,
                 keep_ptr, stride_qrt, d, A, AP,
