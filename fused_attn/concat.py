@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import location, reference
-from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
+from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
 from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 9  # tensor arguments of the raw forward
@@ -305,73 +305,17 @@ def _pooled(
 
 
 def _validate_concat(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, activation: str, mask: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor | None, v: Tensor, activation: str, mask: Tensor | None,
     window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
 ) -> tuple[int | None, int | None]:  # fmt: skip
     """Check every argument; return the window's sides."""
-    packed = cu_seqlens_q is not None
-    if packed != (cu_seqlens_k is not None):
-        name = "cu_seqlens_k" if packed else "cu_seqlens_q"
-        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
-    if packed:
-        forms = [("(N, A)", (None, None)), ("(N, H, A)", (None, None, None))]
-    else:
-        forms = [("(B, Tq, A)", (None,) * 3), ("(B, H, Tq, A)", (None,) * 4)]
-    check_tensor("query", query, shapes=forms)
-    heads = query.dim() == (3 if packed else 4)
-    dtypes, device, width = [query.dtype], query.device, query.shape[-1]
-    if width == 0:
-        raise ValueError(f"query: expected at least one feature; got shape {tuple(query.shape)}")
-    H = query.shape[1] if heads else None
-    lead: tuple[int | None, ...]  # of keys and values, their rows still open
-    if packed:
-        lead, word = ((None, H), "N, H, ") if heads else ((None,), "N, ")
-    else:
-        lead, word = ((query.shape[0], H, None), "B, H, Tk, ") if heads else ((query.shape[0], None), "B, Tk, ")
-    check_tensor("key", key, shapes=[(f"({word}A)", (*lead, width))], dtypes=dtypes, device=device)
-    rows = key.shape[0] if packed else key.shape[-2]
-    lead = (rows, *lead[1:]) if packed else (*lead[:-1], rows)
-    check_tensor("value", value, shapes=[(f"({word}Dv)", (*lead, None))], dtypes=dtypes, device=device)
-    if value.shape[-1] == 0:
-        raise ValueError(f"value: expected at least one feature; got shape {tuple(value.shape)}")
-    shapes = [("(A,)", (width,))] + ([("(H, A)", (H, width))] if heads else [])
-    check_tensor("v", v, shapes=shapes, dtypes=dtypes, device=device)
+    if value is None:
+        raise TypeError("value: expected a torch.Tensor; got NoneType")
+    heads = check_rows(query, key, value, cu_seqlens_q, cu_seqlens_k, widths=("A", "A"), same_width=True)
+    width = query.shape[-1]
+    shapes = [("(A,)", (width,))] + ([("(H, A)", (query.shape[1], width))] if heads else [])
+    check_tensor("v", v, shapes=shapes, dtypes=[query.dtype], device=query.device)
     check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
-    if packed:
-        for name, given in (("mask", mask), ("score_bias", score_bias)):
-            if given is not None:
-                raise ValueError(f"{name}: expected None with packed rows; got a tensor")
-        if return_weights:
-            raise ValueError(
-                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
-            )
-        check_cu_seqlens("cu_seqlens_q", cast("Tensor", cu_seqlens_q), query.shape[0], device)
-        check_cu_seqlens("cu_seqlens_k", cast("Tensor", cu_seqlens_k), key.shape[0], device)
-        if cast("Tensor", cu_seqlens_q).shape != cast("Tensor", cu_seqlens_k).shape:
-            raise ValueError(
-                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, shape "
-                f"{tuple(cast('Tensor', cu_seqlens_q).shape)}; got {tuple(cast('Tensor', cu_seqlens_k).shape)}"
-            )
-    else:
-        B, Tq, Tk = query.shape[0], query.shape[-2], rows
-        if mask is not None:
-            check_tensor(
-                "mask", mask, shapes=[("(B, Tk)", (B, Tk)), ("(B, Tq, Tk)", (B, Tq, Tk))], dtypes=[torch.bool],
-                device=device, hint="True = may be attended",
-            )  # fmt: skip
-        if score_bias is not None:
-            full = (B, H, Tq, Tk) if heads else (B, Tq, Tk)
-            any_shape = [("", tuple(score_bias.shape))] if isinstance(score_bias, Tensor) else []
-            allowed = dtypes if query.dtype in (torch.float32, torch.float64) else [*dtypes, torch.float32]
-            check_tensor("score_bias", score_bias, shapes=any_shape, dtypes=allowed, device=device)
-            fits = len(score_bias.shape) <= len(full) and all(
-                n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
-            )
-            if not fits:
-                words = "(B, H, Tq, Tk)" if heads else "(B, Tq, Tk)"
-                raise ValueError(
-                    f"score_bias: expected a shape that broadcasts to {words} = {full}; got {tuple(score_bias.shape)}"
-                )
-    return check_window(window)
+    return check_structure(query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights)

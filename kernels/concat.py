@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import Chip, chip_of, matmul_flags, pow2, unit
+from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
 from .softmax import exp, finish, merge, pivot
 
@@ -467,10 +467,6 @@ def prepare(
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
 
-    def strides(names: str, x: Tensor | None, axes: tuple[int, ...]) -> dict[str, int]:
-        sizes = (0,) * len(axes) if x is None else (0 if ragged and a == 0 else x.stride(a) for a in axes)
-        return {f"stride_{name}": size for name, size in zip(names.split(), sizes, strict=True)}
-
     return Call(
         chip,
         cu_seqlens_q.numel() - 1 if ragged else B,
@@ -479,13 +475,13 @@ def prepare(
         torch.nn.functional.pad(v.float(), (0, A % 2)),
         any(x is not None for x in (bias, mask, left, right, seed)),
         {
-            "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2)),
-            "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2)),
-            "val_ptr": value, **strides("ub uh ut", value, (0, 1, 2)),
-            "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3)),
-            "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2)),
-            "qrow_ptr": q_rows, **strides("qrb qrt", q_rows, (0, 1)),
-            "krow_ptr": k_rows, **strides("krb krt", k_rows, (0, 1)),
+            "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=ragged),
+            "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2), packed=ragged),
+            "val_ptr": value, **strides("ub uh ut", value, (0, 1, 2), packed=ragged),
+            "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3), packed=ragged),
+            "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2), packed=ragged),
+            "qrow_ptr": q_rows, **strides("qrb qrt", q_rows, (0, 1), packed=ragged),
+            "krow_ptr": k_rows, **strides("krb krt", k_rows, (0, 1), packed=ragged),
             "q_cu_ptr": cu_seqlens_q, "k_cu_ptr": cu_seqlens_k, "seed_ptr": seed,
         },
         {
