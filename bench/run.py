@@ -466,8 +466,8 @@ def summary(report: Row) -> str:
         lines.append("Over 100%: the inputs stayed in a cache, or another program slowed the measured ceiling.")
     if any(row["impl"] == "auto" for row in report["rows"]):
         lines.append(
-            "No kernel ran: on a CPU `fused` is impl='auto': for concat a blocked path in PyTorch, else the same "
-            "code as `reference`."
+            "No kernel ran: on a CPU `fused` is impl='auto', in PyTorch: a blocked path for concat and for windows "
+            "of location, scaled_dot_product_attention where it serves general, else the same code as `reference`."
         )
     seen = set()
     for row in report["rows"]:
