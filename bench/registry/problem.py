@@ -1,0 +1,103 @@
+"""What an op to measure is: its cases, and for each its inputs, its arithmetic and its traffic."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..peers import Peer
+
+Sizes = Mapping[str, int]
+Inputs = dict[str, Tensor]
+MODES = ("forward", "forward+backward")
+
+
+class Cost(NamedTuple):
+    """The least that a computation has to do, whatever its implementation."""
+
+    flops: int  # of its matrix products; recomputation and elementwise functions are not counted
+    bytes: int  # each input read once, each output written once
+    tanhs: int = 0  # tanh or sigmoid, one for each pair that is visible and each feature of its score
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem."""
+
+    name: str
+    sizes: Sizes
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"  # the type of device that it is of a sensible size for
+    check: Sizes = field(default_factory=dict)  # sizes to check at, where float64 does not fit at those timed
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype, as `torch` names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def capped(self, limit: int) -> Sizes:
+        """The sizes with none over `limit`: the same problem in small."""
+        return {name: min(size, limit) for name, size in self.sizes.items()}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One family."""
+
+    family: str
+    inputs: Callable[[Sizes, torch.dtype, torch.device, int], Inputs]
+    """(sizes, dtype, device, seed) -> fresh random keyword arguments of `call`; the floating ones get gradients."""
+    call: Callable[..., Tensor]
+    """The op on `inputs`, `options` and `impl`."""
+    cost: Callable[[Sizes, int], tuple[Cost, Cost]]
+    """(sizes, bytes of an element) -> cost of the forward, cost of the backward on its own."""
+    cases: tuple[Case, ...]
+    options: Callable[[Sizes], Mapping[str, Any]] = lambda sizes: {}
+    """Keyword arguments of `call` that are no tensors."""
+    peers: Callable[[Sizes], Mapping[str, Peer]] = lambda sizes: {}
+    """Other systems that can compute these sizes, by provider."""
+
+    def work(self, case: Case, mode: str) -> Cost:
+        """Cost of a case in one of `MODES`."""
+        forward, backward = self.cost(case.sizes, case.dtype.itemsize)
+        return forward if mode == "forward" else Cost(*(sum(both) for both in zip(forward, backward, strict=True)))
+
+
+def ragged_lengths(sizes: Sizes, axis: str = "T", count: str = "S") -> list[int]:
+    """Lengths of the S sequences. They belong to the problem, not to the draw of its inputs: one fixed seed."""
+    draw = random.Random(0)
+    return [draw.randint(min(16, sizes[axis]), sizes[axis]) for _ in range(sizes[count])]
+
+
+def window_of(sizes: Sizes) -> tuple[int | None, int | None]:
+    """Its sides; where neither is said, both are open."""
+    return sizes.get("left"), sizes.get("right")
+
+
+def visible_pairs(sizes: Sizes) -> int:
+    """Pairs of a query and a key that it may see, over all sequences, of one head."""
+    if "S" in sizes:
+        lengths = list(zip(ragged_lengths(sizes, "Tq"), ragged_lengths(sizes, "Tk"), strict=True))
+    elif sizes.get("padded"):
+        lengths = [(sizes["Tq"], keys) for keys in ragged_lengths(sizes, "Tk", "B")]
+    else:
+        lengths = [(sizes["Tq"], sizes["Tk"])] * sizes["B"]
+
+    def of_sequence(queries: int, keys: int) -> int:
+        left, right = sizes.get("left", queries), sizes.get("right", keys)
+        return sum(max(0, min(keys, i + right + 1) - max(0, i - left)) for i in range(queries))
+
+    return sum(n * of_sequence(*shape) for shape, n in Counter(lengths).items())
+
+
+def count_rows(sizes: Sizes) -> tuple[int, int]:
+    """Rows of queries and of keys, over all sequences."""
+    if "S" in sizes:
+        return sum(ragged_lengths(sizes, "Tq")), sum(ragged_lengths(sizes, "Tk"))
+    return sizes["B"] * sizes["Tq"], sizes["B"] * sizes["Tk"]

@@ -1,0 +1,132 @@
+"""The general family as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_activation, check_dropout
+from .._ops import Impl
+from ..general import general_attention
+
+
+class GeneralAttention(nn.Module):
+    r"""General (bilinear, Luong) attention with its weight, see `general_attention`.
+
+    .. math:: s_{ij} = act(scale \, q_i^T W k_j)
+
+    With more than one head, all score the same queries and keys, each with a W of its own.
+
+    Parameters
+    ----------
+    query_dim, key_dim
+        Widths of queries and keys; key_dim is query_dim where None.
+    num_heads
+        Number H of heads.
+    scale
+        Factor on the product.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+    dropout
+        Probability that a weight is dropped, in training only.
+
+    Attributes
+    ----------
+    weight
+        ``(query_dim, key_dim)``, or ``(H, query_dim, key_dim)`` with more than one head; initialised as that of a
+        `torch.nn.Linear` from queries to keys.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1, or an unknown activation.
+
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int | None = None,
+        *,
+        num_heads: int = 1,
+        scale: float = 1.0,
+        activation: str = "identity",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        key_dim = query_dim if key_dim is None else key_dim
+        for name, size in {"query_dim": query_dim, "key_dim": key_dim, "num_heads": num_heads}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        check_activation("activation", activation)
+        check_dropout("dropout", dropout)
+        self.num_heads, self.scale, self.activation, self.dropout = num_heads, scale, activation, dropout
+        heads = (num_heads,) if num_heads > 1 else ()
+        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(query_dim), 1 / math.sqrt(query_dim))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        score_bias: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``, or packed, ``(N, query_dim)``.
+
+        Parameters
+        ----------
+        query, key
+            The same for every head.
+        value
+            The keys where None. ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or
+            ``(N, H, Dv)``.
+        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights, impl
+            As in `general_attention`.
+
+        Returns
+        -------
+        Tensor or (Tensor, Tensor)
+            As `general_attention` returns them, with heads where there are more than one: ``(B, [H,] Tq, Dv)``,
+            packed ``(N, [H,] Dv)``; weights ``(B, [H,] Tq, Tk)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As in `general_attention`; also for queries and keys with heads.
+
+        """
+        rank = 3 if cu_seqlens_q is None else 2
+        for name, x in (("query", query), ("key", key)):
+            if x.dim() != rank:
+                words = f"(B, T, {name}_dim)" if rank == 3 else f"(N, {name}_dim)"
+                raise ValueError(f"{name}: expected shape {words}; got {tuple(x.shape)}")
+
+        def every_head(x: Tensor) -> Tensor:
+            return x.unsqueeze(1).expand(x.shape[0], self.num_heads, *x.shape[1:])
+
+        if self.num_heads > 1:
+            query, key = every_head(query), every_head(key)
+            value = every_head(value) if value is not None and value.dim() == rank else value
+        return general_attention(
+            query, key, value, self.weight, scale=self.scale, activation=self.activation, mask=mask, window=window,
+            score_bias=score_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """What the weight and the options are."""
+        *_, query_dim, key_dim = self.weight.shape
+        return (
+            f"query_dim={query_dim}, key_dim={key_dim}, num_heads={self.num_heads}, scale={self.scale}, "
+            f"activation={self.activation!r}, dropout={self.dropout}"
+        )
