@@ -92,15 +92,37 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device,
         hint="offsets of the sequences in the packed rows: lengths.cumsum(0) with a leading 0, .int()",
     )  # fmt: skip
-    if cu.numel() == 0:
+    check_offsets(name, cu, rows, "packed rows")
+
+
+def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
+    """Check the values of offsets into `rows` rows: ``0 = x[0] <= x[1] <= ... <= x[-1] = rows``.
+
+    Raises
+    ------
+    ValueError
+        For no offset at all; for the values as `check_cu_seqlens` does.
+
+    """
+    if x.numel() == 0:
         raise ValueError(f"{name}: expected at least one offset, 0; got an empty tensor")
-    good = (cu[0] == 0) & (cu[-1] == rows) & (cu[1:] >= cu[:-1]).all()
-    if torch.compiler.is_compiling() or cu.device.type != "cpu":
-        torch._assert_async(good, f"{name}: expected non-decreasing offsets from 0 to the number of rows")
+    good = (x[0] == 0) & (x[-1] == rows) & (x[1:] >= x[:-1]).all()
+    _check_values(name, x, good, "non-decreasing offsets from 0 to", rows, of)
+
+
+def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
+    """Check that each number is one of ``0 .. count - 1``; a ValueError as `check_cu_seqlens` raises it."""
+    good = ((x >= 0) & (x < count)).all()
+    _check_values(name, x, good, "non-negative indices under", count, of)
+
+
+def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int, of: str) -> None:
+    """Raise where the values can be read without waiting for a device; else assert there."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        torch._assert_async(good, f"{name}: expected {expected} the number of {of}")
     elif not good:
-        raise ValueError(
-            f"{name}: expected non-decreasing offsets from 0 to the {rows} packed rows; got {cu.tolist()}"
-        )
+        came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
+        raise ValueError(f"{name}: expected {expected} the number of {of}, {count}; got {came}")
 
 
 def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
@@ -110,7 +132,9 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
     good = isinstance(window, tuple) and len(window) == 2
     if not good or any(n is not None and (not isinstance(n, int) or isinstance(n, bool)) for n in window):
         raise TypeError(f"window: expected a pair (left, right) of int or None; got {window!r}")
-    return window
+    # Past any length is open: the kernels add a side to a position, in int32.
+    left, right = (None if side is None or side >= 2**30 else max(side, -(2**30)) for side in window)
+    return left, right
 
 
 def check_rows(

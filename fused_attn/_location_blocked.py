@@ -157,9 +157,9 @@ def blocked_fwd(
     R, width = scores.shape[-1], values.shape[-1]
     dtype = torch.promote_types(values.dtype, torch.float32)
     hidden = (scores == -torch.inf).all(-1, keepdim=True)  # those rows of the values may hold anything
-    values = values.to(dtype).masked_fill(hidden, 0).reshape(-1, 1, width)
     x = scores.to(dtype).reshape(-1, R)
-    if x.numel() == 0 or width == 0:
+    values = values.to(dtype).masked_fill(hidden, 0).reshape(len(x), 1, width)
+    if x.numel() == 0:
         return values.new_zeros(*scores.shape, width), scores.new_full(scores.shape, -torch.inf, dtype=torch.float64)
     if cu_seqlens is None:
         longest = scores.shape[1]

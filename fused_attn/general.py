@@ -55,7 +55,9 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, _, mask, *_, scale, _, right, _ = args
     out = _sdpa(mask, right == 0, scale, query, key, value)
     lse = out.new_zeros(out.shape[:3], dtype=torch.float64)  # nothing asks for it
-    return out.to(torch.promote_types(out.dtype, torch.float32)), lse, out.new_zeros(0, dtype=torch.float32)
+    # Some of its backends lay the output out as the query is; the compiler was told otherwise.
+    out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
+    return out, lse, out.new_zeros(0, dtype=torch.float32)
 
 
 def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

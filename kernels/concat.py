@@ -81,7 +81,7 @@ def _concat_factor_kernel(
 ):  # fmt: skip
     """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0."""
     item = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     i = tl.arange(0, BLOCK_T)
     keep = lo + i < hi
@@ -291,7 +291,7 @@ def _concat_fwd_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     q_item = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
@@ -331,8 +331,8 @@ def _concat_fwd_kernel(
         )  # fmt: skip
         shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
-            at = seq * stride_sb + head * stride_sh + i[:, None].to(tl.int64) * stride_sq + j[None, :] * stride_sk
-            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32)
+            at = i[:, None].to(tl.int64) * stride_sq + j[None, :].to(tl.int64) * stride_sk
+            s += tl.load(bias_ptr + seq * stride_sb + head * stride_sh + at, mask=shown, other=0.0).to(tl.float32)
         s = tl.where(shown, s, float("-inf"))
         if scores_ptr is not None:
             at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
@@ -509,6 +509,7 @@ def concat_fwd(
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
     """
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     call = prepare(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip

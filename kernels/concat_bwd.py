@@ -110,7 +110,7 @@ def _concat_bwd_g_kernel(
 ):  # fmt: skip
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
     local = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(2)
     q_item = q_item0 + local
     seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
@@ -140,8 +140,8 @@ def _concat_bwd_g_kernel(
             mask_ptrs = mask_ptr + seq * stride_mb
         shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
-            at = seq * stride_sb + head * stride_sh + i[:, None].to(tl.int64) * stride_sq + j[None, :] * stride_sk
-            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32)
+            at = i[:, None].to(tl.int64) * stride_sq + j[None, :].to(tl.int64) * stride_sk
+            s += tl.load(bias_ptr + seq * stride_sb + head * stride_sh + at, mask=shown, other=0.0).to(tl.float32)
         rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
         lse, lse_rest = split(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
         delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
@@ -320,7 +320,7 @@ def _concat_bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     q_item = q_item0 + local
     seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
@@ -414,7 +414,7 @@ def _concat_bwd_dk_kernel(
     parts: tl.constexpr = BLOCK_N // BLOCK_R
     k_item = tl.program_id(0) // parts
     offset = (tl.program_id(0) % parts) * BLOCK_R
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
     q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
@@ -499,7 +499,7 @@ def _concat_bwd_dvalue_kernel(
     parts: tl.constexpr = BLOCK_N // BLOCK_R
     k_item = tl.program_id(0) // parts
     offset = (tl.program_id(0) % parts) * BLOCK_R
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
     q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
@@ -563,6 +563,7 @@ def concat_bwd(
     activation: str, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     call = prepare(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip

@@ -112,7 +112,7 @@ def _general_fwd_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     rate: tl.constexpr = 1.0 if EXACT else LOG2E
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -291,6 +291,7 @@ def prepare(
         q_rows = mask.any(2).view(torch.uint8) if mask.dim() == 3 else None
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     seqs = cu_seqlens_q.numel() - 1 if packed else B
     precise = matmul_flags(chip, key.dtype)
     return Call(

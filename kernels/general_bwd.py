@@ -79,7 +79,8 @@ def _general_gradient(
     if EDGE:
         shown = visible_pairs(i, j, inside, mask_ptr, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
-            s += tl.load(bias_ptr + i * stride_sq + j * stride_sk, mask=shown, other=0.0).to(tl.float32) * rate
+            at = i * stride_sq + j.to(tl.int64) * stride_sk
+            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
     s -= high
     if EXACT:
         s -= low
@@ -146,7 +147,7 @@ def _general_bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     d_out = tl.program_id(2) * BLOCK_D + d
     dv = tl.arange(0, BLOCK_DV)
@@ -294,7 +295,7 @@ def _general_bwd_dkv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     d_out = tl.program_id(2) * BLOCK_D + d

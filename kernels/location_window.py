@@ -103,7 +103,7 @@ def _location_window_totals_kernel(
     rows = (start + t).to(tl.int64)
     at = (seq * T + rows) * R + r
     x, rest = _exponent(x_ptr + at, t < hi, LSE)
-    keep = x > float("-inf")
+    keep = x != float("-inf")
     m = tl.max(x, axis=0)
     p = exp((x - pivot(m)) + rest, FMA).to(o_ptr.dtype.element_ty)  # [BLOCK]
     values = load_rows(val_ptr + seq * stride_vb + rows * stride_vt + r * stride_vr, keep, d, DV).to(p.dtype)
@@ -207,7 +207,7 @@ def _location_window_fwd_kernel(
         j = tile * BLOCK + tl.arange(0, BLOCK)
         rows = (start + j).to(tl.int64)
         s = tl.load(scores_ptr + (seq * T + rows) * R + r, mask=j < length, other=float("-inf"))
-        keep = s > float("-inf")
+        keep = s != float("-inf")
         shown = visible(i, j, inside, keep, None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT)
         s = tl.where(shown, s[None, :], float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
@@ -274,7 +274,7 @@ class Call(NamedTuple):
         m, m_out = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         l, l_out = (torch.empty(shape, dtype=self.state, device=device) for _ in range(2))
         o, o_out = (torch.empty(*shape, width, dtype=self.state, device=device) for _ in range(2))
-        parts = triton.cdiv(width, self.blocks.DV)
+        parts = max(1, triton.cdiv(width, self.blocks.DV))
         self.launch(_location_window_totals_kernel, *shape, parts, m_ptr=m, l_ptr=l, o_ptr=o, **more)
         self.launch(
             _location_window_scan_kernel, self.args["num_seqs"], self.hops, parts,
@@ -318,13 +318,13 @@ def window_fwd(
     DV = values.shape[-1]
     out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)
     lse = scores.new_empty(scores.shape, dtype=torch.float64)
-    if out.numel() == 0:
-        return out, lse.fill_(-torch.inf)
+    if lse.numel() == 0:
+        return out, lse
     call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
     with torch.cuda.device_of(values):
         states = {}
         if call.scan:
             states = call.states(DV, x_ptr=call.args["scores_ptr"], c_ptr=None, LSE=False, REVERSE=left is not None)
-        grid = call.items.count, call.hops, triton.cdiv(DV, call.blocks.DV)
+        grid = call.items.count, call.hops, max(1, triton.cdiv(DV, call.blocks.DV))  # lse is there without values
         call.launch(_location_window_fwd_kernel, *grid, out_ptr=out, lse_ptr=lse, **states)
     return out, lse

@@ -104,7 +104,7 @@ def _location_window_bwd_scores_kernel(
     j = lo + tl.arange(0, BLOCK)
     k_rows = (start + j).to(tl.int64)
     s = tl.load(scores_ptr + (seq * T + k_rows) * R + r, mask=j < hi, other=float("-inf"))
-    keep = s > float("-inf")
+    keep = s != float("-inf")
     val_ptrs = val_ptr + seq * stride_vb + k_rows * stride_vt
     # Key j is seen from [j - right, j + left].
     tile0, tile1, state = band(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT, SCAN, BLOCK)
@@ -188,7 +188,7 @@ def _location_window_bwd_values_kernel(
     acc = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
     for r in range(0, R):
         s = tl.load(scores_ptr + k_rows * R + r, mask=j < hi, other=float("-inf"))
-        keep = s > float("-inf")
+        keep = s != float("-inf")
         if SCAN:
             slot = (item0 + state) * R + r
             m = tl.load(m_ptr + slot, mask=lo < hi, other=float("-inf"))
@@ -223,7 +223,7 @@ def window_bwd(
     need_scores, need_values = needs
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
     dvalue = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
-    if out.numel() == 0:
+    if lse.numel() == 0:
         return [None if grad is None else grad.zero_() for grad in (ds, dvalue)]
     call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()

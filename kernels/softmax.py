@@ -20,7 +20,8 @@ def exp(x, FMA: tl.constexpr):
     interpreter has no fused multiply-add, but an exact enough exp.
     """
     if FMA:
-        x = tl.maximum(x, -150.0)  # 0 in float32; of -inf the two parts would be NaN
+        # 0 in float32; of -inf the two parts would be NaN, and NaN stays what it is
+        x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)
         hi = x * 1.4426950216293335
         lo = tl.fma(x, 1.4426950216293335, -hi) + x * 1.9259629911266175e-8
         return tl.exp2(hi) * (1.0 + lo * 0.6931471805599453)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -109,3 +110,24 @@ def _fused_multiply_add() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
         yield
+
+
+@pytest.fixture(scope="module")
+def far_apart(device: torch.device) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Puts numbers 2**30 apart along an axis of three, so that the last are past int32.
+
+    The 4 GiB of float16 are virtual on a CPU: few of their pages are ever touched.
+    """
+    far = 2**30
+    memory = torch.empty(2 * far + 2**14, dtype=torch.float16, device=device)
+    taken = 0
+
+    def place(x: torch.Tensor, axis: int) -> torch.Tensor:
+        nonlocal taken
+        strides = list(torch.empty_like(x.select(axis, 0), memory_format=torch.contiguous_format).stride())
+        strides.insert(axis, far)
+        placed = memory.as_strided(x.shape, strides, taken)
+        taken += x.select(axis, 0).numel()
+        return placed.copy_(x)
+
+    return place

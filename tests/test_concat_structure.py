@@ -282,3 +282,22 @@ def test_padded_and_ragged_forms_of_the_same_batch_agree(heads, dropout_p, windo
     rough = rough_runs(case.op, tensors)
     assert_as_exact(evaluate(as_padded(case, torch.nan), tensors, impl), rough, exact)
     assert_as_exact(evaluate(case.op, tensors, impl), rough, exact)
+
+
+# --- Layouts that are rare ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernel
+def test_offsets_past_int32_match_the_reference(far_apart, device):
+    case = Case(dtype=torch.float16, batch=1, heads=3, queries=4, keys=5, score_bias="bhqk")
+    tensors = case.tensors(device)
+    tensors |= {name: far_apart(tensors[name], 1) for name in (*ROWS, "score_bias")}
+    compare(case.op, tensors, "triton", dtype=torch.float16)
+
+
+@every_impl
+def test_offsets_of_any_stride_are_those_offsets(impl, device):
+    case = Case(queries=29, keys=50, attn_dim=3, ragged=True)
+    tensors = case.tensors(device)
+    strided = {name: torch.stack([x, x + 1], -1)[..., 0] for name, x in tensors.items() if name.startswith("cu")}
+    assert_identical(evaluate(case.op, tensors | strided, impl), evaluate(case.op, tensors, impl))

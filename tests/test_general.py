@@ -7,7 +7,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from _compare import Result, assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest, rough_runs
+from _compare import Result, assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest
 from _concat import ACTIVATIONS, ALL, compare, offsets
 from _general import Case, operator, pairwise
 from fused_attn.kernels import chip as chips
@@ -149,6 +149,20 @@ def test_matches_the_reference_for_any_segments(device, call):
     compare(case.op, case.tensors(device) | cu, "triton")
 
 
+# --- Large offsets -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("sizes", "axes"), [
+    ({"heads": 3}, {"query": 1, "key": 1, "value": 1, "score_bias": 1}),
+    ({"queries": 3}, {"query": 1, "score_bias": 1}),
+    ({"keys": 3}, {"key": 1, "value": 1, "score_bias": 2}),
+], ids=["heads", "queries", "keys"])  # fmt: skip
+def test_offsets_past_int32_match_the_reference(sizes, axes, far_apart, device):
+    case = Case(dtype=torch.float16, batch=1, score_bias="bhqk", **{"queries": 4, "keys": 5, **sizes})
+    tensors = case.tensors(device)
+    tensors |= {name: far_apart(tensors[name], axis) for name, axis in axes.items()}
+    compare(case.op, tensors, "triton", dtype=torch.float16)
+
+
 # --- The oracle itself -------------------------------------------------------------------------------------------
 
 
@@ -252,7 +266,8 @@ def test_adding_a_number_to_all_scores_changes_nothing(device):
     exact = evaluate(case.op, in_double(tensors), "reference")
     tensors["score_bias"] = tensors["score_bias"] + 1000
     assert_close(evaluate(case.op, in_double(tensors), "reference"), exact)
-    assert_as_exact(evaluate(case.op, tensors, "triton"), rough_runs(case.op, tensors), exact)
+    # One run: of a bias moved by half an eps the scores would be as far off as those from an lse in float32.
+    assert_as_exact(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "reference"), exact)
 
 
 @each_dtype
@@ -282,7 +297,7 @@ def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device
     Case(batch=1, queries=1, keys=300, return_weights=False),
     Case(batch=1, queries=3, keys=300, own_value=False, attn_dim=40),
     Case(batch=1, queries=3, keys=300, heads=2, mask="empty", score_bias="hqk", dropout_p=0.3),
-    Case(batch=1, queries=20, keys=300, window=(4, 150), value_dim=70, return_weights=False),
+    Case(batch=1, queries=50, keys=300, window=(4, 150), value_dim=70, return_weights=False),  # past the first tile
     Case(queries=15, keys=300, ragged=True, heads=2),
     Case(dtype=torch.bfloat16, batch=1, queries=16, keys=300, mask="keys", own_value=False),
 ], ids=str)  # fmt: skip

@@ -1,6 +1,7 @@
 """General attention: windows, nothing to attend to, padding that is never read, ragged rows, dropout."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def test_window_alone_is_the_mask_that_it_stands_for(impl, device):
     mask = (i - 5 <= j) & (j <= i - 1)
     masked = operator(return_weights=True, scale=case.scale)
     assert_close(evaluate(case.op, tensors, impl), evaluate(masked, tensors | {"mask": mask[None]}, impl))
+
+
+@every_impl
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, sys.maxsize])
+def test_sides_past_any_length_are_open_or_hide_all(far, impl, device):
+    case = Case(batch=1, queries=19, keys=35, attn_dim=3)
+    tensors = case.tensors(device)
+    every = evaluate(case.op, tensors, impl)
+    for window in ((None, far), (far, None), (far, far)):
+        assert_close(evaluate(dataclasses.replace(case, window=window).op, tensors, impl), every)
+    for window in ((None, -far), (-far, None)):
+        assert_zero(evaluate(dataclasses.replace(case, window=window).op, tensors, impl))
 
 
 # --- Nothing to attend to ----------------------------------------------------------------------------------------
@@ -184,6 +197,14 @@ def test_padded_and_ragged_forms_of_the_same_batch_agree(dropout_p, window, impl
     rough = rough_runs(case.op, tensors)
     assert_as_exact(evaluate(as_padded(case, torch.nan), tensors, impl), rough, exact)
     assert_as_exact(evaluate(case.op, tensors, impl), rough, exact)
+
+
+@every_impl
+def test_offsets_of_any_stride_are_those_offsets(impl, device):
+    case = Case(queries=29, keys=50, attn_dim=3, ragged=True)
+    tensors = case.tensors(device)
+    strided = {name: torch.stack([x, x + 1], -1)[..., 0] for name, x in tensors.items() if name.startswith("cu")}
+    assert_identical(evaluate(case.op, tensors | strided, impl), evaluate(case.op, tensors, impl))
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------------

@@ -271,6 +271,16 @@ def test_empty_batches_give_empty_outputs(sizes, impl, device):
     assert all(largest(x) == 0 for x in result.gradients.values())
 
 
+@pytest.mark.parametrize("window", [(None, 0), (1, None), (1, 2)], ids=str)
+@each_fast
+def test_weights_of_values_without_a_feature_match_the_reference(impl, window, device):
+    """The weights do not depend on the values."""
+    case = Case(batch=2, rows=40, dim=3, mask="random")
+    tensors = case.tensors(device) | {"values": torch.zeros(2, 40, 0, device=device)}
+    on(impl, device)
+    assert_matches_reference(windowed(case, window), tensors, impl=impl)
+
+
 @each_impl
 @both_forms
 @pytest.mark.parametrize("window", [(None, 0), (1, 2)], ids=str)
@@ -297,6 +307,18 @@ def test_hidden_keys_that_are_the_values_are_never_read(impl, device):
     clean = evaluate(windowed(case, (None, 0)), tensors, impl)
     tensors["h"][~tensors["mask"]] = torch.nan
     assert_close(evaluate(windowed(case, (None, 0)), tensors, impl), clean)
+
+
+@each_impl
+@pytest.mark.parametrize("window", [(None, 0), (0, None), (3, 2)], ids=str)
+def test_nan_that_is_not_masked_shows_where_it_is_seen(window, impl, device):
+    case = Case(batch=1, rows=50, dim=3, score_bias=True)
+    tensors = case.tensors(device)
+    tensors["score_bias"][0, 20] = torch.nan
+    out = windowed(case, window, return_weights=False)(impl=on(impl, device), **tensors)
+    i = torch.arange(50, device=device)
+    seen = reference.in_window(i, torch.tensor(20, device=device), *window, torch.ones_like(i, dtype=torch.bool))
+    assert out[0, seen].isnan().all()
 
 
 @each_impl

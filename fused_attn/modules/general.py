@@ -88,8 +88,8 @@ class GeneralAttention(nn.Module):
         query, key
             The same for every head.
         value
-            The keys where None. ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or
-            ``(N, H, Dv)``.
+            The keys where None. ``(B, Tk, Dv)`` for every head, or with more than one ``(B, H, Tk, Dv)``; packed
+            ``(N, Dv)`` or ``(N, H, Dv)``.
         mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights, impl
             As in `general_attention`.
 
