@@ -91,3 +91,26 @@ def general_flex(
         blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, *sizes, device=q.device)
     out = flex_attention(q, k, values, block_mask=blocks, scale=scale)
     return out.reshape(*query.shape[:-1], values.shape[-1])
+
+
+def hierarchical_padded(
+    h: Tensor, inner_offsets: Tensor, outer_offsets: Tensor, *, sentences: int, words: int, **scores: Tensor
+) -> Tensor:
+    """Eager PyTorch on documents padded to (G, sentences, words, D), which is part of the call, with masks."""
+
+    def padded(rows: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        at = offsets[:-1, None] + torch.arange(longest, device=rows.device)
+        shown = at < offsets[1:, None]
+        absent = ~shown.view(*shown.shape, *[1] * (rows.dim() - 1))
+        return rows[at.clamp(max=len(rows) - 1)].masked_fill(absent, 0), shown
+
+    def pool(x: Tensor, shown: Tensor, level: str) -> Tensor:
+        w, b, v = (scores[f"{level}_{part}"] for part in "wbv")
+        # Not -inf: a sentence that is padding would be NaN.
+        s = (torch.tanh(x @ w + b) @ v).masked_fill(~shown, torch.finfo(x.dtype).min)
+        return (s.softmax(-1)[..., None] * x).sum(-2)
+
+    by_sentence, seen = padded(h, inner_offsets, words)
+    documents, present = padded(by_sentence, outer_offsets, sentences)
+    seen, _ = padded(seen, outer_offsets, sentences)
+    return pool(pool(documents, seen, "inner"), present, "outer")

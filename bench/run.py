@@ -2,8 +2,8 @@
 
 For each case: every provider is compared with the reference in float64 at fresh random inputs, and one that is wrong
 is not timed. Then each is timed, forward (no gradients) and forward+backward (a gradient for each floating input).
-Peers (flex, keops) are other systems, forward only; a run on a GPU includes those that are there, on the cases that
-they can compute.
+Peers (sdpa, flex, keops) are other systems, forward only, and padded is eager PyTorch on padded tensors; a run on a
+GPU includes those that are there, on the cases that they can compute.
 
 - Time on a GPU: device events around a call, L2 flushed before it; median, and the 20th and 80th percentile. Where a
   call is short this includes the gaps between its launches; `--graph` times replays of a CUDA graph, without them.
@@ -48,7 +48,7 @@ from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("fused", "reference", "compile")
-PEERS = ("sdpa", "flex", "keops")
+PEERS = {"sdpa": MODES[:1], "flex": MODES[:1], "keops": MODES[:1], "padded": MODES}  # with the modes of each
 QUANTILES = (0.5, 0.2, 0.8)
 # Error (relative, of the norm) beyond twice that of the reference in the same dtype: another order of summation.
 SLACK = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -80,7 +80,7 @@ def providers_of(op: Op, case: Case, device: torch.device, wanted: Sequence[str]
 
 def modes_of(provider: str) -> Sequence[str]:
     """The modes in which a provider takes part."""
-    return MODES[:1] if provider in PEERS else MODES
+    return PEERS.get(provider, MODES)
 
 
 def impl_of(provider: str, device: torch.device) -> str:

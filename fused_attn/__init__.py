@@ -2,14 +2,43 @@
 
 from .concat import concat_attention
 from .general import general_attention
+from .graph import csr_from_edges, graph_attention, transpose_csr
+from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
-from .modules import ConcatAttention, GeneralAttention, LocationAttention
+from .modules import (
+    ConcatAttention,
+    GeneralAttention,
+    GraphAttention,
+    HierarchicalAttention,
+    LocationAttention,
+    LocationAwareAttention,
+    RaggedRNN,
+    StatisticsPooling,
+    WordByWordAttention,
+)
+from .recurrent import location_aware_attention, word_by_word_attention
+from .statistics import statistics_pooling
 
 __all__ = [
     "ConcatAttention",
     "GeneralAttention",
+    "GraphAttention",
+    "HierarchicalAttention",
+    "HierarchicalOutput",
     "LocationAttention",
+    "LocationAwareAttention",
+    "RaggedRNN",
+    "Score",
+    "StatisticsPooling",
+    "WordByWordAttention",
     "concat_attention",
+    "csr_from_edges",
     "general_attention",
+    "graph_attention",
+    "hierarchical_attention",
     "location_attention",
+    "location_aware_attention",
+    "statistics_pooling",
+    "transpose_csr",
+    "word_by_word_attention",
 ]

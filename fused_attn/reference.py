@@ -7,6 +7,7 @@ differentiates it to any order. The kernels are tested against these functions i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -316,3 +317,211 @@ def _attend(
         scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H + head, i[:, None], dropout_p)
         weights = weights * scale.to(weights.dtype)
     return weights.to(value.dtype) @ value, lse, scores
+
+
+def word_by_word_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    w_r: Tensor,
+    w_t: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r"""Word-by-word attention on canonical arguments, as `fused_attn.recurrent` passes them.
+
+    .. math:: \alpha_t = softmax_j(w \cdot \tanh(key_j + query_t + r_{t-1} W_r)), \quad
+        r_t = \sum_j \alpha_{tj} \, value_j + \tanh(r_{t-1} W_t)
+
+    Shapes: ``query (B, Th, A)``, ``key (B, Ty, A)``, ``value (B, Ty, D)``, ``w (A,)``, ``w_r (D, A)``,
+    ``w_t (D, D)``, ``state (B, D)`` for r_0, zeros where None; ``mask (B, Ty)``. Packed rows come as ``(N, width)``
+    with both ``cu_seqlens``, and are padded here, see `pad`.
+
+    Returns r of every step, ``(B, Th, D)`` or ``(N, D)``, and in at least float32 the weights ``(B, Th, Ty)``, of
+    which packed rows have none, ``(0,)``.
+    """
+    if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
+        rows = query.shape[0]
+        (key, value), mask = pad(cu_seqlens_premise, key, value)
+        (query,), _ = pad(cu_seqlens_hypothesis, query)
+        out, weights = word_by_word_attention(query, key, value, w, w_r, w_t, state, mask, None, None)
+        seq, t = positions(1, rows, cu_seqlens_hypothesis, query.device)
+        return out[seq[0], t[0]], weights.new_zeros(0)
+    hidden = None
+    if mask is not None:
+        hidden = ~mask
+        key, value = (x.masked_fill(hidden[..., None], 0) for x in (key, value))
+    r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state
+    outs, all_weights = [], []
+    for step in query.unbind(1):
+        scores = torch.tanh(key + (step + r @ w_r)[:, None]) @ w
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if hidden is None:
+            weights = torch.softmax(scores, -1)
+        else:  # a premise that is all hidden keeps its scores: a softmax over nothing is NaN, as are its gradients
+            some = hidden & ~hidden.all(-1, keepdim=True)
+            weights = torch.softmax(scores.masked_fill(some, -torch.inf), -1).masked_fill(hidden, 0)
+        r = (weights.to(value.dtype)[:, None] @ value)[:, 0] + torch.tanh(r @ w_t)
+        outs.append(r)
+        all_weights.append(weights)
+    if not outs:  # no word: (B, 0, D) and (B, 0, Ty)
+        return value[:, :0], query @ key.mT
+    return torch.stack(outs, 1), torch.stack(all_weights, 1)
+
+
+def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Packed rows ``(N, width)`` as ``(S, T, width)``, zeros past a sequence's end; True in ``(S, T)`` up to there.
+
+    T is the length of the longest sequence, or in a compiled graph, which must know it, N.
+    """
+    lengths = cu_seqlens.diff()
+    known = torch.compiler.is_compiling() or lengths.numel() == 0
+    t = torch.arange(packed[0].shape[0] if known else int(lengths.max()), device=cu_seqlens.device)
+    inside = t < lengths[:, None]
+    rows = (cu_seqlens[:-1, None] + t).masked_fill(~inside, 0)
+    return [x[rows].masked_fill(~inside[..., None], 0) for x in packed], inside
+
+
+def graph_attention(
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    seed: Tensor | None,
+    *,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Graph attention (GATv2) on canonical arguments, as `fused_attn.graph` passes them.
+
+    .. math:: s_e = v \cdot act(q_i + k_j + edge_e), \quad o_i = \sum_e softmax_e(s_e) \, value_j
+        \quad over \quad indptr_i <= e < indptr_{i+1}, \quad j = indices_e
+
+    Shapes: ``query (Nq, H, A)``, ``key (Nk, H, A)``, ``v (H, A)``, ``value (Nk, H, Dv)``, None for the keys,
+    ``edge (E, H, A)``, ``indptr (Nq + 1,)``, ``indices (E,)``. Dropout draws of an edge's place among those of its
+    node, node and head.
+
+    Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, float64 ``lse (Nq, H)``, and in at least float32
+    ``scores (E, H)``.
+    """
+    node = segment_ids(indptr, indices.shape[0])
+    rows = key[indices]
+    z = query[node] + rows
+    if edge is not None:
+        z = z + edge
+    scores = (v * ACTIVATIONS[activation](z)).sum(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    top = scores.new_full(query.shape[:2], -torch.inf)
+    top = top.scatter_reduce(0, node[:, None].expand_as(scores), scores.detach(), "amax")
+    pivot = top.masked_fill(top == -torch.inf, 0)  # a node without neighbours: never -inf - -inf
+    weights = torch.exp(scores - pivot[node])
+    total = torch.zeros_like(pivot).index_add(0, node, weights)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    weights = weights / total[node]
+    if dropout_p > 0:
+        assert seed is not None
+        place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
+        head = torch.arange(scores.shape[-1], device=indices.device)
+        weights = weights * dropout_scale(seed, place[:, None], node[:, None], head, dropout_p).to(weights.dtype)
+    values = rows if value is None else value[indices]
+    out = values.new_zeros(*query.shape[:2], values.shape[-1])
+    return out.index_add(0, node, weights[..., None].to(values.dtype) * values), lse, scores
+
+
+def hierarchical_attention(
+    h: Tensor,
+    inner: tuple[Any, ...],
+    outer: tuple[Any, ...],
+    mask: Tensor | None,
+    inner_offsets: Tensor,
+    outer_offsets: Tensor,
+    *,
+    between: Callable[[Tensor, Tensor], Tensor] | None = None,
+    attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = location_attention,
+) -> tuple[Tensor, ...]:
+    r"""Two levels of location attention: rows into segments, segments into groups.
+
+    .. math:: x_i = \sum_{j \in i} softmax_j(s(h_j)) h_j, \quad y = between(x), \quad
+        o_g = \sum_{i \in g} softmax_i(t(y_i)) y_i
+
+    `inner` and `outer` are canonical arguments of a level: ``(w, b, v, gate_w, gate_b, context, activation,
+    gate_activation, context_per_row)``. A segment that sees no row is zero and hidden from the outer level.
+    `attend` computes a level, by default as the textbook has it.
+
+    Returns ``out (G, 1, D')``, the outer ``lse (G, 1)`` and ``scores (S, 1)``, the segments ``x (S, D)`` in the
+    dtype of ``h``, the inner ``lse (S, 1)`` and ``scores (N, 1)``.
+    """
+
+    def level(
+        rows: Tensor, arguments: tuple[Any, ...], shown: Tensor | None, offsets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *score, activation, gate_activation, context_per_row = arguments
+        return attend(
+            rows, *score, None, None, shown, offsets, None, activation=activation, gate_activation=gate_activation,
+            dropout_p=0.0, context_per_row=context_per_row,
+        )  # fmt: skip
+
+    pooled, lse, scores = level(h, inner, mask, inner_offsets)
+    segments = pooled.squeeze(1).to(h.dtype)
+    rows = segments if between is None else between(segments, outer_offsets)
+    top = level(rows, outer, lse.squeeze(1) != -torch.inf, outer_offsets)
+    return *top, segments, lse, scores
+
+
+def statistics_pooling(
+    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Weighted mean and variance over the frames, on canonical arguments, as `fused_attn.statistics` passes them.
+
+    .. math:: s_{jc} = u_j \cdot v_c, \quad \alpha_{jc} = softmax_j(s_{jc}), \quad
+        mean_c = \sum_j \alpha_{jc} x_{jc}, \quad var_c = \sum_j \alpha_{jc} (x_{jc} - mean_c)^2
+
+    Shapes: ``values (B, T, C)`` or packed ``(N, C)``; with ``v (A, C)`` `x` is the features u ``(B, T, A)`` or
+    ``(N, A)``; without it the scores ``(B, T)`` or ``(N,)``, one for all channels.
+
+    Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, float64 ``lse (S, C)``, ``(S, 1)`` without v, and
+    with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
+    """
+    scores = x[..., None] if v is None else x
+    if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
+        scores, values = (y.masked_fill(~mask[..., None], 0) for y in (scores, values))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    scores, values = scores.to(wide), values.to(wide)
+    scores = scores if v is None else scores @ v.to(wide)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., None], -torch.inf)
+
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, values.shape[0])
+    seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def over_frames(y: Tensor) -> Tensor:
+        return y.sum(1) if segment is None else y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, y)
+
+    def to_frames(y: Tensor) -> Tensor:
+        return y[:, None] if segment is None else y[segment]
+
+    if segment is not None:
+        top = scores.new_full((seqs, scores.shape[-1]), -torch.inf)
+        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
+    elif values.shape[1]:
+        top = scores.detach().amax(1)
+    else:
+        top = scores.new_full((seqs, scores.shape[-1]), -torch.inf)
+    pivot = top.masked_fill(top == -torch.inf, 0)  # a sequence that sees no frame: never -inf - -inf
+    weights = torch.exp(scores - to_frames(pivot))
+    total = over_frames(weights)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    weights = weights / to_frames(total)
+    mean = over_frames(weights * values)
+    var = over_frames(weights * (values - to_frames(mean)).square())
+    return mean, var, lse, scores if return_scores else scores.new_empty(0)

@@ -14,7 +14,22 @@ from rich.console import Console
 
 from bench import run
 from bench.peers import Peer
-from bench.registry import CONCAT, GENERAL, LOCATION, MODES, REGISTRY, Case, Cost, Op, ragged_lengths, visible_pairs
+from bench.registry import (
+    CONCAT,
+    GENERAL,
+    GRAPH,
+    HIERARCHICAL,
+    LOCATION,
+    MODES,
+    RECURRENT,
+    REGISTRY,
+    STATISTICS,
+    Case,
+    Cost,
+    Op,
+    ragged_lengths,
+    visible_pairs,
+)
 from fused_attn import concat_attention, location_attention
 
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
@@ -121,6 +136,69 @@ def test_concat_cost_by_hand(sizes, forward, backward) -> None:
 )
 def test_general_cost_by_hand(sizes, forward, backward) -> None:
     assert GENERAL.cost({"B": 1, "Tq": 3, "Tk": 4, "D": 5, **sizes}, 2) == (Cost(*forward), Cost(*backward))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    # Lengths of at least min(16, T) = T: ragged ones are as long as the others. Offsets in int32, and a byte a word.
+    [({"B": 2}, 0), ({"B": 2, "padded": 1}, 6), ({"S": 2}, 2 * 3 * 4)],
+    ids=["plain", "padded", "ragged"],
+)
+def test_recurrent_cost_by_hand(sizes, other) -> None:
+    # Premise 2·3·5 and hypothesis 2·4·5, W_y, W_h, W_r 5·7 each, w 7, W_t 25: 207; out 40.
+    flops = 2 * (6 * 35 + 8 * (2 * 35 + 25) + 24 * 5)
+    want = Cost(flops, 247 * 2 + other, 24 * 7), Cost(2 * flops, 454 * 2 + other)
+    assert RECURRENT.cost({"Tk": 3, "Tq": 4, "D": 5, "A": 7, **sizes}, 2) == want
+
+
+@pytest.mark.parametrize("edge", [0, 1])
+def test_graph_cost_by_hand(edge) -> None:
+    # Query, key and out of 3 nodes, 2·5 each; v 10; edges of 10; int32: two offsets of 4, three numbers an edge.
+    rows, index = (30 + 30 + 10 + 40 * edge) * 2, 4 * (4 + 4 + 3 * 4)
+    want = Cost(4 * 4 * 2 * 5, rows + 60 + index), Cost(8 * 4 * 2 * 5, 2 * rows + 60 + index)
+    assert GRAPH.cost({"N": 3, "E": 4, "H": 2, "A": 5, "edge": edge}, 2) == want
+
+
+def test_graph_has_few_nodes_with_many_neighbours() -> None:
+    inputs = GRAPH.inputs({"N": 1000, "E": 7000, "H": 1, "A": 1}, torch.float32, CPU, 0)
+    for name in ("indptr", "indptr_t"):
+        degrees = inputs[name].diff().sort(descending=True).values
+        assert degrees.sum() == 7000
+        assert degrees[:10].sum() > 7000 / 5  # 0.01 ** (1 / 3) of them are expected
+        assert degrees.median() < 7
+
+
+def test_hierarchical_cost_by_hand() -> None:
+    # One word, 2; W 6, b and v 3 each, twice: 26 in; 2 out; two int32 offsets twice. Twice 6 + 3 + 2 products.
+    forward, backward = Cost(2 * 22, 28 * 2 + 16), Cost(4 * 22, 54 * 2 + 16)
+    assert HIERARCHICAL.cost({"G": 1, "L": 1, "T": 1, "D": 2, "A": 3}, 2) == (forward, backward)
+
+
+def test_padded_peer_of_hierarchical_says_the_same_and_has_gradients() -> None:
+    case = Case("tiny", {"G": 5, "L": 4, "T": 6, "D": 7, "A": 3}, torch.float32, "cpu")
+    found = run.check(HIERARCHICAL, case, ["padded"], CPU, 0)["padded"]
+    assert "failure" not in found
+    assert list(found["errors"]) == [
+        "out",
+        *(n for n in HIERARCHICAL.inputs(case.sizes, torch.float32, CPU, 0) if "off" not in n),
+    ]
+    assert run.modes_of("padded") == MODES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        # H 2·3·5 = 30, W 5·7, b 7, v 7: 79; out 2·2·5. A frame: 5·7 + 7 products for s, 5 for either moment.
+        ({"B": 2, "T": 3}, (6 * 2 * 52, 99 * 2), (2 * 624, 178 * 2)),
+        # A score a channel: v 7·5.
+        ({"B": 2, "T": 3, "channel": 1}, (6 * 2 * 80, 127 * 2), (2 * 960, 234 * 2)),
+        # Two sequences of one frame, and three int32 offsets.
+        ({"S": 2, "T": 1}, (2 * 2 * 52, 79 * 2 + 12), (2 * 208, 138 * 2 + 12)),
+    ],
+    ids=["frame", "channel", "ragged"],
+)
+def test_statistics_cost_by_hand(sizes, forward, backward) -> None:
+    assert STATISTICS.cost({"D": 5, "A": 7, **sizes}, 2) == (Cost(*forward), Cost(*backward))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

@@ -98,7 +98,9 @@ def test_shapes_are_those_of_the_form(arguments, parameters, hop_axis, device):
 
 
 def test_forward_is_the_function_on_the_parameters(device):
-    module = LocationAttention(DIM, ATTN_DIM, hops=HOPS, gated=True, activation="relu", context_dim=4).to(device)
+    module = LocationAttention(
+        DIM, ATTN_DIM, hops=HOPS, gated=True, activation="relu", gate_activation="tanh", context_dim=4
+    ).to(device)
     h, context = torch.randn(2, 7, DIM, device=device), torch.randn(2, 4, device=device)
     values, score_bias = torch.randn(2, 7, 2, device=device), torch.randn(2, 7, device=device)
     mask = torch.rand(2, 7, device=device) < 0.7
@@ -106,7 +108,7 @@ def test_forward_is_the_function_on_the_parameters(device):
     p = dict(module.named_parameters())
     want = location_attention(
         h, p["proj.weight"].T, p["proj.bias"], p["score.weight"].T, gate=(p["gate.weight"].T, p["gate.bias"]),
-        context=context @ p["context.weight"].T, values=values, activation="relu", gate_activation="sigmoid",
+        context=context @ p["context.weight"].T, values=values, activation="relu", gate_activation="tanh",
         mask=mask, score_bias=score_bias, return_weights=True,
     )  # fmt: skip
     for x, y in zip(got, want, strict=True):
@@ -143,6 +145,7 @@ def test_dropout_is_for_training_only(device):
         ({"dim": 3, "context_dim": 0}, "context_dim"),
         ({"dim": 3, "gated": True}, "attn_dim"),
         ({"dim": 3, "activation": "softplus"}, "activation"),
+        ({"dim": 3, "gate_activation": "softplus"}, "gate_activation"),
         ({"dim": 3, "dropout": 1.0}, "dropout"),
     ],
     ids=str,
@@ -164,3 +167,4 @@ def test_repr_shows_the_options():
     shown = repr(LocationAttention(DIM, ATTN_DIM, hops=2, activation="relu", dropout=0.25))
     assert "hops=2, activation='relu', dropout=0.25" in shown
     assert f"in_features={DIM}, out_features={ATTN_DIM}" in shown
+    assert "gate_activation='silu'" in repr(LocationAttention(DIM, ATTN_DIM, gated=True, gate_activation="silu"))

@@ -7,10 +7,22 @@ from typing import Any
 
 from .concat import CONCAT
 from .general import GENERAL
+from .graph import GRAPH
+from .hierarchical import HIERARCHICAL
 from .location import LOCATION
 from .location_window import WINDOW
+from .recurrent import RECURRENT
+from .statistics import STATISTICS
 
-CASES: dict[str, list[Any]] = {"location": [*LOCATION, *WINDOW], "concat": CONCAT, "general": GENERAL}
+CASES: dict[str, list[Any]] = {
+    "location": [*LOCATION, *WINDOW],
+    "concat": CONCAT,
+    "general": GENERAL,
+    "graph": GRAPH,
+    "hierarchical": HIERARCHICAL,
+    "statistics": STATISTICS,
+    "recurrent": RECURRENT,
+}
 
 
 def elements(kernel: str, constants: dict[str, Any]) -> int:
@@ -23,6 +35,12 @@ def elements(kernel: str, constants: dict[str, Any]) -> int:
         return (1 if constants.get("EXACT") else 2) * math.prod(constants.get(f"BLOCK_{side}", 1) for side in sides)
     if kernel.startswith("_general"):
         return constants["BLOCK_M"] * constants["BLOCK_N"]
+    if kernel.startswith("_graph"):
+        return constants["BLOCK_E"] * constants["BLOCK_H"] * constants["BLOCK_A"]
     if kernel.startswith("_location_window"):
         return constants["BLOCK"] ** 2
+    if kernel.startswith("_recurrent"):
+        return constants["BLOCK_N"] * constants["BLOCK_A"]
+    if kernel.startswith("_statistics"):
+        return constants.get("BLOCK_T", constants.get("BLOCK_I")) * constants["BLOCK_C"]
     return constants.get("BLOCK_T", 1) * constants.get("BLOCK_A", constants.get("BLOCK_K", 1))

@@ -5,10 +5,14 @@ Speed, memory, plots and the README's tables all read `REGISTRY`. A family is on
 
 from .concat import CONCAT
 from .general import GENERAL
+from .graph import GRAPH
+from .hierarchical import HIERARCHICAL
 from .location import LOCATION
 from .problem import MODES, Case, Cost, Inputs, Op, Sizes, count_rows, ragged_lengths, visible_pairs
+from .recurrent import RECURRENT
+from .statistics import STATISTICS
 
-REGISTRY: list[Op] = [LOCATION, CONCAT, GENERAL]
+REGISTRY: list[Op] = [LOCATION, CONCAT, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS]
 
 __all__ = [
     "MODES",

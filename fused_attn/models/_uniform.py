@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..modules import ConcatAttention, GeneralAttention, LocationAttention
+from ..modules import ConcatAttention, GeneralAttention, LocationAttention, WordByWordAttention
 
 
 def freeze_uniform(module: nn.Module) -> None:
@@ -15,7 +15,7 @@ def freeze_uniform(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, LocationAttention):
             last: nn.Module = part.proj if part.score is None else part.score
-        elif isinstance(part, ConcatAttention):
+        elif isinstance(part, ConcatAttention | WordByWordAttention):
             last = part.score
         elif isinstance(part, GeneralAttention):
             last = part

@@ -2,6 +2,20 @@
 
 from .concat import ConcatAttention
 from .general import GeneralAttention
+from .graph import GraphAttention
+from .hierarchical import HierarchicalAttention, RaggedRNN
 from .location import LocationAttention
+from .recurrent import LocationAwareAttention, WordByWordAttention
+from .statistics import StatisticsPooling
 
-__all__ = ["ConcatAttention", "GeneralAttention", "LocationAttention"]
+__all__ = [
+    "ConcatAttention",
+    "GeneralAttention",
+    "GraphAttention",
+    "HierarchicalAttention",
+    "LocationAttention",
+    "LocationAwareAttention",
+    "RaggedRNN",
+    "StatisticsPooling",
+    "WordByWordAttention",
+]

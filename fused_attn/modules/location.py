@@ -24,9 +24,9 @@ class LocationAttention(nn.Module):
     hops
         Number R of weightings, each with an output of its own; None for one, without a hop axis.
     gated
-        Multiply the features with a sigmoid gate (Ilse et al. 2018); needs `attn_dim`.
-    activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+        Multiply the features with a gate (Ilse et al. 2018); needs `attn_dim`.
+    activation, gate_activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu; the second is σ, the gate's.
     bias
         Biases b and g.
     context_dim
@@ -49,6 +49,7 @@ class LocationAttention(nn.Module):
         hops: int | None = None,
         gated: bool = False,
         activation: str = "tanh",
+        gate_activation: str = "sigmoid",
         bias: bool = True,
         context_dim: int | None = None,
         dropout: float = 0.0,
@@ -61,8 +62,9 @@ class LocationAttention(nn.Module):
         if gated and attn_dim is None:
             raise ValueError("attn_dim: expected a width with gated=True; got None")
         check_activation("activation", activation)
+        check_activation("gate_activation", gate_activation)
         check_dropout("dropout", dropout)
-        self.hops, self.activation, self.dropout = hops, activation, dropout
+        self.hops, self.activation, self.gate_activation, self.dropout = hops, activation, gate_activation, dropout
         width = attn_dim or hops or 1
         self.proj = nn.Linear(dim, width, bias=bias)
         self.gate = nn.Linear(dim, width, bias=bias) if gated else None
@@ -107,11 +109,12 @@ class LocationAttention(nn.Module):
         return location_attention(
             h, w, b, v,
             gate=None if self.gate is None else (self.gate.weight.t(), self.gate.bias),
-            context=context, values=values, activation=self.activation, mask=mask, window=window,
-            score_bias=score_bias, cu_seqlens=cu_seqlens, dropout_p=self.dropout if self.training else 0.0,
-            return_weights=return_weights, impl=impl,
+            context=context, values=values, activation=self.activation, gate_activation=self.gate_activation,
+            mask=mask, window=window, score_bias=score_bias, cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""
-        return f"hops={self.hops}, activation={self.activation!r}, dropout={self.dropout}"
+        gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
+        return f"hops={self.hops}, activation={self.activation!r}, dropout={self.dropout}{gate}"

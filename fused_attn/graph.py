@@ -1,0 +1,364 @@
+"""Graph attention (GATv2): each node attends to its neighbours, which come in CSR, by the concat score."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_activation, check_dropout, check_indices, check_offsets, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+
+Transposed = tuple[Tensor, Tensor, Tensor]
+
+_INDEX = (torch.int32, torch.int64)
+_NAMES = ("indptr", "indices")
+
+_TENSORS = 11  # tensor arguments of the raw forward
+_GRADS = 5  # the leading ones of them that have gradients
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor v, Tensor? value, Tensor? edge, Tensor indptr, Tensor indices, "
+    "Tensor? indptr_t, Tensor? indices_t, Tensor? perm, Tensor? seed"
+)
+_OPTIONS = "str activation, float dropout_p"
+
+
+def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR of a list of edges, as `graph_attention` takes it.
+
+    Parameters
+    ----------
+    edge_index
+        int32 or int64 ``(2, E)``: the source (key node) and the target (query node) of each edge, as PyTorch
+        Geometric has it.
+    num_queries
+        Number Nq of query nodes.
+
+    Returns
+    -------
+    (Tensor, Tensor, Tensor)
+        ``indptr (Nq + 1,)`` and ``indices (E,)``, in the dtype of `edge_index`, and the int64 permutation ``(E,)``
+        that sorts the edges by target, equal ones in their order: edge features go with it, ``features[perm]``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For dtype and shape, and for targets outside ``[0, Nq)``; on a GPU the latter stop the program, as in
+        `graph_attention`.
+
+    """
+    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
+    _check_count("num_queries", num_queries)
+    source, target = edge_index.unbind()
+    check_indices("edge_index[1]", target, num_queries, "query nodes")
+    perm = torch.argsort(target, stable=True)
+    nodes = torch.arange(num_queries + 1, device=target.device, dtype=target.dtype)
+    return torch.searchsorted(target[perm], nodes).to(target.dtype), source[perm], perm
+
+
+def transpose_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
+    """The edges sorted by source: what the backward of `graph_attention` walks. A static graph makes it once.
+
+    Parameters
+    ----------
+    indptr, indices
+        As in `graph_attention`.
+    num_keys
+        Number Nk of key nodes.
+
+    Returns
+    -------
+    (Tensor, Tensor, Tensor)
+        The transposed structure, ``indptr (Nk + 1,)`` and ``indices (E,)`` of query nodes, and the int64 permutation
+        ``(E,)``: where each of its edges is among those of `indices`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `graph_attention`.
+
+    """
+    _check_count("num_keys", num_keys)
+    _check_csr(_NAMES, indptr, indices, None, num_keys, "key nodes", None)
+    return _transpose(indptr, indices, num_keys)
+
+
+def _transpose(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
+    """`transpose_csr` without its checks: for the backward, whose arguments were checked before."""
+    perm = torch.argsort(indices, stable=True)
+    nodes = torch.arange(num_keys + 1, device=indices.device, dtype=indices.dtype)
+    indptr_t = torch.searchsorted(indices[perm], nodes).to(indices.dtype)
+    return indptr_t, reference.segment_ids(indptr, indices.shape[0])[perm].to(indices.dtype), perm
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.graph import graph_fwd
+
+    return graph_fwd(*args[:7], *args[10:])
+
+
+def _fwd_fake(
+    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
+    indices: Tensor, *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    nodes, heads, _ = query.shape
+    value = key if value is None else value
+    return (
+        query.new_empty(nodes, heads, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
+        query.new_empty(nodes, heads, dtype=torch.float64),
+        query.new_empty(indices.shape[0], heads, dtype=torch.float32),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    from .kernels.graph_bwd import graph_bwd
+
+    key, indptr, indices, *transposed = args[4], *args[8:13]
+    needs = args[-1]
+    structure = None
+    if needs[1] or needs[3]:
+        structure = _transpose(indptr, indices, key.shape[0]) if transposed[0] is None else tuple(transposed)
+    grads = graph_bwd(*args[:10], structure, *args[13:])
+    return [args[0].new_empty(0) if g is None else g for g in grads]
+
+
+def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
+    ]
+
+
+_graph_fwd = raw_op("graph_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+_graph_bwd = raw_op(
+    "graph_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, {_OPTIONS}, "
+    "bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _GraphAttention(torch.autograd.Function):
+    """(out, lse, scores) by the kernel, all three differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
+        indices: Tensor, indptr_t: Tensor | None, indices_t: Tensor | None, perm: Tensor | None,
+        seed: Tensor | None, activation: str, dropout_p: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return cast("tuple[Tensor, Tensor, Tensor]", _graph_fwd(
+            query, key, v, value, edge, indptr, indices, indptr_t, indices_t, perm, seed, activation, dropout_p,
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_TENSORS], *output)
+        ctx.options = inputs[_TENSORS:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
+        needs = ctx.needs_input_grad[:_GRADS]
+        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
+        grads = _GraphBackward.apply(dout, dlse, dscores, *saved, *ctx.options, needs)
+        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+class _GraphBackward(torch.autograd.Function):
+    """The gradients of `_GraphAttention`; their own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out, as above
+        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+        query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
+        indices: Tensor, indptr_t: Tensor | None, indices_t: Tensor | None, perm: Tensor | None,
+        seed: Tensor | None, out: Tensor, lse: Tensor, scores: Tensor, activation: str, dropout_p: float,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_graph_bwd(
+            dout, dlse, dscores, query, key, v, value, edge, indptr, indices, indptr_t, indices_t, perm, seed,
+            out, lse, scores, activation, dropout_p, list(needs),
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
+        ctx.options, ctx.needs = inputs[3 + _TENSORS + 3 : -1], inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:3], saved[3:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
+        return (*d_cotangents, *d_primals, *none)
+
+
+def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, v, value, edge, indptr, indices, _, _, _, seed, activation, dropout_p = args
+    return reference.graph_attention(
+        query, key, v, value, edge, indptr, indices, seed, activation=activation, dropout_p=dropout_p
+    )
+
+
+def graph_attention(
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    *,
+    value: Tensor | None = None,
+    edge: Tensor | None = None,
+    activation: str = "leaky_relu",
+    dropout_p: float = 0.0,
+    transposed: Transposed | None = None,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Graph attention (GATv2) of projected nodes over their neighbours, given in CSR.
+
+    .. math:: s_e = v \cdot act(q_i + k_j + edge_e), \quad o_i = \sum_e softmax_e(s_e) \, value_j
+        \quad over \quad indptr_i <= e < indptr_{i+1}, \quad j = indices_e
+
+    A node without neighbours gives zeros, zero weights and zero gradients. Several edges between two nodes, and edges
+    from a node to itself, are edges like others; none is added.
+
+    Parameters
+    ----------
+    query, key
+        Projected to the width A of the score: ``(Nq, A)`` and ``(Nk, A)``, or with heads ``(Nq, H, A)`` and
+        ``(Nk, H, A)``. For a graph whose nodes are of one kind Nq = Nk. float16, bfloat16, float32; float64 on a CPU
+        or by the reference.
+    v
+        ``(A,)``, or with heads ``(H, A)``.
+    indptr, indices
+        int32 or int64 ``(Nq + 1,)`` and ``(E,)``: the neighbours of node i are the rows
+        ``indices[indptr[i] : indptr[i + 1]]`` of `key`. `csr_from_edges` makes them of a list of edges.
+    value
+        ``(Nk, Dv)``, or ``(Nk, H, Dv)``. None: the projected keys, as GATv2 has it, of which the kernel then loads a
+        row once for both uses (up to a width of 256).
+    edge
+        Projected edge features, ``(E, A)`` or ``(E, H, A)``, in the order of `indices`: added before the activation.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    dropout_p
+        Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
+    transposed
+        What `transpose_csr` makes of these very `indptr` and `indices`, for the kernel's gradients of key and value.
+        None: the backward makes it, which sorts the edges; a static graph does better to make it once.
+    return_weights
+        Return the weights too, as they are before dropout. They are differentiable.
+    impl
+        ``"auto"``: the Triton kernel on a GPU (the reference for float64), elsewhere the reference, which stores
+        E·H·A. ``"triton"`` and ``"reference"`` never fall back.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights ``(E,)`` or ``(E, H)``, in the order of `indices`.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here. Values in `indptr`, `indices`
+        and `transposed` out of range raise on a CPU; on a GPU, and in a compiled graph, they stop the program with an
+        assertion. That `transposed` is of this graph is not checked.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Brody, Alon, Yahav 2022: How Attentive are Graph Attention Networks? (GATv2).
+
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    query, key, v, value, edge = cast(
+        "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, v, value, edge)
+    )
+    _validate_graph(query, key, v, indptr, indices, value, edge, activation, dropout_p, transposed)
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    heads = query.dim() == 3
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
+    more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
+    v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
+    run = _GraphAttention.apply if kernel else _reference
+    out, lse, scores = run(
+        *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
+    )
+    out = out.to(key.dtype)
+    out = out if heads else out.squeeze(1)
+    if not return_weights:
+        return out
+    weights = weights_from(scores, lse[reference.segment_ids(indptr, indices.shape[0])]).to(out.dtype)
+    return out, weights if heads else weights.squeeze(1)
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0; got {value}")
+
+
+def _check_csr(
+    names: tuple[str, str], indptr: Tensor, indices: Tensor, rows: int | None, columns: int, of: str,
+    device: torch.device | None,
+) -> None:  # fmt: skip
+    """Check a structure, its values too. rows, columns: how many it has, None for any; of: what the columns are."""
+    check_tensor(names[1], indices, shapes=[("(E,)", (None,))], dtypes=_INDEX, device=device)
+    offsets = [("(rows + 1,)", (None if rows is None else rows + 1,))]
+    check_tensor(names[0], indptr, shapes=offsets, dtypes=_INDEX, device=indices.device)
+    check_offsets(names[0], indptr, indices.shape[0], "edges")
+    check_indices(names[1], indices, columns, of)
+
+
+def _validate_graph(
+    query: Tensor, key: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, value: Tensor | None,
+    edge: Tensor | None, activation: str, dropout_p: float, transposed: Transposed | None,
+) -> None:  # fmt: skip
+    """Check every argument."""
+    check_tensor("query", query, shapes=[("(Nq, A)", (None, None)), ("(Nq, H, A)", (None, None, None))])
+    heads, width = tuple(query.shape[1:-1]), query.shape[-1]
+    h, like = "H, " if heads else "", {"dtypes": [query.dtype], "device": query.device}
+    check_tensor("key", key, shapes=[(f"(Nk, {h}A)", (None, *heads, width))], **like)  # type: ignore[arg-type]
+    shapes = [("(A,)", (width,))] + ([("(H, A)", (*heads, width))] if heads else [])
+    check_tensor("v", v, shapes=shapes, **like)  # type: ignore[arg-type]
+    if value is not None:
+        check_tensor("value", value, shapes=[(f"(Nk, {h}Dv)", (key.shape[0], *heads, None))], **like)  # type: ignore[arg-type]
+    for name, x in (("query", query), ("value", value)):
+        if x is not None and x.shape[-1] == 0:
+            raise ValueError(f"{name}: expected at least one feature; got shape {tuple(x.shape)}")
+    check_activation("activation", activation)
+    check_dropout("dropout_p", dropout_p)
+    _check_csr(_NAMES, indptr, indices, query.shape[0], key.shape[0], "key nodes", query.device)
+    edges = indices.shape[0]
+    if edge is not None:
+        check_tensor("edge", edge, shapes=[(f"(E, {h}A)", (edges, *heads, width))], **like)  # type: ignore[arg-type]
+    if transposed is not None:
+        if not isinstance(transposed, tuple) or len(transposed) != 3:
+            raise TypeError(
+                f"transposed: expected the three tensors of transpose_csr; got {type(transposed).__name__}"
+            )
+        names = ("transposed[0]", "transposed[1]")
+        _check_csr(names, *transposed[:2], key.shape[0], query.shape[0], "query nodes", query.device)
+        for name, x in (("transposed[1]", transposed[1]), ("transposed[2]", transposed[2])):
+            check_tensor(name, x, shapes=[("(E,)", (edges,))], dtypes=_INDEX, device=query.device)
+        check_indices("transposed[2]", transposed[2], edges, "edges")

@@ -1,0 +1,329 @@
+"""Hierarchical attention: rows (words) pooled into segments (sentences), and those into groups (documents).
+
+Both levels are location attention; the kernel runs both in one launch. Known from HAN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import check_cu_seqlens, check_offsets, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, use_triton, weights_from
+from .location import _LocationAttention, _LocationBackward, _split_gate, _validate_location
+
+_SCORE = 6  # tensors of a canonical score
+_LEVEL = "Tensor? {0}w, Tensor? {0}b, Tensor? {0}v, Tensor? {0}gate_w, Tensor? {0}gate_b, Tensor? {0}context"
+_INPUTS = f"Tensor h, {_LEVEL.format('')}, {_LEVEL.format('outer_')}, Tensor? mask, Tensor inner, Tensor outer"
+_OPTIONS = (
+    "str activation, str gate_activation, bool context_per_row, "
+    "str outer_activation, str outer_gate_activation, bool outer_context_per_row"
+)
+
+
+class Score(NamedTuple):
+    """The score of one level, as `location_attention` takes it, of one weighting.
+
+    Linear: ``w (D,)``, ``b ()``. MLP: ``w (D, A)``, ``b (A,)``, ``v (A,)``, with `gate`
+    ``(G (D, A), g (A,) or None)``; ``w=None`` where the rows are projected already.
+    The context, added before the activation, is one vector a segment ``(S, A)`` or a row ``(N, A)``, where S = N
+    ``(S, 1, A)`` or ``(1, N, A)``; of the outer level one a group ``(G, A)`` or a segment ``(S, A)``, likewise.
+    """
+
+    w: Tensor | None
+    b: Tensor | None = None
+    v: Tensor | None = None
+    gate: tuple[Tensor, Tensor | None] | None = None
+    context: Tensor | None = None
+    activation: str = "tanh"
+    gate_activation: str = "sigmoid"
+
+
+class HierarchicalOutput(NamedTuple):
+    """What `hierarchical_attention` returns where more than the output was asked for; the rest is None."""
+
+    out: Tensor
+    segments: Tensor | None
+    inner_weights: Tensor | None
+    outer_weights: Tensor | None
+
+
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    from .kernels.hierarchical import hierarchical_fwd
+
+    return hierarchical_fwd(*args)
+
+
+def _fwd_fake(h: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inner_offsets, outer_offsets = args[2 * _SCORE + 1 : 2 * _SCORE + 3]
+    rows, width = h.shape
+    seqs, groups = inner_offsets.shape[0] - 1, outer_offsets.shape[0] - 1
+    return (
+        h.new_empty(groups, 1, width, dtype=torch.float32),
+        h.new_empty(groups, 1, dtype=torch.float64),
+        h.new_empty(seqs, 1, dtype=torch.float32),
+        h.new_empty(seqs, width),
+        h.new_empty(seqs, 1, dtype=torch.float64),
+        h.new_empty(rows, 1, dtype=torch.float32),
+        h.new_empty(seqs, 1, width, dtype=torch.float32),
+    )
+
+
+_hierarchical_fwd = raw_op(
+    "hierarchical_fwd", f"({_INPUTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})", _fwd, _fwd_fake
+)
+
+
+class _HierarchicalAttention(torch.autograd.Function):
+    """Both levels by the kernel; the backward is that of location attention, the outer level's and the inner's.
+
+    The results are those of `reference.hierarchical_attention`, all differentiable, and the segments in float32,
+    which are for the backward only. The second derivative needs no formula: the outer level's backward takes the
+    segments that this function returned, so that what flows back into them comes here.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        h: Tensor,
+        w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+        context: Tensor | None,
+        outer_w: Tensor | None, outer_b: Tensor | None, outer_v: Tensor | None, outer_gate_w: Tensor | None,
+        outer_gate_b: Tensor | None, outer_context: Tensor | None,
+        mask: Tensor | None, inner_offsets: Tensor, outer_offsets: Tensor,
+        activation: str, gate_activation: str, context_per_row: bool,
+        outer_activation: str, outer_gate_activation: str, outer_context_per_row: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return cast("tuple[Tensor, ...]", _hierarchical_fwd(
+            h, w, b, v, gate_w, gate_b, context,
+            outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context, mask, inner_offsets, outer_offsets,
+            activation, gate_activation, context_per_row,
+            outer_activation, outer_gate_activation, outer_context_per_row,
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = 1 + 2 * _SCORE + 3
+        ctx.save_for_backward(*inputs[:tensors], *output)
+        ctx.options = inputs[tensors:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, d_outer_lse: Tensor | None, d_outer_scores: Tensor | None,
+        dsegments: Tensor | None, dlse: Tensor | None, dscores: Tensor | None, _: Tensor | None,
+    ) -> Any:  # fmt: skip
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
+        h, *score = saved[: 1 + 2 * _SCORE]
+        mask, inner_offsets, outer_offsets, *results = saved[1 + 2 * _SCORE :]
+        out, outer_lse, outer_scores, segments, lse, scores, pooled = results
+        activation, gate_activation, per_row, *outer_options = ctx.options
+        needs = ctx.needs_input_grad
+        inner_needs, outer_needs = needs[: 1 + _SCORE], needs[1 + _SCORE : 1 + 2 * _SCORE]
+        grads: list[Tensor | None] = [None] * len(needs)
+
+        if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
+            through, *parameters = _LocationBackward.apply(
+                torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
+                *score[_SCORE:], None, None, lse.squeeze(1) != -torch.inf, outer_offsets, None,
+                out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
+                (any(inner_needs), *outer_needs, False, False),
+            )[: 1 + _SCORE]  # fmt: skip
+            grads[1 + _SCORE : 1 + 2 * _SCORE] = parameters
+            if any(inner_needs):
+                dsegments = through if dsegments is None else dsegments + through
+        if any(inner_needs):
+            dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
+            grads[: 1 + _SCORE] = _LocationBackward.apply(
+                dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
+                pooled, lse, scores, activation, gate_activation, 0.0, per_row, (*inner_needs, False, False),
+            )[: 1 + _SCORE]  # fmt: skip
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """One level by the kernel of location attention, with the signature of `reference.location_attention`."""
+    return cast("tuple[Tensor, Tensor, Tensor]", _LocationAttention.apply(*tensors, *options.values()))
+
+
+def hierarchical_attention(
+    h: Tensor,
+    inner_offsets: Tensor,
+    outer_offsets: Tensor,
+    inner: Score,
+    outer: Score,
+    *,
+    between: Callable[[Tensor, Tensor], Tensor] | None = None,
+    mask: Tensor | None = None,
+    return_segments: bool = False,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | HierarchicalOutput:
+    r"""Two levels of attention pooling over ragged segments, with parameters of their own.
+
+    .. math:: x_i = \sum_{j \in i} softmax_j(s(h_j)) \, h_j, \quad y = between(x), \quad
+        o_g = \sum_{i \in g} softmax_i(t(y_i)) \, y_i
+
+    with :math:`s(h_j) = v \cdot act(h_j W + b + ctx_j)` and the other forms of `location_attention`, and t of the
+    same kind. An additive (concat) score of one query a segment or a group is such a score, whose context is the
+    projected query. A segment without a visible row is a zero vector that the outer level does not attend; a group
+    without any gives zeros, zero weights and zero gradients.
+
+    Parameters
+    ----------
+    h
+        Rows ``(N, D)``, packed. float16, bfloat16 or float32; float64 by the reference only.
+    inner_offsets
+        int32 ``(S + 1,)``: segment i is the rows ``inner_offsets[i]`` to ``inner_offsets[i + 1]``.
+    outer_offsets
+        int32 ``(G + 1,)``: group g is the segments ``outer_offsets[g]`` to ``outer_offsets[g + 1]``.
+    inner, outer
+        The `Score` of rows, and that of segments.
+    between
+        ``(segments (S, D), outer_offsets) -> (S, D')``, a layer between the levels, such as the recurrent layer over
+        the sentences of HAN (`RaggedRNN`). D' is the width that `outer` takes. The zero vectors of empty segments
+        are in its input.
+    mask
+        bool ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
+    return_segments
+        Return the segments x too, as they are before `between`.
+    return_weights
+        Return the weights of both levels too, which are differentiable.
+    impl
+        ``"auto"``: Triton kernels on a GPU, PyTorch elsewhere and for float64. Without `between` the kernels are one
+        launch where documents fit: D at most 256 (128 where a width is no multiple of 16), and as many groups as the
+        chip has cores or at most 512 rows a group on average; else a launch a level. ``"triton"`` and ``"reference"``
+        never fall back.
+
+    Returns
+    -------
+    Tensor or HierarchicalOutput
+        Output ``(G, D')``. With `return_segments` or `return_weights` a named tuple ``(out, segments (S, D),
+        inner_weights (N,), outer_weights (S,))``, with None for what was not asked for.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes, and for scores that are no `Score`.
+
+    References
+    ----------
+    Yang et al. 2016 (HAN).
+
+    """
+    check_tensor("h", h, shapes=[("(N, D)", (None, None))], hint="pack the rows of all segments, one after the other")
+    scores = [*_tensors_of("inner", inner), *_tensors_of("outer", outer)]
+    h, *scores = cast("list[Any]", cast_for_autocast(h, *scores))
+    if h.shape[1] == 0:
+        raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
+    check_cu_seqlens("inner_offsets", inner_offsets, h.shape[0], h.device)
+    check_tensor(
+        "outer_offsets", outer_offsets, shapes=[("(G + 1,)", (None,))], dtypes=[torch.int32], device=h.device,
+        hint="offsets of the groups in the segments: counts.cumsum(0) with a leading 0, .int()",
+    )  # fmt: skip
+    check_offsets("outer_offsets", outer_offsets, inner_offsets.shape[0] - 1, "segments")
+    if mask is not None:
+        check_tensor(
+            "mask", mask, shapes=[("(N,)", h.shape[:1])], dtypes=[torch.bool], device=h.device,
+            hint="True = may be attended",
+        )  # fmt: skip
+    if between is not None and not callable(between):
+        raise TypeError(f"between: expected a callable or None; got {type(between).__name__}")
+    inner_level = _level("inner", scores[:_SCORE], inner, h, inner_offsets)
+    width = h.shape[1] if between is None else _width_of(scores[_SCORE:], h.shape[1])
+    like = h.new_zeros(()).expand(inner_offsets.shape[0] - 1, width)
+    outer_level = _level("outer", scores[_SCORE:], outer, like, outer_offsets)
+
+    def checked(segments: Tensor, offsets: Tensor) -> Tensor:
+        assert between is not None
+        _, rows = cast_for_autocast(segments, between(segments, offsets))
+        check_tensor(
+            "between", cast("Tensor", rows), shapes=[("(S, D')", tuple(like.shape))], dtypes=[h.dtype],
+            device=h.device, hint="its result is what outer takes",
+        )  # fmt: skip
+        return cast("Tensor", rows)
+
+    kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
+    if kernel and between is None:
+        both = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
+        results = _HierarchicalAttention.apply(h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
+    else:
+        results = reference.hierarchical_attention(
+            h, inner_level, outer_level, mask, inner_offsets, outer_offsets,
+            between=None if between is None else checked,
+            attend=_launch if kernel else reference.location_attention,
+        )  # fmt: skip
+    out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
+    out = out.squeeze(1).to(h.dtype)
+    if not (return_segments or return_weights):
+        return out
+
+    def weights(raw: Tensor, lse: Tensor, offsets: Tensor) -> Tensor | None:
+        of_row = lse[reference.segment_ids(offsets, raw.shape[0])]
+        return weights_from(raw, of_row).squeeze(1).to(out.dtype) if return_weights else None
+
+    return HierarchicalOutput(
+        out,
+        segments if return_segments else None,
+        weights(inner_scores, inner_lse, inner_offsets),
+        weights(outer_scores, outer_lse, outer_offsets),
+    )
+
+
+def _tensors_of(name: str, score: Score) -> list[Tensor | None]:
+    """(w, b, v, gate_w, gate_b, context) of a score."""
+    if not isinstance(score, Score):
+        raise TypeError(f"{name}: expected a Score; got {type(score).__name__}")
+    with _Named(name):
+        return [score.w, score.b, score.v, *_split_gate(score.gate), score.context]
+
+
+def _width_of(tensors: list[Tensor | None], default: int) -> int:
+    """The width of the rows that a score takes, as far as its tensors tell."""
+    weight = tensors[2] if tensors[0] is None else tensors[0]
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else default
+
+
+class _Named:
+    """Inside, an error of validation gets the name of the score before that of its argument."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, (ValueError, TypeError)):
+            raise type(error)(f"{self.name}.{error}") from None
+
+
+def _level(name: str, tensors: list[Tensor | None], score: Score, rows: Tensor, offsets: Tensor) -> tuple[Any, ...]:
+    """A score on `rows`, checked, as `reference.hierarchical_attention` takes it."""
+    w, b, v, gate_w, gate_b, context = tensors
+    with _Named(name):
+        per_row = _validate_location(
+            rows, w, b, v, gate_w, gate_b, context, None, None, None, offsets, score.activation,
+            score.gate_activation, 0.0, trusted_offsets=True,
+        )  # fmt: skip
+        last, axis = (w, "(D,)") if v is None else (v, "(A,)")
+        assert last is not None
+        if last.dim() == 2:
+            which = "w" if v is None else "v"
+            raise ValueError(f"{which}: expected shape {axis}, a level has one weighting; got {tuple(last.shape)}")
+    if context is not None:
+        entries = rows.shape[0] if per_row else offsets.shape[0] - 1
+        context = context.reshape(entries, context.shape[-1] if v is not None else 1)
+    return (
+        w if w is None or w.dim() == 2 else w[:, None],
+        None if b is None else b.reshape(-1),
+        None if v is None else v[:, None],
+        gate_w, gate_b, context, score.activation, score.gate_activation, per_row,
+    )  # fmt: skip

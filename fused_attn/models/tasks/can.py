@@ -1,0 +1,144 @@
+"""Stories in the manner of bAbI's task 1, generated: people walk about and pick things up, and one is asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..can import CAN, CANWeights
+from . import Panel, Task
+
+PEOPLE = ("mary", "john", "daniel", "sandra")
+PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
+THINGS = ("apple", "football", "milk")
+WORDS = (
+    "", *PEOPLE, *PLACES, *THINGS,
+    "went", "moved", "travelled", "to", "the", "got", "grabbed", "dropped", "where", "is",
+)  # fmt: skip
+INDEX = {word: i for i, word in enumerate(WORDS)}
+SENTENCES, LENGTH, QUESTION = 6, 5, 3
+TRAIN, HELD_OUT, BATCH = 4000, 600, 50
+
+
+class Example(NamedTuple):
+    """A story, a question about it, and the place that answers it."""
+
+    story: tuple[str, ...]
+    question: str
+    answer: str
+
+
+class Batch(NamedTuple):
+    """Examples as numbers; index 0 is padding."""
+
+    words: Tensor  # (B, S, L)
+    lengths: Tensor  # (B, S)
+    question: Tensor  # (B, Lq)
+    question_lengths: Tensor  # (B,)
+    answers: Tensor  # (B,), an index into PLACES
+
+
+class Reader(nn.Module):
+    """Word vectors, CAN, and a linear layer over the places."""
+
+    def __init__(self, dim: int, attention: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(len(WORDS), dim)
+        self.can = CAN(dim, dim, dim, attention=attention)
+        self.answer = nn.Linear(dim, len(PLACES))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, CANWeights]:
+        """Scores of the places ``(B, 6)``, and the weights."""
+        out, weights = self.can(
+            self.embed(batch.words), batch.lengths, self.embed(batch.question), batch.question_lengths,
+            return_weights=True,
+        )  # fmt: skip
+        return self.answer(out), weights
+
+
+def tell(rng: random.Random) -> Example:
+    """One story of 3 to 6 sentences. What people pick up and drop distracts: the question is where one is."""
+    where: dict[str, str] = {}
+    held: dict[str, list[str]] = {person: [] for person in PEOPLE}
+    story = []
+    for _ in range(rng.randint(3, SENTENCES)):
+        person = rng.choice(PEOPLE)
+        free = [thing for thing in THINGS if not any(thing in things for things in held.values())]
+        act = rng.random()
+        if held[person] and act < 0.1:
+            thing = held[person].pop()
+            story.append(f"{person} dropped the {thing}")
+        elif person in where and free and act < 0.3:
+            thing = rng.choice(free)
+            held[person].append(thing)
+            story.append(f"{person} {rng.choice(('got', 'grabbed'))} the {thing}")
+        else:
+            where[person] = rng.choice([place for place in PLACES if place != where.get(person)])
+            story.append(f"{person} {rng.choice(('went', 'moved', 'travelled'))} to the {where[person]}")
+    person = rng.choice(list(where))
+    return Example(tuple(story), f"where is {person}", where[person])
+
+
+def collate(examples: list[Example], device: torch.device) -> Batch:
+    """Pad to the longest story; sentences have at most 5 words, questions 3."""
+    sentences = max(len(x.story) for x in examples)
+    words = torch.zeros(len(examples), sentences, LENGTH, dtype=torch.int64)
+    question = torch.zeros(len(examples), QUESTION, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        for row, text in zip((*words[i], question[i]), (*example.story, *[""] * (sentences - len(example.story)),
+                                                        example.question), strict=True):  # fmt: skip
+            for j, word in enumerate(text.split()):
+                row[j] = INDEX[word]
+    answers = torch.tensor([PLACES.index(x.answer) for x in examples])
+    lengths = (words > 0).sum(-1)
+    return Batch(*(x.to(device) for x in (words, lengths, question, (question > 0).sum(-1), answers)))
+
+
+def split(seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: no story is in both, nor twice in one."""
+    rng = random.Random(seed)
+    stories: dict[tuple[str, ...], Example] = {}
+    while len(stories) < TRAIN + HELD_OUT:
+        example = tell(rng)
+        stories.setdefault(example.story, example)
+    examples = list(stories.values())
+    rng.shuffle(examples)
+    return examples[:TRAIN], examples[TRAIN:]
+
+
+def make(seed: int, device: torch.device) -> Task:
+    """Answer with a place: which of six."""
+    train, held_out = split(seed)
+    data, test = collate(train, device), collate(held_out, device)
+
+    def batches(generator: torch.Generator) -> Iterable[Batch]:
+        for rows in torch.randperm(len(train), generator=generator).to(device).split(BATCH):
+            yield Batch(*(x[rows] for x in data))
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(model(batch)[0], batch.answers)
+
+    def score(model: nn.Module) -> float:
+        return (model(test)[0].argmax(-1) == test.answers).float().mean().item()
+
+    def panels(model: nn.Module) -> list[Panel]:
+        shown = held_out[:2]
+        scores, weights = model(collate(shown, device))
+        result = []
+        for i, example in enumerate(shown):
+            n = len(example.story)
+            said = PLACES[scores[i].argmax()]
+            result += [
+                Panel(f"{example.question}? {said} (right: {example.answer}). Sentences",
+                      weights.sentences[i : i + 1, :n], ["β"], list(example.story)),
+                Panel("Words of each sentence", weights.words[i, :n], list(example.story),
+                      [f"word {j + 1}" for j in range(LENGTH)]),
+            ]  # fmt: skip
+        return result
+
+    return Task(lambda attention: Reader(32, attention).to(device), batches, loss, score, panels, epochs=11,
+                learning_rate=1e-2)  # fmt: skip

@@ -1,0 +1,155 @@
+"""The graph family as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_activation, check_dropout
+from .._ops import Impl
+from ..graph import Transposed, graph_attention
+
+
+class GraphAttention(nn.Module):
+    r"""Graph attention (GATv2) with its projections, see `graph_attention`.
+
+    .. math:: s_e = v \cdot act(W_q x_i + W_k x_j + W_e edge_e), \quad o_i = \sum_e softmax_e(s_e) \, W_k x_j
+
+    The projections are those of PyTorch Geometric's ``GATv2Conv``: `key_proj` is its ``lin_l`` (sources, and the
+    values), `query_proj` its ``lin_r`` (targets), `edge_proj` its ``lin_edge``, ``score.weight`` its ``att``. Unlike
+    it, no edges from a node to itself are added, and layers are initialised as `torch.nn.Linear` is.
+
+    Parameters
+    ----------
+    query_dim, head_dim
+        Width of the nodes, and of each head's score and output.
+    num_heads
+        Number H of heads.
+    key_dim
+        Width of the source nodes, for a graph between nodes of two kinds; query_dim where None.
+    edge_dim
+        Width of the edge features; None for none.
+    concat
+        Whether the heads' outputs are put one after the other, ``H * head_dim`` wide; else their mean is taken.
+    share_weights
+        Whether `query_proj` is `key_proj`.
+    bias
+        Whether the projections of nodes have biases, and the output too.
+    dropout
+        Probability that a weight is dropped, in training only.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+
+    Attributes
+    ----------
+    query_proj, key_proj, edge_proj, score
+        `torch.nn.Linear`; `edge_proj` is None without edge features; ``score.weight (H, head_dim)`` is v.
+    bias
+        Of the output, zeros at first; or None.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1, an unknown activation, or weights shared between nodes of different widths.
+
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        head_dim: int,
+        *,
+        num_heads: int = 1,
+        key_dim: int | None = None,
+        edge_dim: int | None = None,
+        concat: bool = True,
+        share_weights: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__()
+        key_dim = query_dim if key_dim is None else key_dim
+        sizes = {"query_dim": query_dim, "head_dim": head_dim, "num_heads": num_heads, "key_dim": key_dim}
+        for name, size in (sizes | ({} if edge_dim is None else {"edge_dim": edge_dim})).items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        if share_weights and key_dim != query_dim:
+            raise ValueError(f"share_weights: expected False where key_dim is not query_dim, {query_dim}; got True")
+        check_activation("activation", activation)
+        check_dropout("dropout", dropout)
+        self.num_heads, self.concat, self.activation, self.dropout = num_heads, concat, activation, dropout
+        width = num_heads * head_dim
+        self.key_proj = nn.Linear(key_dim, width, bias=bias)
+        self.query_proj = self.key_proj if share_weights else nn.Linear(query_dim, width, bias=bias)
+        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, bias=False)
+        self.score = nn.Linear(head_dim, num_heads, bias=False)
+        self.bias = nn.Parameter(torch.zeros(width if concat else head_dim)) if bias else None
+
+    def forward(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        indptr: Tensor,
+        indices: Tensor,
+        *,
+        edge: Tensor | None = None,
+        transposed: Transposed | None = None,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from each node to its neighbours.
+
+        Parameters
+        ----------
+        x
+            Nodes ``(N, query_dim)``; or a pair, the query nodes ``(Nq, query_dim)`` and the key nodes
+            ``(Nk, key_dim)``.
+        indptr, indices, transposed, return_weights, impl
+            As in `graph_attention`.
+        edge
+            Edge features ``(E, edge_dim)`` in the order of `indices`, where there is an `edge_dim`.
+
+        Returns
+        -------
+        Tensor or (Tensor, Tensor)
+            Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights ``(E, H)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As in `graph_attention`; also for nodes and edges of another shape.
+
+        """
+        query, key = x if isinstance(x, tuple) else (x, x)
+        rows = {"x": (query, self.query_proj), "x[1]": (key, self.key_proj)}
+        if (edge is None) != (self.edge_proj is None):
+            expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
+            raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
+        if edge is not None and self.edge_proj is not None:
+            rows["edge"] = (edge, self.edge_proj)
+        for name, (given, layer) in rows.items():
+            if given.dim() != 2 or given.shape[1] != layer.in_features:
+                raise ValueError(f"{name}: expected shape (N, {layer.in_features}); got {tuple(given.shape)}")
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(1, (self.num_heads, -1))
+
+        keys = heads(self.key_proj(key))
+        same = query is key and self.query_proj is self.key_proj
+        results = graph_attention(
+            keys if same else heads(self.query_proj(query)), keys, self.score.weight, indptr, indices,
+            edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
+            activation=self.activation, dropout_p=self.dropout if self.training else 0.0, transposed=transposed,
+            return_weights=return_weights, impl=impl,
+        )  # fmt: skip
+        out, weights = results if isinstance(results, tuple) else (results, None)
+        out = out.flatten(1) if self.concat else out.mean(1)
+        out = out if self.bias is None else out + self.bias
+        return out if weights is None else (out, weights)
+
+    def extra_repr(self) -> str:
+        """What the layers do not show."""
+        return (
+            f"num_heads={self.num_heads}, concat={self.concat}, share_weights={self.query_proj is self.key_proj}, "
+            f"activation={self.activation!r}, dropout={self.dropout}"
+        )

@@ -1,0 +1,160 @@
+"""The hierarchical family as a module, and recurrent layers over ragged rows for between its levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from .._ops import Impl
+from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
+from ..reference import segment_ids
+from .location import LocationAttention
+
+
+class RaggedRNN(nn.Module):
+    """A recurrent layer of PyTorch over packed rows: each group is a sequence of its own.
+
+    It makes what `HierarchicalAttention` takes as `between` of an `nn.GRU`, `nn.LSTM` or `nn.RNN`. PyTorch wants the
+    lengths on the CPU, so on a GPU it waits for the device once a call.
+
+    Parameters
+    ----------
+    rnn
+        The layer; `batch_first` makes no difference.
+
+    """
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)``."""
+        if rows.shape[0] == 0:
+            width = (self.rnn.proj_size or self.rnn.hidden_size) * (1 + self.rnn.bidirectional)
+            return rows.new_zeros(0, width)
+        lengths = offsets.diff().cpu()
+        group = segment_ids(offsets, rows.shape[0])
+        place = group.new_ones(group.shape).cumsum(0) - 1 - offsets[group]
+        padded = rows.new_zeros(lengths.numel(), int(lengths.max()), rows.shape[1]).index_put((group, place), rows)
+        # It refuses a sequence without rows: an empty group is one row of padding, which nothing reads.
+        packed = pack_padded_sequence(padded, lengths.clamp(min=1), batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return states[group, place]
+
+
+class HierarchicalAttention(nn.Module):
+    r"""Two levels of attention pooling with learned parameters, see `hierarchical_attention`.
+
+    .. math:: s_j = v \cdot act(W h_j + b), \quad s_j = v \cdot (act(W h_j + b) \odot \sigma(G h_j + g))
+
+    Parameters
+    ----------
+    dim
+        Width D of the rows.
+    inner_dim, outer_dim
+        Width A of the score of rows, and of the score of segments, by default the same.
+    between
+        ``(segments (S, D), outer_offsets) -> (S, D')``, a module or another callable; `RaggedRNN` makes one of a
+        recurrent layer.
+    between_dim
+        Its width D', by default D.
+    gated
+        Multiply the features of both scores with a sigmoid gate.
+    inner_context_dim, outer_context_dim
+        Width of a context that is projected without bias and added into the score; None for no context.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+    bias
+        Biases b and g.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1, an unknown activation, `between_dim` without `between`.
+    TypeError
+        For a `between` that cannot be called.
+
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inner_dim: int,
+        outer_dim: int | None = None,
+        *,
+        between: Callable[[Tensor, Tensor], Tensor] | None = None,
+        between_dim: int | None = None,
+        gated: bool = False,
+        inner_context_dim: int | None = None,
+        outer_context_dim: int | None = None,
+        activation: str = "tanh",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        outer_dim = inner_dim if outer_dim is None else outer_dim
+        sizes = {
+            "inner_dim": inner_dim, "outer_dim": outer_dim, "between_dim": between_dim,
+            "inner_context_dim": inner_context_dim, "outer_context_dim": outer_context_dim,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        if between is None and between_dim is not None:
+            raise ValueError(f"between_dim: expected None without between; got {between_dim}")
+        if between is not None and not callable(between):
+            raise TypeError(f"between: expected a callable or None; got {type(between).__name__}")
+
+        def level(width: int, attn_dim: int, context_dim: int | None) -> LocationAttention:
+            return LocationAttention(
+                width, attn_dim, gated=gated, activation=activation, bias=bias, context_dim=context_dim
+            )
+
+        self.inner = level(dim, inner_dim, inner_context_dim)
+        self.between = between
+        self.outer = level(between_dim or dim, outer_dim, outer_context_dim)
+
+    def forward(
+        self,
+        h: Tensor,
+        inner_offsets: Tensor,
+        outer_offsets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        inner_context: Tensor | None = None,
+        outer_context: Tensor | None = None,
+        return_segments: bool = False,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | HierarchicalOutput:
+        """Pool `h`; shapes, results and errors are those of `hierarchical_attention`.
+
+        Raises
+        ------
+        ValueError
+            Also where a context is given without its width, or missing with it.
+
+        """
+        return hierarchical_attention(
+            h, inner_offsets, outer_offsets,
+            _score_of("inner", self.inner, inner_context), _score_of("outer", self.outer, outer_context),
+            between=self.between, mask=mask, return_segments=return_segments, return_weights=return_weights,
+            impl=impl,
+        )  # fmt: skip
+
+
+def _score_of(name: str, level: LocationAttention, context: Tensor | None) -> Score:
+    """The parameters of a level, and its context projected."""
+    if (context is None) != (level.context is None):
+        given = "None" if context is None else "a tensor"
+        option = f"{name}_context_dim"
+        wanted = f"None, since {option} is None" if level.context is None else f"a tensor, by {option}"
+        raise ValueError(f"{name}_context: expected {wanted}; got {given}")
+    assert level.score is not None
+    return Score(
+        level.proj.weight.t(), level.proj.bias, level.score.weight[0],
+        None if level.gate is None else (level.gate.weight.t(), level.gate.bias),
+        None if level.context is None else level.context(context), level.activation, level.gate_activation,
+    )  # fmt: skip

@@ -1,0 +1,175 @@
+"""The recurrent family as modules."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .._checks import check_activation, check_dropout, check_tensor
+from .._ops import Impl
+from ..recurrent import location_aware_attention, word_by_word_attention
+
+
+class WordByWordAttention(nn.Module):
+    r"""Word-by-word attention with its projections, see `word_by_word_attention`.
+
+    .. math:: \alpha_t = softmax_j(w \cdot \tanh(W_y y_j + W_h h_t + W_r r_{t-1})), \quad
+        r_t = \sum_j \alpha_{tj} \, y_j + \tanh(W_t r_{t-1})
+
+    Parameters
+    ----------
+    premise_dim, hypothesis_dim, attn_dim
+        Widths D of the premise and of r, of the hypothesis, and A of the score.
+
+    Attributes
+    ----------
+    premise_proj, hypothesis_proj, state_proj, score, carry
+        W_y, W_h, W_r, w and W_t, as `torch.nn.Linear` without bias.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1.
+
+    """
+
+    def __init__(self, premise_dim: int, hypothesis_dim: int, attn_dim: int) -> None:
+        super().__init__()
+        sizes = {"premise_dim": premise_dim, "hypothesis_dim": hypothesis_dim, "attn_dim": attn_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        self.premise_proj = nn.Linear(premise_dim, attn_dim, bias=False)
+        self.hypothesis_proj = nn.Linear(hypothesis_dim, attn_dim, bias=False)
+        self.state_proj = nn.Linear(premise_dim, attn_dim, bias=False)
+        self.score = nn.Linear(attn_dim, 1, bias=False)
+        self.carry = nn.Linear(premise_dim, premise_dim, bias=False)
+
+    def forward(
+        self,
+        premise: Tensor,
+        hypothesis: Tensor,
+        *,
+        state: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens_premise: Tensor | None = None,
+        cu_seqlens_hypothesis: Tensor | None = None,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """r of every word of the hypothesis; shapes, results and errors are those of `word_by_word_attention`."""
+        return word_by_word_attention(
+            premise, hypothesis, self.premise_proj.weight.t(), self.hypothesis_proj.weight.t(),
+            self.state_proj.weight.t(), self.score.weight[0], self.carry.weight.t(), state=state, mask=mask,
+            cu_seqlens_premise=cu_seqlens_premise, cu_seqlens_hypothesis=cu_seqlens_hypothesis,
+            return_weights=return_weights, impl=impl,
+        )  # fmt: skip
+
+
+class LocationAwareAttention(nn.Module):
+    r"""A decoder's attention that sees where it looked last, with its projections: see `location_aware_attention`.
+
+    .. math:: s_j = v \cdot act(W q + b + V k_j + U f_j), \quad f = F * \alpha^{prev}
+
+    Parameters
+    ----------
+    query_dim, key_dim, attn_dim
+        Widths of queries and keys, and A of the score.
+    channels, width
+        Number C of filters, and their odd width K.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+    bias
+        The bias b, on the query projection.
+    dropout
+        Probability that a weight is dropped, in training only.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1, an even width, or an unknown activation.
+
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        attn_dim: int,
+        *,
+        channels: int = 32,
+        width: int = 31,
+        activation: str = "tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = {"query_dim": query_dim, "key_dim": key_dim, "attn_dim": attn_dim, "channels": channels}
+        for name, size in {**sizes, "width": width}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        if width % 2 == 0:
+            raise ValueError(f"width: expected an odd number; got {width}")
+        check_activation("activation", activation)
+        check_dropout("dropout", dropout)
+        self.activation, self.dropout = activation, dropout
+        self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias)
+        self.key_proj = nn.Linear(key_dim, attn_dim, bias=False)
+        self.conv = nn.Conv1d(1, channels, width, padding=width // 2, bias=False)
+        self.location_proj = nn.Linear(channels, attn_dim, bias=False)
+        self.score = nn.Linear(attn_dim, 1, bias=False)
+
+    def project_keys(self, key: Tensor) -> Tensor:
+        """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once."""
+        projected: Tensor = self.key_proj(key)
+        return projected
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        previous: Tensor | None = None,
+        projected: Tensor | None = None,
+        mask: Tensor | None = None,
+        score_bias: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Parameters
+        ----------
+        query
+            The decoder's state, ``(B, query_dim)``.
+        key, value
+            ``(B, Tk, key_dim)`` and ``(B, Tk, Dv)``; the values are the keys where None.
+        previous
+            The weights of the last step, or their sum so far, ``(B, Tk)``; None at the first step: zeros.
+        projected
+            What `project_keys` made of `key`; None: it is made here.
+        mask, score_bias, impl
+            As in `location_aware_attention`.
+
+        Returns
+        -------
+        (Tensor, Tensor)
+            Context ``(B, Dv)`` and weights ``(B, Tk)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As in `location_aware_attention`.
+
+        """
+        check_tensor("key", key, shapes=[("(B, Tk, key_dim)", (None, None, self.key_proj.in_features))])
+        projected = self.project_keys(key) if projected is None else projected
+        return location_aware_attention(
+            self.query_proj(query), projected, key if value is None else value, self.score.weight[0],
+            key.new_zeros(key.shape[:2]) if previous is None else previous, self.conv.weight[:, 0],
+            self.location_proj.weight.t(), activation=self.activation, mask=mask, score_bias=score_bias,
+            dropout_p=self.dropout if self.training else 0.0, impl=impl,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Options that the submodules do not show."""
+        return f"activation={self.activation!r}, dropout={self.dropout}"

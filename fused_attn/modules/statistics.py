@@ -1,0 +1,89 @@
+"""Attentive statistics pooling as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_activation
+from .._ops import Impl
+from ..statistics import statistics_pooling
+
+
+class StatisticsPooling(nn.Module):
+    r"""Mean and standard deviation of the frames, weighted by an attention, see `statistics_pooling`.
+
+    .. math:: u_j = act(W h_j + b \; [+ \; U [\mu; \sigma]]), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c)
+
+    Parameters
+    ----------
+    dim
+        Width D of the frames.
+    attn_dim
+        Width A of the score.
+    per_channel
+        One weight a frame and channel (ECAPA-TDNN) in place of one a frame.
+    global_context
+        Let the score see the mean and standard deviation over all frames (ECAPA-TDNN): they are the same for all
+        frames of a sequence, so their product with U is made once a sequence and added to that of every frame.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu. ECAPA-TDNN's published code has more here, a relu
+        and a batch norm before the tanh: that is not in this module.
+    bias
+        The bias b.
+
+    Raises
+    ------
+    ValueError
+        For a size under 1 and an unknown activation.
+
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn_dim: int,
+        *,
+        per_channel: bool = False,
+        global_context: bool = False,
+        activation: str = "tanh",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in {"dim": dim, "attn_dim": attn_dim}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1; got {size}")
+        check_activation("activation", activation)
+        self.per_channel, self.activation = per_channel, activation
+        self.proj = nn.Linear(dim, attn_dim, bias=bias)
+        self.context = nn.Linear(2 * dim, attn_dim, bias=False) if global_context else None
+        self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False)
+
+    def forward(
+        self,
+        h: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Pool `h` to ``[mean; std]``, ``(B, 2D)``; shapes, weights and errors are those of `statistics_pooling`."""
+        context = None
+        if self.context is not None:
+            statistics = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
+            context = self.context(torch.cat(statistics, dim=-1))
+            if cu_seqlens is not None:
+                context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
+        v = self.score.weight.t() if self.per_channel else self.score.weight[0]
+        mean, std, *weights = statistics_pooling(
+            h, self.proj.weight.t(), self.proj.bias, v,
+            context=context, activation=self.activation, mask=mask, cu_seqlens=cu_seqlens,
+            return_weights=return_weights, impl=impl,
+        )  # fmt: skip
+        pooled = torch.cat([mean, std], dim=-1)
+        return (pooled, weights[0]) if weights else pooled
+
+    def extra_repr(self) -> str:
+        """Options that the submodules do not show."""
+        return f"per_channel={self.per_channel}, activation={self.activation!r}"

@@ -1,0 +1,404 @@
+"""Attention that a recurrence runs through: word by word, and the location-aware step.
+
+In the first the last result is part of the next query, a loop that one kernel runs for a whole sequence. In the
+second the last weights are part of the next score, and the loop is the user's: a decoder makes a query at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from ._checks import check_cu_seqlens, check_tensor
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+from .concat import concat_attention
+
+_TENSORS = 10  # tensor arguments of the raw forward
+_GRADS = 7  # the leading ones of them that have gradients
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor w, Tensor w_r, Tensor w_t, Tensor? state, Tensor? mask, "
+    "Tensor? cu_seqlens_premise, Tensor? cu_seqlens_hypothesis"
+)
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    from .kernels.recurrent import recurrent_fwd
+
+    return recurrent_fwd(*args)
+
+
+def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    need_weights = args[-1]
+    shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
+    return (
+        query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32),
+        query.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    from .kernels.recurrent_bwd import recurrent_bwd
+
+    return [args[0].new_empty(0) if g is None else g for g in recurrent_bwd(*args)]
+
+
+def _bwd_fake(dout: Tensor, dweights: Tensor | None, *args: Any) -> list[Tensor]:
+    return [
+        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
+    ]
+
+
+_word_fwd = raw_op("word_by_word_fwd", f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)", _fwd, _fwd_fake)
+_word_bwd = raw_op(
+    "word_by_word_bwd",
+    f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _WordByWord(torch.autograd.Function):
+    """(out, weights) by the kernel, both differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
+        mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return cast("tuple[Tensor, Tensor]", _word_fwd(
+            query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis, need_weights
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:_TENSORS], output[0])
+        ctx.need_weights = inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
+        needs = ctx.needs_input_grad[:_GRADS]
+        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
+        dweights = dweights if ctx.need_weights else None
+        grads = _WordByWordBackward.apply(dout, dweights, *saved, needs)
+        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+class _WordByWordBackward(torch.autograd.Function):
+    """The gradients of `_WordByWord`; their own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out, as above
+        dout: Tensor, dweights: Tensor | None,
+        query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
+        mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_word_bwd(
+            dout, dweights, query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
+            out, list(needs),
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 2 + _TENSORS])
+        ctx.needs = inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:2], saved[2:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: reference.word_by_word_attention(*p, *tensors[_GRADS:]),
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        none = [None] * (len(ctx.needs_input_grad) - 2 - _GRADS)
+        return (*d_cotangents, *d_primals, *none)
+
+
+def word_by_word_attention(
+    premise: Tensor,
+    hypothesis: Tensor,
+    w_y: Tensor,
+    w_h: Tensor,
+    w_r: Tensor,
+    w: Tensor,
+    w_t: Tensor,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens_premise: Tensor | None = None,
+    cu_seqlens_hypothesis: Tensor | None = None,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Word-by-word attention: every word of the hypothesis attends to the premise, and to what the last one found.
+
+    .. math:: M_{tj} = \tanh(y_j W_y + h_t W_h + r_{t-1} W_r), \quad \alpha_t = softmax_j(M_t w), \quad
+        r_t = \sum_j \alpha_{tj} \, y_j + \tanh(r_{t-1} W_t)
+
+    A true recurrence: one program walks all steps of a sequence. Where the premise has no visible key,
+    r_t = tanh(r_{t-1} W_t), and the weights are zero.
+
+    Parameters
+    ----------
+    premise, hypothesis
+        Y ``(B, Ty, D)`` and h ``(B, Th, Dh)``; packed ``(N, D)`` and ``(M, Dh)`` with both ``cu_seqlens``. float16,
+        bfloat16, float32; float64 on a CPU or by the reference.
+    w_y, w_h, w_r
+        ``(D, A)``, ``(Dh, A)``, ``(D, A)``. The first two meet their rows before the kernel, in one product each.
+    w
+        ``(A,)``.
+    w_t
+        ``(D, D)``.
+    state
+        r_0, ``(B, D)``, or packed one for each of S sequences, ``(S, D)``; zeros where None. The last r of a first
+        part of the hypothesis goes on with its second part.
+    mask
+        bool ``(B, Ty)``, True = this word of the premise may be attended; not with packed rows. Words that it hides
+        may be NaN. A padded hypothesis needs no mask: states come in order, so those up to its length are right, and
+        its last is ``r[arange(B), length - 1]``. What follows is to be ignored, and its padding has to be finite.
+    cu_seqlens_premise, cu_seqlens_hypothesis
+        int32 ``(S + 1,)``, both or none: hypothesis s reads premise s. Either may be empty. Last states are at
+        ``cu_seqlens_hypothesis[1:] - 1``, where no hypothesis is empty.
+    return_weights
+        Return the weights too (padded batches only). They are differentiable.
+    impl
+        ``"auto"``: the Triton kernel on a GPU (the reference for float64), the reference elsewhere. ``"triton"`` and
+        ``"reference"`` never fall back. The reference is a loop over t, and pads packed rows: eagerly to the longest
+        sequence, for which it reads the offsets; under `torch.compile`, which unrolls the loop, to all M rows.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        r of every step, ``(B, Th, D)`` or packed ``(M, D)``, of which the last is ``r[:, -1]``; weights
+        ``(B, Th, Ty)``.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Rocktäschel et al. 2016, Reasoning about entailment with neural attention.
+
+    """
+    if not isinstance(premise, Tensor):
+        raise TypeError(f"premise: expected a torch.Tensor; got {type(premise).__name__}")
+    premise, hypothesis, w_y, w_h, w_r, w, w_t, state = cast(
+        "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]",
+        cast_for_autocast(premise, hypothesis, w_y, w_h, w_r, w, w_t, state),
+    )
+    _validate_word_by_word(
+        premise, hypothesis, w_y, w_h, w_r, w, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
+        return_weights,
+    )  # fmt: skip
+    kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
+    if mask is not None:  # words that may be NaN, before they meet a number
+        premise = premise.masked_fill(~mask[..., None], 0)
+    tensors = (
+        hypothesis @ w_h, premise @ w_y, premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
+    )  # fmt: skip
+    if kernel:
+        out, weights = _WordByWord.apply(*tensors, return_weights)
+    else:
+        out, weights = reference.word_by_word_attention(*tensors)
+    out = out.to(premise.dtype)
+    return (out, weights.to(out.dtype)) if return_weights else out
+
+
+def _validate_word_by_word(
+    premise: Tensor, hypothesis: Tensor, w_y: Tensor, w_h: Tensor, w_r: Tensor, w: Tensor, w_t: Tensor,
+    state: Tensor | None, mask: Tensor | None, cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None, return_weights: bool,
+) -> None:  # fmt: skip
+    """Check every argument."""
+    packed = cu_seqlens_premise is not None
+    if packed != (cu_seqlens_hypothesis is not None):
+        name = "cu_seqlens_hypothesis" if packed else "cu_seqlens_premise"
+        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
+    lead = "N" if packed else "B, Ty"
+    check_tensor("premise", premise, shapes=[(f"({lead}, D)", (None,) * (2 if packed else 3))])
+    D = premise.shape[-1]
+    if D == 0:
+        raise ValueError(f"premise: expected at least one feature; got shape {tuple(premise.shape)}")
+    device = premise.device
+
+    def check(name: str, x: Tensor, words: str, *sizes: int | None) -> None:
+        check_tensor(name, x, shapes=[(words, sizes)], dtypes=[premise.dtype], device=device)
+
+    if packed:
+        check("hypothesis", hypothesis, "(M, Dh)", None, None)
+    else:
+        check("hypothesis", hypothesis, "(B, Th, Dh)", premise.shape[0], None, None)
+    check("w", w, "(A,)", None)
+    A = w.shape[0]
+    if A == 0:
+        raise ValueError(f"w: expected at least one feature; got shape {tuple(w.shape)}")
+    check("w_y", w_y, "(D, A)", D, A)
+    check("w_h", w_h, "(Dh, A)", hypothesis.shape[-1], A)
+    check("w_r", w_r, "(D, A)", D, A)
+    check("w_t", w_t, "(D, D)", D, D)
+    if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
+        if mask is not None:
+            raise ValueError("mask: expected None with packed rows; got a tensor")
+        if return_weights:
+            raise ValueError(
+                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
+            )
+        check_cu_seqlens("cu_seqlens_premise", cu_seqlens_premise, premise.shape[0], device)
+        check_cu_seqlens("cu_seqlens_hypothesis", cu_seqlens_hypothesis, hypothesis.shape[0], device)
+        if cu_seqlens_premise.shape != cu_seqlens_hypothesis.shape:
+            raise ValueError(
+                f"cu_seqlens_hypothesis: expected as many sequences as cu_seqlens_premise, shape "
+                f"{tuple(cu_seqlens_premise.shape)}; got {tuple(cu_seqlens_hypothesis.shape)}"
+            )
+        check_state = ("(S, D)", cu_seqlens_premise.numel() - 1, D)
+    else:
+        check_state = ("(B, D)", premise.shape[0], D)
+    if state is not None:
+        check("state", state, *check_state)
+    if mask is not None:
+        check_tensor(
+            "mask", mask, shapes=[("(B, Ty)", premise.shape[:2])], dtypes=[torch.bool], device=device,
+            hint="True = may be attended",
+        )  # fmt: skip
+
+
+def location_aware_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    previous: Tensor,
+    conv_weight: Tensor,
+    u: Tensor,
+    *,
+    activation: str = "tanh",
+    mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""One step of location-aware attention: the score sees where the last step looked.
+
+    .. math:: f_j = \sum_k F_k \, \alpha^{prev}_{j + k - (K - 1)/2}, \quad s_j = v \cdot act(q + k_j + f_j U), \quad
+        \alpha = softmax_j(s), \quad o = \sum_j \alpha_j \, value_j
+
+    A decoder calls this once a word, with the weights that the last call returned; gradients go back through them.
+    The score and the sum are `concat_attention` of one query, which is one kernel. Before it `conv1d` makes f,
+    ``(B, C, Tk)``, and one matrix product adds f U to the keys, ``(B, Tk, A)``: at every step both are written, read
+    again, and kept for the backward. A bias of the score goes into the query or the keys.
+
+    Parameters
+    ----------
+    query, key
+        Projected to the width A of the score: ``(B, A)`` and ``(B, Tk, A)``. float16, bfloat16, float32; float64 on a
+        CPU or by the reference.
+    value
+        ``(B, Tk, Dv)``.
+    v
+        ``(A,)``.
+    previous
+        The last weights, ``(B, Tk)``, or what is made of them, as their sum over all steps; zeros before the first.
+    conv_weight
+        F, ``(C, K)``, as `torch.nn.Conv1d` has it (a cross-correlation), K odd. Outside of the keys are zeros.
+    u
+        U, ``(C, A)``.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    mask
+        bool ``(B, Tk)``, True = may be attended. What it hides of keys, values and `previous` may be NaN; the
+        convolution takes it as zero.
+    score_bias
+        ``(B, Tk)``, added to the scores, in the dtype of `query` or float32.
+    dropout_p
+        Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
+    impl
+        As in `concat_attention`; it does not change what comes before the score.
+
+    Returns
+    -------
+    (Tensor, Tensor)
+        Output ``(B, Dv)`` and weights ``(B, Tk)``, as they are before dropout. A sequence without a visible key has
+        zeros in both.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Chorowski et al. 2015, Attention-based models for speech recognition; Shen et al. 2018 (Tacotron 2: the sum of all
+    weights so far).
+
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    query, key, value, v, previous, conv_weight, u = cast(
+        "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]",
+        cast_for_autocast(query, key, value, v, previous, conv_weight, u),
+    )
+    _validate_location_aware(query, key, value, previous, conv_weight, u, mask, score_bias)
+    if mask is not None:  # what may be NaN, before it meets a number
+        previous = previous.masked_fill(~mask, 0)
+        key = key.masked_fill(~mask[..., None], 0)
+    if key.shape[1]:  # conv1d refuses a signal of no length
+        seen = F.conv1d(previous[:, None], conv_weight[:, None], padding=conv_weight.shape[1] // 2)
+        key = torch.baddbmm(key, seen.mT, u.expand(key.shape[0], -1, -1))
+    out, weights = concat_attention(
+        query[:, None], key, value, v, activation=activation, mask=mask,
+        score_bias=None if score_bias is None else score_bias[:, None], dropout_p=dropout_p, return_weights=True,
+        impl=impl,
+    )  # fmt: skip
+    return out[:, 0], weights[:, 0]
+
+
+def _validate_location_aware(
+    query: Tensor, key: Tensor, value: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor, mask: Tensor | None,
+    score_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Check what `concat_attention` does not, or would call by another shape."""
+    check_tensor("query", query, shapes=[("(B, A)", (None, None))])
+    B, A = query.shape
+
+    def check(name: str, x: Tensor, words: str, *sizes: int | None) -> None:
+        check_tensor(name, x, shapes=[(words, sizes)], dtypes=[query.dtype], device=query.device)
+
+    check("key", key, "(B, Tk, A)", B, None, A)
+    Tk = key.shape[1]
+    check("value", value, "(B, Tk, Dv)", B, Tk, None)
+    check("previous", previous, "(B, Tk)", B, Tk)
+    check("conv_weight", conv_weight, "(C, K)", None, None)
+    C, K = conv_weight.shape
+    if C == 0 or K % 2 == 0:
+        raise ValueError(
+            f"conv_weight: expected shape (C, K) with at least one channel and an odd width; got {(C, K)}"
+        )
+    check("u", u, "(C, A)", C, A)
+    if mask is not None:
+        check_tensor(
+            "mask", mask, shapes=[("(B, Tk)", (B, Tk))], dtypes=[torch.bool], device=query.device,
+            hint="True = may be attended",
+        )  # fmt: skip
+    if score_bias is not None:
+        allowed = [query.dtype] if query.dtype.itemsize >= 4 else [query.dtype, torch.float32]
+        check_tensor("score_bias", score_bias, shapes=[("(B, Tk)", (B, Tk))], dtypes=allowed, device=query.device)

@@ -1,0 +1,302 @@
+"""Attentive statistics pooling: the weighted mean and standard deviation of the frames of a sequence.
+
+The features u = act(h W + b + ctx) are PyTorch's: they are narrow beside the values. The operator takes them, or the
+scores where a frame has one, and makes the softmax and both moments.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from .location import _unpack_jagged, _validate_location
+
+_INPUTS = "Tensor x, Tensor? v, Tensor values, Tensor? mask, Tensor? cu_seqlens"
+_GRADS = 3  # the leading ones of the inputs, that have gradients
+
+
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .kernels.statistics import statistics_fwd
+
+    return statistics_fwd(*args)
+
+
+def _fwd_fake(
+    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    channels = values.shape[-1]
+    return (
+        values.new_empty(seqs, channels, dtype=torch.float64),
+        values.new_empty(seqs, channels, dtype=torch.float32),
+        values.new_empty(seqs, 1 if v is None else channels, dtype=torch.float64),
+        values.new_empty(values.shape if return_scores else 0, dtype=torch.float32),
+    )
+
+
+def _bwd(*args: Any) -> list[Tensor]:
+    from .kernels.statistics_bwd import statistics_bwd
+
+    return [args[0].new_empty(0) if g is None else g for g in statistics_bwd(*args)]
+
+
+def _bwd_fake(dmean: Tensor, dvar: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
+    needs = args[-1]
+    return [
+        x.new_empty(x.shape) if need else dmean.new_empty(0) for x, need in zip(args[:_GRADS], needs, strict=True)
+    ]
+
+
+_statistics_fwd = raw_op(
+    "statistics_fwd", f"({_INPUTS}, bool return_scores) -> (Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake
+)
+_statistics_bwd = raw_op(
+    "statistics_bwd",
+    f"(Tensor dmean, Tensor dvar, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor mean, Tensor var, Tensor lse, "
+    "Tensor scores, bool[] needs) -> Tensor[]",
+    _bwd,
+    _bwd_fake,
+)
+
+
+class _StatisticsPooling(torch.autograd.Function):
+    """(mean, var, lse, scores) by the kernel, all of them differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+        return_scores: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return cast(
+            "tuple[Tensor, Tensor, Tensor, Tensor]", _statistics_fwd(x, v, values, mask, cu_seqlens, return_scores)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.scores_returned = inputs[5]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
+        needs = ctx.needs_input_grad[:_GRADS]
+        dmean, dvar, dlse, dscores = cotangents
+        dmean = torch.zeros_like(saved[5]) if dmean is None else dmean
+        dvar = torch.zeros_like(saved[6]) if dvar is None else dvar
+        dscores = dscores if ctx.scores_returned else None
+        grads = _StatisticsBackward.apply(dmean, dvar, dlse, dscores, *saved, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+class _StatisticsBackward(torch.autograd.Function):
+    """The gradients of `_StatisticsPooling` by the kernels; its own backward is the reference's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out, as above
+        dmean: Tensor, dvar: Tensor, dlse: Tensor | None, dscores: Tensor | None,
+        x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+        mean: Tensor, var: Tensor, lse: Tensor, scores: Tensor, needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_statistics_bwd(
+            dmean, dvar, dlse, dscores, x, v, values, mask, cu_seqlens, mean, var, lse, scores, list(needs)
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.needs = inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        cotangents, tensors = saved[:4], saved[4:]
+        d_primals, d_cotangents = second_order(
+            lambda *p: reference.statistics_pooling(*p, *tensors[_GRADS:], return_scores=True),  # type: ignore[misc]
+            tensors[:_GRADS], cotangents, ctx.needs, grads,
+        )  # fmt: skip
+        return (*d_cotangents, *d_primals, *[None] * 7)
+
+
+def statistics_pooling(
+    h: Tensor,
+    w: Tensor | None = None,
+    b: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    context: Tensor | None = None,
+    values: Tensor | None = None,
+    activation: str = "tanh",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    floor: float = 1e-12,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    r"""Mean and standard deviation of the frames of each sequence, weighted by an attention over the frames.
+
+    .. math:: u_j = act(h_j W + b + ctx_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c), \quad
+        \mu_c = \sum_j \alpha_{jc} x_{jc}, \quad
+        \sigma_c = \sqrt{\max\big(\sum_j \alpha_{jc} (x_{jc} - \mu_c)^2, floor\big)}
+
+    One :math:`v` weights the frames for all channels alike (attentive statistics pooling); a :math:`v_c` a channel
+    weights them for each (ECAPA-TDNN). A bias of the score, after :math:`v`, would cancel in the softmax: there is
+    none. Without `w` and `v` all frames weigh the same (statistics pooling, as in x-vectors).
+
+    The variance is taken about the mean, not as a difference of squares: channels far from 0 lose nothing. Where it
+    is at most `floor`, :math:`\sigma = \sqrt{floor}` is a constant and sends no gradient. A sequence without a
+    visible frame gives zeros for both, zero weights and zero gradients.
+
+    Parameters
+    ----------
+    h
+        Frames: ``(B, T, D)``; packed ``(N, D)`` with `cu_seqlens`; or a jagged ``torch.nested`` tensor.
+        float16, bfloat16 or float32; float64 by the reference only.
+    w, b
+        ``(D, A)`` and ``(A,)`` or None.
+    v
+        ``(A,)``: one weight a frame; ``(A, C)``, C the width of the values: one a frame and channel.
+    context
+        Added before the activation. Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)``
+        a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
+    values
+        What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
+    activation
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+    mask
+        bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN. With `w` it
+        costs a copy of `h`, whose masked rows have to be 0 for the gradient of W.
+    cu_seqlens
+        int32 ``(S + 1,)``: sequence s is the rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of `h`.
+    floor
+        Least variance, in the squared unit of the values; at least 0.
+    return_weights
+        Return the weights too; they are differentiable. One a frame and channel are of the size of the values.
+    impl
+        ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere and for float64. ``"triton"`` and ``"reference"``
+        never fall back.
+
+    Returns
+    -------
+    (Tensor, Tensor) or (Tensor, Tensor, Tensor)
+        Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values.
+        Weights ``(B, T)`` or ``(N,)``, with ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Okabe et al. 2018 (attentive statistics pooling); Desplanques et al. 2020 (ECAPA-TDNN, one weight a channel);
+    Snyder et al. 2018 (x-vectors, equal weights).
+
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
+    offsets = None
+    if h.is_nested:
+        h, offsets, context, values, _, cu_seqlens = _unpack_jagged(h, context, values, None, mask, cu_seqlens)
+    tensors = cast_for_autocast(h, w, b, v, context, values)
+    h = cast("Tensor", tensors[0])
+    w, b, v, context, values = tensors[1:]
+    context_per_row = _validate_statistics(
+        h, w, b, v, context, values, mask, cu_seqlens, activation, floor, trusted_offsets=offsets is not None
+    )
+    kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
+    run = _StatisticsPooling.apply if kernel else reference.statistics_pooling
+    segment = None if cu_seqlens is None else reference.segment_ids(cu_seqlens, h.shape[0])
+    wide = torch.promote_types(h.dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):  # what autocast would cast was cast above
+        if w is None or v is None:
+            x = h.new_zeros(h.shape[:-1], dtype=wide)
+        else:
+            if mask is not None:  # 0 · NaN would be in the gradients of W and of the context
+                h = h.masked_fill(~mask[..., None], 0)
+            x = _features(h, w, b, context, context_per_row, mask, segment, activation)
+            x = x if v.dim() == 2 else x.to(wide) @ v.to(wide)
+        per_channel = None if v is None or v.dim() == 1 else v
+        return_scores = return_weights and per_channel is not None
+        mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)
+        results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
+        if not return_weights:
+            return results
+
+        if per_channel is None:
+            scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
+        weights = weights_from(scores, lse[:, None] if segment is None else lse[segment]).to(h.dtype)
+    weights = weights.squeeze(-1) if per_channel is None else weights
+    if offsets is not None:
+        weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
+    return *results, weights
+
+
+def _features(
+    h: Tensor, w: Tensor, b: Tensor | None, context: Tensor | None, context_per_row: bool, mask: Tensor | None,
+    segment: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
+    z = h @ w
+    if b is not None:
+        z = z + b
+    if context is not None and context_per_row:
+        context = context.reshape(z.shape)
+        z = z + (context if mask is None else context.masked_fill(~mask[..., None], 0))
+    elif context is not None:
+        context = context.reshape(-1, w.shape[1])
+        z = z + (context[:, None] if segment is None else context[segment])
+    return reference.ACTIVATIONS[activation](z)
+
+
+def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
+    """sqrt(max(var, floor)), a constant at the floor; 0 where no frame is visible. NaN stays NaN."""
+    low = var <= floor
+    std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
+    return std.masked_fill(low, math.sqrt(floor)).masked_fill(lse == -torch.inf, 0)
+
+
+def _validate_statistics(
+    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, context: Tensor | None, values: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, floor: float, *, trusted_offsets: bool,
+) -> bool:  # fmt: skip
+    """Check every argument; return whether the context has one entry a row."""
+    if (w is None) != (v is None):
+        name = "w" if w is None else "v"
+        raise ValueError(f"{name}: expected a tensor, w and v go together; got None")
+    if w is None or v is None:
+        for name, given in (("b", b), ("context", context)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None without w, all frames weigh the same; got a tensor")
+        if h.dim():
+            v = h.new_empty(h.shape[-1])  # the score of frames that are projected already has the same checks
+    context_per_row = _validate_location(
+        h, w, b, v, None, None, context, values, None, mask, cu_seqlens, activation, "identity", 0.0,
+        trusted_offsets=trusted_offsets,
+    )  # fmt: skip
+    if w is not None and w.dim() != 2:
+        raise ValueError(f"w: expected shape (D, A); got {tuple(w.shape)}")
+    channels = (h if values is None else values).shape[-1]
+    if channels == 0:
+        raise ValueError("values: expected at least one channel; got a width of 0")
+    if w is not None and v is not None and v.dim() == 2 and v.shape[1] != channels:
+        raise ValueError(
+            f"v: expected shape (A,) or (A, C) = {(v.shape[0], channels)}, C the width of the values; "
+            f"got {tuple(v.shape)}"
+        )
+    if not isinstance(floor, (int, float)):
+        raise TypeError(f"floor: expected a float; got {type(floor).__name__}")
+    if not 0.0 <= floor < math.inf:
+        raise ValueError(f"floor: expected a finite number of at least 0; got {floor}")
+    return context_per_row

@@ -1,0 +1,338 @@
+"""Word-by-word attention (Rocktäschel et al. 2016): an additive score whose query holds the last result.
+
+With key = Y W_y and query = H W_h made before, and t the words of the hypothesis, j those of the premise:
+
+    c_t  = query_t + r_{t-1} W_r              s_tj = w · tanh(key_j + c_t)
+    α_t  = softmax_j(s_t)                     r_t  = Σ_j α_tj value_j + tanh(r_{t-1} W_t)
+
+Step t needs all of r_{t-1}, so one program walks all steps of a sequence. r goes from step to step through global
+memory (float32; two slots in turn, a few KiB that stay in cache, and a barrier): there a product with a weight reads
+it in any layout, and nothing limits its width. The weights stream from cache, a block of rows at a time.
+
+- `HELD`: keys and values of the premise are loaded once, and stay on chip for all steps. For premises of at most
+  `limit` words and widths that registers hold.
+- Otherwise tiles of them are read again at every step: first all scores of the step, into a row of scratch, then the
+  sum. Any length, any width.
+- How long the sequences of a ragged batch are is known on the device only: both forms are launched, and each takes
+  the sequences that are its own.
+
+The scores of a step are all there before the sum, so the softmax has its final maximum; no lse is kept, the backward
+(recurrent_bwd.py) makes them again from c, which one matrix product gives it for all steps at once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import tanh
+from .chip import Chip, chip_of, pow2, strides, unit
+from .location import load_rows
+from .masks import sequence_of
+from .softmax import exp, pivot
+
+
+@triton.jit
+def vector_matrix(
+    x_ptr,  # (K,) float32
+    gate_ptr,  # (K,) float32 to multiply x with, or None
+    w_ptr, stride_w,  # (K, width)
+    cols,  # [BLOCK]
+    K,
+    width,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns of x W, [BLOCK] float32; one reduction over threads, after all rows."""
+    acc = tl.zeros([BLOCK_K, cols.shape[0]], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        if gate_ptr is not None:
+            x *= tl.load(gate_ptr + k, mask=k < K, other=0.0)
+        acc += x[:, None] * load_rows(w_ptr + k.to(tl.int64) * stride_w, k < K, cols, width).to(tl.float32)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def premise_keys(j, length, mask_ptr, stride_mt):
+    """Which words j [BLOCK_N] of the premise may be read; mask_ptr is at this sequence, or None."""
+    keep = j < length
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + j.to(tl.int64) * stride_mt, mask=keep, other=0) != 0
+    return keep
+
+
+@triton.jit
+def softmax_step(s, m, l, FMA: tl.constexpr):
+    """One tile of scores s [BLOCK_N]: its weights before they are normalised, the factor on old sums, and (m, l)."""
+    m_new = tl.maximum(m, tl.max(s, axis=0))
+    shift = pivot(m_new)
+    p = exp(s - shift, FMA)
+    alpha = exp(m - shift, FMA)
+    return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
+
+
+@triton.jit
+def inverse(l):
+    """1 / l; 0 where no key was seen."""
+    return tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+
+
+@triton.jit
+def _recurrent_fwd_kernel(
+    q_ptr, stride_qb, stride_qt,  # (B, Th, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kt,  # (B, Ty, A)
+    val_ptr, stride_ub, stride_ut,  # (B, Ty, D)
+    w_ptr,  # (A,)
+    wr_ptr, stride_r,  # (D, A)
+    wt_ptr, stride_t,  # (D, D)
+    mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
+    q_cu_ptr,  # (S + 1,) or None
+    k_cu_ptr,
+    state_ptr,  # (S, 2, D) float32: r_{t-1} and r_t in turn
+    c_ptr,  # (S, A) float32 scratch, without HELD
+    s_ptr,  # (B, Ty) float32 scratch, without HELD
+    out_ptr,  # (B, Th, D) float32
+    weights_ptr,  # (B, Th, Ty) float32, or None
+    num_seqs,
+    Th,
+    Ty,
+    A,
+    D,
+    limit,  # longest premise that HELD takes
+    FAST: tl.constexpr,
+    FMA: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0).to(tl.int64)
+    q_start, steps, _ = sequence_of(seq, q_cu_ptr, None, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Ty, num_seqs, 0)
+    steps = tl.where((length <= limit) == HELD, steps, 0)
+    q_ptr += seq * stride_qb + q_start.to(tl.int64) * stride_qt
+    k_ptr += seq * stride_kb + k_start.to(tl.int64) * stride_kt
+    val_ptr += seq * stride_ub + k_start.to(tl.int64) * stride_ut
+    out_ptr += (seq * Th + q_start) * D  # packed: Th = Ty = 0
+    if mask_ptr is not None:
+        mask_ptr += seq * stride_mb
+    if weights_ptr is not None:
+        weights_ptr += seq * Th * Ty
+    if HELD:
+        j = tl.arange(0, BLOCK_N)
+        a = tl.arange(0, BLOCK_A)
+        d = tl.arange(0, BLOCK_D)
+        keep = premise_keys(j, length, mask_ptr, stride_mt)
+        key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A)
+        values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
+        w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+    else:
+        c_ptr += seq * A
+        s_ptr += seq * Ty + k_start
+
+    state_ptr += seq * 2 * D
+    for t in range(0, steps):
+        last_ptr = state_ptr + t % 2 * D
+        next_ptr = state_ptr + (t + 1) % 2 * D
+        if HELD:
+            c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+            c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
+            s = tl.sum(w[None, :] * tanh(key.to(tl.float32) + c[None, :], FAST), axis=1)
+            p, _alpha, _m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
+            inv = inverse(l)
+            if weights_ptr is not None:
+                tl.store(weights_ptr + j, p * inv, mask=j < length)
+            r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
+            # Not FAST: this term goes from step to step, and the backward makes it again with PyTorch.
+            r += tanh(vector_matrix(last_ptr, None, wt_ptr, stride_t, d, D, D, BLOCK_K), False)
+            tl.store(next_ptr + d, r, mask=d < D)
+            tl.store(out_ptr + d, r, mask=d < D)
+        else:
+            for a0 in range(0, A, BLOCK_A):
+                a = a0 + tl.arange(0, BLOCK_A)
+                c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+                c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
+                tl.store(c_ptr + a, c, mask=a < A)
+            tl.debug_barrier()
+            m = tl.full([1], float("-inf"), tl.float32)
+            l = tl.zeros([1], tl.float32)
+            for n0 in range(0, length, BLOCK_N):
+                j = n0 + tl.arange(0, BLOCK_N)
+                keep = premise_keys(j, length, mask_ptr, stride_mt)
+                s = score_tile(k_ptr + j.to(tl.int64) * stride_kt, keep, c_ptr, w_ptr, A, FAST, BLOCK_A)
+                tl.store(s_ptr + j, s, mask=j < length)
+                _p, _alpha, m, l = softmax_step(s, m, l, FMA)
+            shift = pivot(m)
+            inv = inverse(l)
+            tl.debug_barrier()
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                r = tl.zeros([BLOCK_D], tl.float32)
+                for n0 in range(0, length, BLOCK_N):
+                    j = n0 + tl.arange(0, BLOCK_N)
+                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, FMA)
+                    values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
+                    r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
+                r *= inv
+                r += tanh(vector_matrix(last_ptr, None, wt_ptr, stride_t, d, D, D, BLOCK_K), False)  # as above
+                tl.store(next_ptr + d, r, mask=d < D)
+                tl.store(out_ptr + d, r, mask=d < D)
+            if weights_ptr is not None:
+                for n0 in range(0, length, BLOCK_N):
+                    j = n0 + tl.arange(0, BLOCK_N)
+                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, FMA)
+                    tl.store(weights_ptr + j, p * inv, mask=j < length)
+        out_ptr += D
+        q_ptr += stride_qt
+        if weights_ptr is not None:
+            weights_ptr += Ty
+        tl.debug_barrier()  # the next step reads r, and writes the scratch anew
+
+
+@triton.jit
+def score_tile(k_ptrs, keep, c_ptr, w_ptr, A, FAST: tl.constexpr, BLOCK_A: tl.constexpr):
+    """Scores [BLOCK_N] of the keys at k_ptrs, -inf where they may not be read."""
+    s = tl.zeros([k_ptrs.shape[0]], tl.float32)
+    for a0 in range(0, A, BLOCK_A):
+        a = a0 + tl.arange(0, BLOCK_A)
+        c = tl.load(c_ptr + a, mask=a < A, other=0.0)
+        w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+        key = load_rows(k_ptrs, keep, a, A).to(tl.float32)
+        s += tl.sum(w[None, :] * tanh(key + c[None, :], FAST), axis=1)
+    return tl.where(keep, s, float("-inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """Sizes of one kernel's tiles: words of the premise, widths of score and values, rows of a weight."""
+
+    N: int
+    A: int
+    D: int
+    K: int
+    warps: int
+
+
+def held_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) -> Blocks | None:
+    """One tile of all widths that stays on chip, or None where they are too wide.
+
+    It is as long as the premises may be (`longest`), or as registers allow: an element of a key and of a value has
+    `per_element` of them, 1 in the forward and 4 in the backward. Chosen by the compile report (no spills); speed on
+    a GPU not yet measured.
+    """
+    width_a, width_d = triton.next_power_of_2(max(A, 16)), triton.next_power_of_2(max(D, 16))
+    room = 64 * 16 if chip.backend == "interpreter" else 128 * 256 // per_element
+    row = width_a + width_d
+    if 16 * row > room:
+        return None
+    rows = min(1 << (room // row).bit_length() - 1, pow2(longest, 16, 128))
+    return Blocks(rows, width_a, width_d, 16 if 2 * rows * row > room else 32, 8 if rows * row > 1024 else 4)
+
+
+def stream_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) -> Blocks:
+    """Tiles that are read again at every step."""
+    if chip.backend == "interpreter":
+        return Blocks(16, 16, 16, 16, 4)
+    return Blocks(pow2(longest, 16, 32), pow2(A, 16, 128), pow2(D, 16, 128), 32 if per_element == 1 else 16, 8)
+
+
+class Call(NamedTuple):
+    """What the launches of one call share."""
+
+    chip: Chip
+    seqs: int
+    tensors: dict[str, Tensor | int | None]
+    sizes: dict[str, int]
+    flags: dict[str, object]
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None,
+) -> Call:  # fmt: skip
+    """Arguments by the kernels' names; shapes as `fused_attn.reference.word_by_word_attention` has them."""
+    chip, packed = chip_of(query.device), cu_seqlens_premise is not None
+    query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
+    seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
+    D = value.shape[-1]
+    if packed:
+        query, key, value = query[None], key[None], value[None]
+    return Call(
+        chip,
+        seqs,
+        {
+            "q_ptr": query, **strides("qb qt", query, (0, 1), packed=packed),
+            "k_ptr": key, **strides("kb kt", key, (0, 1), packed=packed),
+            "val_ptr": value, **strides("ub ut", value, (0, 1), packed=packed),
+            "w_ptr": w.contiguous(),
+            "wr_ptr": w_r, "stride_r": w_r.stride(0), "wt_ptr": w_t, "stride_t": w_t.stride(0),
+            "mask_ptr": None if mask is None else mask.view(torch.uint8),
+            **strides("mb mt", mask, (0, 1), packed=packed),
+            "q_cu_ptr": cu_seqlens_hypothesis, "k_cu_ptr": cu_seqlens_premise,
+        },
+        {
+            "num_seqs": seqs, "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],
+            "A": query.shape[-1], "D": D,
+        },
+        {
+            "FAST": chip.backend == "cuda" and key.element_size() == 2, "FMA": chip.backend != "interpreter",
+        },
+    )  # fmt: skip
+
+
+def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **more: object) -> None:
+    """Launch the held form, the streamed one, or both, a program a sequence, so that each sequence has its own.
+
+    longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
+    """
+    A, D = call.sizes["A"], call.sizes["D"]
+    usual = triton.cdiv(2 * longest, call.seqs) if packed else longest
+    held = held_blocks(call.chip, per_element, usual, A, D)
+    limit = -1 if held is None else held.N
+    forms = [(True, held)] if held is not None and (packed or longest <= limit) else []
+    if longest > limit:
+        forms.append((False, stream_blocks(call.chip, per_element, longest, A, D)))
+    limit = limit if forms[0][0] else -1
+    args = {**call.tensors, **call.sizes, **call.flags, **more, "limit": limit}
+    # Without a limit ptxas presses some kernels into 128 registers, which two programs could share a core with, and
+    # spills what is left over.
+    options = {"maxnreg": 255} if call.chip.backend == "cuda" else {}
+    for is_held, blocks in forms:
+        named = {name: args[name] for name in kernel.arg_names if name in args}
+        named |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("N", "A", "D", "K")}
+        kernel[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **options)
+
+
+def recurrent_fwd(
+    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
+    mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, need_weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, weights) in float32; arguments as `fused_attn.reference.word_by_word_attention` has them.
+
+    The weights are written only where `need_weights` says so (padded batches only), else they are empty.
+    """
+    call = prepare(query, key, value, w, w_r, w_t, mask, cu_seqlens_premise, cu_seqlens_hypothesis)
+    packed = cu_seqlens_premise is not None
+    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32, device=query.device)
+    shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
+    weights = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if out.numel():
+        states = torch.empty(call.seqs, 2, out.shape[-1], dtype=torch.float32, device=query.device)
+        states[:, 0] = 0 if state is None else state
+        with torch.cuda.device_of(query):
+            launch(
+                _recurrent_fwd_kernel, call, 1, key.shape[-2], packed,
+                c_ptr=torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device),
+                s_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
+                state_ptr=states, out_ptr=out, weights_ptr=weights if need_weights else None,
+            )  # fmt: skip
+    return out, weights

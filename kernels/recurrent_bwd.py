@@ -1,0 +1,249 @@
+"""Backward of word-by-word attention through time, in one program a sequence.
+
+With the names of recurrent.py, M_tj = tanh(key_j + c_t), u_t = tanh(r_{t-1} W_t), δr_t the gradient of r_t and dα_t
+that of the returned weights, from the last step to the first:
+
+    g_tj  = δr_t · value_j + dα_tj                 ds_tj = α_tj (g_tj - Σ_k α_tk g_tk)
+    dz_tj = ds_tj w ⊙ (1 - M_tj²)                  dc_t  = Σ_j dz_tj = dquery_t
+    du_t  = δr_t ⊙ (1 - u_t²)                      δr_{t-1} = dr_{t-1} + dc_t W_rᵀ + du_t W_tᵀ
+    dkey_j = Σ_t dz_tj,  dvalue_j = Σ_t α_tj δr_t,  dw = Σ_tj ds_tj M_tj
+
+c and u of all steps are a matrix product each before the kernel: it has all r already. So are the gradients of the
+weights after it, from the dc and δr that it writes: dW_r = Σ_t r_{t-1}ᵀ dc_t, dW_t = Σ_t r_{t-1}ᵀ du_t. What is left
+to the kernel is what one step needs of the next. Nothing of size Th·Ty·A exists; sums have a fixed order.
+
+The two forms are those of the forward. `HELD` keeps dkey and dvalue on chip beside keys and values, the other adds to
+them in global memory, each number by the one program that has its sequence. All scores of a step are made before its
+weights, so a key with all the weight has the weight 1, g - Σ α g is 0, and no lse is needed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import tanh
+from .location import load_rows
+from .masks import sequence_of
+from .recurrent import inverse, launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
+from .softmax import exp, pivot
+
+
+@triton.jit
+def _add(ptrs, x, mask):
+    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + x, mask=mask)
+
+
+@triton.jit
+def _weights(s_ptrs, g_ptrs, keep, shift, inv, FMA: tl.constexpr):
+    """(α, g) of a tile from the scratch, 0 where a key may not be read."""
+    s = tl.load(s_ptrs, mask=keep, other=float("-inf"))
+    return exp(s - shift, FMA) * inv, tl.load(g_ptrs, mask=keep, other=0.0)
+
+
+@triton.jit
+def _recurrent_bwd_kernel(
+    k_ptr, stride_kb, stride_kt,  # (B, Ty, A), or packed with stride_kb = 0
+    val_ptr, stride_ub, stride_ut,  # (B, Ty, D)
+    w_ptr,  # (A,)
+    wr_ptr, stride_r,  # (A, D): W_r transposed
+    wt_ptr, stride_t,  # (D, D): W_t transposed
+    mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
+    q_cu_ptr,  # (S + 1,) or None
+    k_cu_ptr,
+    c_ptr,  # (B, Th, A) float32
+    gate_ptr,  # (B, Th, D) float32: 1 - u²
+    dweights_ptr,  # (B, Th, Ty) float32, or None
+    s_ptr,  # (B, Ty) float32 scratch, without HELD
+    g_ptr,  # the same
+    dr_ptr,  # (B, Th, D) float32: dr, becomes δr
+    dc_ptr,  # (B, Th, A) float32
+    dk_ptr,  # (B, Ty, A) float32, zeros
+    dval_ptr,  # (B, Ty, D) float32, zeros
+    dw_ptr,  # (S, A) float32, zeros
+    dstate_ptr,  # (S, D) float32, zeros
+    num_seqs,
+    Th,
+    Ty,
+    A,
+    D,
+    limit,
+    FAST: tl.constexpr,
+    FMA: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0).to(tl.int64)
+    q_start, steps, _ = sequence_of(seq, q_cu_ptr, None, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Ty, num_seqs, 0)
+    steps = tl.where((length <= limit) == HELD, steps, 0)
+    k_ptr += seq * stride_kb + k_start.to(tl.int64) * stride_kt
+    val_ptr += seq * stride_ub + k_start.to(tl.int64) * stride_ut
+    q_row0 = seq * Th + q_start  # packed: Th = Ty = 0
+    k_row0 = seq * Ty + k_start
+    dk_ptr += k_row0 * A
+    dval_ptr += k_row0 * D
+    dw_ptr += seq * A
+    dstate_ptr += seq * D
+    if mask_ptr is not None:
+        mask_ptr += seq * stride_mb
+    if HELD:
+        j = tl.arange(0, BLOCK_N)
+        a = tl.arange(0, BLOCK_A)
+        d = tl.arange(0, BLOCK_D)
+        keep = premise_keys(j, length, mask_ptr, stride_mt)
+        key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A)
+        values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
+        w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+        dk = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
+        dval = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dw = tl.zeros([BLOCK_A], tl.float32)
+    else:
+        s_ptr += k_row0
+        g_ptr += k_row0
+
+    for back in range(0, steps):
+        t = steps - 1 - back
+        row = q_row0 + t
+        c_row = c_ptr + row * A
+        dc_row = dc_ptr + row * A
+        dr_row = dr_ptr + row * D
+        pairs = (seq * Th + t) * Ty
+        if HELD:
+            c = tl.load(c_row + a, mask=a < A, other=0.0)
+            dr = tl.load(dr_row + d, mask=d < D, other=0.0)
+            y = tanh(key.to(tl.float32) + c[None, :], FAST)
+            s = tl.where(keep, tl.sum(w[None, :] * y, axis=1), float("-inf"))
+            g = tl.sum(values.to(tl.float32) * dr[None, :], axis=1)
+            if dweights_ptr is not None:
+                g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
+            p, _alpha, _m, l = softmax_step(s, float("-inf"), 0.0, FMA)
+            p *= inverse(l)
+            ds = p * (g - tl.sum(p * g, axis=0))
+            dz = ds[:, None] * w[None, :] * (1.0 - y * y)
+            dk += dz
+            dval += p[:, None] * dr[None, :]
+            dw += tl.sum(ds[:, None] * y, axis=0)
+            tl.store(dc_row + a, tl.sum(dz, axis=0), mask=a < A)
+        else:
+            m = tl.full([1], float("-inf"), tl.float32)
+            l = tl.zeros([1], tl.float32)
+            mean = tl.zeros([1], tl.float32)  # Σ α g, times l
+            for n0 in range(0, length, BLOCK_N):
+                j = n0 + tl.arange(0, BLOCK_N)
+                keep = premise_keys(j, length, mask_ptr, stride_mt)
+                s = score_tile(k_ptr + j.to(tl.int64) * stride_kt, keep, c_row, w_ptr, A, FAST, BLOCK_A)
+                g = tl.zeros([BLOCK_N], tl.float32)
+                for d0 in range(0, D, BLOCK_D):
+                    d = d0 + tl.arange(0, BLOCK_D)
+                    values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D).to(tl.float32)
+                    g += tl.sum(values * tl.load(dr_row + d, mask=d < D, other=0.0)[None, :], axis=1)
+                if dweights_ptr is not None:
+                    g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
+                tl.store(s_ptr + j, s, mask=j < length)
+                tl.store(g_ptr + j, g, mask=j < length)
+                p, alpha, m, l = softmax_step(s, m, l, FMA)
+                mean = mean * alpha + tl.sum(p * g, axis=0)
+            inv = inverse(l)
+            mean *= inv
+            shift = pivot(m)
+            tl.debug_barrier()
+            for a0 in range(0, A, BLOCK_A):
+                a = a0 + tl.arange(0, BLOCK_A)
+                c = tl.load(c_row + a, mask=a < A, other=0.0)
+                w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+                dc = tl.zeros([BLOCK_A], tl.float32)
+                dw = tl.zeros([BLOCK_A], tl.float32)
+                for n0 in range(0, length, BLOCK_N):
+                    j = n0 + tl.arange(0, BLOCK_N)
+                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, FMA)
+                    ds = p * (g - mean)
+                    key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A).to(tl.float32)
+                    y = tanh(key + c[None, :], FAST)
+                    dz = ds[:, None] * w[None, :] * (1.0 - y * y)
+                    dc += tl.sum(dz, axis=0)
+                    dw += tl.sum(ds[:, None] * y, axis=0)
+                    _add(dk_ptr + j.to(tl.int64)[:, None] * A + a[None, :], dz, keep[:, None] & (a < A)[None, :])
+                tl.store(dc_row + a, dc, mask=a < A)
+                _add(dw_ptr + a, dw, a < A)
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                dr = tl.load(dr_row + d, mask=d < D, other=0.0)
+                for n0 in range(0, length, BLOCK_N):
+                    j = n0 + tl.arange(0, BLOCK_N)
+                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, FMA)
+                    at = j.to(tl.int64)[:, None] * D + d[None, :]
+                    _add(dval_ptr + at, p[:, None] * dr[None, :], keep[:, None] & (d < D)[None, :])
+        tl.debug_barrier()
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            from_c = vector_matrix(dc_row, None, wr_ptr, stride_r, d, A, D, BLOCK_K)
+            from_u = vector_matrix(dr_row, gate_ptr + row * D, wt_ptr, stride_t, d, D, D, BLOCK_K)
+            _add(dr_row - D + d, from_c + from_u, (d < D) & (t > 0))
+            tl.store(dstate_ptr + d, from_c + from_u, mask=(d < D) & (t == 0))
+        tl.debug_barrier()
+
+    if HELD:
+        mine = steps > 0
+        inside = (j < length) & mine
+        tl.store(dk_ptr + j.to(tl.int64)[:, None] * A + a[None, :], dk, mask=inside[:, None] & (a < A)[None, :])
+        tl.store(dval_ptr + j.to(tl.int64)[:, None] * D + d[None, :], dval, mask=inside[:, None] & (d < D)[None, :])
+        tl.store(dw_ptr + a, dw, mask=(a < A) & mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launcher
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def previous(out: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """r_{t-1} of every step, like r itself, (B, Th, D) or (N, D); `state (S, D)` comes before the first."""
+    if cu_seqlens is None:
+        return torch.cat([state[:, None], out[:, :-1]], 1)
+    row = torch.arange(out.shape[0], device=out.device, dtype=cu_seqlens.dtype)
+    seq = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    first = (cu_seqlens[seq] == row)[:, None]
+    return torch.where(first, state[seq], out.roll(1, 0))
+
+
+def recurrent_bwd(
+    dout: Tensor, dweights: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
+    mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
+    needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
+    tensors = (query, key, value, w, w_r, w_t, state)
+    call = prepare(*tensors[:-1], mask, cu_seqlens_premise, cu_seqlens_hypothesis)
+    A, D = call.sizes["A"], call.sizes["D"]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=query.device)
+
+    dk, dval, dw, dstate = zeros(*key.shape), zeros(*value.shape), zeros(call.seqs, A), zeros(call.seqs, D)
+    if out.numel() == 0:
+        made = (zeros(*query.shape), dk, dval, dw.sum(0), zeros(D, A), zeros(D, D), dstate)
+    else:
+        before = previous(out, zeros(call.seqs, D) if state is None else state.float(), cu_seqlens_hypothesis)
+        c = query.float() + before @ w_r.float()
+        gate = 1 - torch.tanh(before @ w_t.float()).square()
+        dr = torch.empty(out.shape, dtype=torch.float32, device=query.device).copy_(dout)
+        dc = torch.empty_like(c)
+        by_column = {"wr_ptr": w_r.t().contiguous(), "stride_r": D, "wt_ptr": w_t.t().contiguous(), "stride_t": D}
+        with torch.cuda.device_of(query):
+            launch(
+                _recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **by_column,
+                c_ptr=c, gate_ptr=gate, dweights_ptr=None if dweights is None else dweights.float().contiguous(),
+                s_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
+                g_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
+                dr_ptr=dr, dc_ptr=dc, dk_ptr=dk, dval_ptr=dval, dw_ptr=dw, dstate_ptr=dstate,
+            )  # fmt: skip
+        rows = before.flatten(0, -2).t()
+        dw_r, dw_t = rows @ dc.flatten(0, -2), rows @ (dr * gate).flatten(0, -2)
+        made = (dc, dk, dval, dw.sum(0), dw_r, dw_t, dstate)
+    return [g.to(x.dtype) if need else None for g, x, need in zip(made, tensors, needs, strict=True)]

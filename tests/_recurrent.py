@@ -1,0 +1,104 @@
+"""Inputs of word-by-word attention for its test files."""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+
+import _pairwise
+import torch
+from _compare import Operator, assert_matches_reference
+from _concat import split_rows
+from _location import offsets
+from torch import Tensor
+
+from fused_attn import word_by_word_attention
+
+PARAMETERS = ("w_y", "w_h", "w_r", "w", "w_t")
+FLOATING = ("premise", "hypothesis", *PARAMETERS, "state")
+
+
+def operator(**options) -> Operator:
+    """`word_by_word_attention` as the comparator wants it; the options are fixed."""
+
+    def op(*, impl: str, premise: Tensor, hypothesis: Tensor, w_y, w_h, w_r, w, w_t, **rest):
+        return word_by_word_attention(premise, hypothesis, w_y, w_h, w_r, w, w_t, **options, **rest, impl=impl)
+
+    return op
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the values of the factors that the tests vary."""
+
+    dtype: torch.dtype = torch.float32
+    batch: int = 2  # sequences, where padded
+    premise: int = 9  # words of a premise, or all packed ones
+    hypothesis: int = 4
+    dim: int = 7
+    hypothesis_dim: int = 5
+    attn_dim: int = 6
+    state: bool = False
+    mask: str = "none"  # none, some, padding, empty (of a sequence no word is seen) or expanded (stride 0)
+    ragged: bool = False
+    layout: str = "contiguous"  # contiguous, swapped (the first two axes) or strided (the last one)
+    return_weights: bool = True  # where padded
+
+    def __str__(self) -> str:
+        """The factors that are not at their defaults, as a test's id."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{n}={str(x).removeprefix('torch.')}" for n, x in changed.items()) or "default"
+
+    @property
+    def op(self) -> Operator:
+        return operator(return_weights=self.return_weights and not self.ragged)
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Random inputs by name; the same on every device."""
+        rng = torch.Generator().manual_seed(1)
+
+        def made(*shape: int, scale: float = 1.0) -> Tensor:
+            return self._laid_out((torch.randn(shape, generator=rng) * scale).to(device, self.dtype))
+
+        lengths = split_rows(self.premise, few=2), split_rows(self.hypothesis, few=1)
+        batch = len(lengths[0]) if self.ragged else self.batch
+        lead = () if self.ragged else (batch,)
+        D, A = self.dim, self.attn_dim
+        tensors = {
+            "premise": made(*lead, self.premise, D),
+            "hypothesis": made(*lead, self.hypothesis, self.hypothesis_dim),
+            "w_y": made(D, A, scale=1 / math.sqrt(D)),
+            "w_h": made(self.hypothesis_dim, A, scale=1 / math.sqrt(self.hypothesis_dim)),
+            "w_r": made(D, A, scale=1 / math.sqrt(D)),
+            "w": made(A, scale=2 / math.sqrt(A)),
+            "w_t": made(D, D, scale=1 / math.sqrt(D)),
+        }
+        if self.state:
+            tensors["state"] = made(batch, D)
+        if self.mask != "none":
+            mask = torch.rand(batch, self.premise, generator=rng) < 0.6
+            if self.mask == "padding":
+                ends = torch.randint(1, self.premise + 1, (batch, 1), generator=rng)
+                mask = torch.arange(self.premise) < ends
+            elif self.mask == "empty":
+                mask[-1:] = False
+            elif self.mask == "expanded":
+                mask = mask[:1].expand(batch, -1)
+            tensors["mask"] = mask.to(device) if self.mask == "expanded" else self._laid_out(mask.to(device))
+        if self.ragged:
+            tensors["cu_seqlens_premise"], tensors["cu_seqlens_hypothesis"] = (offsets(x, device) for x in lengths)
+        return tensors
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if self.layout == "strided":
+            return torch.stack([x, x], -1)[..., 0]
+        if self.layout == "swapped" and x.dim() > 1:
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x
+
+
+def check(case: Case, device: torch.device, impl: str = "triton", **options) -> None:
+    """`impl` against the reference; the options are those of `evaluate`."""
+    assert_matches_reference(case.op, case.tensors(device), dtype=case.dtype, impl=impl, **options)
+
+
+pairwise = functools.partial(_pairwise.pairwise, make=Case)

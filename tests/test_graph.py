@@ -1,0 +1,331 @@
+"""Graph attention: the kernel against the reference, the reference against the formula, structure, exactness."""
+
+import dataclasses
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _compare import (
+    IMPLS,
+    Result,
+    assert_as_exact,
+    assert_close,
+    assert_identical,
+    assert_matches_reference,
+    evaluate,
+    in_double,
+    largest,
+    rough_runs,
+)
+from _graph import TENSORS, Case, check, operator, pairwise
+from hypothesis import given, settings
+from test_location_reference import BY_HAND
+
+from fused_attn import csr_from_edges, graph_attention, location_attention, transpose_csr
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+both_values = pytest.mark.parametrize("value_dim", [5, None], ids=["values", "keys"])
+CPU = torch.device("cpu")
+
+# Sizes are odd, and around the tiles of the interpreter: 4 edges, 2 heads, 16 features.
+FACTORS = {
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "queries": (1, 4),
+    "keys": (1, 5),
+    "edges": (1, 3, 17),
+    "attn_dim": (1, 7, 17),
+    "value_dim": (None, 1, 9, 35),
+    "heads": (None, 1, 3),
+    "v_heads": (True, False),
+    "edge": (True, False),
+    "activation": tuple(BY_HAND),
+    "graph": ("random", "hub", "multi"),
+    "index": (torch.int64, torch.int32),
+    "static": (True, False),
+    "layout": ("contiguous", "transposed", "strided", "expanded"),
+    "dropout_p": (0.0, 0.3),
+    "return_weights": (True, False),
+}
+
+
+# --- Every pair of factors, and what pairs may miss --------------------------------------------------------------
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", pairwise(FACTORS), ids=str)
+def test_kernel_matches_the_reference_for_every_pair_of_factors(case, device):
+    check(case, device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dims", [(40, None), (17, 40), (40, 3)], ids=str)
+def test_rows_wider_than_a_tile_match_the_reference(dims, dropout_p, device):
+    """In parts: the score's, the values', or both."""
+    case = Case(queries=3, edges=9, attn_dim=dims[0], value_dim=dims[1], heads=3, dropout_p=dropout_p)
+    check(case, device)
+
+
+@pytest.mark.kernel
+def test_more_nodes_than_programs_of_the_backward_match_the_reference(device):
+    """A program then walks several nodes: 64 programs in the interpreter."""
+    check(Case(queries=75, keys=3, edges=70, attn_dim=2, value_dim=None, heads=None, edge=False), device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_gradient_alone_is_that_of_the_reference(name, device):
+    check(Case(edges=9), device, wrt=[name])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("wrt", [["key"], ["query"], ["v", "edge"]], ids=str)
+def test_gradients_of_keys_that_are_the_values_alone_or_not_at_all(wrt, device):
+    check(Case(edges=9, value_dim=None), device, wrt=wrt)
+
+
+@pytest.mark.kernel
+@both_values
+@pytest.mark.parametrize("through", [("output",), ("weights",)], ids=["output", "weights"])
+def test_gradients_through_one_result_alone_are_those_of_the_reference(through, value_dim, device):
+    check(Case(edges=9, value_dim=value_dim, dropout_p=0.3), device, through=through)
+
+
+@st.composite
+def graphs(draw) -> tuple[Case, list[tuple[int, int]]]:
+    """A call, and the edges of any graph."""
+    queries, keys = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    edge = st.tuples(st.integers(0, keys - 1), st.integers(0, queries - 1))
+    edges = draw(st.lists(edge, max_size=20))
+    case = Case(
+        queries=queries,
+        keys=keys,
+        edges=len(edges),
+        attn_dim=draw(st.integers(1, 18)),
+        value_dim=draw(st.one_of(st.none(), st.integers(1, 18))),
+        heads=draw(st.sampled_from([None, 1, 2])),
+        edge=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.5])),
+    )
+    return case, edges
+
+
+@pytest.mark.kernel
+@settings(max_examples=8)
+@given(graphs())
+def test_matches_the_reference_for_any_graph(device, call):
+    case, edges = call
+    index = torch.tensor(edges, dtype=torch.int64, device=device).reshape(-1, 2).T
+    indptr, indices, _ = csr_from_edges(index, case.queries)
+    assert_matches_reference(case.op, case.tensors(device) | {"indptr": indptr, "indices": indices})
+
+
+# --- The oracle itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [True, False], ids=["edge", "plain"])
+@both_values
+@pytest.mark.parametrize("activation", BY_HAND)
+def test_reference_is_the_formula(activation, value_dim, edge):
+    """Against loops over numbers."""
+    case = Case(attn_dim=3, value_dim=value_dim, activation=activation, edge=edge)
+    tensors = in_double(case.tensors(CPU))
+    out, weights = case.op(impl="reference", **tensors)
+    t = {name: x.tolist() for name, x in tensors.items()}
+    act, values = BY_HAND[activation], t["key" if value_dim is None else "value"]
+    for i in range(case.queries):
+        edges = range(t["indptr"][i], t["indptr"][i + 1])
+        for head in range(2):
+            raw = []
+            for e in edges:
+                q, k = t["query"][i][head], t["key"][t["indices"][e]][head]
+                x = t["edge"][e][head] if edge else [0.0] * 3
+                raw.append(math.exp(sum(t["v"][head][a] * act(q[a] + k[a] + x[a]) for a in range(3))))
+            want = [x / sum(raw) for x in raw]
+            assert weights[edges.start : edges.stop, head].tolist() == pytest.approx(want, rel=1e-12)
+            rows = [values[t["indices"][e]][head] for e in edges]
+            total = [sum(w * row[d] for w, row in zip(want, rows, strict=True)) for d in range(out.shape[-1])]
+            assert out[i, head].tolist() == pytest.approx(total, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_one_source_an_edge_is_pooling_over_segments(dropout_p):
+    """Each edge with a key of its own: location attention over packed rows, which also drops the same weights."""
+    rows, width = 11, 3
+    torch.manual_seed(0)
+    key, v = torch.randn(rows, width).double(), torch.randn(width).double()
+    cu = torch.tensor([0, 4, 4, 5, rows], dtype=torch.int32)
+    options = {"dropout_p": dropout_p, "return_weights": True, "impl": "reference"}
+    torch.manual_seed(1)
+    got = graph_attention(key.new_zeros(4, width), key, v, cu, torch.arange(rows), **options)
+    torch.manual_seed(1)
+    want = location_attention(key, None, v=v, activation="leaky_relu", cu_seqlens=cu, **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+# --- Structure ---------------------------------------------------------------------------------------------------
+
+
+def test_csr_has_the_edges_of_each_target_in_their_order():
+    edges = torch.tensor([[5, 3, 4, 3, 0, 3], [2, 0, 2, 2, 4, 0]])
+    indptr, indices, perm = csr_from_edges(edges, 6)
+    assert indptr.tolist() == [0, 2, 2, 5, 5, 6, 6]
+    assert indices.tolist() == [3, 3, 5, 4, 3, 0]
+    assert perm.tolist() == [1, 5, 0, 2, 3, 4]
+    assert [x.tolist() for x in csr_from_edges(edges[:, :0], 2)] == [[0, 0, 0], [], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_transposed_structure_has_the_edges_of_each_source_in_their_order(dtype):
+    edges = torch.tensor([[5, 3, 4, 3, 0, 3], [2, 0, 2, 2, 4, 0]], dtype=dtype)
+    indptr, indices, _ = csr_from_edges(edges, 6)
+    indptr_t, indices_t, perm = transpose_csr(indptr, indices, 7)
+    assert indptr_t.tolist() == [0, 1, 1, 1, 4, 5, 6, 6]
+    assert indices_t.tolist() == [4, 0, 0, 2, 2, 2]
+    assert perm.tolist() == [5, 0, 1, 4, 3, 2]
+    assert {x.dtype for x in (indptr, indices, indptr_t, indices_t)} == {dtype}
+    back = transpose_csr(indptr_t, indices_t, 6)
+    assert (back[0].tolist(), back[1].tolist()) == (indptr.tolist(), [3, 3, 3, 4, 5, 0])
+
+
+@each_impl
+@pytest.mark.parametrize("sizes", [(0, 3, 0), (3, 0, 0), (3, 2, 0), (0, 0, 0)], ids=str)
+@both_values
+def test_graphs_without_edges_give_zeros_and_zero_gradients(value_dim, sizes, impl, device):
+    queries, keys, edges = sizes
+    case = Case(queries=queries, keys=keys, edges=edges, value_dim=value_dim)
+    tensors = case.tensors(device) | {"indptr": torch.zeros(queries + 1, dtype=torch.int64, device=device)}
+    result = evaluate(case.op, tensors, impl)
+    assert result.outputs["output"].shape == (queries, 2, value_dim or 7)
+    assert result.outputs["weights"].shape == (0, 2)
+    assert all(largest(x) == 0 for family in result for x in family.values())
+
+
+@each_impl
+@both_values
+def test_nodes_without_edges_give_zeros_and_are_not_read(value_dim, impl, device):
+    case = Case(value_dim=value_dim, dropout_p=0.3)
+    tensors = case.tensors(device)
+    clean = evaluate(case.op, tensors, impl)
+    assert largest(clean.outputs["output"][0]) == 0
+    lonely = {name: tensors[name].clone() for name in ("query", "key", "value") if name in tensors}
+    for name, x in lonely.items():
+        x[0 if name == "query" else -1] = torch.nan
+    result = evaluate(case.op, tensors | lonely, impl)
+    assert_identical(result, clean)
+    for name in lonely:
+        assert largest(result.gradients[name][0 if name == "query" else -1]) == 0, name
+
+
+@each_impl
+def test_the_order_of_edges_and_a_given_transposed_structure_change_nothing(impl, device):
+    case = Case(edges=11)
+    t = case.tensors(device)
+    want = evaluate(case.op, t, impl)
+    node = torch.repeat_interleave(torch.arange(4, device=device), t["indptr"].diff())
+    shuffle = torch.randperm(11, generator=torch.Generator().manual_seed(0)).to(device)
+    indptr, indices, perm = csr_from_edges(torch.stack([t["indices"], node])[:, shuffle], 4)
+    order = shuffle[perm]
+    parts = dict(zip(("indptr_t", "indices_t", "perm"), transpose_csr(indptr, indices, 5), strict=True))
+
+    def shuffled(*, impl, edge, **rest):
+        out, weights = case.op(impl=impl, edge=edge[order], **rest)
+        return out, weights[torch.argsort(order)]
+
+    assert_close(evaluate(shuffled, t | {"indptr": indptr, "indices": indices} | parts, impl), want)
+
+
+@pytest.mark.kernel
+def test_the_kernel_uses_the_transposed_structure_that_is_given(device):
+    case = Case(static=True, return_weights=False)
+    t = case.tensors(device)
+    wrong = t | {"indices_t": torch.zeros_like(t["indices_t"])}
+    assert not torch.equal(
+        evaluate(case.op, wrong, "triton").gradients["key"], evaluate(case.op, t, "triton").gradients["key"]
+    )
+
+
+# --- Exactness ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernel
+@both_values
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_huge_scores_match_the_reference(dtype, value_dim, device):
+    """One edge has all the weight, and gradients are differences of equal numbers."""
+    case = Case(dtype=dtype, edges=11, value_dim=value_dim)
+    tensors = case.tensors(device)
+    assert_matches_reference(case.op, tensors | {"v": tensors["v"] * 100}, dtype=dtype)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_one_edge_with_all_the_weight_leaves_the_score_no_gradient(dropout_p, device):
+    case = Case(queries=1, keys=5, edges=1, dropout_p=dropout_p, return_weights=False)
+    gradients = evaluate(case.op, case.tensors(device), "triton").gradients
+    assert all(largest(gradients[name]) == 0 for name in ("query", "key", "v", "edge"))
+
+
+@pytest.mark.kernel
+def test_adding_a_number_to_all_scores_of_a_node_changes_nothing(device):
+    """By a feature that all the neighbours have alike, exactly: only the scores' own rounding is left to see."""
+    case = Case(edges=11, return_weights=False)
+    tensors = case.tensors(device)
+    tensors["v"] = (tensors["v"] * 4).round() / 4
+    tensors["v"][:, 0] = 1
+    for name in ("query", "key", "edge"):
+        tensors[name][..., 0] = 0
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    tensors["query"][..., 0] = 1024
+    shifted = evaluate(case.op, in_double(tensors), "reference")
+    torch.testing.assert_close(shifted.outputs, exact.outputs, rtol=1e-10, atol=1e-10)
+    assert_as_exact(evaluate(case.op, tensors, "triton"), rough_runs(case.op, tensors), shifted)
+
+
+@pytest.mark.kernel
+@both_values
+def test_two_runs_are_bitwise_equal(value_dim, device):
+    case = Case(dtype=torch.bfloat16, value_dim=value_dim, dropout_p=0.3)
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "triton"))
+
+
+@each_impl
+def test_keys_as_values_are_those_values_and_their_gradients_add(impl, device):
+    case = Case(value_dim=None, dropout_p=0.3)
+    tensors = case.tensors(device)
+    shared = evaluate(case.op, tensors, impl)
+    apart = evaluate(case.op, tensors | {"value": tensors["key"].clone()}, impl)
+    gradients = dict(apart.gradients)
+    gradients["key"] = gradients["key"] + gradients.pop("value")
+    assert_close(shared, Result(apart.outputs, gradients))
+
+
+# --- Dropout -----------------------------------------------------------------------------------------------------
+
+
+@each_impl
+def test_dropout_drops_its_share_and_scales_the_rest(impl, device):
+    """Values of one: each output is the sum of the weights that are kept."""
+    edges = 400
+    query, key = torch.zeros(1, 2, 1, device=device), torch.zeros(edges, 2, 1, device=device)
+    indptr, indices = torch.tensor([0, edges], device=device), torch.arange(edges, device=device)
+    attend = operator(value=torch.ones_like(key), dropout_p=0.25)
+    torch.manual_seed(0)
+    out = attend(impl=impl, query=query, key=key, v=torch.zeros(1, device=device), indptr=indptr, indices=indices)
+    kept = out.flatten() * 0.75  # of two heads, with masks of their own
+    assert kept[0] != kept[1]
+    assert all(abs(x - 0.75) < 5 * math.sqrt(0.25 * 0.75 / edges) for x in kept.tolist())
+
+
+@pytest.mark.kernel
+def test_dropout_is_the_same_for_every_implementation(device):
+    case = Case(dropout_p=0.5)
+    tensors = case.tensors(device)
+    kernel, plain = (evaluate(case.op, tensors, impl) for impl in ("triton", "reference"))
+    assert_close(kernel, plain)
+    without = evaluate(dataclasses.replace(case, dropout_p=0.0).op, tensors, "reference")
+    torch.testing.assert_close(kernel.outputs["weights"], without.outputs["weights"])
+    assert not torch.allclose(kernel.outputs["output"], without.outputs["output"])

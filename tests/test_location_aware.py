@@ -1,0 +1,259 @@
+"""The location-aware step: by hand, over several steps, its gradients, its module, bad input."""
+
+import math
+
+import pytest
+import torch
+from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double, largest
+
+from fused_attn import LocationAwareAttention, location_aware_attention
+
+B, TK, A, DV, C, K = 2, 6, 3, 4, 2, 3
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def tensors_for(device, *, dtype=torch.float32, masked=True, bias=True, width=K, keys=TK):
+    rng = torch.Generator().manual_seed(1)
+
+    def made(*shape, scale=1.0):
+        return (torch.randn(shape, generator=rng) * scale).to(device, dtype)
+
+    tensors = {
+        "query": made(B, A), "key": made(B, keys, A), "value": made(B, keys, DV), "v": made(A),
+        "previous": torch.softmax(torch.randn(B, keys, generator=rng), -1).to(device, dtype),
+        "conv_weight": made(C, width), "u": made(C, A),
+    }  # fmt: skip
+    if bias:
+        tensors["score_bias"] = made(B, keys)
+    if masked:
+        tensors["mask"] = (torch.arange(keys) < torch.tensor([[keys], [max(keys - 2, 0)]])).to(device)
+    return tensors
+
+
+def op(*, impl, query, key, value, v, previous, conv_weight, u, **rest):
+    return location_aware_attention(query, key, value, v, previous, conv_weight, u, **rest, impl=impl)
+
+
+@pytest.mark.parametrize("width", [1, 3, 9])
+@every_impl
+def test_matches_the_formula_by_hand(impl, width, device):
+    t = tensors_for(device, width=width)
+    out, weights = op(impl=impl, **t)
+    n = {name: x.tolist() for name, x in in_double(t).items()}
+    for b in range(B):
+        raw = []
+        for j in range(TK):
+            f = [0.0] * C
+            for c in range(C):
+                for k in range(width):
+                    i = j + k - width // 2
+                    if 0 <= i < TK and n["mask"][b][i]:
+                        f[c] += n["conv_weight"][c][k] * n["previous"][b][i]
+            s = n["score_bias"][b][j]
+            for a in range(A):
+                z = n["query"][b][a] + n["key"][b][j][a] + sum(f[c] * n["u"][c][a] for c in range(C))
+                s += n["v"][a] * math.tanh(z)
+            raw.append(math.exp(s) if n["mask"][b][j] else 0.0)
+        alpha = [x / sum(raw) for x in raw]
+        assert weights[b].tolist() == pytest.approx(alpha, rel=1e-5, abs=1e-7)
+        want = [sum(a * row[d] for a, row in zip(alpha, n["value"][b], strict=True)) for d in range(DV)]
+        assert out[b].tolist() == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+@each_dtype
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "all"])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.kernel), "auto"])
+def test_matches_the_reference(impl, masked, dtype, device):
+    assert_matches_reference(op, tensors_for(device, dtype=dtype, masked=masked, bias=masked), dtype=dtype, impl=impl)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["query", "key", "value", "v", "previous", "conv_weight", "u", "score_bias"])
+def test_one_gradient_alone_is_that_of_the_reference(name, device):
+    assert_matches_reference(op, tensors_for(device), wrt=[name])
+    assert largest(evaluate(op, tensors_for(device), "triton", wrt=[name]).gradients[name]) > 0
+
+
+def decode(*, impl, query, previous, **rest):
+    """Three steps: each sees the weights of the last, and asks with what it found."""
+    outs = []
+    for _ in range(3):
+        out, previous = op(impl=impl, query=query, previous=previous, **rest)
+        query = query + out[:, :A]
+        outs.append(out)
+    return torch.stack(outs, 1), previous
+
+
+@every_impl
+def test_steps_in_a_chain_are_the_formula_and_gradients_go_through_them(impl, device):
+    t = tensors_for(device, bias=False)
+
+    def by_formula(*, impl, query, key, value, v, previous, conv_weight, u, mask):
+        outs = []
+        for _ in range(3):
+            padded = torch.nn.functional.pad(previous.masked_fill(~mask, 0), (K // 2, K // 2))
+            f = torch.stack([padded[:, i : i + K] @ conv_weight.T for i in range(TK)], 1)
+            scores = torch.tanh(query[:, None] + key + f @ u) @ v
+            previous = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
+            outs.append((previous[:, None] @ value)[:, 0])
+            query = query + outs[-1][:, :A]
+        return torch.stack(outs, 1), previous
+
+    exact = evaluate(by_formula, in_double(t), "")
+    assert_close(evaluate(decode, in_double(t), "reference"), exact)
+    if impl == "triton":
+        assert_matches_reference(decode, t)
+    for name, x in exact.gradients.items():
+        assert largest(x) > 0, name
+
+
+@every_impl
+def test_masked_positions_are_never_read(impl, device):
+    t = tensors_for(device)
+    clean = evaluate(op, t, impl)
+    for name in ("key", "value", "previous", "score_bias"):
+        t[name][~t["mask"]] = torch.nan
+    result = evaluate(op, t, impl)
+    assert_close(result, clean)
+    for name in ("key", "value", "previous"):
+        assert largest(result.gradients[name][~t["mask"]]) == 0, name
+
+
+@every_impl
+def test_nothing_to_see_gives_zeros(impl, device):
+    for t in (tensors_for(device), tensors_for(device, keys=0)):
+        t["mask"] = torch.zeros_like(t["mask"])
+        result = evaluate(op, t, impl)
+        for family in result:
+            for name, x in family.items():
+                assert largest(x) == 0, name
+
+
+def test_gradcheck_and_gradgradcheck_pass(device):
+    t = in_double(tensors_for(device, bias=False))
+    mask = t.pop("mask")
+    live = [x.requires_grad_() for x in t.values()]
+
+    def fn(*xs):
+        return op(impl="auto", mask=mask, **dict(zip(t, xs, strict=True)))
+
+    torch.autograd.gradcheck(fn, live)
+    torch.autograd.gradgradcheck(fn, live)
+
+
+@every_impl
+def test_compiles_as_one_graph(impl, device):
+    torch.compiler.reset()
+    t = tensors_for(device, bias=False)
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    assert_close(evaluate(compiled, t, impl), evaluate(decode, t, impl))
+
+
+@every_impl
+def test_vmap_is_a_loop(impl, device):
+    t = tensors_for(device)
+    many = torch.rand(3, B, TK, device=device)
+
+    def one(previous):
+        return op(impl=impl, **t | {"previous": previous})
+
+    for got, want in zip(torch.vmap(one)(many), zip(*map(one, many), strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+
+
+def test_autocast_computes_in_its_dtype(device):
+    t = tensors_for(device, bias=False)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert {x.dtype for x in op(impl="auto", **t)} == {torch.bfloat16}
+
+
+def test_dropout_drops_and_the_weights_are_those_before_it(device):
+    t = tensors_for(device)
+    (plain, weights), (dropped, same) = op(impl="auto", **t), op(impl="auto", dropout_p=0.5, **t)
+    assert torch.equal(weights, same)
+    assert not torch.equal(plain, dropped)
+
+
+# --- The module --------------------------------------------------------------------------------------------------
+
+
+@every_impl
+def test_module_is_the_function_on_its_parameters(impl, device):
+    torch.manual_seed(0)
+    module = LocationAwareAttention(5, 7, A, channels=C, width=K).to(device)
+    query, key = torch.randn(B, 5, device=device), torch.randn(B, TK, 7, device=device)
+    mask = torch.arange(TK, device=device) < torch.tensor([[TK], [2]], device=device)
+    previous, sums = None, torch.zeros(B, TK, device=device)
+    projected = module.project_keys(key)
+    for _ in range(3):
+        context, weights = module(query, key, previous=previous, projected=projected, mask=mask, impl=impl)
+        want = location_aware_attention(
+            query @ module.query_proj.weight.T + module.query_proj.bias, key @ module.key_proj.weight.T, key,
+            module.score.weight[0], sums, module.conv.weight[:, 0], module.location_proj.weight.T, mask=mask,
+            impl="reference",
+        )  # fmt: skip
+        torch.testing.assert_close((context, weights), want)
+        again = module(query, key, key, previous=sums, mask=mask, impl=impl)
+        torch.testing.assert_close((context, weights), again)
+        sums = sums + weights
+        previous = sums
+    context.square().sum().backward()
+    for name, x in module.named_parameters():
+        assert x.grad.count_nonzero() > 0, name
+    # The convolution of the formula is the module's own layer.
+    torch.testing.assert_close(
+        module.conv(sums[:, None]),
+        torch.nn.functional.conv1d(sums[:, None], module.conv.weight, padding=K // 2),
+    )
+
+
+def test_module_defaults_and_repr():
+    module = LocationAwareAttention(5, 7, 3, dropout=0.25, activation="relu", bias=False)
+    assert module.conv.weight.shape == (32, 1, 31)
+    assert module.query_proj.bias is None
+    assert "activation='relu', dropout=0.25" in repr(module)
+    query, key = torch.randn(B, 5), torch.randn(B, TK, 7)
+    assert not torch.equal(module(query, key)[0], module(query, key)[0])
+    assert torch.equal(module.eval()(query, key)[0], module(query, key)[0])
+
+
+@pytest.mark.parametrize("bad", [
+    {"query_dim": 0}, {"key_dim": 0}, {"attn_dim": 0}, {"channels": 0}, {"width": 0}, {"width": 4},
+    {"activation": "softplus"}, {"dropout": 1.0},
+], ids=str)  # fmt: skip
+def test_constructor_errors_name_the_argument(bad):
+    with pytest.raises(ValueError, match=rf"^{next(iter(bad))}: expected .*; got "):
+        LocationAwareAttention(**{"query_dim": 2, "key_dim": 3, "attn_dim": 2, **bad})
+
+
+# --- Bad input ---------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("query", torch.zeros(B, 1, A), ValueError),
+    ("query", None, TypeError),
+    ("key", torch.zeros(B, TK, A + 1), ValueError),
+    ("key", torch.zeros(B, TK, A).half(), TypeError),
+    ("value", torch.zeros(B, TK + 1, DV), ValueError),
+    ("v", torch.zeros(A + 1), ValueError),
+    ("previous", torch.zeros(B, TK + 1), ValueError),
+    ("previous", torch.zeros(B, TK, dtype=torch.bool), TypeError),
+    ("conv_weight", torch.zeros(C, 1, K), ValueError),
+    ("conv_weight", torch.zeros(C, 4), ValueError),
+    ("conv_weight", torch.zeros(0, K), ValueError),
+    ("u", torch.zeros(A, C), ValueError),
+    ("mask", torch.zeros(B, TK), TypeError),
+    ("mask", torch.zeros(B, 1, TK, dtype=torch.bool), ValueError),
+    ("score_bias", torch.zeros(TK), ValueError),
+    ("score_bias", torch.zeros(B, TK).half(), TypeError),
+    ("activation", "softplus", ValueError),
+    ("dropout_p", 1.0, ValueError),
+    ("impl", "cuda", ValueError),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "error"), WRONG)
+def test_bad_input_raises_an_error_with_the_name(name, bad, error, device):
+    bad = bad.to(device) if isinstance(bad, torch.Tensor) else bad
+    with pytest.raises(error, match=rf"^{name}: expected .*; got "):
+        op(**{"impl": "auto", **tensors_for(device), name: bad})

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from _models import assert_formula, check_task
+from torch import nn
+
+from fused_attn.models import GatedMIL
+
+ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu, "identity": lambda x: x}
+LENGTHS = (3, 0, 5, 1)
+CU_SEQLENS = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
+
+
+def build(dtype=torch.float64, **options) -> GatedMIL:
+    torch.manual_seed(0)
+    return GatedMIL(nn.Sequential(nn.Linear(5, 7), nn.Tanh()), 7, 6, 2, **options).to(dtype)
+
+
+def instances(dtype=torch.float64) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(9, 5, dtype=dtype)
+
+
+def formula(model, x, gated, activation, gate_activation):
+    p = dict(model.named_parameters())
+    logits, weights = [], []
+    for bag in x.split(LENGTHS):
+        z = torch.zeros(7, dtype=x.dtype)
+        if len(bag):
+            h = [torch.tanh(p["encoder.0.weight"] @ one + p["encoder.0.bias"]) for one in bag]
+            scores = []
+            for h_k in h:
+                u = ACTIVATIONS[activation](p["pooling.proj.weight"] @ h_k + p.get("pooling.proj.bias", 0))
+                if gated:
+                    g = p["pooling.gate.weight"] @ h_k + p.get("pooling.gate.bias", 0)
+                    u = u * ACTIVATIONS[gate_activation](g)
+                scores.append(p["pooling.score.weight"][0] @ u)
+            a = torch.stack(scores).exp()
+            a = a / a.sum()
+            weights.extend(a)
+            z = sum(a_k * h_k for a_k, h_k in zip(a, h, strict=True))
+        logits.append(p["head.weight"] @ z + p["head.bias"])
+    return torch.stack(logits), torch.stack(weights)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pair", [("tanh", "sigmoid"), ("relu", "sigmoid"), ("identity", "tanh")], ids="-".join)
+def test_formula(gated, bias, pair):
+    model = build(gated=gated, bias=bias, activation=pair[0], gate_activation=pair[1])
+    assert ("pooling.gate.bias" in model.state_dict()) == (gated and bias)
+    x = instances().requires_grad_()
+    got = model(x, CU_SEQLENS, return_weights=True)
+    assert_formula(model, got, formula(model, x, gated, *pair), {"instances": x})
+    torch.testing.assert_close(model(x, CU_SEQLENS), got[0])
+
+
+def test_an_empty_bag_is_zero():
+    model = build()
+    logits = model(instances(), CU_SEQLENS)
+    torch.testing.assert_close(logits[1], model.head.bias, rtol=0, atol=0)
+    nothing = model(instances()[:0], torch.zeros(3, dtype=torch.int32))
+    torch.testing.assert_close(nothing, model.head.bias.expand(2, 2), rtol=0, atol=0)
+
+
+def test_bags_do_not_see_each_other():
+    model, x = build(), instances()
+    dirty = x.clone()
+    dirty[3:8] = torch.nan
+    clean, other = model(x, CU_SEQLENS), model(dirty, CU_SEQLENS)
+    torch.testing.assert_close(other[[0, 1, 3]], clean[[0, 1, 3]], rtol=0, atol=0)
+    assert other[2].isnan().all()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_without_attention_it_is_the_mean(gated):
+    model, x = build(gated=gated, attention=False), instances()
+    logits, weights = model(x, CU_SEQLENS, return_weights=True)
+    means = torch.stack([h.mean(0) if len(h) else h.sum(0) for h in model.encoder(x).split(LENGTHS)])
+    torch.testing.assert_close(logits, model.head(means))
+    torch.testing.assert_close(weights, torch.cat([torch.full((n,), 1 / max(n, 1)) for n in LENGTHS]).double())
+    logits.sum().backward()
+    assert model.pooling.score.weight.grad is None
+    same = build(gated=gated).state_dict()
+    for name, value in model.state_dict().items():
+        assert name == "pooling.score.weight" or torch.equal(value, same[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dim": 0}, "dim"),
+        ({"attn_dim": 0}, "attn_dim"),
+        ({"classes": 0}, "classes"),
+        ({"activation": "softplus"}, "activation"),
+        ({"gate_activation": "softplus"}, "gate_activation"),
+    ],
+    ids=str,
+)
+def test_constructor_errors(options, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*; got "):
+        GatedMIL(nn.Identity(), **{"dim": 5, "attn_dim": 4, **options})
+
+
+def test_call_errors():
+    model, x = build(), instances()
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected "):
+        model(x, torch.tensor([0, 3, 8], dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"^cu_seqlens: expected "):
+        model(x, CU_SEQLENS.float())
+
+
+@pytest.mark.kernel
+def test_kernel(device):
+    results = []
+    for impl in ("triton", "reference"):
+        model, x = build(torch.float32, impl=impl).to(device), instances(torch.float32).to(device).requires_grad_()
+        logits, weights = model(x, CU_SEQLENS.to(device), return_weights=True)
+        loss = logits.square().sum() + weights.square().sum()
+        results.append([logits, weights, *torch.autograd.grad(loss, [x, *model.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+def test_task():
+    pytest.importorskip("sklearn")
+    from fused_attn.models.tasks import mil
+
+    check_task(mil.make(0, torch.device("cpu")))
+
+
+def test_held_out_images_are_not_trained_on_and_bags_are_as_described():
+    pytest.importorskip("sklearn")
+    import numpy as np
+
+    from fused_attn.models.tasks import mil
+
+    digits = mil.load_digits().target
+    train, test = mil.split_images(digits, 0)
+    assert not {*train} & {*test}
+    assert len({*train} | {*test}) == len(digits)
+    for pool in (train, test):
+        for i, bag in enumerate(mil.make_bags(pool, digits, 40, np.random.default_rng(0))):
+            assert {*bag.tolist()} <= {*pool}
+            assert len({*bag.tolist()}) == len(bag)
+            assert mil.SIZES[0] <= len(bag) <= mil.SIZES[1]
+            nines = int((digits[bag] == mil.POSITIVE).sum())
+            assert (1 <= nines <= len(bag) // 8) if i % 2 == 0 else nines == 0

@@ -1,0 +1,401 @@
+"""Attentive statistics pooling: the reference against the formula, the kernels against the reference."""
+
+import dataclasses
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from _compare import IMPLS, assert_close, assert_identical, assert_matches_reference, evaluate, in_double, largest
+from _location import offsets
+from _statistics_pooling import Case, operator, pairwise
+from fused_attn.kernels import statistics as kernels
+from hypothesis import given
+
+from fused_attn import StatisticsPooling, statistics_pooling
+
+# Sizes are odd, and around the tiles: 16 to 64 frames, 16 to 128 channels, 16 to 128 features.
+FACTORS = {
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "rows": (1, 17, 63, 100),
+    "dim": (1, 9, 33),
+    "attn_dim": (1, 5, 17),
+    "per_channel": (True, False),
+    "activation": ("tanh", "relu"),
+    "ragged": (False, True),
+    "mask": ("none", "random", "padding", "empty", "expanded"),
+    "context": ("none", "sequence", "row"),
+    "values": (None, 1, 45),
+    "bias": (True, False),
+    "layout": ("contiguous", "swapped", "strided"),
+    "through": (("output", "weights"), ("output",), ("weights",)),
+}
+PARAMETERS = ("h", "w", "b", "v", "context", "values")
+both_kinds = pytest.mark.parametrize("per_channel", [False, True], ids=["frame", "channel"])
+both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def check(case: Case, device: torch.device, **options) -> None:
+    assert_matches_reference(case.op, case.tensors(device), dtype=case.dtype, **{"through": case.through, **options})
+
+
+# --- The formula, and the kernels against it ---------------------------------------------------------------------
+
+
+@both_kinds
+def test_reference_is_the_formula(per_channel, device):
+    """Frame by frame, with the variance as a difference of moments, which float64 can afford here."""
+    case = Case(batch=2, rows=6, dim=3, attn_dim=4, context="row", values=5, mask="random", per_channel=per_channel)
+    tensors = in_double(case.tensors(device))
+
+    def by_hand(*, impl, h, w, b, v, context, values, mask):
+        pooled, weights = [], []
+        for i in range(len(h)):
+            seen = mask[i].nonzero()[:, 0].tolist()
+            scores = [torch.tanh(h[i, j] @ w + b + context[i, j]) @ v for j in seen]
+            powers = [torch.exp(s) for s in scores]
+            alpha = [p / sum(powers) for p in powers]
+            mean = sum(a * values[i, j] for a, j in zip(alpha, seen, strict=True))
+            second = sum(a * values[i, j] ** 2 for a, j in zip(alpha, seen, strict=True))
+            pooled.append(torch.cat([mean, (second - mean**2).sqrt()]))
+            shown = dict(zip(seen, alpha, strict=True))
+            weights.append(torch.stack([shown.get(j, torch.zeros_like(alpha[0])) for j in range(h.shape[1])]))
+        return torch.stack(pooled), torch.stack(weights)
+
+    assert_close(evaluate(operator(), tensors, "reference"), evaluate(by_hand, tensors, "reference"))
+
+
+def test_equal_weights_are_the_plain_mean_and_standard_deviation(device):
+    h = torch.randn(2, 50, 7, dtype=torch.float64, device=device)
+    mean, std = statistics_pooling(h)
+    torch.testing.assert_close(mean, h.mean(1))
+    torch.testing.assert_close(std, h.std(1, correction=0))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", pairwise(FACTORS), ids=str)
+def test_matches_the_reference_for_every_pair_of_factors(case, device):
+    check(case, device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"dim": 32, "attn_dim": 64, "values": 160, "dtype": torch.bfloat16},  # whole vectors of 16
+        {"dim": 32, "attn_dim": 16, "values": 160},
+        {"dim": 3, "attn_dim": 130, "values": 19, "dtype": torch.bfloat16},  # V in parts
+        {"dim": 3, "per_channel": False, "values": 300},
+        {"dim": 3, "per_channel": False, "values": 256, "dtype": torch.float16},
+    ],
+    ids=lambda sizes: ",".join(f"{n}={x}" for n, x in sizes.items()),
+)
+def test_matches_the_reference_for_other_sizes(sizes, device):
+    check(Case(rows=70, batch=2, **sizes), device)
+
+
+@pytest.mark.kernel
+@both_kinds
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_one_gradient_alone_is_that_of_the_reference(name, per_channel, device):
+    case = Case(rows=21, dim=9, context="row", values=7, mask="random", per_channel=per_channel)
+    check(case, device, wrt=[name])
+
+
+@pytest.mark.kernel
+def test_equal_weights_match_the_reference(device):
+    tensors = {name: x for name, x in Case(rows=70, mask="empty").tensors(device).items() if name in ("h", "mask")}
+    assert_matches_reference(operator(), tensors)
+
+
+# --- Sequences in parts ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_items(monkeypatch):
+    """Items of one tile of 16 frames, so that there are more than the merge takes at a time."""
+    monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, channel_blocks, block_t: 16)
+
+
+@pytest.mark.kernel
+@both_forms
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sequences_in_parts_match_the_reference(short_items, dtype, per_channel, ragged, device):
+    case = Case(
+        dtype=dtype, batch=1, rows=300, dim=3, attn_dim=5, per_channel=per_channel, ragged=ragged, mask="random"
+    )
+    check(case, device)
+
+
+@pytest.mark.kernel
+@both_kinds
+def test_parts_of_segments_of_every_length_are_merged(short_items, per_channel, device):
+    lengths = [0, 1, 16, 0, 17, 64, 65, 0]
+    case = Case(rows=sum(lengths), dim=5, ragged=True, per_channel=per_channel)
+    tensors = case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}
+    tensors["h"][17:34] *= 100  # a part's mean and scores far from the others'
+    assert_matches_reference(case.op, tensors)
+
+
+@pytest.mark.kernel
+@both_kinds
+def test_two_runs_are_bitwise_equal(short_items, per_channel, device):
+    case = Case(rows=100, dim=9, per_channel=per_channel, mask="random")
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "triton"))
+
+
+# --- Numbers that are hard ---------------------------------------------------------------------------------------
+
+
+@each_impl
+@both_kinds
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_channel, impl, device):
+    """1e4 and noise of 0.1: a difference of squares in float32 would be off by 10, its square root by 3."""
+    if parts:
+        monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, channel_blocks, block_t: 16)
+    case = Case(rows=200, dim=5, values=9, per_channel=per_channel)
+    tensors = case.tensors(device)
+    tensors["values"] = 1e4 + 0.1 * tensors["values"]
+    got = evaluate(case.op, tensors, impl).outputs["output"]
+    exact = evaluate(case.op, in_double(tensors), "reference").outputs["output"]
+    torch.testing.assert_close(got[:, 9:].double(), exact[:, 9:], rtol=2e-3, atol=0)
+    torch.testing.assert_close(got[:, :9].double(), exact[:, :9], rtol=5e-7, atol=0)
+
+
+@pytest.mark.kernel
+@both_kinds
+def test_shifted_values_match_the_reference(per_channel, device):
+    case = Case(rows=70, dim=5, values=9, per_channel=per_channel)
+    tensors = case.tensors(device)
+    tensors["values"] = 1e4 + 0.1 * tensors["values"]
+    assert_matches_reference(case.op, tensors)
+
+
+@each_impl
+@both_kinds
+def test_a_constant_added_to_the_values_moves_the_mean_alone(per_channel, impl, device):
+    tensors = Case(rows=40, per_channel=per_channel, values=9).tensors(device)
+    tensors["values"] = (tensors["values"] * 64).round() / 64
+    mean, std = statistics_pooling(**tensors, impl=impl)
+    moved, same = statistics_pooling(**{**tensors, "values": tensors["values"] + 8}, impl=impl)
+    torch.testing.assert_close(moved, mean + 8)
+    torch.testing.assert_close(same, std)
+
+
+@each_impl
+@both_kinds
+@pytest.mark.parametrize("sign", [1, -1])
+def test_huge_scores_stay_finite(sign, per_channel, impl, device):
+    case = Case(rows=100, activation="identity", per_channel=per_channel)
+    tensors = case.tensors(device)
+    tensors["w"] = tensors["w"] * 6000
+    tensors["b"] = torch.full_like(tensors["b"], sign * 10_000)
+    for family in evaluate(case.op, tensors, impl):
+        for name, x in family.items():
+            assert x.isfinite().all(), name
+
+
+@pytest.mark.kernel
+@both_kinds
+def test_large_scores_match_the_reference(per_channel, device):
+    case = Case(rows=100, activation="identity", per_channel=per_channel)
+    tensors = case.tensors(device)
+    tensors["v"] = tensors["v"] * 30
+    assert_matches_reference(case.op, tensors)
+
+
+# --- The floor ---------------------------------------------------------------------------------------------------
+
+
+@each_impl
+@both_kinds
+@pytest.mark.parametrize("floor", [0.0, 1e-12, 0.25])
+def test_constant_channels_have_the_floor_and_no_gradient_from_it(floor, per_channel, impl, device):
+    """Powers of two: their weighted mean is exact, so is a variance of 0."""
+    tensors = Case(rows=40, per_channel=per_channel, values=9).tensors(device)
+    del tensors["h"], tensors["w"], tensors["b"], tensors["v"]
+    tensors["values"][..., 2] = 4.0
+    tensors["values"].requires_grad_()
+    h = torch.zeros(3, 40, 5, device=device)
+    v = torch.randn(2, 9, device=device) if per_channel else torch.randn(2, device=device)
+    w = torch.zeros(5, 2, device=device, requires_grad=True)
+    _, std = statistics_pooling(h[:, :32], w, None, v, values=tensors["values"][:, :32], floor=floor, impl=impl)
+    assert torch.equal(std[:, 2], torch.full_like(std[:, 2], math.sqrt(floor)))
+    std[:, 2].sum().backward()
+    assert largest(tensors["values"].grad) == 0
+    assert largest(w.grad) == 0
+
+
+@pytest.mark.kernel
+@both_kinds
+@both_forms
+def test_floor_matches_the_reference(ragged, per_channel, device):
+    """Half of the variances are under it."""
+    check(Case(rows=63, per_channel=per_channel, ragged=ragged, floor=0.9), device)
+
+
+@each_impl
+def test_one_frame_has_no_deviation_and_finite_gradients(impl, device):
+    case = Case(rows=1, floor=0.0)
+    result = evaluate(case.op, case.tensors(device), impl)
+    assert largest(result.outputs["output"][:, 33:]) == 0
+    assert all(x.isfinite().all() for x in result.gradients.values())
+
+
+# --- Nothing to attend to, and what must not be read -------------------------------------------------------------
+
+
+def assert_zero(result):
+    for family in result:
+        for name, x in family.items():
+            assert largest(x) == 0, name
+
+
+@each_impl
+@both_kinds
+@pytest.mark.parametrize("sizes", [{"batch": 0, "rows": 5}, {"rows": 0}], ids=["batch=0", "rows=0"])
+def test_empty_batches_give_zeros(sizes, per_channel, impl, device):
+    case = Case(**sizes, per_channel=per_channel, context="sequence", mask="random", floor=1.0)
+    tensors = case.tensors(device)
+    result = evaluate(case.op, tensors, impl)
+    assert_zero(result)
+    assert result.outputs["output"].shape == (tensors["h"].shape[0], 66)
+
+
+@each_impl
+@both_kinds
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
+def test_ragged_batches_without_rows_give_zeros(lengths, per_channel, impl, device):
+    case = Case(rows=0, ragged=True, per_channel=per_channel, floor=1.0)
+    result = evaluate(case.op, case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}, impl)
+    assert_zero(result)
+    assert result.outputs["output"].shape == (len(lengths), 66)
+
+
+@each_impl
+@both_kinds
+@both_forms
+def test_sequences_that_see_nothing_give_zeros(ragged, per_channel, impl, device):
+    case = Case(rows=40, context="row", mask="random", per_channel=per_channel, ragged=ragged, floor=1.0)
+    tensors = case.tensors(device)
+    tensors["mask"] = torch.zeros_like(tensors["mask"])
+    assert_zero(evaluate(case.op, tensors, impl))
+
+
+@each_impl
+@both_kinds
+@both_forms
+def test_masked_frames_are_never_read(ragged, per_channel, impl, device):
+    case = Case(rows=63, context="row", values=7, mask="empty", per_channel=per_channel, ragged=ragged)
+    tensors = case.tensors(device)
+    clean = evaluate(case.op, tensors, impl)
+    hidden = {"h": ~tensors["mask"], "values": ~tensors["mask"]}
+    hidden["context"] = hidden["h"][None] if ragged else hidden["h"]
+    filled = {
+        name: x.masked_fill(hidden[name][..., None], torch.nan) for name, x in tensors.items() if name in hidden
+    }
+    result = evaluate(case.op, tensors | filled, impl)
+    assert_close(result, clean)
+    for name, rows in hidden.items():
+        assert largest(result.gradients[name][rows]) == 0, name
+
+
+@each_impl
+@both_kinds
+def test_a_ragged_batch_is_its_sequences_alone(per_channel, impl, device):
+    case = Case(rows=70, ragged=True, per_channel=per_channel)
+    tensors = case.tensors(device)
+    h, cu = tensors.pop("h"), tensors.pop("cu_seqlens").tolist()
+    together = case.op(h=h, cu_seqlens=offsets([3, 0, 67], device), **tensors, impl=impl)
+    assert cu == [0, 0, 3, 3, 70, 70, 70]
+    for i, rows in ((0, h[:3]), (2, h[3:])):
+        alone = case.op(h=rows[None], **tensors, impl=impl)
+        torch.testing.assert_close(together[0][i], alone[0][0])
+    assert largest(together[0][1]) == 0
+
+
+@pytest.mark.kernel
+@both_kinds
+def test_jagged_tensors_are_ragged_batches(per_channel, device):
+    case = Case(rows=70, ragged=True, context="sequence", per_channel=per_channel)
+    tensors = case.tensors(device)
+    packed = evaluate(case.op, tensors, "triton")
+
+    def op(*, impl, h, context, cu_seqlens, **parameters):
+        jagged = torch.nested.nested_tensor_from_jagged(h, cu_seqlens.long())
+        pooled, weights = case.op(impl=impl, h=jagged, context=context[:, 0], **parameters)
+        return pooled, weights.values()
+
+    assert_identical(evaluate(op, tensors, "triton"), packed)
+
+
+# --- Modules -----------------------------------------------------------------------------------------------------
+
+
+def test_module_with_a_global_context_sees_every_frame_beside_the_statistics(device):
+    """ECAPA's form: [h; mean; std] of each frame projected by one matrix."""
+    torch.manual_seed(0)
+    module = StatisticsPooling(5, 4, per_channel=True, global_context=True).double().to(device)
+    h = torch.randn(2, 9, 5, dtype=torch.float64, device=device)
+    mask = torch.arange(9, device=device) < torch.tensor([[9], [6]], device=device)
+    pooled, weights = module(h, mask=mask, return_weights=True)
+    for i, rows in enumerate((h[0], h[1, :6])):
+        seen = torch.cat([rows, *(x.expand_as(rows) for x in (rows.mean(0), rows.std(0, correction=0)))], dim=-1)
+        both = torch.cat([module.proj.weight, module.context.weight], dim=1)
+        alpha = (torch.tanh(seen @ both.T + module.proj.bias) @ module.score.weight.T).softmax(0)
+        mean = (alpha * rows).sum(0)
+        std = (alpha * (rows - mean) ** 2).sum(0).sqrt()
+        torch.testing.assert_close(pooled[i], torch.cat([mean, std]))
+        torch.testing.assert_close(weights[i, : len(rows)], alpha)
+
+
+@each_impl
+@pytest.mark.parametrize("global_context", [False, True])
+@both_kinds
+def test_module_is_the_function_padded_and_packed(per_channel, global_context, impl, device):
+    torch.manual_seed(0)
+    module = StatisticsPooling(5, 4, per_channel=per_channel, global_context=global_context).to(device)
+    h = torch.randn(2, 9, 5, device=device)
+    padded = module(h, impl=impl)
+    assert padded.shape == (2, 10)
+    torch.testing.assert_close(module(h.flatten(0, 1), cu_seqlens=offsets([9, 9], device), impl=impl), padded)
+    jagged = torch.nested.as_nested_tensor(h, layout=torch.jagged)
+    torch.testing.assert_close(module(jagged, impl=impl), padded)
+    padded.sum().backward()
+    assert all(x.grad.count_nonzero() for x in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"dim": 0}, "dim"), ({"attn_dim": 0}, "attn_dim"), ({"activation": "max"}, "activation")]
+)
+def test_module_raises_for_bad_options(options, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected"):
+        StatisticsPooling(**{"dim": 3, "attn_dim": 2, **options})
+
+
+@st.composite
+def calls(draw) -> tuple[Case, list[int]]:
+    """A ragged call in float32, and the lengths of its segments."""
+    lengths = draw(st.lists(st.integers(0, 60), max_size=5))
+    case = Case(
+        rows=sum(lengths),
+        dim=draw(st.integers(1, 20)),
+        attn_dim=draw(st.integers(1, 20)),
+        values=draw(st.one_of(st.none(), st.integers(1, 40))),
+        mask=draw(st.sampled_from(["none", "random"])),
+        per_channel=draw(st.booleans()),
+    )
+    return case, lengths
+
+
+@pytest.mark.kernel
+@given(calls())
+def test_matches_the_reference_for_any_segments(device, call):
+    case, lengths = call
+    tensors = dataclasses.replace(case, ragged=False).tensors(device)
+    packed = {name: x[0] if name in ("h", "values", "mask") else x for name, x in tensors.items()}
+    assert_matches_reference(case.op, {**packed, "cu_seqlens": offsets(lengths, device)})
