@@ -151,6 +151,7 @@ def test_matches_the_reference_for_any_segments(device, call):
 
 # --- Large offsets -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(("sizes", "axes"), [
     ({"heads": 3}, {"query": 1, "key": 1, "value": 1, "score_bias": 1}),
     ({"queries": 3}, {"query": 1, "score_bias": 1}),
