@@ -176,7 +176,7 @@ def _hierarchical_fwd_kernel(
         tl.store(segments_ptr + x_at, x.to(segments_ptr.dtype.element_ty), mask=write)
         tl.debug_barrier()  # what follows loads x from cache, other parts of it than a thread has stored
 
-        seen = exists & (l > 0)
+        seen = exists & (l != 0)
         at = seg
         if not OUTER_CTX_PER_ROW:
             at = seg * 0 + group

@@ -77,7 +77,7 @@ def softmax_step(s, m, l, FMA: tl.constexpr):
 @triton.jit
 def inverse(l):
     """1 / l; 0 where no key was seen."""
-    return tl.where(l > 0, 1.0 / tl.where(l > 0, l, 1.0), 0.0)
+    return tl.where(l != 0, 1.0 / tl.where(l != 0, l, 1.0), 0.0)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def finish(m, l):
     lse is float64: rounded to float32 at its size, which is that of the scores, it would put that rounding as a
     relative error on every weight that the backward recomputes from it. One number a row, it costs nothing.
     """
-    seen = l > 0
+    seen = l != 0  # NaN among the scores is to be seen in the result
     l = tl.where(seen, l, 1.0)
     lse = m.to(tl.float64) + tl.log(l.to(tl.float64))
     return tl.where(seen, 1.0 / l, 0.0), tl.where(seen, lse, float("-inf"))

@@ -269,6 +269,16 @@ def test_one_edge_with_all_the_weight_leaves_the_score_no_gradient(dropout_p, de
 
 
 @pytest.mark.kernel
+def test_the_rounding_of_values_that_are_nearly_alike_is_not_left_in_the_scores(device):
+    """Of a linear score every query's gradient is 0: what is left is rounding, of the spread, not of the values."""
+    case = Case(edges=12, edge=False, activation="identity", return_weights=False)
+    tensors = case.tensors(device)
+    tensors["value"] = tensors["value"] + 100
+    fused, plain = (largest(evaluate(case.op, tensors, impl).gradients["query"]) for impl in ("triton", "reference"))
+    assert fused < plain / 8
+
+
+@pytest.mark.kernel
 def test_adding_a_number_to_all_scores_of_a_node_changes_nothing(device):
     """By a feature that all the neighbours have alike, exactly: only the scores' own rounding is left to see."""
     case = Case(edges=11, return_weights=False)

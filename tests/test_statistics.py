@@ -154,7 +154,10 @@ def test_two_runs_are_bitwise_equal(short_items, per_channel, device):
 @both_kinds
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
 def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_channel, impl, device):
-    """1e4 and noise of 0.1: a difference of squares in float32 would be off by 10, its square root by 3."""
+    """1e4 and noise of 0.1: a difference of squares in float32 would be off by 10, its square root by 3.
+
+    The kernel's tiles correct the rounding of their mean, 1e-3; in the reference it is there, 1e-2 of the noise.
+    """
     if parts:
         monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, channel_blocks, block_t: 16)
     case = Case(rows=200, dim=5, values=9, per_channel=per_channel)
@@ -162,7 +165,7 @@ def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_cha
     tensors["values"] = 1e4 + 0.1 * tensors["values"]
     got = evaluate(case.op, tensors, impl).outputs["output"]
     exact = evaluate(case.op, in_double(tensors), "reference").outputs["output"]
-    torch.testing.assert_close(got[:, 9:].double(), exact[:, 9:], rtol=2e-3, atol=0)
+    torch.testing.assert_close(got[:, 9:].double(), exact[:, 9:], rtol=5e-6 if impl == "triton" else 1e-3, atol=0)
     torch.testing.assert_close(got[:, :9].double(), exact[:, :9], rtol=5e-7, atol=0)
 
 
