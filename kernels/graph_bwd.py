@@ -258,7 +258,8 @@ def graph_bwd(
     with torch.cuda.device_of(query):
         blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
         heads = triton.cdiv(H, blocks.H)
-        launch(_graph_bwd_scores_kernel, (nodes, heads), blocks, **structure)
+        # Rows of dO, out and values at once: with 128 numbers a warp the compiler put some on the stack.
+        launch(_graph_bwd_scores_kernel, (nodes, heads), blocks._replace(warps=2 * blocks.warps), **structure)
         # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
         programs = min(nodes, 16 * call.chip.cores)
         dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
