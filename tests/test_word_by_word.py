@@ -32,7 +32,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, tor
 FACTORS = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "batch": (1, 3),
-    "premise": (1, 3, 17, 40),
+    "premise": (1, 16, 17, 40),
     "hypothesis": (1, 3, 5),
     "dim": (1, 7, 19, 35),
     "hypothesis_dim": (1, 5),
