@@ -31,7 +31,7 @@ from .activations import tanh
 from .chip import Chip, chip_of, pow2, strides, unit
 from .location import load_rows
 from .masks import sequence_of
-from .softmax import exp, pivot
+from .softmax import exp, finish, pivot
 
 
 @triton.jit
@@ -72,12 +72,6 @@ def softmax_step(s, m, l, FMA: tl.constexpr):
     p = exp(s - shift, FMA)
     alpha = exp(m - shift, FMA)
     return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
-
-
-@triton.jit
-def inverse(l):
-    """1 / l; 0 where no key was seen."""
-    return tl.where(l != 0, 1.0 / tl.where(l != 0, l, 1.0), 0.0)
 
 
 @triton.jit
@@ -142,8 +136,8 @@ def _recurrent_fwd_kernel(
             c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
             s = tl.sum(w[None, :] * tanh(key.to(tl.float32) + c[None, :], FAST), axis=1)
-            p, _alpha, _m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
-            inv = inverse(l)
+            p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
+            inv, _lse = finish(m, l)
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
             r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
@@ -167,7 +161,7 @@ def _recurrent_fwd_kernel(
                 tl.store(s_ptr + j, s, mask=j < length)
                 _p, _alpha, m, l = softmax_step(s, m, l, FMA)
             shift = pivot(m)
-            inv = inverse(l)
+            inv, _lse = finish(m, l)
             tl.debug_barrier()
             for d0 in range(0, D, BLOCK_D):
                 d = d0 + tl.arange(0, BLOCK_D)

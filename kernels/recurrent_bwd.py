@@ -25,8 +25,8 @@ from torch import Tensor
 from .activations import tanh
 from .location import load_rows
 from .masks import sequence_of
-from .recurrent import inverse, launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
-from .softmax import exp, pivot
+from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
+from .softmax import exp, finish, pivot
 
 
 @triton.jit
@@ -120,8 +120,9 @@ def _recurrent_bwd_kernel(
             g = tl.sum(values.to(tl.float32) * dr[None, :], axis=1)
             if dweights_ptr is not None:
                 g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
-            p, _alpha, _m, l = softmax_step(s, float("-inf"), 0.0, FMA)
-            p *= inverse(l)
+            p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, FMA)
+            inv, _lse = finish(m, l)
+            p *= inv
             ds = p * (g - tl.sum(p * g, axis=0))
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
             dk += dz
@@ -147,7 +148,7 @@ def _recurrent_bwd_kernel(
                 tl.store(g_ptr + j, g, mask=j < length)
                 p, alpha, m, l = softmax_step(s, m, l, FMA)
                 mean = mean * alpha + tl.sum(p * g, axis=0)
-            inv = inverse(l)
+            inv, _lse = finish(m, l)
             mean *= inv
             shift = pivot(m)
             tl.debug_barrier()

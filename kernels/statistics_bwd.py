@@ -21,7 +21,7 @@ from torch import Tensor
 from .chip import Chip, pow2
 from .location import even, item_args, load_rows
 from .masks import Items, locate, partition
-from .softmax import split
+from .softmax import exp, split
 from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
 
 
@@ -45,13 +45,13 @@ def _load_lse(lse_ptr, seq, r, R, num_seqs):
 
 
 @triton.jit
-def _frame_weights(s, lse_hi, lse_lo):
+def _frame_weights(s, lse_hi, lse_lo, FMA: tl.constexpr):
     """exp(s - lse) without the rounding of the difference: it would be in all channels of a frame alike."""
     s = tl.where(s == float("-inf"), -1e30, s)
     d = s - lse_hi
     back = d - s
     rounding = (s - (d - back)) - (lse_hi + back)
-    return tl.exp(d) * (1.0 + (rounding - lse_lo))
+    return exp(d, FMA) * (1.0 + (rounding - lse_lo))
 
 
 @triton.jit
@@ -75,6 +75,7 @@ def _statistics_bwd_frame_kernel(
     per_seq,
     T,  # 0 where the batch is ragged
     C,
+    FMA: tl.constexpr,
     BLOCK_T: tl.constexpr,  # frames of an item
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +86,7 @@ def _statistics_bwd_frame_kernel(
     one = tl.arange(0, 1)
     lse_hi, lse_lo = _load_lse(lse_ptr, seq, one, 1, num_seqs)
     s = tl.load(x_ptr + seq * stride_xb + rows * stride_xt, mask=keep, other=float("-inf"))
-    alpha = _frame_weights(s[:, None], lse_hi, lse_lo)  # [BLOCK_T, 1]
+    alpha = _frame_weights(s[:, None], lse_hi, lse_lo, FMA)  # [BLOCK_T, 1]
     factor = tl.zeros([BLOCK_T], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -293,7 +294,8 @@ def statistics_bwd(
         if v is None:  # the scores are x, with all of their gradient
             for name in ("v_ptr", "stride_va", "A", "WHOLE", "COMPUTE", "PRECISION", "BLOCK_A"):
                 del common[name]
-            _statistics_bwd_frame_kernel[(items.count,)](**common, dx_ptr=dx, dval_ptr=dvalues)
+            fma = call.chip.backend != "interpreter"
+            _statistics_bwd_frame_kernel[(items.count,)](**common, dx_ptr=dx, dval_ptr=dvalues, FMA=fma)
             return [dx, None, dvalues]
         common["scores_ptr"] = scores if scores.numel() else None
         common["dscores_ptr"] = dscores if dscores is None else dscores.contiguous()

@@ -171,6 +171,37 @@ def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_cha
 
 @pytest.mark.kernel
 @both_kinds
+def test_gradients_of_channels_far_from_zero_are_right_to_float32(per_channel, device):
+    """Of the deviation: the mean's rounding to float32, 5e-4, would be 5e-3 of every difference from it."""
+    case = Case(rows=100, dim=5, values=9, per_channel=per_channel)
+    tensors = case.tensors(device)
+    tensors["values"] = 1e4 + 0.1 * tensors["values"]
+
+    def deviation(**arguments):
+        return statistics_pooling(**arguments)[1]
+
+    got = evaluate(deviation, tensors, "triton").gradients
+    exact = evaluate(deviation, in_double(tensors), "reference").gradients
+    for name, truth in exact.items():
+        assert largest(got[name] - truth) <= 1e-5 * largest(truth), name
+
+
+@pytest.mark.kernel
+def test_weights_of_the_backward_are_right_to_the_last_bits(device):
+    """Of scores that float32 holds exactly: the gradient of the mean is the weight."""
+    steps = torch.arange(4, 12, device=device).view(-1, 1, 1) / 64
+    h = -steps * (torch.arange(1000, device=device) % 97).view(1, -1, 1)
+    values = torch.zeros_like(h, requires_grad=True)
+    one = torch.ones(1, device=device)
+    mean, _ = statistics_pooling(h, one[:, None], None, one, values=values, activation="identity", impl="triton")
+    mean.sum().backward()
+    torch.testing.assert_close(
+        values.grad.double(), h.double().softmax(1), rtol=4 * torch.finfo(torch.float32).eps, atol=0
+    )
+
+
+@pytest.mark.kernel
+@both_kinds
 def test_shifted_values_match_the_reference(per_channel, device):
     case = Case(rows=70, dim=5, values=9, per_channel=per_channel)
     tensors = case.tensors(device)
