@@ -256,6 +256,7 @@ def prepare(
     """Arguments by the kernels' names; shapes as `fused_attn.reference.word_by_word_attention` has them."""
     chip, packed = chip_of(query.device), cu_seqlens_premise is not None
     query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
+    premise, hypothesis = (x if x is None else x.contiguous() for x in (cu_seqlens_premise, cu_seqlens_hypothesis))
     seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
     D = value.shape[-1]
     if packed:
@@ -271,7 +272,7 @@ def prepare(
             "wr_ptr": w_r, "stride_r": w_r.stride(0), "wt_ptr": w_t, "stride_t": w_t.stride(0),
             "mask_ptr": None if mask is None else mask.view(torch.uint8),
             **strides("mb mt", mask, (0, 1), packed=packed),
-            "q_cu_ptr": cu_seqlens_hypothesis, "k_cu_ptr": cu_seqlens_premise,
+            "q_cu_ptr": hypothesis, "k_cu_ptr": premise,
         },
         {
             "num_seqs": seqs, "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],

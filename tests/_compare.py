@@ -90,6 +90,12 @@ def rough_runs(op: Operator, tensors: Mapping[str, Tensor], **options) -> list[R
     return [first, *(evaluate(op, nudged(tensors, i), "reference", **options) for i in range(1, 9 if few else 3))]
 
 
+def strided_offsets(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with offsets of ragged batches that are every other number of a larger tensor."""
+    names = [name for name in tensors if name.startswith("cu_seqlens")]
+    return dict(tensors) | {name: torch.stack([tensors[name], tensors[name] + 1], -1)[..., 0] for name in names}
+
+
 def nudged(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The tensors moved by at most half an eps: inputs that the dtype can hardly tell from them."""
     generator = torch.Generator().manual_seed(seed)

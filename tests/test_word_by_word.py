@@ -15,6 +15,7 @@ from _compare import (
     evaluate,
     in_double,
     largest,
+    strided_offsets,
 )  # fmt: skip
 from _location import offsets
 from _recurrent import FLOATING, Case, check, operator, pairwise
@@ -269,6 +270,13 @@ def raw(case, t):
     needs = [True] * 7
     grads = torch.ops.fused_attn.word_by_word_bwd(out, weights, *made.values(), None, None, out, needs)
     return made, [out, weights, *grads]
+
+
+@every_impl
+def test_offsets_of_any_stride_are_those_offsets(impl, device):
+    case = Case(ragged=True)
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, strided_offsets(tensors), impl), evaluate(case.op, tensors, impl))
 
 
 @every_impl
