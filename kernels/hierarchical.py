@@ -12,7 +12,8 @@ product hᵀ p give all their vectors x_r, so that short segments neither waste 
 
 goes into the online softmax of the group. x_r is rounded to the dtype of H before it meets the outer level, as it is
 where each level is a launch of its own: the backward, which is that of the location family level by level, and
-documents that do not fit (`fits`) have the same numbers then.
+documents that do not fit (`fits`) have the same numbers then. Not so NaN: in hᵀ p a visible row of NaN reaches all
+vectors of its block of segments.
 """
 
 from collections.abc import Callable

@@ -139,6 +139,9 @@ def test_an_empty_story_leaves_u_alone():
     torch.testing.assert_close(out[2:], torch.tanh(can.question_proj(g[:, 0])))
     assert not weights.words[2].any()
     assert not weights.sentences[2].any()
+    none = can(vectors[0][:, :0], lengths[0][:, :0], vectors[1], lengths[1], return_weights=True)
+    torch.testing.assert_close(none[0][2:], out[2:])
+    assert [w.shape for w in none[1]] == [(3, 4), (3, 0, 3), (3, 0)]
 
 
 def test_no_feedback_words_are_no_feedback():

@@ -97,6 +97,16 @@ def test_an_empty_side_is_zero(score):
     assert (word_weights[0, 3] == 0).all()  # no words
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_empty_axes(shape):
+    b, s, w = shape
+    lengths = torch.full((b,), s)
+    words = torch.zeros(shape, dtype=torch.int64)
+    scores, word_weights, weights = build()(words, words.sum(-1), lengths, return_weights=True)
+    assert (scores.shape, word_weights.shape, weights.shape) == ((b, s), (b, s, w), (b, 2, s, s))
+    assert scores.isfinite().all()
+
+
 @pytest.mark.parametrize("sides", ["apart", "together"])
 @pytest.mark.parametrize("score", ["concat", "cosine"])
 def test_without_attention_is_the_mean(sides, score):

@@ -91,6 +91,14 @@ def test_empty_answers_and_questions_are_zero():
     assert (near[2, :2] == 0).all()  # r_q = r_a = 0
 
 
+@pytest.mark.parametrize("question_pool", ["mean", "max", "last"])
+def test_batches_without_any_word_are_zero(question_pool):
+    none = torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    near, weights = build(question_pool=question_pool)(*none, *none, return_weights=True)
+    assert (near == 0).all()
+    assert weights.shape[-1] == 0
+
+
 def test_without_attention_is_the_mean():
     model = build(attention=False)
     near, weights = model(*ARGUMENTS, return_weights=True)

@@ -69,6 +69,14 @@ def test_what_is_past_the_end_is_not_seen():
     assert (grad[past] == 0).all()
 
 
+def test_weights_come_under_autocast():
+    model, (logs, _) = build().float(), inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, depths, variables = model(logs, LENGTHS, return_weights=True)
+    torch.testing.assert_close(depths.float(), model(logs, LENGTHS, return_weights=True)[1], rtol=0, atol=0.05)
+    assert (logits.isfinite() & variables.isfinite().all()).all()
+
+
 def test_empty_wells_and_curves():
     logits, depths, variables = build()(inputs()[0], LENGTHS, return_weights=True)
     torch.testing.assert_close(logits[2], build().output.bias)  # c = 0

@@ -164,11 +164,13 @@ class CAN(nn.Module):
         query = u
         if feedback is not None or feedback_lengths is not None:
             query = u + self._feedback(feedback, feedback_lengths, batch)
-        m, beta = general_attention(
-            query[:, None], torch.stack(states, 1), scale=scale, mask=visible, return_weights=True, impl=self.impl
-        )
+        s = torch.stack(states, 1) if states else u.new_zeros(batch, 0, u.shape[1])
+        m, beta = general_attention(query[:, None], s, scale=scale, mask=visible, return_weights=True, impl=self.impl)
         out = m[:, 0] + u
-        return (out, CANWeights(gamma, torch.stack(alphas, 1), beta[:, 0])) if return_weights else out
+        if not return_weights:
+            return out
+        alpha = torch.stack(alphas, 1) if alphas else u.new_zeros(batch, 0, length)
+        return out, CANWeights(gamma, alpha, beta[:, 0])
 
     def _feedback(self, feedback: Tensor | None, lengths: Tensor | None, batch: int) -> Tensor:
         """r, ``(B, context_dim)``, 0 where there is no feedback."""

@@ -115,9 +115,13 @@ class CRSum(nn.Module):
         batch, count, size = words.shape
         mask = length_mask(word_lengths, size).flatten(0, 1)
         x = self.embed(words.flatten(0, 1).masked_fill(~mask, 0)).masked_fill(~mask[..., None], 0)
-        f = self.conv(F.pad(x.transpose(1, 2), (0, self.conv.kernel_size[0] - 1))).tanh().transpose(1, 2)
+        if size:  # Conv1d refuses a signal of no length
+            x = F.pad(x.transpose(1, 2), (0, self.conv.kernel_size[0] - 1))
+            f = self.conv(x).tanh().transpose(1, 2)
+        else:
+            f = x.new_zeros(batch * count, 0, self.conv.out_channels)
         s, weights = cast("tuple[Tensor, Tensor]", self.words(f, mask=mask, return_weights=True, impl=self.impl))
-        return s.view(batch, count, -1), weights.view(batch, count, size)
+        return s.view(batch, count, s.shape[-1]), weights.view(batch, count, size)
 
     def contexts(self, h: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """What each sentence sees around it, for each side: vectors ``(B, S, hidden_dim)``, weights ``(B, S, S)``."""

@@ -161,6 +161,7 @@ class Entailment(nn.Module):
         """Outputs of each word, zero past the end, and the last state; that of no words is where it started."""
         if words.numel() == 0:
             return self.embedding.weight.new_zeros(*words.shape, lstm.hidden_size), state
+        words = words.masked_fill(~length_mask(lengths, words.shape[1]), 0)  # padding may be no word's number
         ends = lengths.clamp(min=1)
         x = pack_padded_sequence(self.embedding(words), ends.cpu(), batch_first=True, enforce_sorted=False)
         packed, after = lstm(x, state)

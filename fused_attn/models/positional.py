@@ -106,6 +106,8 @@ class PositionalAttention(nn.Module):
 
     def positional(self, question: Tensor, question_mask: Tensor, answer: Tensor, answer_mask: Tensor) -> Tensor:
         """p ``(P, Ta, position_dim)`` of the pairs of questions ``(P, Tq)`` and answers ``(P, Ta)``."""
+        if answer.shape[1] == 0:  # which conv1d refuses
+            return self.influence.new_zeros(*answer.shape, self.influence.shape[1])
         counts = question_mask & (question >= self.common)
         occurs = ((answer[:, :, None] == question[:, None]) & counts[:, None]).any(-1) & answer_mask
         # A sum over occurrences of what depends on the distance alone is a convolution with a symmetric kernel.
@@ -115,6 +117,8 @@ class PositionalAttention(nn.Module):
 
     def pool(self, h: Tensor, lengths: Tensor) -> Tensor:
         """r_q ``(B, 2 * hidden_dim)`` of the questions' states; 0 for a question without words."""
+        if h.shape[1] == 0:
+            return h.new_zeros(h.shape[0], h.shape[2])
         if self.question_pool == "mean":
             return h.sum(1) / lengths.clamp(min=1)[:, None]
         if self.question_pool == "max":

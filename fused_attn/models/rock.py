@@ -141,5 +141,6 @@ class Rock(nn.Module):
         logits: Tensor = self.output(c if query is None else torch.cat([c, query], -1))
         if not return_weights:
             return logits
-        depths = logs.new_zeros(inside.shape).masked_scatter(inside, result.inner_weights)
+        weights = result.inner_weights  # under autocast of another dtype than the logs
+        depths = weights.new_zeros(inside.shape).masked_scatter(inside, weights)
         return logits, depths, result.outer_weights.view(wells, self.variables)
