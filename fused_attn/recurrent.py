@@ -361,9 +361,11 @@ def location_aware_attention(
     if mask is not None:  # what may be NaN, before it meets a number
         previous = previous.masked_fill(~mask, 0)
         key = key.masked_fill(~mask[..., None], 0)
-    if key.shape[1]:  # conv1d refuses a signal of no length
+    if key.shape[1]:
         seen = F.conv1d(previous[:, None], conv_weight[:, None], padding=conv_weight.shape[1] // 2)
-        key = torch.baddbmm(key, seen.mT, u.expand(key.shape[0], -1, -1))
+    else:  # conv1d refuses a signal of no length; a gradient of zeros is still one
+        seen = previous[:, None] * conv_weight.sum(1)[:, None]
+    key = torch.baddbmm(key, seen.mT, u.expand(key.shape[0], -1, -1))
     out, weights = concat_attention(
         query[:, None], key, value, v, activation=activation, mask=mask,
         score_bias=None if score_bias is None else score_bias[:, None], dropout_p=dropout_p, return_weights=True,

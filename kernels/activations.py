@@ -37,7 +37,7 @@ def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
     if ACT == "tanh":
         return tanh(x, FAST)
     elif ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "sigmoid":
         return sigmoid(x, FAST)
     elif ACT == "leaky_relu":

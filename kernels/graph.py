@@ -148,9 +148,9 @@ class Blocks(NamedTuple):
 def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) -> Blocks:
     """Tiles of at most 1,024 numbers, in which a node of average degree takes few trips.
 
-    Whole rows where they fit, and heads, up to 8, that make a row of 256. A warp has 128 numbers: the addresses of
-    gathered rows, and the numbers of an edge and head, need registers too; with 16 heads, or 16 edges, the compiler
-    put some on the stack. Chosen by the compile report; speed on a GPU not yet measured.
+    Whole rows where they fit, and heads, up to 8, that make a row of 256. A warp has 128 to 256 numbers: addresses of
+    gathered rows, and the numbers of an edge and head, need registers too; with 16 heads, or 16 edges, some were put
+    on the stack. Chosen by the compile report; speed on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
         return Blocks(4, pow2(H, 1, 2), pow2(A, 4, 16), pow2(DV, 4, 16), 4)

@@ -233,7 +233,8 @@ def graph_bwd(
     (nodes, H, A), DV, edges = query.shape, call.sizes["DV"], indices.numel()
     if query.numel() == 0 or edges == 0:
         inputs = (query, key, v, value, edge)
-        return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+        kind = {"memory_format": torch.contiguous_format}  # as the compiler is told
+        return [torch.zeros_like(x, **kind) if need else None for x, need in zip(inputs, needs, strict=True)]
     need_q, need_k, need_v, need_value, need_edge = needs
     scores = scores.contiguous()
     dq, dk, dvalue, dedge = (
@@ -258,7 +259,7 @@ def graph_bwd(
     with torch.cuda.device_of(query):
         blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
         heads = triton.cdiv(H, blocks.H)
-        # Rows of dO, out and values at once: with 128 numbers a warp the compiler put some on the stack.
+        # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
         launch(_graph_bwd_scores_kernel, (nodes, heads), blocks._replace(warps=2 * blocks.warps), **structure)
         # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
         programs = min(nodes, 16 * call.chip.cores)

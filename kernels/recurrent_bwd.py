@@ -231,7 +231,7 @@ def recurrent_bwd(
         made = (zeros(*query.shape), dk, dval, dw.sum(0), zeros(D, A), zeros(D, D), dstate)
     else:
         before = previous(out, zeros(call.seqs, D) if state is None else state.float(), cu_seqlens_hypothesis)
-        c = query.float() + before @ w_r.float()
+        c = (query.float() + before @ w_r.float()).contiguous()  # a sum is laid out as its terms are
         gate = 1 - torch.tanh(before @ w_t.float()).square()
         dr = torch.empty(out.shape, dtype=torch.float32, device=query.device).copy_(dout)
         dc = torch.empty_like(c)

@@ -54,6 +54,16 @@ def test_raw_operators_pass_opcheck(case, device):
     torch.library.opcheck(torch.ops.fused_attn.graph_bwd, (cotangents[0], None, None, *backward, [False] * 5))
 
 
+@pytest.mark.kernel
+def test_raw_backward_without_edges_passes_opcheck_in_any_layout(device):
+    query = torch.randn(3, 5, 4, device=device).transpose(0, 1)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    forward = (query, query, torch.randn(3, 4, device=device), None, None, none.new_zeros(6), none, None, None, None)
+    out, lse, scores = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0)
+    backward = (out, lse, scores, *forward, None, out, lse, scores, "tanh", 0.0, [True, True, True, False, False])
+    torch.library.opcheck(torch.ops.fused_attn.graph_bwd, backward)
+
+
 # --- torch.compile -----------------------------------------------------------------------------------------------
 
 
@@ -277,6 +287,14 @@ def test_module_dropout_is_for_training_only(device):
     assert not torch.equal(module(x, indptr, indices), module(x, indptr, indices))
     module.eval()
     assert torch.equal(module(x, indptr, indices), module(x, indptr, indices))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_module_returns_the_dtype_of_autocast(bias, device):
+    layer = GraphAttention(3, 5, bias=bias).to(device)
+    structure = torch.tensor([0, 1, 2], device=device), torch.tensor([1, 0], device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert layer(torch.randn(2, 3, device=device), *structure).dtype == torch.bfloat16
 
 
 def test_repr_shows_the_options():

@@ -35,6 +35,17 @@ def op(*, impl, query, key, value, v, previous, conv_weight, u, **rest):
     return location_aware_attention(query, key, value, v, previous, conv_weight, u, **rest, impl=impl)
 
 
+@every_impl
+def test_without_keys_every_gradient_is_zero(impl, device):
+    t = tensors_for(device, keys=0)
+    leaves = {name: x.requires_grad_() for name, x in t.items() if x.is_floating_point()}
+    out, weights = op(impl=impl, **t)
+    assert (out == 0).all()
+    assert weights.shape == (B, 0)
+    grads = torch.autograd.grad(out.sum() + weights.sum(), list(leaves.values()))
+    assert all((g == 0).all() for g in grads)
+
+
 @pytest.mark.parametrize("width", [1, 3, 9])
 @every_impl
 def test_matches_the_formula_by_hand(impl, width, device):

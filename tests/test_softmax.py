@@ -34,6 +34,7 @@ def test_exp_is_exact_to_a_few_units_and_zero_at_minus_infinity(fma, device):
 # Rows of 4 numbers, of which the second has a NaN: (family, how it is called on them).
 FAMILIES = {
     "location": lambda h, v, impl: fused_attn.location_attention(h[None], v, impl=impl),
+    "relu": lambda h, v, impl: fused_attn.location_attention(h[None], v, activation="relu", impl=impl),
     "window": lambda h, v, impl: fused_attn.location_attention(h[None], v, window=(None, 0), impl=impl)[:, -1],
     "concat": lambda h, v, impl: fused_attn.concat_attention(h[None, :2], h[None], h[None], v, impl=impl),
     "general": lambda h, v, impl: fused_attn.general_attention(h[None, :1], h[None], impl=impl),

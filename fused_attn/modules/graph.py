@@ -144,7 +144,7 @@ class GraphAttention(nn.Module):
         )  # fmt: skip
         out, weights = results if isinstance(results, tuple) else (results, None)
         out = out.flatten(1) if self.concat else out.mean(1)
-        out = out if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias.to(out.dtype)
         return out if weights is None else (out, weights)
 
     def extra_repr(self) -> str:
