@@ -58,6 +58,14 @@ def chip_of(device: torch.device) -> Chip:
     return _assumed.get() or (INTERPRETER if INTERPRET else _query(device))
 
 
+def all_registers(chip: Chip) -> dict[str, int]:
+    """A launch option: up to 255 registers a thread, for kernels of at most 8 warps.
+
+    Without it ptxas presses some kernels into 128, so that two programs could share a core, and spills what is left.
+    """
+    return {"maxnreg": 255} if chip.backend == "cuda" else {}
+
+
 def pow2(n: int, least: int, most: int) -> int:
     """The power of two that holds n, within bounds that are powers of two themselves."""
     return max(least, min(most, triton.next_power_of_2(n)))

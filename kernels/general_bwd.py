@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import Chip, pow2, strides
+from .chip import Chip, all_registers, pow2, strides
 from .general import LOG2E, Blocks, power, prepare, product, widths
 from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
@@ -494,7 +494,8 @@ def general_bwd(
             more |= {"WIDE": blocks.D < D, "WIDE_V": blocks.DV < DV}
             more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("M", "N", "D", "DV")}
             named = {name: {**args, **more}[name] for name in kernel.arg_names}
-            kernel[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages)
+            options = all_registers(call.chip) if exact or more["WIDE"] or more["WIDE_V"] else {}
+            kernel[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
 
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), Tq, Tk, D, DV, args["PLAIN"])
         with torch.cuda.device_of(query):

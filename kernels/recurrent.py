@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .chip import Chip, chip_of, pow2, strides, unit
+from .chip import Chip, all_registers, chip_of, pow2, strides, unit
 from .location import load_rows
 from .masks import sequence_of
 from .softmax import exp, finish, pivot
@@ -298,13 +298,10 @@ def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **m
         forms.append((False, stream_blocks(call.chip, per_element, longest, A, D)))
     limit = limit if forms[0][0] else -1
     args = {**call.tensors, **call.sizes, **call.flags, **more, "limit": limit}
-    # Without a limit ptxas presses some kernels into 128 registers, which two programs could share a core with, and
-    # spills what is left over.
-    options = {"maxnreg": 255} if call.chip.backend == "cuda" else {}
     for is_held, blocks in forms:
         named = {name: args[name] for name in kernel.arg_names if name in args}
         named |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("N", "A", "D", "K")}
-        kernel[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **options)
+        kernel[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **all_registers(call.chip))
 
 
 def recurrent_fwd(
