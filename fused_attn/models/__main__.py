@@ -1,4 +1,4 @@
-"""Train a published system with and without attention: `python -m fused_attn.models NAME` (about a minute)."""
+"""Train a published system with and without attention: `python -m fused_attn.models NAME` (one to two minutes)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def draw(panels: list[Panel], path: Path) -> None:
         figsize=(max(6.0, 1 + 0.45 * max(len(p.columns) for p in panels)), 0.6 + 0.42 * sum(heights)),
     )  # fmt: skip
     for axis, panel in zip(axes[:, 0], panels, strict=True):
-        axis.imshow(panel.weights.float().cpu(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axis.imshow(panel.weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set_title(panel.title, fontsize=9, loc="left")
         axis.set_xticks(range(len(panel.columns)), panel.columns, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
