@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._location_blocked import blocked_bwd, blocked_fwd, clip_window
-from ._ops import raw_op, second_order
+from ._ops import raw_backward, raw_op, second_order
 
 _TENSORS = 4  # tensor arguments of the raw forward
 _GRADS = 2  # the leading ones of them that have gradients
@@ -39,7 +39,7 @@ def _fwd_fake(scores: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tenso
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     cotangents, tensors, results = args[:2], args[2 : 2 + _TENSORS], args[2 + _TENSORS : 4 + _TENSORS]
     *options, blocked, needs = args[4 + _TENSORS :]
     inputs: list[Any] = [*cotangents, *tensors]
@@ -49,21 +49,16 @@ def _bwd(*args: Any) -> list[Tensor]:
         from .kernels.location_window_bwd import window_bwd
 
         grads = window_bwd(*inputs, *results, *_clipped(*tensors, *options), needs)
-    return [args[0].new_empty(0) if g is None else g for g in grads]
-
-
-def _bwd_fake(dout: Tensor, dlse: Tensor | None, *args: Any) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
-    ]
+    return grads
 
 
 _window_fwd = raw_op("location_window_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _fwd, _fwd_fake)
-_window_bwd = raw_op(
+_window_bwd = raw_backward(
     "location_window_bwd",
     f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=2,
+    gradients=_GRADS,
 )
 
 

@@ -102,6 +102,27 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     return op
 
 
+def raw_backward(
+    name: str, schema: str, fn: Callable[..., Sequence[Tensor | None]], *, cotangents: int, gradients: int
+) -> Any:
+    """`raw_op` for a backward `fn`, which gives None for a gradient that is not needed: the op, an empty tensor.
+
+    Its arguments are the `cotangents`, the inputs, of which the first `gradients` have gradients, and more, at the
+    end which of these are needed. Gradients are contiguous, as the compiler is told.
+    """
+
+    def body(*args: Any) -> list[Tensor]:
+        return [args[0].new_empty(0) if g is None else g.contiguous() for g in fn(*args)]
+
+    def fake(*args: Any) -> list[Tensor]:
+        inputs = args[cotangents : cotangents + gradients]
+        return [
+            x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in zip(inputs, args[-1], strict=True)
+        ]
+
+    return raw_op(name, schema, body, fake)
+
+
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under `torch.autocast`, float32 and 16-bit tensors in its dtype, as `torch.nn.Linear` takes them."""
     device = next(x.device.type for x in tensors if isinstance(x, Tensor))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import location, reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 9  # tensor arguments of the raw forward
 _GRADS = 5  # the leading ones of them that have gradients
@@ -45,7 +45,7 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     if args[-2]:
         from ._concat_blocked import blocked_bwd
 
@@ -54,13 +54,7 @@ def _bwd(*args: Any) -> list[Tensor]:
         from .kernels.concat_bwd import concat_bwd
 
         grads = concat_bwd(*args[:-2], args[-1])
-    return [args[0].new_empty(0) if g is None else g for g in grads]
-
-
-def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
-    ]
+    return grads
 
 
 _concat_fwd = raw_op(
@@ -69,12 +63,13 @@ _concat_fwd = raw_op(
     _fwd,
     _fwd_fake,
 )
-_concat_bwd = raw_op(
+_concat_bwd = raw_backward(
     "concat_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool blocked, "
     "bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=3,
+    gradients=_GRADS,
 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 8  # tensor arguments of the raw forward
 _GRADS = 4  # the leading ones of them that have gradients
@@ -71,7 +71,7 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> t
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     *args, sdpa, needs = args  # type: ignore[assignment]
     if sdpa:
         dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
@@ -83,13 +83,7 @@ def _bwd(*args: Any) -> list[Tensor]:
         from .kernels.general_bwd import general_bwd
 
         grads = general_bwd(*args, needs)
-    return [args[0].new_empty(0) if g is None else g.contiguous() for g in grads]
-
-
-def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
-    ]
+    return grads
 
 
 _general_fwd = raw_op(
@@ -98,12 +92,13 @@ _general_fwd = raw_op(
     _fwd,
     _fwd_fake,
 )
-_general_bwd = raw_op(
+_general_bwd = raw_backward(
     "general_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool sdpa, "
     "bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=3,
+    gradients=_GRADS,
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_indices, check_offsets, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
@@ -112,7 +112,7 @@ def _fwd_fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     from .kernels.graph_bwd import graph_bwd
 
     key, indptr, indices, *transposed = args[4], *args[8:13]
@@ -120,23 +120,17 @@ def _bwd(*args: Any) -> list[Tensor]:
     structure = None
     if needs[1] or needs[3]:
         structure = _transpose(indptr, indices, key.shape[0]) if transposed[0] is None else tuple(transposed)
-    grads = graph_bwd(*args[:10], structure, *args[13:])
-    return [args[0].new_empty(0) if g is None else g for g in grads]
-
-
-def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
-    ]
+    return graph_bwd(*args[:10], structure, *args[13:])
 
 
 _graph_fwd = raw_op("graph_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-_graph_bwd = raw_op(
+_graph_bwd = raw_backward(
     "graph_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, {_OPTIONS}, "
     "bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=3,
+    gradients=_GRADS,
 )
 
 

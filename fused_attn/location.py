@@ -13,7 +13,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
 from ._location_windowed import WindowedAttention
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 12  # tensor arguments of the raw forward
 _GRADS = 9  # the leading ones of them that have gradients
@@ -45,25 +45,20 @@ def _fwd_fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     from .kernels.location_bwd import location_bwd
 
-    dout = args[0]
-    return [dout.new_empty(0) if g is None else g for g in location_bwd(*args)]
-
-
-def _bwd_fake(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
-    needs = args[-1]
-    return [x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], needs, strict=True)]
+    return location_bwd(*args)
 
 
 _location_fwd = raw_op("location_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-_location_bwd = raw_op(
+_location_bwd = raw_backward(
     "location_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, "
     f"{_OPTIONS}, bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=3,
+    gradients=_GRADS,
 )
 
 

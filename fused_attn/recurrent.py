@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_cu_seqlens, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton
 from .concat import concat_attention
 
 _TENSORS = 10  # tensor arguments of the raw forward
@@ -40,24 +40,19 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     from .kernels.recurrent_bwd import recurrent_bwd
 
-    return [args[0].new_empty(0) if g is None else g for g in recurrent_bwd(*args)]
-
-
-def _bwd_fake(dout: Tensor, dweights: Tensor | None, *args: Any) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if need else dout.new_empty(0) for x, need in zip(args[:_GRADS], args[-1], strict=True)
-    ]
+    return recurrent_bwd(*args)
 
 
 _word_fwd = raw_op("word_by_word_fwd", f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)", _fwd, _fwd_fake)
-_word_bwd = raw_op(
+_word_bwd = raw_backward(
     "word_by_word_bwd",
     f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=2,
+    gradients=_GRADS,
 )
 
 

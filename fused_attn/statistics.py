@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import Impl, cast_for_autocast, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 from .location import _unpack_jagged, _validate_location
 
 _INPUTS = "Tensor x, Tensor? v, Tensor values, Tensor? mask, Tensor? cu_seqlens"
@@ -39,28 +39,22 @@ def _fwd_fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor]:
+def _bwd(*args: Any) -> list[Tensor | None]:
     from .kernels.statistics_bwd import statistics_bwd
 
-    return [args[0].new_empty(0) if g is None else g for g in statistics_bwd(*args)]
-
-
-def _bwd_fake(dmean: Tensor, dvar: Tensor, dlse: Tensor | None, dscores: Tensor | None, *args: Any) -> list[Tensor]:
-    needs = args[-1]
-    return [
-        x.new_empty(x.shape) if need else dmean.new_empty(0) for x, need in zip(args[:_GRADS], needs, strict=True)
-    ]
+    return statistics_bwd(*args)
 
 
 _statistics_fwd = raw_op(
     "statistics_fwd", f"({_INPUTS}, bool return_scores) -> (Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake
 )
-_statistics_bwd = raw_op(
+_statistics_bwd = raw_backward(
     "statistics_bwd",
     f"(Tensor dmean, Tensor dvar, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor mean, Tensor var, Tensor lse, "
     "Tensor scores, bool[] needs) -> Tensor[]",
     _bwd,
-    _bwd_fake,
+    cotangents=4,
+    gradients=_GRADS,
 )
 
 
@@ -218,7 +212,6 @@ def statistics_pooling(
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     run = _StatisticsPooling.apply if kernel else reference.statistics_pooling
-    segment = None if cu_seqlens is None else reference.segment_ids(cu_seqlens, h.shape[0])
     wide = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):  # what autocast would cast was cast above
         if w is None or v is None:
@@ -226,7 +219,7 @@ def statistics_pooling(
         else:
             if mask is not None:  # 0 · NaN would be in the gradients of W and of the context
                 h = h.masked_fill(~mask[..., None], 0)
-            x = _features(h, w, b, context, context_per_row, mask, segment, activation)
+            x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
             x = x if v.dim() == 2 else x.to(wide) @ v.to(wide)
         per_channel = None if v is None or v.dim() == 1 else v
         return_scores = return_weights and per_channel is not None
@@ -237,7 +230,8 @@ def statistics_pooling(
 
         if per_channel is None:
             scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
-        weights = weights_from(scores, lse[:, None] if segment is None else lse[segment]).to(h.dtype)
+        of_row = lse[:, None] if cu_seqlens is None else lse[reference.segment_ids(cu_seqlens, h.shape[0])]
+        weights = weights_from(scores, of_row).to(h.dtype)
     weights = weights.squeeze(-1) if per_channel is None else weights
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
@@ -246,7 +240,7 @@ def statistics_pooling(
 
 def _features(
     h: Tensor, w: Tensor, b: Tensor | None, context: Tensor | None, context_per_row: bool, mask: Tensor | None,
-    segment: Tensor | None, activation: str,
+    cu_seqlens: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
     z = h @ w
     if b is not None:
@@ -256,7 +250,7 @@ def _features(
         z = z + (context if mask is None else context.masked_fill(~mask[..., None], 0))
     elif context is not None:
         context = context.reshape(-1, w.shape[1])
-        z = z + (context[:, None] if segment is None else context[segment])
+        z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
     return reference.ACTIVATIONS[activation](z)
 
 

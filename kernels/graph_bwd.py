@@ -233,8 +233,7 @@ def graph_bwd(
     (nodes, H, A), DV, edges = query.shape, call.sizes["DV"], indices.numel()
     if query.numel() == 0 or edges == 0:
         inputs = (query, key, v, value, edge)
-        kind = {"memory_format": torch.contiguous_format}  # as the compiler is told
-        return [torch.zeros_like(x, **kind) if need else None for x, need in zip(inputs, needs, strict=True)]
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
     need_q, need_k, need_v, need_value, need_edge = needs
     scores = scores.contiguous()
     dq, dk, dvalue, dedge = (

@@ -332,7 +332,7 @@ class Call(NamedTuple):
     flags: dict[str, object]
 
 
-def _strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
+def row_strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
     """(sequence, row) strides of a tensor with one entry a row."""
     if x is None:
         return 0, 0
@@ -348,9 +348,9 @@ def prepare(
     ragged = cu_seqlens is not None
     h, context, values = unit(h), unit(context), unit(values)
     mask = None if mask is None else mask.view(torch.uint8)
-    h_strides, val_strides, mask_strides = (_strides(x, ragged) for x in (h, values, mask))
+    h_strides, val_strides, mask_strides = (row_strides(x, ragged) for x in (h, values, mask))
     if context is None or context_per_row:
-        ctx_strides = _strides(context, ragged)
+        ctx_strides = row_strides(context, ragged)
     else:
         ctx_strides = context.stride(0), 0
     half = h.dtype.itemsize == 2
@@ -426,7 +426,7 @@ def location_fwd(
         o = h.new_empty(items.count, R, DV, dtype=torch.float32)
         m = h.new_empty(items.count, R, dtype=torch.float32)
         l = torch.empty_like(m)
-    bias_strides = _strides(score_bias, cu_seqlens is not None)
+    bias_strides = row_strides(score_bias, cu_seqlens is not None)
     with torch.cuda.device_of(h):
         _location_fwd_kernel[(items.count,)](
             **call.tensors, **item_args(items), **call.sizes, **call.flags,

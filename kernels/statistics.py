@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import Chip, chip_of, matmul_flags, pow2, unit
-from .location import item_args, load_rows, matmul
+from .location import item_args, load_rows, matmul, row_strides
 from .masks import locate, partition
 from .softmax import finish, pivot
 
@@ -298,7 +298,7 @@ def prepare(x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu
     A, C = 0 if v is None else v.shape[0], values.shape[-1]
 
     def strides(name: str, y: Tensor | None) -> dict[str, int]:
-        sequence, row = (0, 0) if y is None else (0, y.stride(0)) if ragged else y.stride()[:2]
+        sequence, row = row_strides(y, ragged)
         return {f"stride_{name}b": sequence, f"stride_{name}t": row}
 
     return Call(

@@ -278,7 +278,7 @@ def statistics_bwd(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
     if call.seqs == 0 or call.length == 0:
-        return [dx, torch.zeros_like(v, memory_format=torch.contiguous_format) if need_v else None, dvalues]
+        return [dx, torch.zeros_like(v) if need_v else None, dvalues]
 
     blocks = bwd_blocks(call.chip, values.element_size(), call.length, call.C, call.A)
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens)
