@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import dropout_scale
+from .reference import dropout_scale, normaliser
 
 # Processor time at B = 4, 256 × 512, A = Dv = 128, float32, tanh, one thread of a Xeon with AVX-512 and 2 MiB of L2.
 BUFFER_BYTES = 2**21
@@ -263,15 +263,14 @@ def blocked_fwd(
     )  # fmt: skip
     B, H, Tq, Tk = call.B, call.H, call.Tq, call.Tk
     out = value.new_zeros(B, H, Tq, value.shape[-1])
-    lse = torch.full((B, H, Tq), -torch.inf, dtype=torch.float64, device=value.device)
+    lse = normaliser(call.q.new_full((B, H, Tq), -torch.inf), call.q.new_zeros(B, H, Tq))
     scores = call.q.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
     for t in call.tiles():
         s = call.scores(t, call.hidden(t))
         if need_scores:
             scores[t.b, t.h, t.rows, t.cols] = s
         p, pivot, total = _softmax(s)
-        # log 0 = -inf is what a row without keys has
-        lse[t.b, t.h, t.rows] = (pivot.double() + total.double().log()).squeeze(-1)
+        lse[t.b, t.h, t.rows] = torch.cat([pivot.masked_fill(total == 0, -torch.inf), total], -1)
         kept = call.kept(t)
         if kept is not None:
             p *= kept
@@ -311,7 +310,7 @@ def blocked_bwd(
             g *= kept
         delta = (p * g).sum(-1, keepdim=True)
         if dlse is not None:
-            delta -= dlse[t.b, t.h, t.rows, None]
+            delta -= dlse[t.b, t.h, t.rows, 1:] * lse[t.b, t.h, t.rows, 1:]
         g.sub_(delta).mul_(p)
         if dscores is not None:
             some = dscores[t.b, t.h, t.rows, t.cols]

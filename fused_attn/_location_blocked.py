@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import dropout_scale, in_window
+from .reference import dropout_scale, in_window, normaliser
 
 CHUNK = 64
 """Rows of a chunk; of windows bounded on both sides up to `WIDE`, so that a chunk has not many times as many keys."""
@@ -160,7 +160,7 @@ def blocked_fwd(
     x = scores.to(dtype).reshape(-1, R)
     values = values.to(dtype).masked_fill(hidden, 0).reshape(len(x), 1, width)
     if x.numel() == 0:
-        return values.new_zeros(*scores.shape, width), scores.new_full(scores.shape, -torch.inf, dtype=torch.float64)
+        return values.new_zeros(*scores.shape, width), normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
     if cu_seqlens is None:
         longest = scores.shape[1]
         cu = torch.arange(len(scores) + 1, device=x.device) * longest
@@ -175,10 +175,8 @@ def blocked_fwd(
     else:  # the other way round it is a prefix
         state = _prefix(_Rows(x.flip(0), None, values.flip(0)), len(x) - cu.flip(0), longest, left)
         state = _State(*(part.flip(0) for part in state))
-    empty = state.l == 0
-    l = state.l.masked_fill(empty, 1)
-    lse = (_pivot(state.m).double() + torch.log(l.double())).masked_fill(empty, -torch.inf)
-    return (state.o / l[..., None]).reshape(*scores.shape, width), lse.reshape(scores.shape)
+    out = state.o / state.l.masked_fill(state.l == 0, 1)[..., None]
+    return out.reshape(*scores.shape, width), normaliser(state.m, state.l).reshape(*scores.shape, 2)
 
 
 def blocked_bwd(

@@ -35,7 +35,7 @@ def _fwd_fake(scores: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tenso
     dtype = torch.promote_types(values.dtype, torch.float32)
     return (
         scores.new_empty(*scores.shape, values.shape[-1], dtype=dtype),
-        scores.new_empty(scores.shape, dtype=torch.float64),
+        scores.new_empty(*scores.shape, 2, dtype=dtype),
     )
 
 

@@ -189,10 +189,10 @@ def second_order(
 
 
 def weights_from(scores: Tensor, lse: Tensor) -> Tensor:
-    """Softmax weights ``exp(scores - lse)``, 0 where no key is visible; `lse` is float64 and broadcasts.
+    """Softmax weights ``exp(scores - m) / l``, 0 where no key is visible; `lse` is (m, l), and broadcasts but for it.
 
-    Its rounding error, at the size of the scores, would be the relative error of every weight: it goes in two parts.
+    m is a constant to autograd: no weight depends on it.
     """
-    lse = lse.masked_fill(lse == -torch.inf, 0)
-    high = lse.to(scores.dtype)
-    return torch.exp((scores - high) - (lse - high).to(scores.dtype))
+    top, total = lse.unbind(-1)
+    top = top.detach()
+    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0)) / total.masked_fill(total == 0, 1)

@@ -40,7 +40,7 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
     dtype = torch.promote_types(value.dtype, torch.float32)
     return (
         value.new_empty(batch, heads, length, value.shape[-1], dtype=dtype),
-        value.new_empty(batch, heads, length, dtype=torch.float64),
+        value.new_empty(batch, heads, length, 2, dtype=dtype),
         value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=dtype),
     )
 
@@ -271,7 +271,7 @@ def concat_attention(
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = weights_from(scores, lse[..., None]).to(out.dtype)
+    weights = weights_from(scores, lse[..., None, :]).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

@@ -54,7 +54,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return general_fwd(*args, need_scores)
     query, key, value, _, mask, *_, scale, _, right, _ = args
     out = _sdpa(mask, right == 0, scale, query, key, value)
-    lse = out.new_zeros(out.shape[:3], dtype=torch.float64)  # nothing asks for it
+    lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
     # Some of its backends lay the output out as the query is; the compiler was told otherwise.
     out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
     return out, lse, out.new_zeros(0, dtype=torch.float32)
@@ -66,13 +66,13 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> t
     value = key if value is None else value
     return (
         value.new_empty(batch, heads, length, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
-        value.new_empty(batch, heads, length, dtype=torch.float64),
+        value.new_empty(batch, heads, length, 2, dtype=torch.float32),
         value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=torch.float32),
     )
 
 
 def _bwd(*args: Any) -> list[Tensor | None]:
-    *args, sdpa, needs = args  # type: ignore[assignment]
+    *args, natural, sdpa, needs = args  # type: ignore[assignment]
     if sdpa:
         dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
         rows = (query, key) if value is None else (query, key, value)
@@ -82,7 +82,7 @@ def _bwd(*args: Any) -> list[Tensor | None]:
     else:
         from .kernels.general_bwd import general_bwd
 
-        grads = general_bwd(*args, needs)
+        grads = general_bwd(*args, natural, needs)
     return grads
 
 
@@ -94,8 +94,8 @@ _general_fwd = raw_op(
 )
 _general_bwd = raw_backward(
     "general_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool sdpa, "
-    "bool[] needs) -> Tensor[]",
+    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool natural, "
+    "bool sdpa, bool[] needs) -> Tensor[]",
     _bwd,
     cotangents=3,
     gradients=_GRADS,
@@ -132,7 +132,9 @@ class _GeneralAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = _GeneralBackward.apply(dout, dlse, dscores, *saved, *ctx.options, ctx.sdpa, needs)
+        grads = _GeneralBackward.apply(
+            dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs
+        )
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -148,17 +150,17 @@ class _GeneralBackward(torch.autograd.Function):
         query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
         cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
         activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
-        sdpa: bool, needs: tuple[bool, ...],
+        natural: bool, sdpa: bool, needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return tuple(_general_bwd(
             dout, dlse, dscores, query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse,
-            activation, scale, left, right, dropout_p, sdpa, list(needs),
+            activation, scale, left, right, dropout_p, natural, sdpa, list(needs),
         ))  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -2], inputs[-1]
+        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -3], inputs[-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -308,7 +310,7 @@ def general_attention(
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = weights_from(scores, lse[..., None]).to(out.dtype)
+    weights = weights_from(scores, lse[..., None, :]).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

@@ -107,7 +107,7 @@ def _fwd_fake(
     value = key if value is None else value
     return (
         query.new_empty(nodes, heads, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
-        query.new_empty(nodes, heads, dtype=torch.float64),
+        query.new_empty(nodes, heads, 2, dtype=torch.float32),
         query.new_empty(indices.shape[0], heads, dtype=torch.float32),
     )
 

@@ -64,10 +64,10 @@ def _fwd_fake(h: Tensor, *args: Any) -> tuple[Tensor, ...]:
     seqs, groups = inner_offsets.shape[0] - 1, outer_offsets.shape[0] - 1
     return (
         h.new_empty(groups, 1, width, dtype=torch.float32),
-        h.new_empty(groups, 1, dtype=torch.float64),
+        h.new_empty(groups, 1, 2, dtype=torch.float32),
         h.new_empty(seqs, 1, dtype=torch.float32),
         h.new_empty(seqs, width),
-        h.new_empty(seqs, 1, dtype=torch.float64),
+        h.new_empty(seqs, 1, 2, dtype=torch.float32),
         h.new_empty(rows, 1, dtype=torch.float32),
         h.new_empty(seqs, 1, width, dtype=torch.float32),
     )
@@ -130,7 +130,7 @@ class _HierarchicalAttention(torch.autograd.Function):
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
             through, *parameters = _LocationBackward.apply(
                 torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
-                *score[_SCORE:], None, None, lse.squeeze(1) != -torch.inf, outer_offsets, None,
+                *score[_SCORE:], None, None, lse[:, 0, 0] != -torch.inf, outer_offsets, None,
                 out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
                 (any(inner_needs), *outer_needs, False, False),
             )[: 1 + _SCORE]  # fmt: skip

@@ -40,7 +40,7 @@ def _fwd_fake(
     width = (h if values is None else values).shape[-1]
     return (
         h.new_empty(seqs, hops, width, dtype=torch.float32),
-        h.new_empty(seqs, hops, dtype=torch.float64),
+        h.new_empty(seqs, hops, 2, dtype=torch.float32),
         h.new_empty(*h.shape[:-1], hops, dtype=torch.float32),
     )
 
@@ -321,7 +321,7 @@ def _windowed(
     j = torch.arange(scores.shape[1], device=scores.device)
     shown = reference.in_window(j[:, None], j, left, right, torch.ones_like(j, dtype=torch.bool))
     pairs = scores.mT[:, :, None].masked_fill(~shown, -torch.inf)  # (B, R, T, T), of positions and keys
-    weights = weights_from(pairs, lse.mT[..., None]).to(dtype)
+    weights = weights_from(pairs, lse.transpose(1, 2)[..., None, :]).to(dtype)
     return out, weights if hop_axis else weights.squeeze(1)
 
 

@@ -54,6 +54,14 @@ def dropout_scale(seed: Tensor, position: Tensor, segment: Tensor, hop: Tensor, 
     return keep.to(torch.float64) / (1.0 - dropout_p)
 
 
+def normaliser(top: Tensor, total: Tensor) -> Tensor:
+    """(m, l) of softmaxes, ``shape + (2,)``: the largest score, a constant to autograd, and Σ exp(score - m).
+
+    A weight is ``exp(score - m) / l``. Where no key is visible they are (-inf, 0).
+    """
+    return torch.stack([top.detach().to(total.dtype), total], -1)
+
+
 def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     """For each packed row, the index of its segment: int64 ``(rows,)``."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
@@ -88,8 +96,8 @@ def location_attention(
     ``w`` None leaves the product out; ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is
     the number of sequences.
 
-    Returns ``out (S, R, Dv)`` in the dtype of ``values``, float64 ``lse (S, R)``, and in at least float32
-    ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
+    Returns ``out (S, R, Dv)`` in the dtype of ``values``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
+    least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
     """
     rows = h.shape[:-1]
     values = h if values is None else values
@@ -134,9 +142,8 @@ def location_attention(
         pivot = top.masked_fill(top == -torch.inf, 0)
         weights = torch.exp(scores - pivot[segment])
         total = torch.zeros_like(pivot).index_add(0, segment, weights)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    lse = normaliser(top, total)
+    total = total.masked_fill(total == 0, 1)
     weights = weights / (total[:, None] if cu_seqlens is None else total[segment])
     if dropout_p > 0:
         assert seed is not None
@@ -170,7 +177,8 @@ def windowed_attention(
     Shapes: ``scores (B, T, R)`` or packed ``(N, R)``, ``values (B, T, Dv)`` or ``(N, Dv)``, which may hold anything
     where the scores are ``-inf``. Dropout draws as for R heads: of key j, sequence and hop, and query i.
 
-    Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``values``, float64 ``lse`` without the last axis.
+    Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``values``, and ``lse``, see `normaliser`,
+    with 2 for the last axis.
     """
     if cu_seqlens is not None:
         scores, values = scores[None], values[None]
@@ -180,7 +188,7 @@ def windowed_attention(
         scores.mT[:, :, None].expand(B, R, T, T), values[:, None].expand(B, R, T, width), None, None,
         cu_seqlens, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p,
     )  # fmt: skip
-    out, lse = out.transpose(1, 2), lse.mT
+    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     return (out, lse) if cu_seqlens is None else (out[0], lse[0])
 
 
@@ -227,8 +235,8 @@ def concat_attention(
     with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is visible to query i iff
     ``i - left <= j <= i + right``, None for an open side.
 
-    Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, float64 ``lse (B, H, Tq)``, and in at least float32
-    ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
+    Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
+    least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
     """
     query, key, value = readable(mask, query, key, value)
     scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
@@ -307,9 +315,8 @@ def _attend(
     pivot = top.masked_fill(top == -torch.inf, 0)
     weights = torch.exp(scores - pivot[..., None])
     total = weights.sum(-1)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    lse = normaliser(top, total)
+    total = total.masked_fill(total == 0, 1)
     weights = weights / total[..., None]
     if dropout_p > 0:
         assert seed is not None
@@ -407,8 +414,8 @@ def graph_attention(
     ``edge (E, H, A)``, ``indptr (Nq + 1,)``, ``indices (E,)``. Dropout draws of an edge's place among those of its
     node, node and head.
 
-    Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, float64 ``lse (Nq, H)``, and in at least float32
-    ``scores (E, H)``.
+    Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, ``lse (Nq, H, 2)``, see `normaliser`, and in at
+    least float32 ``scores (E, H)``.
     """
     node = segment_ids(indptr, indices.shape[0])
     rows = key[indices]
@@ -422,9 +429,8 @@ def graph_attention(
     pivot = top.masked_fill(top == -torch.inf, 0)  # a node without neighbours: never -inf - -inf
     weights = torch.exp(scores - pivot[node])
     total = torch.zeros_like(pivot).index_add(0, node, weights)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    lse = normaliser(top, total)
+    total = total.masked_fill(total == 0, 1)
     weights = weights / total[node]
     if dropout_p > 0:
         assert seed is not None
@@ -456,8 +462,8 @@ def hierarchical_attention(
     gate_activation, context_per_row)``. A segment that sees no row is zero and hidden from the outer level.
     `attend` computes a level, by default as the textbook has it.
 
-    Returns ``out (G, 1, D')``, the outer ``lse (G, 1)`` and ``scores (S, 1)``, the segments ``x (S, D)`` in the
-    dtype of ``h``, the inner ``lse (S, 1)`` and ``scores (N, 1)``.
+    Returns ``out (G, 1, D')``, the outer ``lse (G, 1, 2)`` and ``scores (S, 1)``, the segments ``x (S, D)`` in the
+    dtype of ``h``, the inner ``lse (S, 1, 2)`` and ``scores (N, 1)``.
     """
 
     def level(
@@ -472,7 +478,7 @@ def hierarchical_attention(
     pooled, lse, scores = level(h, inner, mask, inner_offsets)
     segments = pooled.squeeze(1).to(h.dtype)
     rows = segments if between is None else between(segments, outer_offsets)
-    top = level(rows, outer, lse.squeeze(1) != -torch.inf, outer_offsets)
+    top = level(rows, outer, lse[:, 0, 0] != -torch.inf, outer_offsets)
     return *top, segments, lse, scores
 
 
@@ -487,7 +493,7 @@ def statistics_pooling(
     Shapes: ``values (B, T, C)`` or packed ``(N, C)``; with ``v (A, C)`` `x` is the features u ``(B, T, A)`` or
     ``(N, A)``; without it the scores ``(B, T)`` or ``(N,)``, one for all channels.
 
-    Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, float64 ``lse (S, C)``, ``(S, 1)`` without v, and
+    Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, ``lse (S, C, 2)``, ``(S, 1, 2)`` without v, and
     with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
     """
     scores = x[..., None] if v is None else x
@@ -518,9 +524,8 @@ def statistics_pooling(
     pivot = top.masked_fill(top == -torch.inf, 0)  # a sequence that sees no frame: never -inf - -inf
     weights = torch.exp(scores - to_frames(pivot))
     total = over_frames(weights)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    lse = (pivot.double() + torch.log(total.double())).masked_fill(empty, -torch.inf)
+    lse = normaliser(top, total)
+    total = total.masked_fill(total == 0, 1)
     weights = weights / to_frames(total)
     mean = over_frames(weights * values)
     var = over_frames(weights * (values - to_frames(mean)).square())

@@ -34,7 +34,7 @@ def _fwd_fake(
     return (
         values.new_empty(seqs, channels, dtype=torch.float64),
         values.new_empty(seqs, channels, dtype=torch.float32),
-        values.new_empty(seqs, 1 if v is None else channels, dtype=torch.float64),
+        values.new_empty(seqs, 1 if v is None else channels, 2, dtype=torch.float32),
         values.new_empty(values.shape if return_scores else 0, dtype=torch.float32),
     )
 
@@ -258,7 +258,7 @@ def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
     """sqrt(max(var, floor)), a constant at the floor; 0 where no frame is visible. NaN stays NaN."""
     low = var <= floor
     std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
-    return std.masked_fill(low, math.sqrt(floor)).masked_fill(lse == -torch.inf, 0)
+    return std.masked_fill(low, math.sqrt(floor)).masked_fill(lse[..., 0] == -torch.inf, 0)
 
 
 def _validate_statistics(

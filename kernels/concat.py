@@ -37,7 +37,7 @@ from torch import Tensor
 from .activations import activate
 from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
-from .softmax import exp, finish, merge, pivot
+from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 SAFE, SAFE_EXACT = 42.0, 80.0
 """Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1), or with `EXACT` αβ, is a float32 (under e^88.7)."""
@@ -258,9 +258,9 @@ def _concat_fwd_kernel(
     k_cu_ptr, k_first_ptr,
     seed_ptr,
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float64
+    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32 with the strides of lse, or None
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32, or None
     splits,
     num_seqs,
     q_per_seq,
@@ -354,15 +354,15 @@ def _concat_fwd_kernel(
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
     if o_ptr is None:
-        inv, lse = finish(m, l)
-        tl.store(lse_ptr + rows, lse, mask=q_inside)
+        inv = finish(l)
+        store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
             out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :],
             (acc * inv[:, None]).to(out_ptr.dtype.element_ty),
             mask=q_inside[:, None] & (dv < DV)[None, :],
         )
     else:
-        rows = rows * splits + split
+        rows = rows // 2 * splits + split
         tl.store(m_ptr + rows, m, mask=q_inside)
         tl.store(l_ptr + rows, l, mask=q_inside)
         tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=q_inside[:, None] & (dv < DV)[None, :])
@@ -515,10 +515,10 @@ def concat_fwd(
     )  # fmt: skip
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
-    lse = torch.empty(B, H, Tq, dtype=torch.float64, device=query.device)
+    lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
-        return out.zero_(), lse.fill_(-torch.inf), scores
+        return out.zero_(), no_key(lse), scores
     blocks = fwd_blocks(call.chip, value.element_size(), Tq, Tk, DV, activation in FACTOR, call.busy)
     with torch.cuda.device_of(query):
         q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
@@ -538,7 +538,7 @@ def concat_fwd(
             q_seq_ptr=q.items.seq, q_first_ptr=q.items.first, k_first_ptr=k.items.first,
             q_per_seq=q.items.per_seq, k_per_seq=k.items.per_seq,
             out_ptr=out, stride_ob=0 if ragged else out.stride(0), stride_oh=out.stride(1), stride_ot=out.stride(2),
-            lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=1,
+            lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
             num_warps=blocks.warps, num_stages=blocks.stages,
@@ -548,6 +548,6 @@ def concat_fwd(
             flat = B * H * Tq
             merge(
                 o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
-                out.view(flat, 1, DV), lse.view(flat, 1), skip_single=False,
+                out.view(flat, 1, DV), lse.view(flat, 1, 2), skip_single=False,
             )  # fmt: skip
     return out, lse, scores

@@ -1,6 +1,6 @@
-"""Backward of concat attention, recomputed from lse: nothing of size Tq·Tk·A exists, sums have a fixed order.
+"""Backward of concat attention, recomputed from (m, l): nothing of size Tq·Tk·A exists, sums have a fixed order.
 
-With a_ij = exp(s_ij - lse_i), k_ij the dropout factor, δ_i = dO_i · o_i - dlse_i:
+With a_ij = exp(s_ij - m_i) / l_i, k_ij the dropout factor, δ_i = dO_i · o_i - l_i dl_i:
 
     g_ij = a_ij (k_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias
     dvalue_j = Σ_i k_ij a_ij dO_i
@@ -37,7 +37,7 @@ from .activations import activate, activate_grad
 from .chip import Chip, pow2
 from .concat import Blocks, concat_scores, factors, prepare, reciprocal
 from .masks import dropout_scale, key_range, locate, sequence_of, visible
-from .softmax import exp, split
+from .softmax import exp, load_lse
 
 WORKSPACE_BYTES = 64 * 2**20
 _longest: ContextVar[int | None] = ContextVar("assumed longest sequence", default=None)
@@ -70,8 +70,8 @@ def _concat_bwd_g_kernel(
     k_cu_ptr, k_first_ptr,
     seed_ptr,
     do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr,  # (B, H, Tq) float64
-    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - dlse; with EXACT -dlse
+    lse_ptr,  # (B, H, Tq, 2) float32: (m, l)
+    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - l dl; with EXACT -l dl
     out_ptr,  # (B, H, Tq, DV) float32, with the strides of dO
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
@@ -143,9 +143,9 @@ def _concat_bwd_g_kernel(
             at = i[:, None].to(tl.int64) * stride_sq + j[None, :].to(tl.int64) * stride_sk
             s += tl.load(bias_ptr + seq * stride_sb + head * stride_sh + at, mask=shown, other=0.0).to(tl.float32)
         rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-        lse, lse_rest = split(tl.load(lse_ptr + rows, mask=q_keep, other=0.0))
+        top, inv = load_lse(lse_ptr + rows * 2, q_keep)
         delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
-        p = tl.where(shown, exp((s - lse[:, None]) - lse_rest[:, None], EXACT and FMA), 0.0)
+        p = tl.where(shown, exp(s - top[:, None], EXACT and FMA) * inv[:, None], 0.0)
         pk = p
         if seed_ptr is not None:
             k = dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
@@ -579,8 +579,8 @@ def concat_bwd(
     if query.numel() and key.numel() and value.numel() and call.seqs:
         blocks, walk = bwd_blocks(call.chip, value.element_size(), Tq, Tk, A, call.busy)
         dout, out = dout.contiguous(), out.contiguous()
-        delta = torch.zeros(lse.shape, **f32) if call.flags["EXACT"] else (dout.float() * out).sum(-1)
-        delta = delta if dlse is None else delta - dlse.float()
+        delta = torch.zeros(lse.shape[:-1], **f32) if call.flags["EXACT"] else (dout.float() * out).sum(-1)
+        delta = delta if dlse is None else delta - dlse[..., 1] * lse[..., 1]
         with torch.cuda.device_of(query):
             q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)
             k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation, transposed=True)
@@ -605,7 +605,7 @@ def concat_bwd(
                 "q_per_seq": q.items.per_seq, "k_per_seq": k.items.per_seq, "k_tiles": k_tiles,
                 "do_ptr": dout, "stride_ob": 0 if ragged else dout.stride(0), "stride_oh": dout.stride(1),
                 "stride_ot": dout.stride(2), "out_ptr": out, "lse_ptr": lse, "delta_ptr": delta,
-                "stride_lb": 0 if ragged else lse.stride(0), "stride_lh": lse.stride(1), "stride_lt": 1,
+                "stride_lb": 0 if ragged else delta.stride(0), "stride_lh": delta.stride(1), "stride_lt": 1,
                 "dscores_ptr": dscores if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
                 "g_ptr": g, "gt_ptr": gt, "p_ptr": p, "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,
                 "dv_ptr": dv_parts, "BLOCK_M": blocks.M, "BLOCK_N": blocks.N, "BLOCK_DV": blocks.DV,

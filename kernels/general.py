@@ -4,9 +4,10 @@ Tiles of queries meet tiles of keys on matrix units, with an online softmax (Fla
 of size Tq·Tk is stored. A bilinear weight has met the queries before.
 
 - 16-bit inputs work in base 2, 2^(s log2 e): the factor log2 e shares the multiplication with `scale`, and one
-  instruction makes the exponential. The lse that leaves the kernel is natural. float32 inputs (`EXACT`, unless
-  PyTorch is set to allow TF32) take e^s itself, see `softmax.exp`: where many keys weigh alike, the rounding of
-  s log2 e would be a relative error of all of them.
+  instruction makes the exponential. float32 inputs (`EXACT`, unless PyTorch is set to allow TF32) and calls that
+  return the scores are `NATURAL`: they take e^s itself, see `softmax.exp`. In float32 the rounding of s log2 e would
+  be a relative error of keys that weigh alike. The maximum that is kept for the backward is in the units of the
+  scores: converted and back it would be off by one step, which at 1e9 is 64.
 - Where the values are the keys (`SHARED`) one load of a tile serves both products: half the traffic, which decides
   when there are few queries. A tile holds widths up to 256; wider keys (`WIDE`) are loaded in parts for the score,
   and the values' width is divided among programs, each of which makes the scores again.
@@ -28,16 +29,16 @@ from torch import Tensor
 from .activations import activate
 from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
-from .softmax import exp, finish, merge, pivot
+from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def power(x, EXACT: tl.constexpr, FMA: tl.constexpr):
+def power(x, NATURAL: tl.constexpr, FMA: tl.constexpr):
     """The exponential that the scores are made for: e^x, or 2^x."""
-    if EXACT:
+    if NATURAL:
         return exp(x, FMA)
     return tl.exp2(x)
 
@@ -79,9 +80,9 @@ def _general_fwd_kernel(
     k_cu_ptr,
     seed_ptr,
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float64
+    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), m in the units of `power`
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32 with the strides of lse, or None
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32, or None
     splits,
     num_seqs,
     q_per_seq,
@@ -98,7 +99,7 @@ def _general_fwd_kernel(
     ACT: tl.constexpr,
     FAST: tl.constexpr,
     FMA: tl.constexpr,
-    EXACT: tl.constexpr,
+    NATURAL: tl.constexpr,
     SHARED: tl.constexpr,
     WIDE: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -111,7 +112,7 @@ def _general_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    rate: tl.constexpr = 1.0 if EXACT else LOG2E
+    rate: tl.constexpr = 1.0 if NATURAL else LOG2E
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     split = tl.program_id(2) % splits
@@ -187,11 +188,11 @@ def _general_fwd_kernel(
                 s = tl.where(shown, s, float("-inf"))
                 if scores_ptr is not None:
                     at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
-                    tl.store(scores_ptr + at, s * (1.0 / rate), mask=inside)
+                    tl.store(scores_ptr + at, s, mask=inside)  # NATURAL
             m_new = tl.maximum(m, tl.max(s, axis=1))
             shift = pivot(m_new) if EDGE else m_new
-            p = power(s - shift[:, None], EXACT, FMA)
-            alpha = power(m - shift, EXACT, FMA)
+            p = power(s - shift[:, None], NATURAL, FMA)
+            alpha = power(m - shift, NATURAL, FMA)
             l = l * alpha + tl.sum(p, axis=1)
             if seed_ptr is not None:
                 p *= dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
@@ -208,16 +209,16 @@ def _general_fwd_kernel(
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
     if o_ptr is None:
-        inv, lse = finish(m if EXACT else m.to(tl.float64) * LN2, l)
-        tl.store(lse_ptr + rows, lse, mask=q_inside)
+        inv = finish(l)
+        store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
             out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :],
             acc * inv[:, None],
             mask=q_inside[:, None] & (dv < DV)[None, :],
         )
     else:
-        rows = rows * splits + split
-        tl.store(m_ptr + rows, m if EXACT else m * LN2, mask=q_inside)
+        rows = rows // 2 * splits + split
+        tl.store(m_ptr + rows, m, mask=q_inside)
         tl.store(l_ptr + rows, l, mask=q_inside)
         tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=q_inside[:, None] & (dv < DV)[None, :])
 
@@ -278,7 +279,7 @@ class Call(NamedTuple):
 def prepare(
     query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
+    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
 ) -> Call:  # fmt: skip
     """Arguments by the kernels' names; shapes as `fused_attn.reference.general_attention` has them."""
     chip, packed = chip_of(query.device), cu_seqlens_q is not None
@@ -294,6 +295,7 @@ def prepare(
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     seqs = cu_seqlens_q.numel() - 1 if packed else B
     precise = matmul_flags(chip, key.dtype)
+    exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     return Call(
         chip,
         seqs,
@@ -316,7 +318,7 @@ def prepare(
         {
             "ACT": activation, "FAST": chip.backend == "cuda" and key.element_size() == 2,
             "FMA": chip.backend != "interpreter",
-            "EXACT": key.dtype == torch.float32 and precise["PRECISION"] == "ieee",
+            "EXACT": exact, "NATURAL": exact or natural,
             "SHARED": value is None, "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, **precise,
         },
     )  # fmt: skip
@@ -333,14 +335,14 @@ def general_fwd(
     """
     call = prepare(
         query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p,
+        activation, scale, left, right, dropout_p, need_scores,
     )  # fmt: skip
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.sizes["DV"]
     out = query.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
-    lse = torch.empty(B, H, Tq, dtype=torch.float64, device=query.device)
+    lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
-        return out.zero_(), lse.fill_(-torch.inf), scores
+        return out.zero_(), no_key(lse), scores
     plain = call.plain and not need_scores
     blocks = fwd_blocks(call.chip, key.element_size(), Tq, Tk, D, DV, plain)
     with torch.cuda.device_of(query):
@@ -354,7 +356,7 @@ def general_fwd(
             l = torch.empty_like(m)
         packed = cu_seqlens_q is not None
         _general_fwd_kernel[(items.count, H, splits * dv_blocks)](
-            **call.tensors, **call.sizes, **call.flags,
+            **call.tensors, **call.sizes, **{name: x for name, x in call.flags.items() if name != "EXACT"},
             q_seq_ptr=items.seq, q_first_ptr=items.first, q_per_seq=items.per_seq,
             out_ptr=out, **strides("ob oh ot", out, (0, 1, 2), packed=packed),
             lse_ptr=lse, **strides("lb lh lt", lse, (0, 1, 2), packed=packed),
@@ -367,6 +369,7 @@ def general_fwd(
             flat = B * H * Tq
             merge(
                 o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
-                out.view(flat, 1, DV), lse.view(flat, 1), skip_single=False,
+                out.view(flat, 1, DV), lse.view(flat, 1, 2), skip_single=False,
+                unit=1.0 if call.flags["NATURAL"] else LN2.value,
             )  # fmt: skip
     return out, lse, scores

@@ -1,6 +1,6 @@
-"""Backward of general attention, recomputed from lse: nothing of size Tq·Tk exists, sums have a fixed order.
+"""Backward of general attention, recomputed from (m, l): nothing of size Tq·Tk exists, sums have a fixed order.
 
-With x_ij = scale q_i · k_j, a_ij = exp(s_ij - lse_i), κ_ij the dropout factor, δ_i = dO_i · o_i - dlse_i:
+With x_ij = scale q_i · k_j, a_ij = exp(s_ij - m_i) / l_i, κ_ij the dropout factor, δ_i = dO_i · o_i - l_i dl_i:
 
     g_ij = a_ij (κ_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias
     dq_i = scale Σ_j g_ij act'(x_ij) k_j          dk_j = scale Σ_i g_ij act'(x_ij) q_i
@@ -50,7 +50,7 @@ def _general_gradient(
     dp,  # dO · value; with EXACT dO · (κ value - out)
     i, j,  # positions of queries and keys, to broadcast to the tile
     inside,  # pairs of rows that may be read
-    high, low, delta,  # of the queries: lse in the units of `power`, in two parts with EXACT, and δ
+    top, inv, delta,  # of the queries: m in the units of `power`, 1 / l, and δ
     keep,  # κ of the tile, or 1
     bias_ptr, stride_sq, stride_sk,  # first pair of this sequence and head, or None
     mask_ptr, stride_mq, stride_mk,
@@ -64,12 +64,13 @@ def _general_gradient(
     FAST: tl.constexpr,
     FMA: tl.constexpr,
     EXACT: tl.constexpr,
+    NATURAL: tl.constexpr,
     EDGE: tl.constexpr,  # some query may not see some key of this tile
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """(gradient of scale q · k, weight after dropout); 0 where a key is not visible."""
-    rate: tl.constexpr = 1.0 if EXACT else LOG2E
+    rate: tl.constexpr = 1.0 if NATURAL else LOG2E
     if ACT == "identity":
         s = x * (scale * rate)
     else:
@@ -81,10 +82,7 @@ def _general_gradient(
         if bias_ptr is not None:
             at = i * stride_sq + j.to(tl.int64) * stride_sk
             s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
-    s -= high
-    if EXACT:
-        s -= low
-    p = power(s, EXACT, FMA)
+    p = power(s - top, NATURAL, FMA) * inv
     if EDGE:
         p = tl.where(shown, p, 0.0)
     if EXACT:
@@ -114,7 +112,7 @@ def _general_bwd_dq_kernel(
     k_cu_ptr,
     seed_ptr,
     do_ptr, out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV); out float32
-    high_ptr, low_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
+    top_ptr, inv_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
     dq_ptr, stride_db, stride_dh, stride_dt,  # (B, H, Tq, D)
@@ -134,6 +132,7 @@ def _general_bwd_dq_kernel(
     FAST: tl.constexpr,
     FMA: tl.constexpr,
     EXACT: tl.constexpr,
+    NATURAL: tl.constexpr,
     SHARED: tl.constexpr,
     WIDE: tl.constexpr,
     WIDE_V: tl.constexpr,
@@ -170,8 +169,8 @@ def _general_bwd_dq_kernel(
     if not WIDE_V and not EXACT:
         do = tl.load(do_ptr + o_rows[:, None] + dv[None, :], mask=q_keep[:, None] & (dv < DV)[None, :], other=0.0)
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    high = tl.load(high_ptr + rows, mask=q_keep, other=0.0)[:, None]
-    low = tl.load(low_ptr + rows, mask=q_keep, other=0.0)[:, None]
+    top = tl.load(top_ptr + rows, mask=q_keep, other=0.0)[:, None]
+    inv = tl.load(inv_ptr + rows, mask=q_keep, other=0.0)[:, None]
     delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)[:, None]
     k_row0 = k_start.to(tl.int64)
     k_ptr += seq * stride_kb + head * stride_kh + k_row0 * stride_kt
@@ -235,9 +234,9 @@ def _general_bwd_dq_kernel(
                     do, do_ptr + o_rows, q_keep, values, val_ptrs, k_keep, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
                 )
             g, _p = _general_gradient(
-                x, dp, i[:, None], j[None, :], q_keep[:, None] & k_keep[None, :], high, low, delta, keep,
+                x, dp, i[:, None], j[None, :], q_keep[:, None] & k_keep[None, :], top, inv, delta, keep,
                 bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, dbias_ptr,
-                Tk, left, right, scale, ACT, FAST, FMA, EXACT, EDGE, HAS_LEFT, HAS_RIGHT,
+                Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, EDGE, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             if WIDE:
                 k = tl.load(k_ptrs[:, None] + d_out[None, :], mask=k_keep[:, None] & (d_out < D)[None, :], other=0.0)
@@ -262,7 +261,7 @@ def _general_bwd_dkv_kernel(
     k_cu_ptr, k_seq_ptr, k_first_ptr,
     seed_ptr,
     do_ptr, out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV); out float32
-    high_ptr, low_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
+    top_ptr, inv_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dk_ptr, stride_db, stride_dh, stride_dt,  # (B, H, Tk, D), or None; with SHARED of both terms
     dval_ptr, stride_eb, stride_eh, stride_et,  # (B, H, Tk, DV), or None
@@ -282,6 +281,7 @@ def _general_bwd_dkv_kernel(
     FAST: tl.constexpr,
     FMA: tl.constexpr,
     EXACT: tl.constexpr,
+    NATURAL: tl.constexpr,
     SHARED: tl.constexpr,
     WIDE: tl.constexpr,
     WIDE_V: tl.constexpr,
@@ -381,11 +381,11 @@ def _general_bwd_dkv_kernel(
             rows = l_row0 + q_rows * stride_lt
             g, p = _general_gradient(
                 x, dp, i[None, :], j[:, None], q_keep[None, :] & k_keep[:, None],
-                tl.load(high_ptr + rows, mask=q_keep, other=0.0)[None, :],
-                tl.load(low_ptr + rows, mask=q_keep, other=0.0)[None, :],
+                tl.load(top_ptr + rows, mask=q_keep, other=0.0)[None, :],
+                tl.load(inv_ptr + rows, mask=q_keep, other=0.0)[None, :],
                 tl.load(delta_ptr + rows, mask=q_keep, other=0.0)[None, :],
                 keep, bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, None,
-                Tk, left, right, scale, ACT, FAST, FMA, EXACT, EDGE, HAS_LEFT, HAS_RIGHT,
+                Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, EDGE, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             if dk_ptr is not None:
                 if WIDE:
@@ -460,12 +460,16 @@ def general_bwd(
     dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
     query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
+    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
+    needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of (query, key, value, score_bias), None where `needs` is False."""
+    """Gradients of (query, key, value, score_bias), None where `needs` is False.
+
+    natural: whether the forward returned its scores, and took e^s of them (see general.py).
+    """
     call = prepare(
         query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p,
+        activation, scale, left, right, dropout_p, natural,
     )  # fmt: skip
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.sizes["DV"]
@@ -475,17 +479,17 @@ def general_bwd(
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
     dbias = torch.zeros(B, H, Tq, Tk, dtype=torch.float32, device=query.device) if need_bias else None
     if query.numel() and key.numel() and call.seqs:
-        # The gap of float32 is made in the kernels; -dlse is left of δ.
-        delta = torch.zeros_like(lse) if exact else (dout * out).sum(-1)
-        delta = (delta if dlse is None else delta - dlse).float()
-        lse = lse.masked_fill(lse == -torch.inf, 0) * (1.0 if exact else LOG2E.value)
-        high = lse.float()
+        # The gap of float32 is made in the kernels; -l dl is left of δ.
+        top, total = (x.contiguous() for x in lse.unbind(-1))
+        delta = torch.zeros_like(top) if exact else (dout * out).sum(-1)
+        delta = delta if dlse is None else delta - dlse[..., 1] * total
+        top, inv = top.masked_fill(top == -torch.inf, 0), total.masked_fill(total == 0, torch.inf).reciprocal()
         dout = dout.to(key.dtype).contiguous()
         args = {
             **call.tensors, **call.sizes, **call.flags, "PLAIN": call.plain and dscores is None,
             "do_ptr": dout, "out_ptr": out.contiguous(), **strides("ob oh ot", dout, (0, 1, 2), packed=packed),
-            "high_ptr": high, "low_ptr": (lse - high).float(), "delta_ptr": delta,
-            **strides("lb lh lt", high, (0, 1, 2), packed=packed),
+            "top_ptr": top, "inv_ptr": inv, "delta_ptr": delta,
+            **strides("lb lh lt", top, (0, 1, 2), packed=packed),
             "dscores_ptr": None if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
             "dval_ptr": dvalue, **strides("eb eh et", dvalue, (0, 1, 2), packed=packed),
         }  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor
 from .activations import activate
 from .chip import Chip, chip_of, pow2, strides, unit
 from .masks import dropout_scale
-from .softmax import exp, finish, pivot
+from .softmax import exp, finish, new_lse, no_key, pivot, store_lse
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _graph_fwd_kernel(
     indices_ptr,  # (E,)
     seed_ptr,
     out_ptr,  # (Nq, H, DV) float32
-    lse_ptr,  # (Nq, H) float64
+    lse_ptr,  # (Nq, H, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (E, H) float32
     H,
     A,
@@ -121,10 +121,10 @@ def _graph_fwd_kernel(
             values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, dv, H, DV)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * values, axis=0)
         m = m_new
-    inv, lse = finish(m, l)
+    inv = finish(l)
     rows = node * H + h
     if tl.program_id(2) == 0:
-        tl.store(lse_ptr + rows, lse, mask=h < H)
+        store_lse(lse_ptr + rows * 2, m, l, h < H)
     tl.store(
         out_ptr + rows[:, None] * DV + dv[None, :], acc * inv[:, None], mask=(h < H)[:, None] & (dv < DV)[None, :]
     )
@@ -207,10 +207,10 @@ def graph_fwd(
     call = prepare(query, key, v, value, edge, seed, activation, dropout_p)
     (nodes, H, A), DV, edges = query.shape, call.sizes["DV"], indices.numel()
     out = query.new_empty(nodes, H, DV, dtype=torch.float32)
-    lse = torch.empty(nodes, H, dtype=torch.float64, device=query.device)
+    lse = new_lse(nodes, H, device=query.device)
     scores = torch.empty(edges, H, dtype=torch.float32, device=query.device)
     if out.numel() == 0 or edges == 0:
-        return out.zero_(), lse.fill_(-torch.inf), scores
+        return out.zero_(), no_key(lse), scores
     blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
     with torch.cuda.device_of(query):
         _graph_fwd_kernel[(nodes, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](

@@ -1,8 +1,8 @@
 """Backward of graph attention: walks of the edges, by their target and by their source, and no atomics.
 
-With a_e = exp(s_e - lse_i), κ_e the dropout factor, and i the node that edge e, from j, belongs to:
+With a_e = exp(s_e - m_i) / l_i, κ_e the dropout factor, and i the node that edge e, from j, belongs to:
 
-    gap_e = dO_i · (κ_e value_j - o_i)      δ_i = Σ_e a_e gap_e - dlse_i
+    gap_e = dO_i · (κ_e value_j - o_i)      δ_i = Σ_e a_e gap_e - l_i dl_i
     g_e = a_e (gap_e - δ_i) + dscores_e                                  the gradient of s_e
     dq_i = Σ_e g_e v act'(z_e)      dk_j = Σ_e g_e v act'(z_e)      dvalue_j = Σ_e κ_e a_e dO_i
     dv = Σ_e g_e act(z_e)           dedge_e = g_e v act'(z_e)
@@ -25,7 +25,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
 from .masks import dropout_scale
-from .softmax import exp, split
+from .softmax import exp, load_dlse, load_lse
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def _graph_bwd_scores_kernel(
     seed_ptr,
     out_ptr,  # (Nq, H, DV) float32
     do_ptr,  # (Nq, H, DV)
-    lse_ptr,  # (Nq, H) float64
-    dlse_ptr,  # (Nq, H) float32 or None
+    lse_ptr,  # (Nq, H, 2) float32: (m, l)
+    dlse_ptr,  # the same, or None
     scores_ptr,  # (E, H) float32
     dscores_ptr,  # (E, H) float32 or None
     g_ptr,  # (E, H) float32: gradients of the scores
@@ -56,7 +56,7 @@ def _graph_bwd_scores_kernel(
     lo = tl.load(indptr_ptr + node).to(tl.int64)
     hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
     row = node * H + h
-    high, low = split(tl.load(lse_ptr + row, mask=h < H, other=0.0))
+    top, inv = load_lse(lse_ptr + row * 2, h < H)
     delta = tl.zeros([BLOCK_H], tl.float32)
     for e0 in range(lo, hi, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
@@ -74,18 +74,18 @@ def _graph_bwd_scores_kernel(
             out = load_heads(out_ptr + node * H * DV, DV, h, d, H, DV)
             values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, d, H, DV)
             gap += tl.sum(do[None, :, :] * (kappa[:, :, None] * values - out[None, :, :]), axis=2)
-        p = exp((tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - high) - low, FMA)
+        p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
         delta += tl.sum(p * gap, axis=0)
         tl.store(g_ptr + at, gap, mask=inside)
         tl.store(p_ptr + at, p * kappa, mask=inside)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=h < H, other=0.0)
+        delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
     tl.debug_barrier()  # other threads than wrote them may load the gaps
     for e0 in range(lo, hi, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         at = e[:, None] * H + h[None, :]
         inside = (e < hi)[:, None] & (h < H)[None, :]
-        p = exp((tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - high) - low, FMA)
+        p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
         g = p * (tl.load(g_ptr + at, mask=inside, other=0.0) - delta)
         if dscores_ptr is not None:
             g += tl.load(dscores_ptr + at, mask=inside, other=0.0)
@@ -243,7 +243,7 @@ def graph_bwd(
     args = {
         **call.tensors, **call.sizes, **call.flags, "nodes": nodes, "out_ptr": out.contiguous(),
         "do_ptr": dout.to(key.dtype).contiguous(), "lse_ptr": lse.contiguous(), "scores_ptr": scores,
-        "dlse_ptr": None if dlse is None else dlse.float().contiguous(),
+        "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "dscores_ptr": None if dscores is None else dscores.contiguous(),
         "g_ptr": torch.empty_like(scores), "p_ptr": torch.empty_like(scores),
         "dq_ptr": dq, "dk_ptr": dk, "dval_ptr": dvalue, "dedge_ptr": dedge,

@@ -26,7 +26,7 @@ from torch import Tensor
 from .activations import activate
 from .chip import Chip, chip_of
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
-from .softmax import finish, online_softmax
+from .softmax import finish, new_lse, online_softmax, store_lse
 
 SEGMENTS = 16
 """Segments of a block: the smallest side of a matrix product."""
@@ -94,10 +94,10 @@ def _hierarchical_fwd_kernel(
     inner_ptr,  # (S + 1,)
     outer_ptr,  # (G + 1,)
     out_ptr,  # (G, D) float32
-    outer_lse_ptr,  # (G,) float64
+    outer_lse_ptr,  # (G, 2) float32: (m, l), see softmax.py
     outer_scores_ptr,  # (S,) float32
     segments_ptr,  # (S, D) in the dtype of H
-    inner_lse_ptr,  # (S,) float64
+    inner_lse_ptr,  # (S, 2) float32
     inner_scores_ptr,  # (N,) float32
     pooled_ptr,  # (S, D) float32
     D,
@@ -168,8 +168,8 @@ def _hierarchical_fwd_kernel(
                 values = load_rows(h_ptrs, keep, d, D)
             acc = acc * alpha[None, :] + _weighted_sum(values, p, BLOCK_S, COMPUTE, PRECISION)
 
-        inv, lse = finish(m, l)
-        tl.store(inner_lse_ptr + seg, lse, mask=exists)
+        inv = finish(l)
+        store_lse(inner_lse_ptr + seg * 2, m, l, exists)
         x = acc * inv[None, :]
         x_at = seg[None, :] * D + d[:, None]
         write = (d < D)[:, None] & exists[None, :]
@@ -191,8 +191,8 @@ def _hierarchical_fwd_kernel(
         p, alpha, outer_m, outer_l = online_softmax(s, outer_m, outer_l)
         outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, D).to(tl.float32) * p, axis=0)
 
-    inv, lse = finish(outer_m, outer_l)
-    tl.store(outer_lse_ptr + group + tl.arange(0, 1), lse)
+    inv = finish(outer_l)
+    store_lse(outer_lse_ptr + group * 2 + tl.arange(0, 1), outer_m, outer_l, True)
     tl.store(out_ptr + group * D + d, outer_acc * inv, mask=d < D)
 
 
@@ -252,13 +252,13 @@ def hierarchical_fwd(
     if not fits(chip, min(blocks.DV, outer_blocks.DV), D, rows, groups):
         pooled, inner_lse, inner_scores = location_fwd(h, *inner, None, None, mask, inner_offsets, None, *options)
         segments = pooled.squeeze(1).to(h.dtype, copy=True)
-        seen = inner_lse.squeeze(1) != -torch.inf
+        seen = inner_lse[:, 0, 0] != -torch.inf
         level = location_fwd(segments, *outer, None, None, seen, outer_offsets, None, *outer_options)
         return *level, segments, inner_lse, inner_scores, pooled
 
     new: Callable[..., Tensor] = h.new_empty
     out, pooled = new(groups, 1, D, dtype=torch.float32), new(seqs, 1, D, dtype=torch.float32)
-    outer_lse, inner_lse = new(groups, 1, dtype=torch.float64), new(seqs, 1, dtype=torch.float64)
+    outer_lse, inner_lse = (new_lse(n, 1, device=h.device) for n in (groups, seqs))
     outer_scores, inner_scores = new(seqs, 1, dtype=torch.float32), new(rows, 1, dtype=torch.float32)
     segments = new(seqs, D)
     results = (out, outer_lse, outer_scores, segments, inner_lse, inner_scores, pooled)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import activate
 from .chip import A100, Chip, chip_of, matmul_flags, pow2, unit
 from .masks import Items, dropout_scale, locate, partition
-from .softmax import finish, merge, online_softmax
+from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 MAX_HOPS = 128
 
@@ -142,7 +142,7 @@ def _location_fwd_kernel(
     first_ptr,
     seed_ptr,  # (1,) int64 or None
     out_ptr,  # (S, R, DV) float32
-    lse_ptr,  # (S, R) float64
+    lse_ptr,  # (S, R, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (B, T, R) or (N, R) float32
     o_ptr,  # (items, R, DV) float32, or None: every sequence is one item
     m_ptr,  # (items, R) float32 or None
@@ -252,8 +252,8 @@ def _location_fwd_kernel(
         at = item.to(tl.int64) * R + r
         tl.store(m_ptr + at, m, mask=r < R)
         tl.store(l_ptr + at, l, mask=r < R)
-    inv, lse = finish(m, l)
-    tl.store(lse_ptr + seq * R + r, lse, mask=(r < R) & single)
+    inv = finish(l)
+    store_lse(lse_ptr + (seq * R + r) * 2, m, l, (r < R) & single)
     if ONE_DV:
         write = (dv < DV)[:, None] & (col < R)[None, :]
         offsets = col[None, :] * DV + dv[:, None]
@@ -411,10 +411,10 @@ def location_fwd(
     )  # fmt: skip
     seqs, R, DV = call.seqs, call.R, call.DV
     out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
-    lse = h.new_empty(seqs, R, dtype=torch.float64)
+    lse = new_lse(seqs, R, device=h.device)
     scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
-        return out.zero_(), lse.fill_(-torch.inf), scores
+        return out.zero_(), no_key(lse), scores
 
     blocks = fwd_blocks(call.chip, h.element_size(), call.length, h.shape[-1], call.A, R, DV, v is None)
     one_dv = blocks.DV >= DV

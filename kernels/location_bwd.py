@@ -1,8 +1,8 @@
-"""Backward of location attention, from the saved scores and lse.
+"""Backward of location attention, from the saved scores and (m, l).
 
 With the dropout factor k_jr, 1 without dropout:
 
-    a_jr  = exp(s_jr - lse_r)
+    a_jr  = exp(s_jr - m_r) / l_r        dlse_r = l_r dl_r
     ds_jr = a_jr (k_jr dO_r · value_j - dO_r · o_r + dlse_r) + dscores_jr
     du_ja = Σ_r ds_jr v_ar
     dz    = du ⊙ act'(z) ⊙ gate            dg = du ⊙ act(z) ⊙ gate'
@@ -22,7 +22,7 @@ from .activations import activate, activate_grad
 from .chip import Chip, pow2
 from .location import Blocks, even, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition
-from .softmax import split
+from .softmax import load_dlse, load_lse
 
 WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
 
@@ -43,10 +43,10 @@ def _location_bwd_dz_kernel(
     first_ptr,
     seed_ptr,  # (1,) int64 or None
     out_ptr,  # (S, R, DV) float32
-    lse_ptr,  # (S, R) float64
+    lse_ptr,  # (S, R, 2) float32: (m, l)
     scores_ptr,  # (B, T, R) or (N, R) float32
     do_ptr,  # (S, R, DV)
-    dlse_ptr,  # (S, R) float64 or None
+    dlse_ptr,  # the same, or None
     dscores_ptr,  # (B, T, R) or (N, R) float32, or None
     dz_ptr,  # (items of this launch, BLOCK_T, A or 2A): [dz dg]
     p_ptr,  # (items of this launch, BLOCK_T, R) float32: a ⊙ k
@@ -123,16 +123,16 @@ def _location_bwd_dz_kernel(
     at = (seq * T + rows)[:, None] * R + r[None, :]
     visible = keep[:, None] & hop[None, :]
     s = tl.load(scores_ptr + at, mask=visible, other=float("-inf"))
-    lse = tl.load(lse_ptr + seq * R + r, mask=hop, other=float("-inf"))
-    hi, lo_part = split(lse)
-    a_w = tl.exp((s - hi[None, :]) - lo_part[None, :])
+    lse_at = (seq * R + r) * 2
+    top, inv = load_lse(lse_ptr + lse_at, hop)
+    a_w = tl.exp(s - top[None, :]) * inv[None, :]
     p = a_w
     if seed_ptr is not None:
         if BLOCK_R > 1:
             gap += (k - 1.0) * (gap + delta[None, :])
         p *= k
     if dlse_ptr is not None:
-        gap += tl.load(dlse_ptr + seq * R + r, mask=hop, other=0.0).to(tl.float32)[None, :]
+        gap += load_dlse(dlse_ptr + lse_at, lse_ptr + lse_at, hop)[None, :]
     ds = a_w * gap
     if dscores_ptr is not None:
         ds += tl.load(dscores_ptr + at, mask=visible, other=0.0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
 from .location import even, load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
-from .softmax import exp, finish, pivot, split
+from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -58,17 +58,15 @@ def band(
 
 
 @triton.jit
-def _exponent(ptrs, keep, LSE: tl.constexpr):
-    """A score, or -lse in two parts; (-inf, 0) where there is none."""
-    x = tl.load(ptrs, mask=keep, other=float("-inf"))
+def _exponent(ptr, at, keep, LSE: tl.constexpr):
+    """(x, factor): a score and 1, or of (m, l) -m and 1 / l; (-inf, 0) where there is none."""
     if LSE:
-        hi, rest = split(x)
-        hi = tl.where(x == float("-inf"), float("-inf"), -hi)
-        rest = -rest
+        top, factor = load_lse(ptr + at * 2, keep)
+        x = tl.where(factor == 0.0, float("-inf"), -top)
     else:
-        hi = x
-        rest = tl.zeros_like(x)
-    return hi, rest
+        x = tl.load(ptr + at, mask=keep, other=float("-inf"))
+        factor = tl.full(x.shape, 1.0, tl.float32)
+    return x, factor
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -78,7 +76,7 @@ def _exponent(ptrs, keep, LSE: tl.constexpr):
 
 @triton.jit
 def _location_window_totals_kernel(
-    x_ptr,  # (B, T, R) or (N, R): scores, float32; with LSE float64 lse, of which x = -lse
+    x_ptr,  # (B, T, R) or (N, R) float32: scores; with LSE (m, l), (B, T, R, 2), of which x = -m
     c_ptr,  # (B, T, R) or (N, R) float64, or None: 1
     val_ptr, stride_vb, stride_vt, stride_vr,  # (B, T, R or 1, DV)
     m_ptr,  # (items, R) float32
@@ -102,10 +100,10 @@ def _location_window_totals_kernel(
     t = lo + tl.arange(0, BLOCK)
     rows = (start + t).to(tl.int64)
     at = (seq * T + rows) * R + r
-    x, rest = _exponent(x_ptr + at, t < hi, LSE)
+    x, factor = _exponent(x_ptr, at, t < hi, LSE)
     keep = x != float("-inf")
     m = tl.max(x, axis=0)
-    p = exp((x - pivot(m)) + rest, FMA).to(o_ptr.dtype.element_ty)  # [BLOCK]
+    p = (exp(x - pivot(m), FMA) * factor).to(o_ptr.dtype.element_ty)  # [BLOCK]
     values = load_rows(val_ptr + seq * stride_vb + rows * stride_vt + r * stride_vr, keep, d, DV).to(p.dtype)
     slot = item.to(tl.int64) * R + r
     tl.store(o_ptr + slot * DV + d, tl.sum(p[:, None] * values, axis=0), mask=d < DV)
@@ -166,7 +164,7 @@ def _location_window_fwd_kernel(
     m_ptr, l_ptr, o_ptr,  # scanned states, or None without SCAN
     seed_ptr,  # (1,) int64 or None
     out_ptr,  # (B, T, R, DV) or (N, R, DV) float32
-    lse_ptr,  # (B, T, R) or (N, R) float64
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l), see softmax.py
     cu_ptr, seq_ptr, first_ptr,
     num_seqs,
     per_seq,
@@ -222,9 +220,9 @@ def _location_window_fwd_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     at = (seq * T + start + i) * R + r
-    inv, lse = finish(m, l)
+    inv = finish(l)
     if tl.program_id(2) == 0:
-        tl.store(lse_ptr + at, lse, mask=inside)
+        store_lse(lse_ptr + at * 2, m, l, inside)
     tl.store(out_ptr + at[:, None] * DV + d[None, :], acc * inv[:, None], mask=inside[:, None] & (d < DV)[None, :])
 
 
@@ -317,7 +315,7 @@ def window_fwd(
     """(out, lse) as `fused_attn.reference.windowed_attention` has them, out in float32."""
     DV = values.shape[-1]
     out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)
-    lse = scores.new_empty(scores.shape, dtype=torch.float64)
+    lse = new_lse(*scores.shape, device=scores.device)
     if lse.numel() == 0:
         return out, lse
     call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)

@@ -1,17 +1,17 @@
-"""Backward of the windowed form of location attention, from the saved scores, out and lse.
+"""Backward of the windowed form of location attention, from the saved scores, out and (m, l).
 
 With the dropout factor k_ij, 1 without dropout, sums over the positions i that see key j, r a hop:
 
-    a_ijr    = exp(s_jr - lse_ir)                      δ_ir = dO_ir · o_ir - dlse_ir
+    a_ijr    = exp(s_jr - m_ir) / l_ir                 δ_ir = dO_ir · o_ir - l_ir dl_ir
     ds_jr    = Σ_i a_ijr (k_ij dO_ir · value_j - δ_ir)
     dvalue_j = Σ_r Σ_i k_ij a_ijr dO_ir
 
-Both are the forward's sums with positions and keys exchanged, over x = -lse: of the positions that see all of a tile
+Both are the forward's sums with positions and keys exchanged, over x = -m with the factor 1 / l: of the positions that see all of a tile
 of keys the scanned state (m, l, o) with c = δ and value = dO is enough,
 
     ds_jr += e^{s_jr + m} (o · value_j - l)            dvalue_j += e^{s_jr + m} o
 
-and no exponent is above 0, since s_jr <= lse_ir where i sees j. Where key j has all the weight the two terms of ds
+and no exponent is above 0, since s_jr <= m_ir where i sees j. Where key j has all the weight the two terms of ds
 are equal. So in float32 they are one sum, of dO (k value - o), pair by pair, and float64 in the states; then a
 gradient that is 0 comes out as one.
 """
@@ -25,15 +25,16 @@ from .chip import pow2
 from .location import load_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, locate, sequence_of, visible_pairs
-from .softmax import exp, split
+from .softmax import exp, load_dlse, load_lse
 
 
 @triton.jit
 def _location_window_delta_kernel(
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     out_ptr,  # the same, float32
-    dlse_ptr,  # (B, T, R) or (N, R) float64, or None
-    delta_ptr,  # the same
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
+    dlse_ptr,  # the same, or None
+    delta_ptr,  # (B, T, R) or (N, R) float64
     count,  # its numbers
     DV,
     BLOCK: tl.constexpr,
@@ -46,7 +47,7 @@ def _location_window_delta_kernel(
         do = load_rows(do_ptr + row * DV, row < count, d, DV).to(tl.float64)
         delta += tl.sum(do * load_rows(out_ptr + row * DV, row < count, d, DV).to(tl.float64), axis=1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=row < count, other=0.0)
+        delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, row < count).to(tl.float64)
     tl.store(delta_ptr + row, delta, mask=row < count)
 
 
@@ -72,9 +73,9 @@ def _location_window_bwd_scores_kernel(
     seed_ptr,  # (1,) int64 or None
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     out_ptr,  # the same, float32
-    lse_ptr,  # (B, T, R) or (N, R) float64
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
     dlse_ptr,  # the same, or None
-    delta_ptr,  # the same
+    delta_ptr,  # (B, T, R) or (N, R) float64
     ds_ptr,  # (B, T, R) or (N, R) float32
     cu_ptr, seq_ptr, first_ptr,  # see masks.Items
     num_seqs,
@@ -121,8 +122,8 @@ def _location_window_bwd_scores_kernel(
         shown = visible_pairs(
             i[:, None], j[None, :], inside[:, None] & keep[None, :], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
         )  # fmt: skip
-        lse, rest = split(tl.load(lse_ptr + at, mask=inside, other=float("-inf")))
-        a = tl.where(shown, exp((s[None, :] - lse[:, None]) - rest[:, None], FMA), 0.0)
+        top, inv = load_lse(lse_ptr + at * 2, inside)
+        a = tl.where(shown, exp(s[None, :] - top[:, None], FMA) * inv[:, None], 0.0)
         if seed_ptr is not None:
             k = dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
         gap = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -135,7 +136,7 @@ def _location_window_bwd_scores_kernel(
                     values *= k
                 gap = tl.fma(do, values - out, gap)
             if dlse_ptr is not None:
-                gap += tl.load(dlse_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+                gap += load_dlse(dlse_ptr + at * 2, lse_ptr + at * 2, inside)[:, None]
         else:
             for d0 in range(0, DV, BLOCK_DV):
                 d = d0 + tl.arange(0, BLOCK_DV)
@@ -155,7 +156,7 @@ def _location_window_bwd_values_kernel(
     m_ptr, o_ptr,  # scanned states, or None without SCAN
     seed_ptr,  # (1,) int64 or None
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
-    lse_ptr,  # (B, T, R) or (N, R) float64
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
     dvalue_ptr,  # (B, T, DV) or (N, DV), contiguous
     cu_ptr, seq_ptr, first_ptr,  # see masks.Items
     num_seqs,
@@ -201,8 +202,8 @@ def _location_window_bwd_values_kernel(
             shown = visible_pairs(
                 i[None, :], j[:, None], inside[None, :] & keep[:, None], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
             )  # fmt: skip
-            lse, rest = split(tl.load(lse_ptr + at, mask=inside, other=float("-inf")))
-            a = tl.where(shown, exp((s[:, None] - lse[None, :]) - rest[None, :], FMA), 0.0)  # [keys, positions]
+            top, inv = load_lse(lse_ptr + at * 2, inside)
+            a = tl.where(shown, exp(s[:, None] - top[None, :], FMA) * inv[None, :], 0.0)  # [keys, positions]
             if seed_ptr is not None:
                 a *= dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
             do = load_rows(do_ptr + at * DV, inside, d, DV)
@@ -227,7 +228,7 @@ def window_bwd(
         return [None if grad is None else grad.zero_() for grad in (ds, dvalue)]
     call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
+    delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     DV, hops = values.shape[-1], call.hops
     args = {
         "do_ptr": dout, "out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse if dlse is None else dlse.contiguous(),

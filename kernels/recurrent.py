@@ -137,7 +137,7 @@ def _recurrent_fwd_kernel(
             c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
             s = tl.sum(w[None, :] * tanh(key.to(tl.float32) + c[None, :], FAST), axis=1)
             p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
-            inv, _lse = finish(m, l)
+            inv = finish(l)
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
             r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
@@ -161,7 +161,7 @@ def _recurrent_fwd_kernel(
                 tl.store(s_ptr + j, s, mask=j < length)
                 _p, _alpha, m, l = softmax_step(s, m, l, FMA)
             shift = pivot(m)
-            inv, _lse = finish(m, l)
+            inv = finish(l)
             tl.debug_barrier()
             for d0 in range(0, D, BLOCK_D):
                 d = d0 + tl.arange(0, BLOCK_D)

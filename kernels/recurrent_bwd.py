@@ -121,7 +121,7 @@ def _recurrent_bwd_kernel(
             if dweights_ptr is not None:
                 g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
             p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, FMA)
-            inv, _lse = finish(m, l)
+            inv = finish(l)
             p *= inv
             ds = p * (g - tl.sum(p * g, axis=0))
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
@@ -148,7 +148,7 @@ def _recurrent_bwd_kernel(
                 tl.store(g_ptr + j, g, mask=j < length)
                 p, alpha, m, l = softmax_step(s, m, l, FMA)
                 mean = mean * alpha + tl.sum(p * g, axis=0)
-            inv, _lse = finish(m, l)
+            inv = finish(l)
             mean *= inv
             shift = pivot(m)
             tl.debug_barrier()

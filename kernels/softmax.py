@@ -1,10 +1,15 @@
 """Online softmax: the running state (m, l, o), and the exact merge of states over disjoint keys.
 
-    m = max s        l = Σ exp(s - m)        o = Σ exp(s - m) value        out = o / l,  lse = m + log l
+    m = max s        l = Σ exp(s - m)        o = Σ exp(s - m) value        out = o / l
 
 A state that has seen no key has m = -inf and l = 0. `pivot` keeps every exponent away from -inf - (-inf).
+
+What a forward keeps for its backward is (m, l), two float32 side by side: a weight is exp(s - m) / l, right at any
+size of the scores. One number, lse = m + log l, would not do: beside scores of 1e9 float32 has no room for log l, and
+beside 1e30 float64 has none.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,24 +50,42 @@ def online_softmax(s, m, l):
 
 
 @triton.jit
-def finish(m, l):
-    """(1 / l, lse); an empty row gets (0, -inf).
-
-    lse is float64: rounded to float32 at its size, which is that of the scores, it would put that rounding as a
-    relative error on every weight that the backward recomputes from it. One number a row, it costs nothing.
-    """
+def finish(l):
+    """1 / l, rounded once, so that a key alone has the weight 1; 0 where no key was seen."""
     seen = l != 0  # NaN among the scores is to be seen in the result
-    l = tl.where(seen, l, 1.0)
-    lse = m.to(tl.float64) + tl.log(l.to(tl.float64))
-    return tl.where(seen, 1.0 / l, 0.0), tl.where(seen, lse, float("-inf"))
+    return tl.where(seen, tl.div_rn(1.0, tl.where(seen, l, 1.0)), 0.0)
 
 
 @triton.jit
-def split(lse):
-    """A float64 lse as two float32 numbers, (0, 0) where no key was seen: the weight is exp((s - hi) - lo)."""
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
-    hi = lse.to(tl.float32)
-    return hi, (lse - hi.to(tl.float64)).to(tl.float32)
+def store_lse(ptrs, m, l, mask):
+    """Keep (m, l) at ptrs, the first of the two numbers of each row."""
+    tl.store(ptrs, m, mask=mask)
+    tl.store(ptrs + 1, l, mask=mask)
+
+
+@triton.jit
+def load_lse(ptrs, mask):
+    """(m, 1 / l), (0, 0) where no key was seen or the mask is False: a weight is exp(s - m) times the second."""
+    m = tl.load(ptrs, mask=mask, other=float("-inf"))
+    return pivot(m), finish(tl.load(ptrs + 1, mask=mask, other=0.0))
+
+
+@triton.jit
+def load_dlse(d_ptrs, ptrs, mask):
+    """Gradient of log l, from that of l. m is a constant: no result depends on it."""
+    return tl.load(d_ptrs + 1, mask=mask, other=0.0) * tl.load(ptrs + 1, mask=mask, other=0.0)
+
+
+def new_lse(*shape: int, device: torch.device) -> Tensor:
+    """Room for (m, l), ``shape + (2,)``."""
+    return torch.empty(*shape, 2, dtype=torch.float32, device=device)
+
+
+def no_key(lse: Tensor) -> Tensor:
+    """Fill with (-inf, 0), of rows that have seen no key."""
+    lse[..., 0] = -torch.inf
+    lse[..., 1] = 0.0
+    return lse
 
 
 @triton.jit
@@ -72,10 +95,11 @@ def _merge_kernel(
     l_ptr,  # (items, R) float32
     first_ptr,  # (S + 1,) int32 or None
     out_ptr,  # (S, R, DV)
-    lse_ptr,  # (S, R) float64
+    lse_ptr,  # (S, R, 2) float32: (m, l)
     per_seq,
     R,
     DV,
+    unit,  # what a difference of two m is in natural units
     SKIP_SINGLE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -102,26 +126,28 @@ def _merge_kernel(
         o_i = tl.load(o_ptr + at[:, None] * DV + d[None, :], mask=seen, other=0.0)
         m_new = tl.maximum(m, tl.max(m_i, axis=0))
         shift = pivot(m_new)
-        p = tl.exp(m_i - shift)  # [BLOCK_I]
-        alpha = tl.exp(m - shift)
+        p = tl.exp((m_i - shift) * unit)  # [BLOCK_I]
+        alpha = tl.exp((m - shift) * unit)
         l = l * alpha + tl.sum(p * l_i, axis=0)
         acc = acc * alpha + tl.sum(p[:, None] * o_i, axis=0)
         m = m_new
-    inv, lse = finish(m, l)
+    inv = finish(l)
     write = hi - lo != 1 if SKIP_SINGLE else True
     tl.store(out_ptr + row * DV + d, (acc * inv).to(out_ptr.dtype.element_ty), mask=(d < DV) & write)
     if tl.program_id(1) == 0:
-        tl.store(lse_ptr + row + tl.arange(0, 1), lse, mask=write)
+        store_lse(lse_ptr + row * 2 + tl.arange(0, 1), m, l, write)
 
 
-def merge(o: Tensor, m: Tensor, l: Tensor, items: Items, out: Tensor, lse: Tensor, *, skip_single: bool) -> None:
-    """Merge the states ``o (items, R, Dv)``, ``m`` and ``l (items, R)`` into ``out (S, R, Dv)``, ``lse (S, R)``.
+def merge(
+    o: Tensor, m: Tensor, l: Tensor, items: Items, out: Tensor, lse: Tensor, *, skip_single: bool, unit: float = 1.0
+) -> None:
+    """Merge the states ``o (items, R, Dv)``, ``m`` and ``l (items, R)`` into ``out (S, R, Dv)``, ``lse (S, R, 2)``.
 
-    skip_single leaves sequences of exactly one item alone: their kernel has written the result itself.
+    unit: of m; log 2 where the exponentials are powers of 2. skip_single leaves sequences of exactly one item alone: their kernel has written the result itself.
     """
     seqs, hops, width = out.shape
     block = min(128, triton.next_power_of_2(width))
     _merge_kernel[(seqs * hops, triton.cdiv(width, block))](
-        o, m, l, items.first, out, lse, items.per_seq, hops, width,
+        o, m, l, items.first, out, lse, items.per_seq, hops, width, unit,
         SKIP_SINGLE=skip_single, BLOCK_I=16, BLOCK_DV=block, num_warps=4,
     )  # fmt: skip

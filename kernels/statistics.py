@@ -12,7 +12,7 @@ states a and b over disjoint frames join by Chan's formula,
     l = l_a + l_b      δ = mean_b - mean_a      mean = mean_a + δ l_b / l      M = M_a + M_b + δ² l_a l_b / l
 
 once both are brought to one pivot. No square of a value is ever subtracted from another: channels far from 0 lose
-nothing. The mean is float64, for the same reason as lse is (see softmax.finish): the backward takes differences of
+nothing. The mean is float64: the backward takes differences of
 values with it, and its rounding to float32 would be in all of them alike. It is one number a channel.
 
 A program has a block of channels of an item; one sequence makes several items where there are too few programs to
@@ -31,7 +31,7 @@ from torch import Tensor
 from .chip import Chip, chip_of, matmul_flags, pow2, unit
 from .location import item_args, load_rows, matmul, row_strides
 from .masks import locate, partition
-from .softmax import finish, pivot
+from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -119,7 +119,7 @@ def _statistics_fwd_kernel(
     scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are not wanted
     mean_ptr,  # (S, C) float64; of items (items, C) where there are m_ptr and l_ptr
     var_ptr,  # (S, C) float32; of items M, (items, C)
-    lse_ptr,  # (S, R) float64, R = C with v and 1 without
+    lse_ptr,  # (S, R, 2) float32, R = C with v and 1 without: (m, l), see softmax.py
     m_ptr,  # (items, R) float32, or None: every sequence is one item
     l_ptr,  # (items, R) float32 or None
     num_seqs,
@@ -171,7 +171,7 @@ def _statistics_fwd_kernel(
         l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), values)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
 
-    inv, lse = finish(m, l)
+    inv = finish(l)
     own = (r < R) & (seq < num_seqs)
     if not PER_CHANNEL:
         own = own & (block == 0)
@@ -179,7 +179,7 @@ def _statistics_fwd_kernel(
         at = seq * C + c
         tl.store(mean_ptr + at, mean, mask=(c < C) & (seq < num_seqs))
         tl.store(var_ptr + at, sq * inv, mask=(c < C) & (seq < num_seqs))
-        tl.store(lse_ptr + seq * R + r, lse, mask=own)
+        store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
     else:
         at = item.to(tl.int64) * C + c
         tl.store(mean_ptr + at, mean, mask=c < C)
@@ -197,7 +197,7 @@ def _statistics_merge_kernel(
     first_ptr,  # (S + 1,) int32 or None
     mean_ptr,  # (S, C) float64
     var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, R) float64
+    lse_ptr,  # (S, R, 2) float32
     per_seq,
     C,
     PER_CHANNEL: tl.constexpr,
@@ -233,13 +233,13 @@ def _statistics_merge_kernel(
         l_tile, mean_tile, sq_tile = _moments(weight * l_i, load_rows(mean_parts_ptr + item * C, item < hi, c, C))
         sq_tile += tl.sum(weight * load_rows(sq_parts_ptr + item * C, item < hi, c, C), axis=0)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
-    inv, lse = finish(m, l)
+    inv = finish(l)
     tl.store(mean_ptr + seq * C + c, mean, mask=c < C)
     tl.store(var_ptr + seq * C + c, sq * inv, mask=c < C)
     own = r < R
     if not PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
-    tl.store(lse_ptr + seq * R + r, lse, mask=own)
+    store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -336,10 +336,10 @@ def statistics_fwd(
     R = 1 if v is None else C
     mean = values.new_empty(seqs, C, dtype=torch.float64)
     var = values.new_empty(seqs, C, dtype=torch.float32)
-    lse = values.new_empty(seqs, R, dtype=torch.float64)
+    lse = new_lse(seqs, R, device=values.device)
     scores = values.new_empty(values.shape if return_scores else 0, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
-        return mean.zero_(), var.zero_(), lse.fill_(-torch.inf), scores
+        return mean.zero_(), var.zero_(), no_key(lse), scores
 
     blocks = fwd_blocks(call.chip, values.element_size(), call.length, C, call.A)
     channel_blocks = triton.cdiv(C, blocks.C)

@@ -1,6 +1,6 @@
-"""Backward of attentive statistics pooling, from the inputs, the statistics and lse.
+"""Backward of attentive statistics pooling, from the inputs, the statistics and (m, l).
 
-With e_jc = x_jc - mean_c and α_jc = exp(s_jc - lse_c):
+With e_jc = x_jc - mean_c and α_jc = exp(s_jc - m_c) / l_c, dlse_c = l_c dl_c:
 
     dx_jc = α_jc (dmean_c + 2 dvar_c e_jc)
     ds_jc = α_jc (dmean_c e_jc + dvar_c (e_jc² - var_c) + dlse_c) + dscores_jc         (one a frame: the sum over c)
@@ -21,7 +21,7 @@ from torch import Tensor
 from .chip import Chip, pow2
 from .location import even, item_args, load_rows
 from .masks import Items, locate, partition
-from .softmax import exp, split
+from .softmax import exp, load_dlse, load_lse
 from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
 
 
@@ -39,19 +39,27 @@ def _score_factor(e, dmean, dvar, var):
 
 @triton.jit
 def _load_lse(lse_ptr, seq, r, R, num_seqs):
-    """(hi, lo) of lse, [1, BLOCK_R] each."""
-    hi, lo = split(tl.load(lse_ptr + seq * R + r, mask=(r < R) & (seq < num_seqs), other=float("-inf")))
-    return hi[None, :], lo[None, :]
+    """(m, 1 / l), [1, BLOCK_R] each."""
+    top, inv = load_lse(lse_ptr + (seq * R + r) * 2, (r < R) & (seq < num_seqs))
+    return top[None, :], inv[None, :]
 
 
 @triton.jit
-def _frame_weights(s, lse_hi, lse_lo, FMA: tl.constexpr):
-    """exp(s - lse) without the rounding of the difference: it would be in all channels of a frame alike."""
-    s = tl.where(s == float("-inf"), -1e30, s)
-    d = s - lse_hi
+def _load_dlse(dlse_ptr, lse_ptr, seq, r, R, num_seqs):
+    """Gradient of log l, [1, BLOCK_R]."""
+    at = (seq * R + r) * 2
+    return load_dlse(dlse_ptr + at, lse_ptr + at, (r < R) & (seq < num_seqs))[None, :]
+
+
+@triton.jit
+def _frame_weights(s, top, inv, FMA: tl.constexpr):
+    """exp(s - m) / l without the rounding of the difference: it would be in all channels of a frame alike."""
+    shown = s != float("-inf")
+    s = tl.where(shown, s, top)
+    d = s - top
     back = d - s
-    rounding = (s - (d - back)) - (lse_hi + back)
-    return exp(d, FMA) * (1.0 + (rounding - lse_lo))
+    rounding = (s - (d - back)) - (top + back)
+    return tl.where(shown, exp(d, FMA) * (inv * (1.0 + rounding)), 0.0)
 
 
 @triton.jit
@@ -65,10 +73,10 @@ def _statistics_bwd_frame_kernel(
     mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
     mean_lo_ptr,
     var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, 1) float64
+    lse_ptr,  # (S, 1, 2) float32: (m, l)
     dmean_ptr,  # (S, C) float32
     dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # (S, 1) float64 or None
+    dlse_ptr,  # the same, or None
     dx_ptr,  # (B, T) or (N,) float32, contiguous, or None
     dval_ptr,  # (B, T, C) or (N, C), contiguous, or None
     num_seqs,
@@ -84,9 +92,9 @@ def _statistics_bwd_frame_kernel(
     t = lo + tl.arange(0, BLOCK_T)
     rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
     one = tl.arange(0, 1)
-    lse_hi, lse_lo = _load_lse(lse_ptr, seq, one, 1, num_seqs)
+    top, inv = _load_lse(lse_ptr, seq, one, 1, num_seqs)
     s = tl.load(x_ptr + seq * stride_xb + rows * stride_xt, mask=keep, other=float("-inf"))
-    alpha = _frame_weights(s[:, None], lse_hi, lse_lo, FMA)  # [BLOCK_T, 1]
+    alpha = _frame_weights(s[:, None], top, inv, FMA)  # [BLOCK_T, 1]
     factor = tl.zeros([BLOCK_T], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -102,7 +110,7 @@ def _statistics_bwd_frame_kernel(
             tl.store(dval_ptr + at, dval, mask=(t < hi)[:, None] & (c < C)[None, :])
     if dx_ptr is not None:
         if dlse_ptr is not None:
-            factor += tl.sum(_load_channels(dlse_ptr, seq, one, 1, num_seqs), axis=1)
+            factor += tl.sum(_load_dlse(dlse_ptr, lse_ptr, seq, one, 1, num_seqs), axis=1)
         tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=t < hi)
 
 
@@ -118,10 +126,10 @@ def _statistics_bwd_values_kernel(
     mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
     mean_lo_ptr,
     var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, C) float64
+    lse_ptr,  # (S, C, 2) float32: (m, l)
     dmean_ptr,  # (S, C) float32
     dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # (S, C) float64 or None
+    dlse_ptr,  # the same, or None
     scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are made again
     dscores_ptr,  # (B, T, C) or (N, C) float32, or None
     dval_ptr,  # (B, T, C) or (N, C), contiguous, or None
@@ -159,8 +167,8 @@ def _statistics_bwd_values_kernel(
             s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)
         else:
             s = tl.where(keep[:, None], load_rows(scores_ptr + at, keep, c, C), float("-inf"))
-        lse_hi, lse_lo = _load_lse(lse_ptr, seq, c, C, num_seqs)
-        alpha = tl.exp((s - lse_hi) - lse_lo)
+        top, inv = _load_lse(lse_ptr, seq, c, C, num_seqs)
+        alpha = tl.exp(s - top) * inv
         dmean = _load_channels(dmean_ptr, seq, c, C, num_seqs)
         dvar = _load_channels(dvar_ptr, seq, c, C, num_seqs)
         values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
@@ -173,7 +181,7 @@ def _statistics_bwd_values_kernel(
         if dv_ptr is not None:
             factor = _score_factor(e, dmean, dvar, _load_channels(var_ptr, seq, c, C, num_seqs))
             if dlse_ptr is not None:
-                factor += _load_channels(dlse_ptr, seq, c, C, num_seqs)
+                factor += _load_dlse(dlse_ptr, lse_ptr, seq, c, C, num_seqs)
             ds = alpha * factor
             if dscores_ptr is not None:
                 ds += load_rows(dscores_ptr + at, keep, c, C)
@@ -195,10 +203,10 @@ def _statistics_bwd_features_kernel(
     mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
     mean_lo_ptr,
     var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, C) float64
+    lse_ptr,  # (S, C, 2) float32: (m, l)
     dmean_ptr,  # (S, C) float32
     dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # (S, C) float64 or None
+    dlse_ptr,  # the same, or None
     scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are made again
     dscores_ptr,  # (B, T, C) or (N, C) float32, or None
     dx_ptr,  # (B, T, A) or (N, A), contiguous
@@ -230,8 +238,8 @@ def _statistics_bwd_features_kernel(
             s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)
         else:
             s = tl.where(keep[:, None], load_rows(scores_ptr + at, keep, c, C), float("-inf"))
-        lse_hi, lse_lo = _load_lse(lse_ptr, seq, c, C, num_seqs)
-        alpha = tl.exp((s - lse_hi) - lse_lo)
+        top, inv = _load_lse(lse_ptr, seq, c, C, num_seqs)
+        alpha = tl.exp(s - top) * inv
         dmean = _load_channels(dmean_ptr, seq, c, C, num_seqs)
         dvar = _load_channels(dvar_ptr, seq, c, C, num_seqs)
         values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
@@ -239,7 +247,7 @@ def _statistics_bwd_features_kernel(
         e -= _load_channels(mean_lo_ptr, seq, c, C, num_seqs)
         factor = _score_factor(e, dmean, dvar, _load_channels(var_ptr, seq, c, C, num_seqs))
         if dlse_ptr is not None:
-            factor += _load_channels(dlse_ptr, seq, c, C, num_seqs)
+            factor += _load_dlse(dlse_ptr, lse_ptr, seq, c, C, num_seqs)
         ds = alpha * factor
         if dscores_ptr is not None:
             ds += load_rows(dscores_ptr + at, keep, c, C)

@@ -57,7 +57,7 @@ def raw_arguments(case, device, *, sdpa, need_scores):
     out, lse, scores = torch.ops.fused_attn.general_fwd(*inputs, *options, need_scores, sdpa)
     cotangents = (projection(out, 0), projection(lse, 1), projection(scores, 2) if need_scores else None)
     needs = [x is not None for x in inputs[:4]]
-    return (*inputs, *options, need_scores, sdpa), (*cotangents, *inputs, out, lse, *options, sdpa, needs)
+    return (*inputs, *options, need_scores, sdpa), (*cotangents, *inputs, out, lse, *options, need_scores, sdpa, needs)
 
 
 @pytest.mark.kernel

@@ -166,7 +166,7 @@ def test_free_gradients_of_output_and_lse_give_those_of_the_reference(
 @pytest.mark.parametrize("window", [(None, 0), (2, None), (3, 1)], ids=str)
 @each_fast
 def test_scores_far_from_zero_cost_no_precision(impl, window, device):
-    """Quarters, which a thousand more leaves exact; lse in float32 would be off by 3e-5."""
+    """Quarters, which a thousand more leaves exact; one number for lse in float32 would be off by 3e-5."""
     check_free_gradients(impl, torch.float32, window, 0.0, ("output", "lse"), device, shift=1000)
 
 

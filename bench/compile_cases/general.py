@@ -65,7 +65,7 @@ class GeneralCase:
         out, lse, scores = general.general_fwd(*tensors, *options, self.weights)
         needs = [True, True, self.DV is not None, self.bias]
         dscores = scores if self.weights else None
-        general_bwd.general_bwd(out, None, dscores, *tensors, out, lse, *options, needs)
+        general_bwd.general_bwd(out, None, dscores, *tensors, out, lse, *options, self.weights, needs)
 
 
 GENERAL = [
