@@ -1,10 +1,10 @@
 """What a launcher must know of the chip before it chooses block sizes. Asked at the first launch, never at import."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -71,15 +71,82 @@ def pow2(n: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(n)))
 
 
+LONG = 2**30
+"""The length that packed rows have for block sizes, of however many sequences and rows."""
+
+
+def tile_rows(n: int, most: int) -> int:
+    """Rows of a tile for n: `most`, or half of it, at least 16. Two lengths, so that a kernel has few variants."""
+    return most if n > most // 2 else max(16, most // 2)
+
+
 def unit(x: Tensor | None) -> Tensor | None:
     """X with unit stride on the last axis, the one thing that the kernels ask of a layout."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def stride_of(x: Tensor, axis: int) -> int:
+    """The stride of an axis. One of a single entry may have any in PyTorch: here none that a row could not have."""
+    if x.shape[axis] != 1:
+        return x.stride(axis)
+    return 1 if axis in (-1, x.dim() - 1) else max(x.stride(axis), x.shape[-1])
+
+
 def strides(names: str, x: Tensor | None, axes: tuple[int, ...], *, packed: bool) -> dict[str, int]:
     """Strides of x by the kernels' names; 0 where there is no x, and for the batch axis of packed rows."""
-    sizes = (0,) * len(axes) if x is None else (0 if packed and axis == 0 else x.stride(axis) for axis in axes)
+    sizes = (0,) * len(axes) if x is None else (0 if packed and axis == 0 else stride_of(x, axis) for axis in axes)
     return {f"stride_{name}": size for name, size in zip(names.split(), sizes, strict=True)}
+
+
+LENGTHS = (
+    "T", "Tq", "Tk", "Th", "Ty", "num_seqs", "nodes", "count", "items", "item0", "q_item0", "q_items", "k_tiles",
+    "per_seq", "q_per_seq", "k_per_seq", "rows_per_item", "items_per_split", "splits", "limit", "left", "right",
+    "threshold", "stride_mb", "stride_mq", "stride_sb", "stride_sh", "stride_sq", "stride_lb", "stride_lh",
+    "stride_qrb", "stride_krb",
+)  # fmt: skip
+"""Parameters that vary with a length, in all kernels: `do_not_specialize`, or 1 and multiples of 16 are variants.
+
+Strides of masks, of biases and of lse are lengths too. Those of rows are not among them, see `fitted`.
+"""
+
+
+_LAST = ("stride_mt", "stride_mk", "stride_st", "stride_sk", "stride_qrt", "stride_krt")
+"""Strides of the last axis of a mask or bias: 1, 0 where it is broadcast, a length where the view is a transpose."""
+
+
+@functools.cache
+def _groups(kernel: Any) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    """Of each tensor of rows: its strides of sequence and head, and those of all axes."""
+    letters = dict.fromkeys(name[7:-1] for name in kernel.arg_names if name.startswith("stride_"))
+    found = []
+    for letter in letters:
+        outer = tuple(f"stride_{letter}{axis}" for axis in "bh")
+        outer = tuple(name for name in outer if name in kernel.arg_names and name not in LENGTHS)
+        if outer:
+            found.append((outer, (*outer, f"stride_{letter}t", f"stride_{letter}r")))
+    return tuple(found)
+
+
+@functools.cache
+def _loose(kernel: Any, names: tuple[str, ...]) -> Any:
+    return triton.jit(kernel.fn, do_not_specialize=(*LENGTHS, *names))
+
+
+def fitted(kernel: Any, args: Mapping[str, Any]) -> Any:
+    """The kernel for a launch with the strides in `args`: with hints on those only that keep them at any length.
+
+    Whether a stride is a multiple of 16 is compiled in, since loads of whole vectors need it of the strides of rows,
+    heads and sequences. Where rows are such multiples, so are the others, whatever the length. Where they are not,
+    the others are so at some lengths, to no use, and would be variants: there they have no hint. Nor has the last
+    axis of a mask or bias, unless it is contiguous or broadcast.
+    """
+    if INTERPRET:
+        return kernel
+    names = [name for name in _LAST if name in kernel.arg_names and args.get(name, 0) > 1]
+    for outer, group in _groups(kernel):
+        if any(args.get(name, 0) % 16 for name in group):
+            names += outer
+    return _loose(kernel, tuple(names)) if names else kernel
 
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

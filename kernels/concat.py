@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -44,6 +44,9 @@ SAFE, SAFE_EXACT = 42.0, 80.0
 
 GROUP = 16
 """With `EXACT`, features that are summed before they meet the sum of the others."""
+
+PART = 16
+"""Rows of a tile that one program makes factors of."""
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 """The exponents of the activations that factor: α = e^{FACTOR q}."""
@@ -58,13 +61,13 @@ def reciprocal(x, FAST: tl.constexpr):
     return 1.0 / x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_factor_kernel(
     x_ptr, stride_xb, stride_xh, stride_xt,  # (B, H, T, A), or packed with stride_xb = 0
-    keep_ptr, stride_kb, stride_kt,  # (B, T): rows that may hold anything are False; or None
-    tiles_ptr,  # (items, H, AP, BLOCK_T) float32; with EXACT (items, H, 2, AP, BLOCK_T), the second what is cut off
-    rows_ptr,  # (items, H, BLOCK_T, AP) float32: the same, transposed; or None
-    bound_ptr,  # (items, H) float32: max|scale x|
+    keep_ptr, stride_mb, stride_mt,  # (B, T): rows that may hold anything are False; or None
+    tiles_ptr,  # (items, H, AP, tile) float32; with EXACT (items, H, 2, AP, tile), the second what is cut off
+    rows_ptr,  # (items, H, tile, AP) float32: the same, transposed; or None
+    bound_ptr,  # (items, H, parts) float32: max|scale x|
     cu_ptr, seq_ptr, first_ptr,
     num_seqs,
     per_seq,
@@ -72,6 +75,7 @@ def _concat_factor_kernel(
     H,
     A,
     AP,
+    tile_rows,  # a multiple of BLOCK_T
     scale,
     EXP: tl.constexpr,
     EXACT: tl.constexpr,
@@ -79,17 +83,22 @@ def _concat_factor_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0."""
-    item = tl.program_id(0)
+    """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0.
+
+    A program has a part of a tile, of BLOCK_T rows: tiles of whatever length are one kernel.
+    """
+    parts = tile_rows // BLOCK_T
+    item = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
     head = tl.program_id(1).to(tl.int64)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-    i = tl.arange(0, BLOCK_T)
+    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, tile_rows)
+    i = part * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = lo + i < hi
     rows = (start + lo + i).to(tl.int64)
     if keep_ptr is not None:
-        keep = tl.load(keep_ptr + seq * stride_kb + rows * stride_kt, mask=keep, other=0) != 0
+        keep = tl.load(keep_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
     ptrs = x_ptr + seq * stride_xb + head * stride_xh + rows * stride_xt
-    tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * BLOCK_T
+    tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * tile_rows
     planes: tl.constexpr = 2 if EXP and EXACT else 1
     bound = tl.zeros([BLOCK_T], tl.float32)
     for a0 in range(0, AP, BLOCK_A):
@@ -102,14 +111,14 @@ def _concat_factor_kernel(
                 full = tl.exp(x.to(tl.float64))
                 x = full.to(tl.float32)
                 rest = (full - x.to(tl.float64)).to(tl.float32)
-                at = planes * tile + (AP + a[None, :]) * BLOCK_T + i[:, None]
+                at = planes * tile + (AP + a[None, :]) * tile_rows + i[:, None]
                 tl.store(tiles_ptr + at, rest, mask=(a < AP)[None, :])
             else:
                 x = exp(x, FMA)
-        tl.store(tiles_ptr + planes * tile + a[None, :] * BLOCK_T + i[:, None], x, mask=(a < AP)[None, :])
+        tl.store(tiles_ptr + planes * tile + a[None, :] * tile_rows + i[:, None], x, mask=(a < AP)[None, :])
         if rows_ptr is not None:
             tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
-    tl.store(bound_ptr + item * tl.num_programs(1) + head, tl.max(bound, axis=0))
+    tl.store(bound_ptr + (item * tl.num_programs(1) + head) * parts + part, tl.max(bound, axis=0))
 
 
 @triton.jit
@@ -241,7 +250,7 @@ def concat_scores(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_fwd_kernel(
     aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
     bq_ptr, bk_ptr,  # (items, H) float32: their bounds
@@ -260,7 +269,7 @@ def _concat_fwd_kernel(
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
     lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32, or None
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; not written for one split
     splits,
     num_seqs,
     q_per_seq,
@@ -353,7 +362,7 @@ def _concat_fwd_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    if o_ptr is None:
+    if splits == 1:
         inv = finish(l)
         store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
@@ -396,12 +405,12 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         # scores again: one block up to 128 where that does not spill. 8 scores a thread are 12.9 instructions an
         # element on sm_90, 4 are 15.5, 16 are 8.9 with half the width.
         if factored:
-            return Blocks(16, pow2(Tk, 16, 64), pow2(DV, 16, 128), 4)
-        return Blocks(16, pow2(Tk, 16, 64), pow2(DV, 16, 64), 8)
+            return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 128), 4)
+        return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
-        return Blocks(pow2(Tq, 16, 32), pow2(Tk, 32, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    block_n = pow2(Tk, 32, 64 if busy else 256)
-    return Blocks(pow2(Tq, 16, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
+        return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
+    block_n = tile_rows(Tk, 64) if busy else 64 if Tk <= 128 else 256
+    return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
 class Factors(NamedTuple):
@@ -419,21 +428,22 @@ def factors(
     """Exponentials of ``x (B, H, T, A)`` (packed: B = 1), or x itself, in tiles of `rows` rows."""
     B, H, T, A = x.shape
     seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    items = partition(seqs, T, rows, cu_seqlens)
+    items = partition(seqs, T, rows, cu_seqlens, always=True)
     width, exact = A + A % 2, activation in FACTOR and x.dtype == torch.float32
     tiles = torch.empty(items.count, H, 2 if exact else 1, width, rows, dtype=torch.float32, device=x.device)
     by_row = torch.empty(items.count, H, rows, width, dtype=torch.float32, device=x.device) if transposed else None
-    bound = torch.empty(items.count, H, dtype=torch.float32, device=x.device)
-    stride_b = 0 if cu_seqlens is not None else x.stride(0)
-    _concat_factor_kernel[(items.count, H)](
-        x, stride_b, x.stride(1), x.stride(2),
-        keep, 0 if keep is None else keep.stride(0), 0 if keep is None else keep.stride(1),
-        tiles, by_row, bound, cu_seqlens, items.seq, items.first, seqs, items.per_seq, T, H, A, width,
-        FACTOR.get(activation, 1.0),
+    parts = rows // PART
+    bound = torch.empty(items.count, H, parts, dtype=torch.float32, device=x.device)
+    packed = cu_seqlens is not None
+    layout = {**strides("xb xh xt", x, (0, 1, 2), packed=packed), **strides("mb mt", keep, (0, 1), packed=packed)}
+    fitted(_concat_factor_kernel, layout)[(items.count * parts, H)](
+        **layout, x_ptr=x, keep_ptr=keep, tiles_ptr=tiles, rows_ptr=by_row, bound_ptr=bound,
+        cu_ptr=cu_seqlens, seq_ptr=items.seq, first_ptr=items.first, num_seqs=seqs, per_seq=items.per_seq,
+        T=T, H=H, A=A, AP=width, tile_rows=rows, scale=FACTOR.get(activation, 1.0),
         EXP=activation in FACTOR, EXACT=exact, FMA=chip_of(x.device).backend != "interpreter",
-        BLOCK_T=rows, BLOCK_A=pow2(width, 2, 16 if exact else 32), num_warps=4,
+        BLOCK_T=PART, BLOCK_A=pow2(width, 2, 16 if exact else 32), num_warps=4,
     )  # fmt: skip
-    return Factors(tiles, by_row, bound, items)
+    return Factors(tiles, by_row, bound.squeeze(2) if parts == 1 else bound.amax(2), items)
 
 
 class Call(NamedTuple):
@@ -519,25 +529,28 @@ def concat_fwd(
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores
-    blocks = fwd_blocks(call.chip, value.element_size(), Tq, Tk, DV, activation in FACTOR, call.busy)
+    ragged = cu_seqlens_q is not None
+    lengths = (LONG, LONG) if ragged else (Tq, Tk)
+    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy)
     with torch.cuda.device_of(query):
         q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
         k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation)
         dv_blocks = triton.cdiv(DV, blocks.DV)
         programs = q.items.count * H * dv_blocks
         splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
-        o = m = l = None
+        o = m = l = out
         if splits > 1:
             o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
             m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
             l = torch.empty_like(m)
-        ragged = cu_seqlens_q is not None
-        _concat_fwd_kernel[(q.items.count, H, splits * dv_blocks)](
+        out_strides = strides("ob oh ot", out, (0, 1, 2), packed=ragged)
+        kernel = fitted(_concat_fwd_kernel, {**call.tensors, **out_strides})
+        kernel[(q.items.count, H, splits * dv_blocks)](
             **call.tensors, **call.sizes, **call.flags,
             aq_ptr=q.tiles, ak_ptr=k.tiles, bq_ptr=q.bound, bk_ptr=k.bound, v_ptr=call.v, v_sum_ptr=call.v.sum(1),
             q_seq_ptr=q.items.seq, q_first_ptr=q.items.first, k_first_ptr=k.items.first,
             q_per_seq=q.items.per_seq, k_per_seq=k.items.per_seq,
-            out_ptr=out, stride_ob=0 if ragged else out.stride(0), stride_oh=out.stride(1), stride_ot=out.stride(2),
+            out_ptr=out, **out_strides,
             lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,

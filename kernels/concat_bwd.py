@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import Chip, pow2
+from .chip import LENGTHS, Chip, fitted, pow2, strides, tile_rows
 from .concat import Blocks, concat_scores, factors, prepare, reciprocal
 from .masks import dropout_scale, key_range, locate, sequence_of, visible
 from .softmax import exp, load_lse
@@ -53,7 +53,7 @@ def assume_longest(keys: int) -> Iterator[None]:
         _longest.reset(token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_bwd_g_kernel(
     aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
     bq_ptr, bk_ptr,  # (items, H) float32: their bounds
@@ -280,7 +280,7 @@ def _walk(
     return s1, s2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_bwd_dq_kernel(
     rq_ptr,  # (q items, H, BLOCK_M, AP) float32
     rk_ptr,  # (k items, H, BLOCK_N, AP) float32
@@ -371,7 +371,7 @@ def _concat_bwd_dq_kernel(
     tl.store(dv_ptr + q_tile * AP + d, tl.sum(s1, axis=0), mask=d < AP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_bwd_dk_kernel(
     rk_ptr,  # (k items, H, BLOCK_N, AP) float32
     rq_ptr,  # (q items, H, BLOCK_M, AP) float32
@@ -466,7 +466,7 @@ def _concat_bwd_dk_kernel(
     tl.store(at, tl.load(at, mask=some, other=0.0) + v * s2, mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _concat_bwd_dvalue_kernel(
     p_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M)
     do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
@@ -551,7 +551,7 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool) 
     if itemsize == 4:
         return Blocks(16, pow2(Tk, 32, 128), 16, 4), Walk(32, pow2(A, 16, 128), 8)
     hip = chip.backend == "hip"
-    tiles = Blocks(pow2(Tq, 16, 32), pow2(Tk, 32, 64 if hip and busy else 128), 32, 8)
+    tiles = Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if hip and busy else 128), 32, 8)
     return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
 
 
@@ -614,7 +614,10 @@ def concat_bwd(
 
             def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
                 named = {name: {**args, **more}[name] for name in kernel.arg_names}
-                kernel[grid](**named, num_warps=num_warps, num_stages=2)
+                fitted(kernel, {**named, **more})[grid](**named, num_warps=num_warps, num_stages=2)
+
+            def of_rows(x: Tensor) -> dict[str, int]:
+                return strides("db dh dt", x, (0, 1, 2), packed=ragged)
 
             features = triton.cdiv(A, walk.features)
             keys = k.items.count * (blocks.N // walk.rows)
@@ -623,15 +626,12 @@ def concat_bwd(
                 part = {"q_item0": q_item0, "q_items": count}
                 launch(_concat_bwd_g_kernel, (count, H, k_tiles), **part, num_warps=blocks.warps)
                 if need_q or need_v:
-                    strides = {"stride_db": 0 if ragged else dq.stride(0), "stride_dh": dq.stride(1)}
-                    launch(_concat_bwd_dq_kernel, (count, H, features), **part, **strides)
+                    launch(_concat_bwd_dq_kernel, (count, H, features), **part, **of_rows(dq))
                 if need_k:
-                    strides = {"stride_db": 0 if ragged else dk.stride(0), "stride_dh": dk.stride(1)}
-                    launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **strides)
+                    launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **of_rows(dk))
                 if need_value:
-                    strides = {"stride_db": 0 if ragged else dvalue.stride(0), "stride_dh": dvalue.stride(1)}
                     grid = (keys, H, triton.cdiv(DV, blocks.DV))
-                    launch(_concat_bwd_dvalue_kernel, grid, **part, **strides, num_warps=8)
+                    launch(_concat_bwd_dvalue_kernel, grid, **part, **of_rows(dvalue), num_warps=8)
             dv = dv_parts.sum(0)[:, :A]
     return [
         dq if need_q else None,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, unit
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -67,7 +67,7 @@ def product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _general_fwd_kernel(
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
@@ -82,7 +82,7 @@ def _general_fwd_kernel(
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
     lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), m in the units of `power`
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32, or None
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; not written for one split
     splits,
     num_seqs,
     q_per_seq,
@@ -208,7 +208,7 @@ def _general_fwd_kernel(
             m = m_new
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    if o_ptr is None:
+    if splits == 1:
         inv = finish(l)
         store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
@@ -244,8 +244,8 @@ def widths(D: int, DV: int) -> tuple[int, int]:
     return pow2(D, 16, 256) if D <= 256 else 64, pow2(DV, 16, 256 if max(D, DV) <= 256 else 64)
 
 
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool) -> Blocks:
-    """Tiles of the forward.
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool) -> Blocks:
+    """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
     Many queries, so that a tile of keys serves them all; fewer keys where a pair has a mask, bias or dropout, which
     need registers of their own. Chosen by the compile report (no spills; wgmma on sm_90 from 64 queries on); speed on
@@ -259,9 +259,10 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, pla
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
     if hip and not narrow and not plain:  # a thread of 4 waves has up to 512 registers
-        return Blocks(pow2(Tq, 16, 32), pow2(Tk, 16, 32), width, value_width, 4, 1)
-    block_m = pow2(Tq, 16, 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64)
-    block_n = pow2(Tk, 16, 64 if plain and (narrow or roomy) and not hip else 32)
+        return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
+    block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
+    block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m
+    block_n = 64 if plain and (narrow or roomy) and not hip else 32
     return Blocks(block_m, block_n, width, value_width, 8 if block_m >= 64 else 4, 2)
 
 
@@ -344,21 +345,23 @@ def general_fwd(
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores
     plain = call.plain and not need_scores
-    blocks = fwd_blocks(call.chip, key.element_size(), Tq, Tk, D, DV, plain)
+    blocks = fwd_blocks(call.chip, key.element_size(), LONG if cu_seqlens_q is not None else Tq, D, DV, plain)
     with torch.cuda.device_of(query):
-        items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)
+        items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
         dv_blocks = triton.cdiv(DV, blocks.DV)
         splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), triton.cdiv(Tk, 2 * blocks.N)))
-        o = m = l = None
+        o = m = l = out
         if splits > 1:
             o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
             m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
             l = torch.empty_like(m)
         packed = cu_seqlens_q is not None
-        _general_fwd_kernel[(items.count, H, splits * dv_blocks)](
+        out_strides = strides("ob oh ot", out, (0, 1, 2), packed=packed)
+        kernel = fitted(_general_fwd_kernel, {**call.tensors, **out_strides})
+        kernel[(items.count, H, splits * dv_blocks)](
             **call.tensors, **call.sizes, **{name: x for name, x in call.flags.items() if name != "EXACT"},
             q_seq_ptr=items.seq, q_first_ptr=items.first, q_per_seq=items.per_seq,
-            out_ptr=out, **strides("ob oh ot", out, (0, 1, 2), packed=packed),
+            out_ptr=out, **out_strides,
             lse_ptr=lse, **strides("lb lh lt", lse, (0, 1, 2), packed=packed),
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             WIDE=blocks.D < D, PLAIN=plain, BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_D=blocks.D,

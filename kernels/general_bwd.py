@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import Chip, all_registers, pow2, strides
+from .chip import LENGTHS, LONG, Chip, all_registers, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, widths
 from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
@@ -99,7 +99,7 @@ def _general_gradient(
     return g, p * keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _general_bwd_dq_kernel(
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
@@ -248,7 +248,7 @@ def _general_bwd_dq_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _general_bwd_dkv_kernel(
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
@@ -437,7 +437,7 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, pla
         for_q = Blocks(32, 32 if plain else 16, width, value_width, 8, 1)
         return for_q, Blocks(32, 32, width, value_width, 4 if hip else 8, 1)
     width, value_width = widths(D, DV)
-    m, n = pow2(Tq, 16, 64), pow2(Tk, 16, 64)
+    m, n = tile_rows(Tq, 64), tile_rows(Tk, 64)
     few_m, few_n = min(m, 32), min(n, 32)
     size = max(width, value_width)
     if hip:  # a thread of 4 waves has up to 512 registers
@@ -499,20 +499,21 @@ def general_bwd(
             more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("M", "N", "D", "DV")}
             named = {name: {**args, **more}[name] for name in kernel.arg_names}
             options = all_registers(call.chip) if exact or more["WIDE"] or more["WIDE_V"] else {}
-            kernel[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
+            fitted(kernel, named)[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
 
-        for_q, for_k = bwd_blocks(call.chip, key.element_size(), Tq, Tk, D, DV, args["PLAIN"])
+        lengths = (LONG, LONG) if packed else (Tq, Tk)
+        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"])
         with torch.cuda.device_of(query):
             if need_q or need_bias:
                 made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq
-                items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q)
+                items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
                 launch(
                     _general_bwd_dq_kernel, (items.count, H, triton.cdiv(D, for_q.D)), for_q,
                     q_seq_ptr=items.seq, q_first_ptr=items.first, q_per_seq=items.per_seq,
                     dq_ptr=made, **strides("db dh dt", made, (0, 1, 2), packed=packed),
                 )  # fmt: skip
             if need_k or need_value:
-                items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k)
+                items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
                 launch(
                     _general_bwd_dkv_kernel,
                     (items.count, H, max(triton.cdiv(D, for_k.D), triton.cdiv(DV, for_k.DV))), for_k,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import Chip, chip_of, pow2, strides, unit
+from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit
 from .masks import dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, store_lse
 
@@ -45,7 +45,7 @@ def load_edges(ptr, stride_n, stride_h, rows, keep, h, d, H, D):
     return tl.load(ptr + at, mask=keep, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _graph_fwd_kernel(
     q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
     k_ptr, stride_kn, stride_kh,  # (Nk, H, A)

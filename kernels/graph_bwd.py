@@ -23,12 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
+from .chip import LENGTHS
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_scores_kernel(
     val_ptr, stride_un, stride_uh,  # (Nk, H, DV)
     indptr_ptr,  # (Nq + 1,)
@@ -92,7 +93,7 @@ def _graph_bwd_scores_kernel(
         tl.store(g_ptr + at, g, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_dq_kernel(
     q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
     k_ptr, stride_kn, stride_kh,  # (Nk, H, A)
@@ -150,7 +151,7 @@ def _graph_bwd_dq_kernel(
     tl.store(dv_ptr + rows, grad_v, mask=feature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_dk_kernel(
     q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
     k_ptr, stride_kn, stride_kh,  # (Nk, H, A)

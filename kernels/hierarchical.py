@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import Chip, chip_of
+from .chip import LENGTHS, LONG, Chip, chip_of
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -75,7 +75,7 @@ def _score(
     return tl.where(keep[:, None], s, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _hierarchical_fwd_kernel(
     h_ptr, stride_ht,  # (N, D)
     w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
@@ -197,7 +197,7 @@ def _hierarchical_fwd_kernel(
 
 
 def blocks_of(
-    chip: Chip, itemsize: int, rows: int, D: int, A: int, outer_A: int, linear: bool, outer_linear: bool
+    chip: Chip, itemsize: int, D: int, A: int, outer_A: int, linear: bool, outer_linear: bool
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
@@ -213,7 +213,7 @@ def blocks_of(
         part = 32 if chip.arch == 80 else 64
         return blocks._replace(D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
 
-    return level(rows, A, linear), level(SEGMENTS, outer_A, outer_linear)
+    return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)
 
 
 def fits(chip: Chip, width: int, D: int, rows: int, groups: int) -> bool:
@@ -244,7 +244,7 @@ def hierarchical_fwd(
     rows, D = h.shape
     seqs, groups = inner_offsets.numel() - 1, outer_offsets.numel() - 1
     widths = [D if x is None else x.shape[1] for x in (w, outer_w)]
-    blocks, outer_blocks = blocks_of(chip, h.element_size(), rows, D, *widths, v is None, outer_v is None)
+    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None)
     inner = (w, b, v, gate_w, gate_b, context)
     outer = (outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context)
     options = (activation, gate_activation, 0.0, context_per_row)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import A100, Chip, chip_of, matmul_flags, pow2, unit
+from .chip import A100, LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, stride_of, tile_rows, unit
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -125,7 +125,7 @@ def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECI
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_fwd_kernel(
     h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
     w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
@@ -144,9 +144,9 @@ def _location_fwd_kernel(
     out_ptr,  # (S, R, DV) float32
     lse_ptr,  # (S, R, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (B, T, R) or (N, R) float32
-    o_ptr,  # (items, R, DV) float32, or None: every sequence is one item
-    m_ptr,  # (items, R) float32 or None
-    l_ptr,  # (items, R) float32 or None
+    o_ptr,  # (items, R, DV) float32; where every sequence is one item, and ONE_DV, it is not written
+    m_ptr,  # (items, R) float32
+    l_ptr,  # (items, R) float32
     num_seqs,
     per_seq,
     rows_per_item,
@@ -242,16 +242,13 @@ def _location_fwd_kernel(
             tl.debug_barrier()  # the next tile's load may belong to another thread
 
     valid = seq < num_seqs
-    if o_ptr is None:
-        single = valid
+    if ONE_DV:
+        single = valid & (items == 1)
     else:
-        if ONE_DV:
-            single = valid & (items == 1)
-        else:
-            single = valid & False
-        at = item.to(tl.int64) * R + r
-        tl.store(m_ptr + at, m, mask=r < R)
-        tl.store(l_ptr + at, l, mask=r < R)
+        single = valid & False
+    at = item.to(tl.int64) * R + r
+    tl.store(m_ptr + at, m, mask=r < R)
+    tl.store(l_ptr + at, l, mask=r < R)
     inv = finish(l)
     store_lse(lse_ptr + (seq * R + r) * 2, m, l, (r < R) & single)
     if ONE_DV:
@@ -259,8 +256,7 @@ def _location_fwd_kernel(
         offsets = col[None, :] * DV + dv[:, None]
         out = (acc * inv[None, :]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + seq * R * DV + offsets, out, mask=write & single)
-        if o_ptr is not None:
-            tl.store(o_ptr + item.to(tl.int64) * R * DV + offsets, acc, mask=write & (items != 1))
+        tl.store(o_ptr + item.to(tl.int64) * R * DV + offsets, acc, mask=write & (items != 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,16 +296,16 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
             if linear
             else pow2(A, 16, 64 if hop == 1 and whole and chip.backend != "hip" else 32 if hop <= 32 else 16)
         )
-        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
+        return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
     if not whole:
         return Blocks(
-            pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
+            tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
             warps,
         )  # fmt: skip
     block_dv = pow2(DV, 16, (8192 if chip.shared >= A100.shared else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared >= A100.shared else 64)
     # mma.sync (sm_80) takes operands from registers where wgmma reads shared memory: half the rows.
-    block_t = pow2(T, 16, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
+    block_t = tile_rows(T, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
     return Blocks(block_t, block_d, hop if linear else pow2(A, 16, 64), block_dv, warps)
 
 
@@ -336,7 +332,7 @@ def row_strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
     """(sequence, row) strides of a tensor with one entry a row."""
     if x is None:
         return 0, 0
-    return (0, x.stride(0)) if ragged else (x.stride(0), x.stride(1))
+    return (0, stride_of(x, 0)) if ragged else (stride_of(x, 0), stride_of(x, 1))
 
 
 def prepare(
@@ -416,19 +412,18 @@ def location_fwd(
     if seqs == 0 or call.length == 0:
         return out.zero_(), no_key(lse), scores
 
-    blocks = fwd_blocks(call.chip, h.element_size(), call.length, h.shape[-1], call.A, R, DV, v is None)
+    longest = call.length if cu_seqlens is None else LONG
+    blocks = fwd_blocks(call.chip, h.element_size(), longest, h.shape[-1], call.A, R, DV, v is None)
     one_dv = blocks.DV >= DV
     rows = _rows_per_item(call, cu_seqlens is not None, blocks.T)
     items = partition(seqs, call.length, rows, cu_seqlens)
     direct = one_dv and items.first is None and items.per_seq == 1
-    o = m = l = None
-    if not direct:
-        o = h.new_empty(items.count, R, DV, dtype=torch.float32)
-        m = h.new_empty(items.count, R, dtype=torch.float32)
-        l = torch.empty_like(m)
+    # One kernel for both: an item of its own only leaves (m, l) that nobody reads.
+    o = out if direct else h.new_empty(items.count, R, DV, dtype=torch.float32)
+    m, l = (h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
     bias_strides = row_strides(score_bias, cu_seqlens is not None)
     with torch.cuda.device_of(h):
-        _location_fwd_kernel[(items.count,)](
+        fitted(_location_fwd_kernel, call.tensors)[(items.count,)](
             **call.tensors, **item_args(items), **call.sizes, **call.flags,
             bias_ptr=score_bias, stride_sb=bias_strides[0], stride_st=bias_strides[1],
             out_ptr=out, lse_ptr=lse, scores_ptr=scores, o_ptr=o, m_ptr=m, l_ptr=l,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import Chip, pow2
+from .chip import LENGTHS, LONG, Chip, fitted, pow2, tile_rows
 from .location import Blocks, even, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import load_dlse, load_lse
@@ -27,7 +27,7 @@ from .softmax import load_dlse, load_lse
 WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_dz_kernel(
     h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
     w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
@@ -190,7 +190,7 @@ def _location_bwd_dz_kernel(
             tl.store(dv_ptr + dv_at, dv, mask=(a < A)[:, None] & (r < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_rows_kernel(
     dz_ptr,  # (items of this launch, BLOCK_T, K), or None: no term from the scores
     w_ptr, stride_wd, stride_wk,  # (D, K): [W G], or None: [dz dg] itself, K = D
@@ -254,7 +254,7 @@ def _location_bwd_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_dw_kernel(
     h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
     mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
@@ -306,10 +306,10 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     whole = even(D, DV, A)
     if itemsize == 4:
         block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
-        return Blocks(pow2(T, 16, 32 if hop == 1 else 16), 16, block_a, warps=8)
+        return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8)
     if not whole or chip.arch == 80:
-        return Blocks(pow2(T, 16, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
-    return Blocks(pow2(T, 16, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
+        return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
+    return Blocks(tile_rows(T, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
 
 
 def location_bwd(
@@ -333,7 +333,8 @@ def location_bwd(
     dbias = torch.empty_like(score_bias, memory_format=torch.contiguous_format) if need_bias else None
     dctx = torch.empty_like(context, memory_format=torch.contiguous_format) if need_ctx else None
 
-    blocks = bwd_blocks(call.chip, h.element_size(), call.length, D, A, R, DV, v is None)
+    longest = call.length if cu_seqlens is None else LONG
+    blocks = bwd_blocks(call.chip, h.element_size(), longest, D, A, R, DV, v is None)
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
     ctx_a_row = need_ctx and context_per_row
     ctx_a_seq = need_ctx and not context_per_row
@@ -368,7 +369,7 @@ def location_bwd(
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
         with torch.cuda.device_of(h):
-            _location_bwd_dz_kernel[(count,)](
+            fitted(_location_bwd_dz_kernel, call.tensors)[(count,)](
                 **{**call.tensors, **common, **call.sizes, **call.flags, **tile},
                 out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout,
                 dlse_ptr=dlse if dlse is None else dlse.contiguous(),
@@ -391,7 +392,7 @@ def location_bwd(
                     item0=item0, D=DV, K=0, R=R, BLOCK_K=block_k, BLOCK_R=call.flags["BLOCK_R"],
                 )  # fmt: skip
             if need_weights:
-                _location_bwd_dw_kernel[(*tiles, splits)](
+                fitted(_location_bwd_dw_kernel, call.tensors)[(*tiles, splits)](
                     **common, **tile,
                     **{k: call.tensors[k] for k in (
                         "h_ptr", "stride_hb", "stride_ht", "mask_ptr", "stride_mb", "stride_mt")},

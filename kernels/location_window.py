@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import Chip, chip_of, matmul_flags, pow2, strides, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit
 from .location import even, load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
@@ -74,7 +74,7 @@ def _exponent(ptr, at, keep, LSE: tl.constexpr):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_totals_kernel(
     x_ptr,  # (B, T, R) or (N, R) float32: scores; with LSE (m, l), (B, T, R, 2), of which x = -m
     c_ptr,  # (B, T, R) or (N, R) float64, or None: 1
@@ -114,7 +114,7 @@ def _location_window_totals_kernel(
         tl.store(l_ptr + slot, tl.sum(p, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_scan_kernel(
     m_ptr, l_ptr, o_ptr,  # states of the tiles, see above
     m_out_ptr, l_out_ptr, o_out_ptr,  # of all tiles before each; with REVERSE behind it
@@ -157,7 +157,7 @@ def _location_window_scan_kernel(
         m = m_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_fwd_kernel(
     scores_ptr,  # (B, T, R) or (N, R) float32
     val_ptr, stride_vb, stride_vt,  # (B, T, DV) or (N, DV)
@@ -236,17 +236,22 @@ class Blocks(NamedTuple):
 
     rows: int
     DV: int
+    scan: bool  # whether a sequence is long enough for scans
     warps: int = 4
 
 
-def window_blocks(chip: Chip, itemsize: int, length: int, DV: int, dropout: bool) -> Blocks:
-    """Tiles of all kernels. Chosen by the compile report (no spills); speed on a GPU not yet measured.
+def window_blocks(chip: Chip, itemsize: int, length: int, DV: int, dropout: bool, packed: bool) -> Blocks:
+    """Tiles of all kernels: short sequences without scans, and long ones, so that there are two variants.
+
+    Chosen by the compile report (no spills); speed on a GPU not yet measured.
 
     float32 has no matrix units: its products are unrolled, over tiles of half the rows. Random words take registers.
     """
     if chip.backend == "interpreter":
-        return Blocks(16, pow2(DV, 16, 32))
-    return Blocks(pow2(length, 16, 32 if itemsize == 4 or dropout else 64), pow2(DV, 16, 64 if even(DV) else 32), 8)
+        return Blocks(16, pow2(DV, 16, 32), length > 16)
+    most = 32 if itemsize == 4 or dropout else 64
+    rows = tile_rows(LONG if packed else length, most)
+    return Blocks(rows, pow2(DV, 16, 64 if even(DV) else 32), length > rows if packed else rows == most, 8)
 
 
 class Call(NamedTuple):
@@ -263,7 +268,7 @@ class Call(NamedTuple):
         """Launch with those of the arguments that the kernel has."""
         args = {**self.args, **more}
         named = {name: args[name] for name in kernel.arg_names}
-        kernel[grid](**named, num_warps=self.blocks.warps, num_stages=num_stages)
+        fitted(kernel, named)[grid](**named, num_warps=self.blocks.warps, num_stages=num_stages)
 
     def states(self, width: int, **more: object) -> dict[str, Tensor]:
         """Scanned states, by the kernels' names: of the tiles before each, or behind it where `REVERSE`."""
@@ -289,9 +294,9 @@ def prepare(
     ragged, exact = cu_seqlens is not None, values.dtype == torch.float32
     length, DV = values.shape[-2:]
     seqs = cu_seqlens.numel() - 1 if ragged else len(scores)
-    blocks = window_blocks(chip, values.element_size(), length, DV, dropout_p > 0)
+    blocks = window_blocks(chip, values.element_size(), length, DV, dropout_p > 0, ragged)
     items = partition(seqs, length, blocks.rows, cu_seqlens)
-    scan = dropout_p == 0 and (left is None or right is None) and length > blocks.rows
+    scan = dropout_p == 0 and (left is None or right is None) and blocks.scan
     values = unit(values[None] if ragged else values)
     args = {
         "scores_ptr": scores.contiguous(), "seed_ptr": seed, "val_ptr": values,

@@ -6,8 +6,8 @@ With the dropout factor k_ij, 1 without dropout, sums over the positions i that 
     ds_jr    = Σ_i a_ijr (k_ij dO_ir · value_j - δ_ir)
     dvalue_j = Σ_r Σ_i k_ij a_ijr dO_ir
 
-Both are the forward's sums with positions and keys exchanged, over x = -m with the factor 1 / l: of the positions that see all of a tile
-of keys the scanned state (m, l, o) with c = δ and value = dO is enough,
+Both are the forward's sums with positions and keys exchanged, over x = -m with the factor 1 / l: of the positions
+that see all of a tile of keys the scanned state (m, l, o) with c = δ and value = dO is enough,
 
     ds_jr += e^{s_jr + m} (o · value_j - l)            dvalue_j += e^{s_jr + m} o
 
@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import pow2
+from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, locate, sequence_of, visible_pairs
 from .softmax import exp, load_dlse, load_lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_delta_kernel(
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     out_ptr,  # the same, float32
@@ -65,7 +65,7 @@ def _state_scores(
     return exp(s + m, FMA) * gap.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_bwd_scores_kernel(
     scores_ptr,  # (B, T, R) or (N, R) float32
     val_ptr, stride_vb, stride_vt,  # (B, T, DV) or (N, DV)
@@ -150,7 +150,7 @@ def _location_window_bwd_scores_kernel(
     tl.store(ds_ptr + (seq * T + k_rows) * R + r, ds, mask=j < hi)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _location_window_bwd_values_kernel(
     scores_ptr,  # (B, T, R) or (N, R) float32
     m_ptr, o_ptr,  # scanned states, or None without SCAN

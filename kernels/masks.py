@@ -24,12 +24,18 @@ class Items(NamedTuple):
     first: Tensor | None  # (S + 1,) int32: first item of each sequence; None as above
 
 
-def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None) -> Items:
-    """Items of at most `rows` rows. Padded: `batch` sequences of `length`; ragged: `batch` over `length` rows."""
+def partition(
+    batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, always: bool = False
+) -> Items:
+    """Items of at most `rows` rows. Padded: `batch` sequences of `length`; ragged: `batch` over `length` rows.
+
+    Few packed rows are an item a sequence, with no map to make, unless there is `always` to be one: a kernel with a
+    map is another variant than one without.
+    """
     if cu_seqlens is None:
         per_seq = triton.cdiv(length, rows)
         return Items(batch * per_seq, rows, per_seq, None, None)
-    if length <= rows:
+    if length <= rows and not always:
         return Items(batch, rows, 1, None, None)
     count = length // rows + batch
     items = (cu_seqlens.diff() + (rows - 1)) // rows

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .chip import Chip, all_registers, chip_of, pow2, strides, unit
+from .chip import LENGTHS, Chip, all_registers, chip_of, fitted, pow2, strides, unit
 from .location import load_rows
 from .masks import sequence_of
 from .softmax import exp, finish, pivot
@@ -74,7 +74,7 @@ def softmax_step(s, m, l, FMA: tl.constexpr):
     return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_fwd_kernel(
     q_ptr, stride_qb, stride_qt,  # (B, Th, A), or packed with stride_qb = 0
     k_ptr, stride_kb, stride_kt,  # (B, Ty, A)
@@ -219,16 +219,16 @@ class Blocks(NamedTuple):
 def held_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) -> Blocks | None:
     """One tile of all widths that stays on chip, or None where they are too wide.
 
-    It is as long as the premises may be (`longest`), or as registers allow: an element of a key and of a value has
-    `per_element` of them, 1 in the forward and 4 in the backward. Chosen by the compile report (no spills); speed on
-    a GPU not yet measured.
+    It is as long as the premises may be (`longest`; 16, 32 or 128, a variant each), or as registers allow: an element
+    of a key and of a value has `per_element` of them, 1 in the forward and 4 in the backward. Chosen by the compile
+    report (no spills); speed on a GPU not yet measured.
     """
     width_a, width_d = triton.next_power_of_2(max(A, 16)), triton.next_power_of_2(max(D, 16))
     room = 64 * 16 if chip.backend == "interpreter" else 128 * 256 // per_element
     row = width_a + width_d
     if 16 * row > room:
         return None
-    rows = min(1 << (room // row).bit_length() - 1, pow2(longest, 16, 128))
+    rows = min(1 << (room // row).bit_length() - 1, 128 if longest > 32 else pow2(longest, 16, 32))
     return Blocks(rows, width_a, width_d, 16 if 2 * rows * row > room else 32, 8 if rows * row > 1024 else 4)
 
 
@@ -301,7 +301,8 @@ def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **m
     for is_held, blocks in forms:
         named = {name: args[name] for name in kernel.arg_names if name in args}
         named |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("N", "A", "D", "K")}
-        kernel[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **all_registers(call.chip))
+        options = all_registers(call.chip)
+        fitted(kernel, named)[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **options)
 
 
 def recurrent_fwd(

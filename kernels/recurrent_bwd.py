@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
+from .chip import LENGTHS
 from .location import load_rows
 from .masks import sequence_of
 from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
@@ -41,7 +42,7 @@ def _weights(s_ptrs, g_ptrs, keep, shift, inv, FMA: tl.constexpr):
     return exp(s - shift, FMA) * inv, tl.load(g_ptrs, mask=keep, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_bwd_kernel(
     k_ptr, stride_kb, stride_kt,  # (B, Ty, A), or packed with stride_kb = 0
     val_ptr, stride_ub, stride_ut,  # (B, Ty, D)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chip import LENGTHS
 from .masks import Items
 
 
@@ -88,7 +89,7 @@ def no_key(lse: Tensor) -> Tensor:
     return lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge_kernel(
     o_ptr,  # (items, R, DV) float32
     m_ptr,  # (items, R) float32
@@ -143,7 +144,8 @@ def merge(
 ) -> None:
     """Merge the states ``o (items, R, Dv)``, ``m`` and ``l (items, R)`` into ``out (S, R, Dv)``, ``lse (S, R, 2)``.
 
-    unit: of m; log 2 where the exponentials are powers of 2. skip_single leaves sequences of exactly one item alone: their kernel has written the result itself.
+    unit: of m; log 2 where the exponentials are powers of 2. skip_single leaves sequences of exactly one item alone:
+    their kernel has written the result itself.
     """
     seqs, hops, width = out.shape
     block = min(128, triton.next_power_of_2(width))

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import Chip, chip_of, matmul_flags, pow2, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, tile_rows, unit
 from .location import item_args, load_rows, matmul, row_strides
 from .masks import locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
@@ -107,7 +107,7 @@ def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_fwd_kernel(
     x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,)
     v_ptr, stride_va,  # (A, C), or None: one weight a frame
@@ -188,7 +188,7 @@ def _statistics_fwd_kernel(
         tl.store(l_ptr + item.to(tl.int64) * R + r, l, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_merge_kernel(
     mean_parts_ptr,  # (items, C) float64
     sq_parts_ptr,  # (items, C) float32
@@ -263,12 +263,12 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     Chosen by the compile report (no spills, shared memory within the chip); speed on a GPU not yet measured.
     """
     if A == 0:
-        return Blocks(pow2(T, 16, 64), pow2(C, 16, 128), 16, 8)
+        return Blocks(tile_rows(T, 64), pow2(C, 16, 128), 16, 8)
     warps = product_warps(chip)
     if itemsize == 4:  # no matrix units in full float32: products are unrolled, so A goes in steps of 16
-        return Blocks(pow2(T, 16, 32), pow2(C, 16, 64), 16, warps)
+        return Blocks(tile_rows(T, 32), pow2(C, 16, 64), 16, warps)
     # Where A fits, the block of V stays on chip for all frames.
-    return Blocks(pow2(T, 16, 64), pow2(C, 16, 64), pow2(A, 16, 128 if A <= 128 else 64), warps)
+    return Blocks(tile_rows(T, 64), pow2(C, 16, 64), pow2(A, 16, 128 if A <= 128 else 64), warps)
 
 
 def product_warps(chip: Chip) -> int:
@@ -341,7 +341,8 @@ def statistics_fwd(
     if seqs == 0 or call.length == 0:
         return mean.zero_(), var.zero_(), no_key(lse), scores
 
-    blocks = fwd_blocks(call.chip, values.element_size(), call.length, C, call.A)
+    longest = call.length if cu_seqlens is None else LONG
+    blocks = fwd_blocks(call.chip, values.element_size(), longest, C, call.A)
     channel_blocks = triton.cdiv(C, blocks.C)
     rows = _rows_per_item(call, cu_seqlens is not None, channel_blocks, blocks.T)
     items = partition(seqs, call.length, rows, cu_seqlens)
@@ -351,7 +352,7 @@ def statistics_fwd(
         m, l = (values.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
         parts = tuple(x.new_empty(items.count, C) for x in parts)
     with torch.cuda.device_of(values):
-        _statistics_fwd_kernel[(items.count * channel_blocks,)](
+        fitted(_statistics_fwd_kernel, call.tensors)[(items.count * channel_blocks,)](
             **call.tensors, **item_args(items), **call.sizes, **call.flags, **tile_args(call, blocks),
             scores_ptr=scores if return_scores else None, mean_ptr=parts[0], var_ptr=parts[1],
             lse_ptr=lse, m_ptr=m, l_ptr=l, rows_per_item=rows,

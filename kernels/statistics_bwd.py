@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import Chip, pow2
+from .chip import LENGTHS, LONG, Chip, fitted, pow2, tile_rows
 from .location import even, item_args, load_rows
 from .masks import Items, locate, partition
 from .softmax import exp, load_dlse, load_lse
@@ -62,7 +62,7 @@ def _frame_weights(s, top, inv, FMA: tl.constexpr):
     return tl.where(shown, exp(d, FMA) * (inv * (1.0 + rounding)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_frame_kernel(
     x_ptr, stride_xb, stride_xt,  # scores (B, T) or (N,) float32
     val_ptr, stride_ub, stride_ut,  # (B, T, C) or (N, C)
@@ -114,7 +114,7 @@ def _statistics_bwd_frame_kernel(
         tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=t < hi)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_values_kernel(
     x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A)
     v_ptr, stride_va,  # (A, C)
@@ -191,7 +191,7 @@ def _statistics_bwd_values_kernel(
         tl.store(dv_ptr + at, dv, mask=(a < A)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_features_kernel(
     x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A)
     v_ptr, stride_va,  # (A, C)
@@ -259,10 +259,10 @@ def _statistics_bwd_features_kernel(
 def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the backward kernels; T is also the frames of an item. Chosen as the forward's are."""
     if A == 0:
-        return Blocks(pow2(T, 16, 32), pow2(C, 16, 128 if even(C) else 64), 16, 4)
+        return Blocks(tile_rows(T, 32), pow2(C, 16, 128 if even(C) else 64), 16, 4)
     warps = product_warps(chip)
     if itemsize == 4:
-        return Blocks(pow2(T, 16, 32), pow2(C, 16, 64), 16, warps)
+        return Blocks(tile_rows(T, 32), pow2(C, 16, 64), 16, warps)
     # Registers are short: dv or du is kept beside a tile of everything else. Where rows are no whole vectors, each
     # element needs an address and a predicate too.
     whole = even(C, A)
@@ -272,7 +272,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     block_a = pow2(A, 16, 128 if A <= 128 and (whole or chip.arch != 80) else 64)
     if small and whole and block_a <= 64:
         warps = 4
-    return Blocks(pow2(T, 16, block_t), pow2(C, 16, block_c), block_a, warps)
+    return Blocks(tile_rows(T, block_t), pow2(C, 16, block_c), block_a, warps)
 
 
 def statistics_bwd(
@@ -288,7 +288,8 @@ def statistics_bwd(
     if call.seqs == 0 or call.length == 0:
         return [dx, torch.zeros_like(v) if need_v else None, dvalues]
 
-    blocks = bwd_blocks(call.chip, values.element_size(), call.length, call.C, call.A)
+    longest = call.length if cu_seqlens is None else LONG
+    blocks = bwd_blocks(call.chip, values.element_size(), longest, call.C, call.A)
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens)
     mean_hi = mean.float()
     common = {
@@ -303,7 +304,8 @@ def statistics_bwd(
             for name in ("v_ptr", "stride_va", "A", "WHOLE", "COMPUTE", "PRECISION", "BLOCK_A"):
                 del common[name]
             fma = call.chip.backend != "interpreter"
-            _statistics_bwd_frame_kernel[(items.count,)](**common, dx_ptr=dx, dval_ptr=dvalues, FMA=fma)
+            kernel = fitted(_statistics_bwd_frame_kernel, common)
+            kernel[(items.count,)](**common, dx_ptr=dx, dval_ptr=dvalues, FMA=fma)
             return [dx, None, dvalues]
         common["scores_ptr"] = scores if scores.numel() else None
         common["dscores_ptr"] = dscores if dscores is None else dscores.contiguous()
@@ -312,7 +314,7 @@ def statistics_bwd(
             dv = _channels(call, blocks, items, common, dvalues, need_v)
         if need_x:
             grid = items.count, triton.cdiv(call.A, blocks.A)
-            _statistics_bwd_features_kernel[grid](**common, dx_ptr=dx)
+            fitted(_statistics_bwd_features_kernel, common)[grid](**common, dx_ptr=dx)
     return [dx, None if dv is None else dv.sum(0).to(v.dtype), dvalues]
 
 
@@ -325,7 +327,7 @@ def _channels(
     dv = None
     if need_v:
         dv = torch.empty(splits, call.A, call.C, dtype=torch.float32, device=common["val_ptr"].device)
-    _statistics_bwd_values_kernel[(channel_blocks * splits, chunks)](
+    fitted(_statistics_bwd_values_kernel, common)[(channel_blocks * splits, chunks)](
         **common, dval_ptr=dvalues, dv_ptr=dv, items=items.count, items_per_split=triton.cdiv(items.count, splits),
     )  # fmt: skip
     return dv
