@@ -1,10 +1,15 @@
 """Compile every kernel in every configuration that the rules can choose, with no GPU, and report what came out.
 
-    python -m bench.compile_report [--target sm_90 ...] [--family location ...] [--case TEXT] [--json FILE] [--jobs N]
+    python -m bench.compile_report [--target sm_90 ...] [--family location ...] [--case TEXT] [--brief]
+                                   [--drawn N [--seed N]] [--json FILE] [--jobs N]
 
 The family's own launchers run on meta tensors, with a driver that only names a target: what is compiled is what
 a launch on that chip would compile, block sizes and pointer alignment included. A kernel that fails to compile,
-spills, or needs more shared memory than the chip has makes the exit code 1.
+spills, needs more shared memory than the chip has, or that the assembler warns of (C7515: products that should run
+beside other work wait for each other) makes the exit code 1.
+
+`--brief` compiles a few cases, with each kernel in one of them. `--drawn N` compiles N calls of random widths, hops,
+dtypes, options and lengths in place of the cases, and tells only those that fail.
 
 Columns: registers a thread, spilled bytes, shared memory of the chip's limit, and for the innermost loop with
 the most arithmetic (the whole kernel where there is none, and on sm_100) instructions a thread, of which matrix,
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -37,15 +43,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from .compile_cases import CASES, elements
+from .compile_cases import BRIEF, CASES, drawn, elements
 
 TARGETS: dict[str, tuple[GPUTarget, chips.Chip]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), chips.A100),
+    "sm_86": (GPUTarget("cuda", 86, 32), chips.A10),
+    "sm_89": (GPUTarget("cuda", 89, 32), chips.L40),
     "sm_90": (GPUTarget("cuda", 90, 32), chips.H200),
     "sm_100": (GPUTarget("cuda", 100, 32), chips.B200),
+    "sm_120": (GPUTarget("cuda", 120, 32), chips.RTX5090),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), chips.MI250X),
     "gfx942": (GPUTarget("hip", "gfx942", 64), chips.MI300X),
 }
 
@@ -93,6 +105,29 @@ def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         JITFunction.run = run
 
 
+def _assemble(self: CUDABackend, src: str, metadata: dict[str, Any], *args: Any) -> bytes:
+    """Triton's own step, which keeps what ptxas says in the metadata, so that Triton's cache has it too."""
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        cubin = _make_cubin(self, src, metadata, *args)
+    metadata["ptxas"] = said.getvalue()
+    return cubin
+
+
+_make_cubin = CUDABackend.make_cubin
+CUDABackend.make_cubin = _assemble
+
+
+def _ptxas(kernel: Any, target: GPUTarget) -> str:
+    """What ptxas said of a kernel."""
+    if not hasattr(kernel.metadata, "ptxas"):  # from the cache, where another program put it
+        metadata: dict[str, Any] = {}
+        make_backend(target).make_cubin(kernel.asm["ptx"], metadata, kernel.metadata, target.arch)
+        return metadata["ptxas"]
+    return kernel.metadata.ptxas
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What came out
 # ---------------------------------------------------------------------------------------------------------------
@@ -112,7 +147,7 @@ class Row:
     shared_limit: int
     loop: Counter[str]
     per_element: float
-    error: str = ""
+    error: str = ""  # why it did not compile, or what ptxas warns of
 
     @property
     def failed(self) -> bool:
@@ -139,23 +174,26 @@ _UNITS = {
 }
 
 
-def _usage_cuda(kernel: Any) -> tuple[int, int, list[str]]:
-    """Registers a thread, bytes of stack a thread, and the lines of the disassembly."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", f.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-    return registers, stack, [line.rsplit("\t", 1)[-1] for line in kernel.asm["sass"].splitlines()]
+def _usage_cuda(said: str) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack a thread, and warnings, from what ptxas said."""
+    registers, stack = (int(re.search(key, said)[1]) for key in (r"Used (\d+) registers", r"(\d+) bytes stack frame"))
+    warnings = {line for line in said.splitlines() if re.search(r"warning|\(C\d+\)", line)}
+    return registers, stack, "; ".join(sorted(warnings))
 
 
-def _usage_hip(kernel: Any) -> tuple[int, int, list[str]]:
-    text = kernel.asm["amdgcn"]
+def _usage_hip(text: str) -> tuple[int, int, str]:
     registers, stack = (
         int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
     )
-    return registers, stack, text[: text.index("s_endpgm")].splitlines()
+    return registers, stack, ""
+
+
+def _code(kernel: Any) -> list[str]:
+    """The lines of the disassembly."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        return text[: text.index("s_endpgm")].splitlines()
+    return [line.rsplit("\t", 1)[-1] for line in kernel.asm["sass"].splitlines()]
 
 
 def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Counter[str]:
@@ -206,11 +244,9 @@ def _blocks(constants: dict[str, Any]) -> str:
     return " ".join([*sizes, f"w{constants['num_warps']}"])
 
 
-def compile_case(job: tuple[str, str, int]) -> list[Row]:
-    """Every kernel that one case launches on one target."""
-    target, family, index = job
+def compile_case(target: str, case: Any, loops: bool = True) -> list[Row]:
+    """Every kernel that one case launches on one target; without `loops` their instructions are not counted."""
     gpu, chip = TARGETS[target]
-    case = CASES[family][index]
     rows: dict[tuple[str, str], Row] = {}  # a kernel that is launched twice alike is told once
     with record(target) as launched:
         try:
@@ -219,12 +255,15 @@ def compile_case(job: tuple[str, str, int]) -> list[Row]:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             rows["launch", ""] = Row(target, str(case), "launch", "", 0, 0, 0, chip.shared, Counter(), 0.0, text)
     for kernel, constants in {id(k): (k, c) for k, c in launched}.values():
-        registers, stack, lines = (_usage_cuda if gpu.backend == "cuda" else _usage_hip)(kernel)
-        loop = inner_loop(lines, gpu.backend, factored=bool(constants.get("FACTORED")))
+        cuda = gpu.backend == "cuda"
+        registers, stack, warnings = _usage_cuda(_ptxas(kernel, gpu)) if cuda else _usage_hip(kernel.asm["amdgcn"])
+        loop: Counter[str] = Counter()
+        if loops:
+            loop = inner_loop(_code(kernel), gpu.backend, factored=bool(constants.get("FACTORED")))
         threads = constants["num_warps"] * gpu.warp_size
         row = Row(
             target, str(case), kernel.name, _blocks(constants), registers, stack, kernel.metadata.shared,
-            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants),
+            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants), warnings,
         )  # fmt: skip
         before = rows.setdefault((row.kernel, row.blocks), row)
         if (row.failed, row.registers) > (before.failed, before.registers):
@@ -232,17 +271,15 @@ def compile_case(job: tuple[str, str, int]) -> list[Row]:
     return list(rows.values())
 
 
-def report(targets: list[str], family: str | None, text: str, jobs: int) -> list[Row]:
-    """Compile what the filters leave, `jobs` at a time."""
-    work = [
-        (target, name, i)
-        for target in targets
-        for name, cases in CASES.items()
-        for i, case in enumerate(cases)
-        if family in (None, name) and text in str(case)
-    ]
+def _compile(job: tuple[str, Any, bool]) -> list[Row]:
+    return compile_case(*job)
+
+
+def report(targets: list[str], cases: list[Any], jobs: int, *, loops: bool = True) -> list[Row]:
+    """Compile the cases for the targets, `jobs` at a time."""
+    work = [(target, case, loops) for target in targets for case in cases]
     with ProcessPoolExecutor(jobs) as pool:
-        done = track(pool.map(compile_case, work), "compiling", len(work), console=Console(stderr=True))
+        done = track(pool.map(_compile, work), "compiling", len(work), console=Console(stderr=True))
         return [row for rows in done for row in rows]
 
 
@@ -269,11 +306,19 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--family", choices=list(CASES))
     parser.add_argument("--case", default="", help="only cases whose name has this text")
+    parser.add_argument("--brief", action="store_true", help="a few cases, with each kernel in one of them")
+    parser.add_argument("--drawn", type=int, default=0, help="so many calls drawn at random in place of the cases")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn calls")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    rows = report(args.target, args.family, args.case, args.jobs)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    named = [(family, case) for family, cases in (BRIEF if args.brief else CASES).items() for case in cases]
+    if args.drawn:
+        named = drawn(args.drawn, args.seed)
+    cases = [case for family, case in named if args.family in (None, family) and args.case in str(case)]
+    rows = report(args.target, cases, args.jobs, loops=not args.drawn)
+    shown = [r for r in rows if r.failed] if args.drawn else rows
+    Console(width=None if sys.stdout.isatty() else 200).print(table(shown))
     if args.json:
         args.json.write_text(json.dumps([vars(r) | {"failed": r.failed} for r in rows], indent=1))
     failed = [r for r in rows if r.failed]

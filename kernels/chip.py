@@ -22,22 +22,43 @@ class Chip(NamedTuple):
     arch: int  # compute capability (90), or 0
     shared: int  # bytes of on-chip memory that one program may use
     cores: int  # streaming multiprocessors or compute units
+    gfx: str = ""  # AMD's name of the architecture
+
+    @property
+    def supported(self) -> bool:
+        """Whether the rules were made for it: NVIDIA's from sm_80 on, and AMD's with matrix cores (CDNA 2 on).
+
+        Before them there is no bfloat16 and no asynchronous copy (sm_75), or a program has other waves and half the
+        registers (RDNA): kernels spill.
+        """
+        if self.backend == "hip":
+            return self.gfx in ("gfx90a", "gfx942", "gfx950")
+        return self.backend == "interpreter" or self.arch >= 80
+
+    def __str__(self) -> str:
+        return {"cuda": f"sm_{self.arch}", "hip": self.gfx}.get(self.backend, self.backend)
 
 
 H200 = Chip("cuda", 90, 232_448, 132)
 A100 = Chip("cuda", 80, 166_912, 108)
+A10 = Chip("cuda", 86, 101_376, 72)
+L40 = Chip("cuda", 89, 101_376, 142)
 B200 = Chip("cuda", 100, 232_448, 148)
-MI300X = Chip("hip", 0, 65_536, 304)
+RTX5090 = Chip("cuda", 120, 101_376, 170)
+MI250X = Chip("hip", 0, 65_536, 110, "gfx90a")
+MI300X = Chip("hip", 0, 65_536, 304, "gfx942")
 INTERPRETER = Chip("interpreter", 0, 65_536, 4)
 
 
 @functools.cache
 def _query(device: torch.device) -> Chip:
     props = torch.cuda.get_device_properties(device)
+    cores = props.multi_processor_count
     if torch.version.hip is not None:
-        return Chip("hip", 0, 65_536, props.multi_processor_count)
-    shared = getattr(props, "shared_memory_per_block_optin", 101_376)
-    return Chip("cuda", props.major * 10 + props.minor, shared, props.multi_processor_count)
+        return Chip("hip", 0, 65_536, cores, props.gcnArchName.split(":")[0])  # "gfx942:sramecc+:xnack-"
+    arch = props.major * 10 + props.minor
+    # What a program may use is in PyTorch's properties; where it is not told, as little as any chip from sm_80 on has.
+    return Chip("cuda", arch, getattr(props, "shared_memory_per_block_optin", 101_376), cores)
 
 
 _assumed: ContextVar[Chip | None] = ContextVar("assumed chip", default=None)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .concat import CONCAT
+from .drawn import drawn
 from .general import GENERAL
 from .graph import GRAPH
 from .hierarchical import HIERARCHICAL
@@ -23,6 +24,19 @@ CASES: dict[str, list[Any]] = {
     "statistics": STATISTICS,
     "recurrent": RECURRENT,
 }
+
+# Each kernel in one case, where a chip is not told in full.
+BRIEF: dict[str, list[Any]] = {
+    "location": [LOCATION[1], LOCATION[9], WINDOW[0]],
+    "concat": CONCAT[:1],
+    "general": GENERAL[3:4],
+    "graph": GRAPH[:1],
+    "hierarchical": HIERARCHICAL[:1],
+    "statistics": [STATISTICS[0], STATISTICS[5]],
+    "recurrent": RECURRENT[2:3],
+}
+
+__all__ = ["BRIEF", "CASES", "drawn", "elements"]
 
 
 def elements(kernel: str, constants: dict[str, Any]) -> int:
