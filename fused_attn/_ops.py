@@ -25,13 +25,25 @@ def _triton_state() -> str:
 _triton_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _unknown_chip(device: torch.device) -> str:
+    """The name of the chip of `device` where the kernels were not made for it, else nothing."""
+    if not torch.cuda.is_available():  # a fake tensor: what runs later is another machine's
+        return ""
+    chip = importlib.import_module("fused_attn.kernels.chip").chip_of(device)
+    return "" if chip.supported else str(chip)
+
+
+_unknown_chip._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool:
     """Whether this call runs the kernel.
 
     Parameters
     ----------
     impl
-        ``"auto"``: the kernel on a GPU, PyTorch elsewhere, and PyTorch for what the kernel does not support.
+        ``"auto"``: the kernel on a GPU, PyTorch elsewhere, and PyTorch for what the kernel does not support; also on
+        GPUs that the kernels were not made for (`fused_attn.kernels.chip.Chip.supported`).
         ``"triton"`` and ``"reference"`` never fall back.
     device
         Where the tensors are.
@@ -50,7 +62,7 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
         return False
     state = _triton_state()
     if impl == "auto":
-        return device.type == "cuda" and state == "gpu" and unsupported is None
+        return device.type == "cuda" and state == "gpu" and unsupported is None and not _unknown_chip(device)
     if state == "absent":
         raise ValueError("impl: 'triton' needs the package triton, which is not installed; use 'reference'")
     if device.type == "cpu" and state != "interpreter":
@@ -62,6 +74,11 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
         raise ValueError(f"impl: 'triton' expects CUDA or ROCm tensors; got device {device}")
     if unsupported is not None:
         raise ValueError(f"impl: 'triton' {unsupported}; use impl='auto' or 'reference'")
+    if device.type == "cuda" and (chip := _unknown_chip(device)):
+        raise ValueError(
+            "impl: 'triton' expects an NVIDIA GPU from sm_80 on (Ampere) or an AMD Instinct from gfx90a on (MI200); "
+            f"got {chip}; use impl='auto' or 'reference'"
+        )
     return True
 
 
