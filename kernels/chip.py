@@ -35,6 +35,24 @@ class Chip(NamedTuple):
             return self.gfx in ("gfx90a", "gfx942", "gfx950")
         return self.backend == "interpreter" or self.arch >= 80
 
+    @property
+    def small(self) -> bool:
+        """Whether a core has 100 KiB of shared memory and room for 1,536 threads (sm_86, sm_89, sm_120)."""
+        return self.backend == "cuda" and self.shared < A100.shared
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether warp groups issue matrix products: of 64 rows or none, and apart only where registers suffice."""
+        return self.backend == "cuda" and self.arch // 10 == 9
+
+    @property
+    def from_registers(self) -> bool:
+        """Whether matrix units take operands from registers (mma.sync), not from shared memory (sm_90, sm_100).
+
+        Then both operands and what is made of them are short of registers: tiles are half as large.
+        """
+        return self.backend == "cuda" and self.arch // 10 not in (9, 10)
+
     def __str__(self) -> str:
         return {"cuda": f"sm_{self.arch}", "hip": self.gfx}.get(self.backend, self.backend)
 
@@ -85,6 +103,19 @@ def all_registers(chip: Chip) -> dict[str, int]:
     Without it ptxas presses some kernels into 128, so that two programs could share a core, and spills what is left.
     """
     return {"maxnreg": 255} if chip.backend == "cuda" else {}
+
+
+def even(*widths: int) -> bool:
+    """Whether rows are whole 16-byte vectors; where not, each element needs an address and a predicate."""
+    return all(n % 16 == 0 for n in widths)
+
+
+def unpressed(chip: Chip, itemsize: int, *widths: int) -> dict[str, int]:
+    """`all_registers` where ptxas was seen to press too hard: rows that are not `even`, and float32 on small chips.
+
+    Elsewhere it decides: more registers are fewer programs a core.
+    """
+    return all_registers(chip) if not even(*widths) or (itemsize == 4 and chip.small) else {}
 
 
 def pow2(n: int, least: int, most: int) -> int:

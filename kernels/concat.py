@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit, unpressed
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -405,7 +405,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         # scores again: one block up to 128 where that does not spill. 8 scores a thread are 12.9 instructions an
         # element on sm_90, 4 are 15.5, 16 are 8.9 with half the width.
         if factored:
-            return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 128), 4)
+            return Blocks(16, tile_rows(Tk, 32 if busy and chip.small else 64), pow2(DV, 16, 128), 4)
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
@@ -554,7 +554,7 @@ def concat_fwd(
             lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(call.chip, value.element_size(), DV),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

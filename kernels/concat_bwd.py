@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, Chip, fitted, pow2, strides, tile_rows
+from .chip import LENGTHS, Chip, fitted, pow2, strides, tile_rows, unpressed
 from .concat import Blocks, concat_scores, factors, prepare, reciprocal
 from .masks import dropout_scale, key_range, locate, sequence_of, visible
 from .softmax import exp, load_lse
@@ -612,9 +612,11 @@ def concat_bwd(
                 "BLOCK_D": walk.features, "BLOCK_R": walk.rows,
             }  # fmt: skip
 
+            registers = unpressed(call.chip, value.element_size(), A, DV)
+
             def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
                 named = {name: {**args, **more}[name] for name in kernel.arg_names}
-                fitted(kernel, {**named, **more})[grid](**named, num_warps=num_warps, num_stages=2)
+                fitted(kernel, {**named, **more})[grid](**named, num_warps=num_warps, num_stages=2, **registers)
 
             def of_rows(x: Tensor) -> dict[str, int]:
                 return strides("db dh dt", x, (0, 1, 2), packed=ragged)

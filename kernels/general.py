@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, strides, unit, unpressed
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -244,12 +244,12 @@ def widths(D: int, DV: int) -> tuple[int, int]:
     return pow2(D, 16, 256) if D <= 256 else 64, pow2(DV, 16, 256 if max(D, DV) <= 256 else 64)
 
 
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool) -> Blocks:
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: bool) -> Blocks:
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
-    Many queries, so that a tile of keys serves them all; fewer keys where a pair has a mask, bias or dropout, which
-    need registers of their own. Chosen by the compile report (no spills; wgmma on sm_90 from 64 queries on); speed on
-    a GPU not yet measured.
+    Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair is `busy`:
+    what it loads and draws needs registers of its own, and so do rows that are no whole vectors. Chosen by the compile
+    report (no spills; wgmma on sm_90 from 64 queries on); speed on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
@@ -258,12 +258,21 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool)
         return Blocks(pow2(Tq, 16, 32), 32, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
+    size = max(width, value_width)
+    if max(D, DV) <= 256 and not (hip or even(D, DV)):
+        few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
+        return Blocks(pow2(Tq, 16, max(few, 32)), pow2(Tk, 16, few), width, value_width, 8, 1)
     if hip and not narrow and not plain:  # a thread of 4 waves has up to 512 registers
         return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
     block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
     block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m
     block_n = 64 if plain and (narrow or roomy) and not hip else 32
-    return Blocks(block_m, block_n, width, value_width, 8 if block_m >= 64 else 4, 2)
+    warps = 8 if block_m >= 64 else 4
+    if busy and size > 128:
+        block_m = min(block_m, 32)
+    elif busy and size == 128 and block_m == 128 and chip.wgmma:  # two warp groups would wait for each other (C7515)
+        block_m, warps = 64, 4
+    return Blocks(block_m, block_n, width, value_width, warps, 2)
 
 
 class Call(NamedTuple):
@@ -271,7 +280,8 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    plain: bool  # no mask, bias or dropout: nothing to load or draw for a pair
+    plain: bool  # no mask, bias or dropout
+    busy: bool  # a pair has a mask, bias or dropout of its own
     tensors: dict[str, Tensor | int | None]
     sizes: dict[str, int | float]
     flags: dict[str, object]
@@ -301,6 +311,7 @@ def prepare(
         chip,
         seqs,
         all(x is None for x in (bias, k_rows, seed)),
+        any(x is not None for x in (bias, mask, seed)),
         {
             "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=packed),
             "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2), packed=packed),
@@ -345,7 +356,8 @@ def general_fwd(
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores
     plain = call.plain and not need_scores
-    blocks = fwd_blocks(call.chip, key.element_size(), LONG if cu_seqlens_q is not None else Tq, D, DV, plain)
+    length = LONG if cu_seqlens_q is not None else Tq
+    blocks = fwd_blocks(call.chip, key.element_size(), length, D, DV, plain, call.busy or need_scores)
     with torch.cuda.device_of(query):
         items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
         dv_blocks = triton.cdiv(DV, blocks.DV)
@@ -366,6 +378,7 @@ def general_fwd(
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             WIDE=blocks.D < D, PLAIN=plain, BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_D=blocks.D,
             BLOCK_DV=blocks.DV, num_warps=blocks.warps, num_stages=blocks.stages,
+            **unpressed(call.chip, key.element_size(), D, DV),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, LONG, Chip, all_registers, fitted, pow2, strides, tile_rows
+from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, widths
 from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
@@ -423,8 +423,10 @@ def _general_bwd_dkv_kernel(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool) -> tuple[Blocks, Blocks]:
-    """Tiles of the kernel for dq, and of that for dk and dvalue.
+def bwd_blocks(
+    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: bool
+) -> tuple[Blocks, Blocks]:
+    """Tiles of the kernel for dq, and of that for dk and dvalue; `plain` and `busy` as in the forward.
 
     Chosen by the compile report (no spills; wgmma on sm_90 from 64 rows on); speed on a GPU not yet measured.
     """
@@ -446,11 +448,17 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, pla
     if max(D, DV) > 256:
         for_k = Blocks(few_m, n if roomy else few_n, width, value_width, 8, 2 if roomy else 1)
         return Blocks(m, few_n, width, value_width, 8, 2 if roomy else 1), for_k
+    if not even(D, DV):
+        few = 4096 // max(size, 64)
+        for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
+        return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
     if not plain:
-        for_k = Blocks(few_m, few_n if size <= 128 else 16, width, value_width, 8, 1)
+        short = size > 128 or (size == 128 and busy and chip.small)
+        for_k = Blocks(few_m, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
     if size > 128:
-        return Blocks(m, few_n, width, value_width, 8, 2), Blocks(few_m, few_n, width, value_width, 8, 2)
+        for_q = Blocks(m, 16 if chip.small else few_n, width, value_width, 8, 2)
+        return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)
     large = size > 64
     for_k = Blocks(few_m if large or not roomy else m, n, width, value_width, 8 if large else 4, 2)
     return Blocks(m, n, width, value_width, 8 if large and not roomy else 4, 2), for_k
@@ -498,11 +506,12 @@ def general_bwd(
             more |= {"WIDE": blocks.D < D, "WIDE_V": blocks.DV < DV}
             more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("M", "N", "D", "DV")}
             named = {name: {**args, **more}[name] for name in kernel.arg_names}
-            options = all_registers(call.chip) if exact or more["WIDE"] or more["WIDE_V"] else {}
+            tight = exact or more["WIDE"] or more["WIDE_V"] or not (args["PLAIN"] and even(D, DV))
+            options = all_registers(call.chip) if tight else {}
             fitted(kernel, named)[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
 
-        lengths = (LONG, LONG) if packed else (Tq, Tk)
-        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"])
+        lengths, busy = (LONG, LONG) if packed else (Tq, Tk), call.busy or dscores is not None
+        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"], busy)
         with torch.cuda.device_of(query):
             if need_q or need_bias:
                 made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq

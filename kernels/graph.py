@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit
+from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit, unpressed
 from .masks import dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, store_lse
 
@@ -218,5 +218,6 @@ def graph_fwd(
             indptr_ptr=indptr.contiguous(), indices_ptr=indices.contiguous(),
             out_ptr=out, lse_ptr=lse, scores_ptr=scores, WIDE=blocks.A < A or blocks.DV < DV,
             BLOCK_E=blocks.E, BLOCK_H=blocks.H, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV, num_warps=blocks.warps,
+            **unpressed(call.chip, key.element_size(), A, DV),
         )  # fmt: skip
     return out, lse, scores

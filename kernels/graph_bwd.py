@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS
+from .chip import LENGTHS, unpressed
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse
@@ -253,7 +253,7 @@ def graph_bwd(
     def launch(kernel, grid: tuple[int, ...], blocks: Blocks, **more: object) -> None:
         more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("E", "H", "A", "DV")}
         named = {name: {**args, **more}[name] for name in kernel.arg_names}
-        kernel[grid](**named, num_warps=blocks.warps)
+        kernel[grid](**named, num_warps=blocks.warps, **unpressed(call.chip, key.element_size(), A, DV))
 
     structure = {"indptr_ptr": indptr.contiguous(), "indices_ptr": indices.contiguous()}
     with torch.cuda.device_of(query):

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of
+from .chip import LENGTHS, LONG, Chip, chip_of, unpressed
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -201,8 +201,8 @@ def blocks_of(
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
-    In 16 bits with parts of W of 64 × 32 (32 × 32 on sm_80), and D at most 256: two levels have more to keep than
-    one, and spilled.
+    In 16 bits with parts of W of 64 × 32 (32 × 32 where operands come from registers), and D at most 256: two levels
+    have more to keep than one, and spilled.
     """
 
     def level(n: int, width: int, is_linear: bool) -> Blocks:
@@ -210,7 +210,7 @@ def blocks_of(
             blocks = fwd_blocks(chip, itemsize, n, D, SEGMENTS, SEGMENTS, D, True)._replace(A=1)
         else:
             blocks = fwd_blocks(chip, itemsize, n, D, width, SEGMENTS, D, False)
-        part = 32 if chip.arch == 80 else 64
+        part = 32 if chip.from_registers else 64
         return blocks._replace(D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
 
     return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)
@@ -282,7 +282,7 @@ def hierarchical_fwd(
             **{name: call.flags[name] for name in ("FAST", "COMPUTE", "PRECISION")},
             BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A,
             BLOCK_OUTER_D=outer_blocks.D, BLOCK_OUTER_A=outer_blocks.A, BLOCK_DV=blocks.DV, BLOCK_S=SEGMENTS,
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(chip, h.element_size(), D, *widths),
         )  # fmt: skip
     return results
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import A100, LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, stride_of, tile_rows, unit
+from .chip import A100, LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, stride_of, tile_rows, unit, unpressed
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -302,16 +302,12 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
             tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
             warps,
         )  # fmt: skip
-    block_dv = pow2(DV, 16, (8192 if chip.shared >= A100.shared else 4096) // wide)
-    block_d = pow2(D, 16, 256 if D <= 256 and chip.shared >= A100.shared else 64)
-    # mma.sync (sm_80) takes operands from registers where wgmma reads shared memory: half the rows.
-    block_t = tile_rows(T, 64 if chip.backend == "hip" or (chip.arch >= 90 and hop <= 32) else 32)
+    block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
+    block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)
+    # mma.sync takes operands from registers where wgmma reads shared memory: half the rows.
+    hip, wgmma = chip.backend == "hip", chip.backend == "cuda" and not chip.from_registers
+    block_t = tile_rows(T, 64 if hip or (wgmma and hop <= 32) else 32)
     return Blocks(block_t, block_d, hop if linear else pow2(A, 16, 64), block_dv, warps)
-
-
-def even(*widths: int) -> bool:
-    """Whether rows are whole 16-byte vectors; where not, each element needs an address and a predicate."""
-    return all(n % 16 == 0 for n in widths)
 
 
 class Call(NamedTuple):
@@ -432,6 +428,7 @@ def location_fwd(
             BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV,
             BLOCK_P=1 if R == 1 and h.element_size() == 4 else max(16, hop_block(R)),
             num_warps=blocks.warps, num_stages=blocks.stages,
+            **unpressed(call.chip, h.element_size(), call.sizes["D"], DV, call.A),
         )  # fmt: skip
         if not direct:
             merge(o, m, l, items, out, lse, skip_single=one_dv)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, LONG, Chip, fitted, pow2, tile_rows
-from .location import Blocks, even, hop_block, item_args, load_rows, matmul, prepare, project
+from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows, unpressed
+from .location import Blocks, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import load_dlse, load_lse
 
@@ -307,7 +307,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     if itemsize == 4:
         block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8)
-    if not whole or chip.arch == 80:
+    if not whole or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
     return Blocks(tile_rows(T, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
 
@@ -363,7 +363,7 @@ def location_bwd(
     tile = {
         "COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"],
         "BLOCK_T": blocks.T, "BLOCK_D": blocks.D,
-        "num_warps": blocks.warps, "num_stages": blocks.stages,
+        "num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, h.element_size(), D, DV, A),
     }  # fmt: skip
     dout = dout.contiguous()
     for item0 in range(0, items.count, chunk):

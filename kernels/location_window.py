@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit
-from .location import even, load_rows
+from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, strides, tile_rows, unit, unpressed
+from .location import load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
@@ -262,13 +262,15 @@ class Call(NamedTuple):
     blocks: Blocks
     state: torch.dtype
     scan: bool
+    registers: dict[str, int]  # a launch option
     args: dict[str, object]  # the kernels' arguments, by name
 
     def launch(self, kernel, *grid: int, num_stages: int = 2, **more: object) -> None:
         """Launch with those of the arguments that the kernel has."""
         args = {**self.args, **more}
         named = {name: args[name] for name in kernel.arg_names}
-        fitted(kernel, named)[grid](**named, num_warps=self.blocks.warps, num_stages=num_stages)
+        options = {"num_warps": self.blocks.warps, "num_stages": num_stages, **self.registers}
+        fitted(kernel, named)[grid](**named, **options)
 
     def states(self, width: int, **more: object) -> dict[str, Tensor]:
         """Scanned states, by the kernels' names: of the tiles before each, or behind it where `REVERSE`."""
@@ -310,7 +312,8 @@ def prepare(
         "EXACT": exact, "FMA": exact and chip.backend != "interpreter", **matmul_flags(chip, values.dtype),
         "BLOCK": blocks.rows, "BLOCK_DV": blocks.DV,
     }  # fmt: skip
-    return Call(items, scores.shape[-1], blocks, torch.float64 if exact else torch.float32, scan, args)
+    registers = unpressed(chip, values.element_size(), DV)
+    return Call(items, scores.shape[-1], blocks, torch.float64 if exact else torch.float32, scan, registers, args)
 
 
 def window_fwd(

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, tile_rows, unit
+from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, tile_rows, unit, unpressed
 from .location import item_args, load_rows, matmul, row_strides
 from .masks import locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
@@ -324,6 +324,7 @@ def tile_args(call: Call, blocks: Blocks) -> dict[str, object]:
     return {
         "WHOLE": 0 < call.A <= blocks.A, "BLOCK_T": blocks.T, "BLOCK_C": blocks.C, "BLOCK_A": blocks.A,
         "num_warps": blocks.warps, "num_stages": blocks.stages,
+        **unpressed(call.chip, call.tensors["val_ptr"].element_size(), call.C, call.A),
     }  # fmt: skip
 
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, fitted, pow2, tile_rows
-from .location import even, item_args, load_rows
+from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows
+from .location import item_args, load_rows
 from .masks import Items, locate, partition
 from .softmax import exp, load_dlse, load_lse
 from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
@@ -266,10 +266,11 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     # Registers are short: dv or du is kept beside a tile of everything else. Where rows are no whole vectors, each
     # element needs an address and a predicate too.
     whole = even(C, A)
-    small = chip.arch in (80, 100)
-    block_t = 16 if chip.backend == "hip" else 64 if whole and chip.arch >= 90 else 32
+    small = chip.from_registers or chip.arch // 10 == 10
+    wgmma = chip.backend == "cuda" and not chip.from_registers
+    block_t = 16 if chip.backend == "hip" else 64 if whole and wgmma else 32
     block_c = 64 if whole and not small else 32
-    block_a = pow2(A, 16, 128 if A <= 128 and (whole or chip.arch != 80) else 64)
+    block_a = pow2(A, 16, 128 if A <= 128 and (whole or not chip.from_registers) else 64)
     if small and whole and block_a <= 64:
         warps = 4
     return Blocks(tile_rows(T, block_t), pow2(C, 16, block_c), block_a, warps)

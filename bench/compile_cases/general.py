@@ -84,6 +84,12 @@ GENERAL = [
     GeneralCase(BF16, 8, 1, 512, 512, 1024, 1024, mask=2),
     GeneralCase(BF16, 8, 1, 512, 512, 64, 600),
     GeneralCase(F16, 8, 1, 100, 100, 1, 1),
+    # a mask of keys alone, as padded batches have it, and a window
+    GeneralCase(BF16, 16, 8, 512, 512, 64, 64, mask=2),
+    GeneralCase(BF16, 16, 8, 512, 512, 128, 128, mask=2),
+    GeneralCase(BF16, 16, 4, 512, 512, 256, 256, mask=2, window=(None, 0)),
+    GeneralCase(F16, 16, 1, 100, 100, 200, mask=2),
+    GeneralCase(F16, 16, 1, 100, 100, 100, 75, mask=3, window=(100, 0)),
     # everything at once, and ragged
     GeneralCase(BF16, 4, 8, 512, 512, 128, 128, "tanh", 3, (100, 0), bias=True, weights=True, dropout=0.1),
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", 3, (100, 0), bias=True, weights=True, dropout=0.1),
