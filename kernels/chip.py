@@ -75,7 +75,7 @@ def _query(device: torch.device) -> Chip:
     if torch.version.hip is not None:
         return Chip("hip", 0, 65_536, cores, props.gcnArchName.split(":")[0])  # "gfx942:sramecc+:xnack-"
     arch = props.major * 10 + props.minor
-    # What a program may use is in PyTorch's properties; where it is not told, as little as any chip from sm_80 on has.
+    # What a program may use is in PyTorch's properties; where not, as little as a chip from sm_80 on may have.
     return Chip("cuda", arch, getattr(props, "shared_memory_per_block_optin", 101_376), cores)
 
 
@@ -110,12 +110,12 @@ def even(*widths: int) -> bool:
     return all(n % 16 == 0 for n in widths)
 
 
-def unpressed(chip: Chip, itemsize: int, *widths: int) -> dict[str, int]:
-    """`all_registers` where ptxas was seen to press too hard: rows that are not `even`, and float32 on small chips.
+def unpressed(chip: Chip, *widths: int) -> dict[str, int]:
+    """`all_registers` where ptxas was seen to press too hard: small chips, and rows that are not `even`.
 
     Elsewhere it decides: more registers are fewer programs a core.
     """
-    return all_registers(chip) if not even(*widths) or (itemsize == 4 and chip.small) else {}
+    return all_registers(chip) if chip.small or not even(*widths) else {}
 
 
 def pow2(n: int, least: int, most: int) -> int:

@@ -554,7 +554,7 @@ def concat_fwd(
             lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
-            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(call.chip, value.element_size(), DV),
+            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(call.chip, DV),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

@@ -612,7 +612,7 @@ def concat_bwd(
                 "BLOCK_D": walk.features, "BLOCK_R": walk.rows,
             }  # fmt: skip
 
-            registers = unpressed(call.chip, value.element_size(), A, DV)
+            registers = unpressed(call.chip, A, DV)
 
             def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
                 named = {name: {**args, **more}[name] for name in kernel.arg_names}

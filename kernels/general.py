@@ -248,8 +248,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
     Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair is `busy`:
-    what it loads and draws needs registers of its own, and so do rows that are no whole vectors. Chosen by the compile
-    report (no spills; wgmma on sm_90 from 64 queries on); speed on a GPU not yet measured.
+    what it loads and draws needs registers of its own, and so do rows that are no whole vectors. Chosen by the
+    compile report (no spills; wgmma on sm_90 from 64 queries on); speed on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
@@ -261,7 +261,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     size = max(width, value_width)
     if max(D, DV) <= 256 and not (hip or even(D, DV)):
         few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
-        return Blocks(pow2(Tq, 16, max(few, 32)), pow2(Tk, 16, few), width, value_width, 8, 1)
+        return Blocks(pow2(Tq, 16, max(few, 32)), max(16, few // 2) if busy else few, width, value_width, 8, 1)
     if hip and not narrow and not plain:  # a thread of 4 waves has up to 512 registers
         return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
     block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
@@ -378,7 +378,7 @@ def general_fwd(
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             WIDE=blocks.D < D, PLAIN=plain, BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_D=blocks.D,
             BLOCK_DV=blocks.DV, num_warps=blocks.warps, num_stages=blocks.stages,
-            **unpressed(call.chip, key.element_size(), D, DV),
+            **unpressed(call.chip, D, DV),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

@@ -218,6 +218,6 @@ def graph_fwd(
             indptr_ptr=indptr.contiguous(), indices_ptr=indices.contiguous(),
             out_ptr=out, lse_ptr=lse, scores_ptr=scores, WIDE=blocks.A < A or blocks.DV < DV,
             BLOCK_E=blocks.E, BLOCK_H=blocks.H, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV, num_warps=blocks.warps,
-            **unpressed(call.chip, key.element_size(), A, DV),
+            **unpressed(call.chip, A, DV),
         )  # fmt: skip
     return out, lse, scores

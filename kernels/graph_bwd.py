@@ -253,7 +253,7 @@ def graph_bwd(
     def launch(kernel, grid: tuple[int, ...], blocks: Blocks, **more: object) -> None:
         more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("E", "H", "A", "DV")}
         named = {name: {**args, **more}[name] for name in kernel.arg_names}
-        kernel[grid](**named, num_warps=blocks.warps, **unpressed(call.chip, key.element_size(), A, DV))
+        kernel[grid](**named, num_warps=blocks.warps, **unpressed(call.chip, A, DV))
 
     structure = {"indptr_ptr": indptr.contiguous(), "indices_ptr": indices.contiguous()}
     with torch.cuda.device_of(query):

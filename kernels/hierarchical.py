@@ -282,7 +282,7 @@ def hierarchical_fwd(
             **{name: call.flags[name] for name in ("FAST", "COMPUTE", "PRECISION")},
             BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A,
             BLOCK_OUTER_D=outer_blocks.D, BLOCK_OUTER_A=outer_blocks.A, BLOCK_DV=blocks.DV, BLOCK_S=SEGMENTS,
-            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(chip, h.element_size(), D, *widths),
+            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(chip, D, *widths),
         )  # fmt: skip
     return results
 

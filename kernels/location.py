@@ -428,7 +428,7 @@ def location_fwd(
             BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV,
             BLOCK_P=1 if R == 1 and h.element_size() == 4 else max(16, hop_block(R)),
             num_warps=blocks.warps, num_stages=blocks.stages,
-            **unpressed(call.chip, h.element_size(), call.sizes["D"], DV, call.A),
+            **unpressed(call.chip, call.sizes["D"], DV, call.A),
         )  # fmt: skip
         if not direct:
             merge(o, m, l, items, out, lse, skip_single=one_dv)

@@ -363,7 +363,7 @@ def location_bwd(
     tile = {
         "COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"],
         "BLOCK_T": blocks.T, "BLOCK_D": blocks.D,
-        "num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, h.element_size(), D, DV, A),
+        "num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A),
     }  # fmt: skip
     dout = dout.contiguous()
     for item0 in range(0, items.count, chunk):

@@ -312,7 +312,7 @@ def prepare(
         "EXACT": exact, "FMA": exact and chip.backend != "interpreter", **matmul_flags(chip, values.dtype),
         "BLOCK": blocks.rows, "BLOCK_DV": blocks.DV,
     }  # fmt: skip
-    registers = unpressed(chip, values.element_size(), DV)
+    registers = unpressed(chip, DV)
     return Call(items, scores.shape[-1], blocks, torch.float64 if exact else torch.float32, scan, registers, args)
 
 

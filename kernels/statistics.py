@@ -324,7 +324,7 @@ def tile_args(call: Call, blocks: Blocks) -> dict[str, object]:
     return {
         "WHOLE": 0 < call.A <= blocks.A, "BLOCK_T": blocks.T, "BLOCK_C": blocks.C, "BLOCK_A": blocks.A,
         "num_warps": blocks.warps, "num_stages": blocks.stages,
-        **unpressed(call.chip, call.tensors["val_ptr"].element_size(), call.C, call.A),
+        **unpressed(call.chip, call.C, call.A),
     }  # fmt: skip
 
 
