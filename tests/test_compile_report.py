@@ -16,10 +16,14 @@ ROOT = Path(__file__).parent.parent
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    out = tmp_path_factory.mktemp("report") / "rows.json"
-    command = [sys.executable, "-m", "bench.compile_report", "--json", str(out)]
+FULL = ["sm_80", "sm_90"]
+BRIEF = ["sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"]
+
+
+def report(folder: Path, *options: str) -> list[dict]:
+    """The rows that the report writes; it exits with 1 where one of them failed."""
+    out = folder / "rows.json"
+    command = [sys.executable, "-m", "bench.compile_report", "--json", str(out), *options]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert out.exists(), done.stdout + done.stderr
     rows = json.loads(out.read_text())
@@ -27,10 +31,40 @@ def rows(tmp_path_factory):
     return rows
 
 
-def test_every_kernel_compiles_without_spills_within_shared_memory(rows):
-    failed = [f"{r['target']} {r['case']} {r['kernel']} {r['blocks']}: {r['error']}" for r in rows if r["failed"]]
-    assert not failed
-    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+def failures(rows: list[dict]) -> list[str]:
+    keys = ("target", "case", "kernel", "blocks", "stack", "shared", "error")
+    return [" ".join(str(r[key]) for key in keys) for r in rows if r["failed"]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return report(tmp_path_factory.mktemp("report"), "--target", *FULL)
+
+
+def test_every_kernel_compiles_without_spills_and_warnings_within_shared_memory(rows):
+    assert not failures(rows)
+    assert {r["target"] for r in rows} == set(FULL)
+
+
+def test_each_kernel_compiles_in_one_case_for_the_other_chips(rows, tmp_path):
+    brief = report(tmp_path, "--brief", "--target", *BRIEF)
+    assert not failures(brief)
+    for target in BRIEF:
+        assert {r["kernel"] for r in brief if r["target"] == target} == {r["kernel"] for r in rows}, target
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", BRIEF)
+def test_every_case_compiles_for_the_other_chips(target, tmp_path):
+    assert not failures(report(tmp_path, "--target", target))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", [*FULL, *BRIEF])
+def test_calls_drawn_at_random_compile(target, tmp_path):
+    rows = report(tmp_path, "--drawn", "300", "--seed", "0", "--target", target)
+    assert not failures(rows)
+    assert len({r["case"] for r in rows}) >= 295
 
 
 def test_products_of_16_bit_operands_run_on_matrix_units(rows):
@@ -50,12 +84,25 @@ def test_inner_loop_counts_the_loop_with_most_arithmetic():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
 
 
-def test_a_spill_or_too_much_shared_memory_fails_the_report():
+def test_a_spill_a_warning_or_too_much_shared_memory_fails_the_report():
     script = (
-        "from collections import Counter\nfrom bench.compile_report import Row\n"
+        "from collections import Counter\nfrom bench.compile_report import Row, _usage_cuda\n"
         "row = lambda stack, shared, error='': Row('t','c','k','b', 1, stack, shared, 100, Counter(), 0., error)\n"
         "assert [row(0, 100).failed, row(8, 0).failed, row(0, 101).failed, row(0, 0, 'no').failed]"
-        " == [False, True, True, True]"
+        " == [False, True, True, True]\n"
+        "said = 'ptxas info    : Used 76 registers, used 1 barriers\\n    8 bytes stack frame, 4 bytes spill stores\\n'\n"
+        "assert _usage_cuda(said) == (76, 8, '')\n"
+        "assert _usage_cuda(said + 'ptxas info : (C7515) Potential loss\\n')[2] == 'ptxas info : (C7515) Potential loss'"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
+
+
+def test_drawn_calls_are_the_same_for_a_seed_and_reach_every_family():
+    script = (
+        "from bench.compile_cases import CASES, drawn\n"
+        "calls = drawn(300, 0)\n"
+        "assert drawn(40, 0) == calls[:40] and drawn(40, 1) != calls[:40]\n"
+        "assert {family for family, _ in calls} == set(CASES)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
 
