@@ -19,6 +19,8 @@ from .modules import (
 from .recurrent import location_aware_attention, word_by_word_attention
 from .statistics import statistics_pooling
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ConcatAttention",
     "GeneralAttention",
@@ -31,6 +33,7 @@ __all__ = [
     "Score",
     "StatisticsPooling",
     "WordByWordAttention",
+    "__version__",
     "concat_attention",
     "csr_from_edges",
     "general_attention",
