@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import vjp
 from .reference import dropout_scale, in_window, normaliser
 
 CHUNK = 64
@@ -192,6 +193,5 @@ def blocked_bwd(
     def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return blocked_fwd(scores.double(), values.double(), cu_seqlens, seed, left, right, dropout_p)
 
-    (_, lse), pull, *_ = torch.func.vjp(forward, scores, values)
-    grads = pull((dout.double(), torch.zeros_like(lse) if dlse is None else dlse))
+    grads = vjp(forward, (scores, values), (dout.double(), dlse))
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

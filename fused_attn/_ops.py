@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Impl = Literal["auto", "triton", "reference"]
+
+_LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 
 
 def _triton_state() -> str:
@@ -60,9 +63,10 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
         raise ValueError(f"impl: expected one of {', '.join(get_args(Impl))}; got {impl!r}")
     if impl == "reference":
         return False
-    state = _triton_state()
     if impl == "auto":
-        return device.type == "cuda" and state == "gpu" and unsupported is None and not _unknown_chip(device)
+        known = device.type == "cuda" and unsupported is None and _triton_state() == "gpu"
+        return known and not _unknown_chip(device)
+    state = _triton_state()
     if state == "absent":
         raise ValueError("impl: 'triton' needs the package triton, which is not installed; use 'reference'")
     if device.type == "cpu" and state != "interpreter":
@@ -87,14 +91,23 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
 
     The loop is exact whatever is batched: parameters (ensembles), inputs, or the gradients of a per-sample
     backward, where summing over a folded batch would lose the samples.
+
+    Not by `torch.library.custom_op`, which imports torch._dynamo at the first call: 800 modules, a second.
     """
 
-    def body(*args: Any) -> Any:
+    def plain(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see cast_for_autocast
             return fn(*args)
 
-    op = torch.library.custom_op(f"fused_attn::{name}", body, mutates_args=(), schema=schema)
-    op.register_fake(fake)
+    hidden = torch._disable_dynamo(plain)  # from the compiler, where there is one
+
+    def body(*args: Any) -> Any:
+        return hidden(*args) if "torch._dynamo" in sys.modules else plain(*args)
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_attn::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.fused_attn, name).default
 
     def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def one(i: int) -> Any:
@@ -115,7 +128,7 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
         stacked = [torch.stack(leaves) for leaves in zip(*(flat for flat, _ in outs), strict=True)]
         return pytree.tree_unflatten(stacked, outs[0][1]), pytree.tree_unflatten([0] * len(stacked), outs[0][1])
 
-    op.register_vmap(batched)
+    torch.library.register_vmap(f"fused_attn::{name}", batched, lib=_LIBRARY)
     return op
 
 
@@ -138,6 +151,41 @@ def raw_backward(
         ]
 
     return raw_op(name, schema, body, fake)
+
+
+def vjp(
+    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Gradients of `inputs` by autograd, inside a raw operator: `torch.func.vjp` without its import of torch._dynamo.
+
+    A cotangent of None is zero, and an input that no result depends on has a gradient of zero.
+    """
+    below = torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradCPU)
+    if below or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
+        outs, pull, *_ = torch.func.vjp(fn, *inputs)  # in a compiled graph there is no autograd but functorch's
+        grads = pull(tuple(torch.zeros_like(o) if c is None else c for c, o in zip(cotangents, outs, strict=True)))
+        return tuple(grads)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outs = fn(*leaves)
+        known = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not known:
+            return tuple(torch.zeros_like(x) for x in leaves)
+        start = _Cotangents.apply([c for _, c in known], *(o for o, _ in known))
+    return torch.autograd.grad(start, leaves, allow_unused=True, materialize_grads=True)
+
+
+class _Cotangents(torch.autograd.Function):
+    """A number whose gradient starts from these: given to `torch.autograd.grad` they would import SymPy."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangents: list[Tensor], *outs: Tensor) -> Tensor:
+        ctx.cotangents = cotangents
+        return outs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return None, *ctx.cotangents
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,6 @@ values are the keys, as in the classical papers.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, vjp, weights_from
 
 _TENSORS = 8  # tensor arguments of the raw forward
 _GRADS = 4  # the leading ones of them that have gradients
@@ -76,8 +75,11 @@ def _bwd(*args: Any) -> list[Tensor | None]:
     if sdpa:
         dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
         rows = (query, key) if value is None else (query, key, value)
-        pull = torch.func.vjp(functools.partial(_sdpa, mask, right == 0, scale), *rows)[1]
-        made = (*pull(dout.to(query.dtype)), None, None)
+
+        def attend(*rows: Tensor) -> tuple[Tensor]:
+            return (_sdpa(mask, right == 0, scale, *rows),)
+
+        made = (*vjp(attend, rows, (dout.to(query.dtype),)), None, None)
         grads = [g if need else None for g, need in zip(made, needs, strict=False)]
     else:
         from .kernels.general_bwd import general_bwd
