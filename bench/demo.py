@@ -18,7 +18,7 @@ of gated attention 0.994 and 0.994, that of max pooling 0.995 and 0.996.
 The last table holds the fused kernel to the float64 reference: its error may be twice that of the reference in the
 same dtype plus one rounding step of the largest output (or gradient). On a CPU the kernel runs in Triton's
 interpreter, in a process of its own, since TRITON_INTERPRET=1 must be set before the kernels are imported. The exit
-status is 1 if an error or an AUC is past its bound.
+status is 1 if an error or an AUC is past its bound. On a CPU it takes one thread, unless OMP_NUM_THREADS is set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -49,6 +48,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fused_attn import LocationAttention, location_attention
+from fused_attn.models._progress import progress
 
 POSITIVE_DIGIT = 9
 TEST_IMAGES = 0.4
@@ -173,17 +173,23 @@ def experiment(seeds: int, impl: str, output: Path, console: Console) -> dict[st
     data = load_digits()
     images = torch.tensor(data.images / 16, dtype=torch.float32, device=device)[:, None]
     aucs: dict[str, list[float]] = {pooling: [] for pooling in POOLINGS}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=seeds * len(POOLINGS) * EPOCHS)
+    with progress(console) as show:
+        done, total = 0, seeds * len(POOLINGS) * EPOCHS
         for seed in range(seeds):
             train_images, test_images = split_images(data.target, seed)
             rng = np.random.default_rng(seed)
             train_bags = make_bags(train_images, data.target, TRAIN_BAGS, rng)
             test_bags = make_bags(test_images, data.target, TEST_BAGS, rng)
             for pooling in POOLINGS:
-                progress.update(task, description=f"Training on {device.type}: seed {seed}, {pooling:15}")
-                model = train(pooling, images, train_bags, seed, impl=impl, tick=lambda: progress.advance(task))
+                what = f"Training on {device.type}: seed {seed}, {pooling:15}"
+
+                def tick(what: str = what) -> None:
+                    nonlocal done
+                    done += 1
+                    show(what, done, total)
+
+                show(what, done, total)
+                model = train(pooling, images, train_bags, seed, impl=impl, tick=tick)
                 logits, weights = predict(model, images, test_bags)
                 aucs[pooling].append(float(roc_auc_score(test_bags.labels, logits)))
                 if weights and seed == 0:
@@ -342,7 +348,7 @@ def check(device: torch.device, dtype: torch.dtype, fused: str | None = "triton"
     steps = [steps[0], *[max(steps[1:])] * (len(steps) - 1)]  # the output, and the gradients together
     reference = errors("reference")
     bounds = {name: 2 * reference[name] + step for name, step in zip(CHECKED, steps, strict=True)}
-    chip = torch.cuda.get_device_name(device) if on_gpu else "on the CPU, 1 thread"
+    chip = torch.cuda.get_device_name(device) if on_gpu else f"on the CPU, threads: {torch.get_num_threads()}"
     return Report(
         batch=f"{count} bags, {rows:,} rows, D = {dim}, A = {attn_dim}, {str(dtype).removeprefix('torch.')}",
         fused_ran="(triton is not installed)" if fused is None else chip if on_gpu else "in Triton's interpreter",
@@ -415,7 +421,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1; got {args.seeds}")
-    torch.set_num_threads(1)  # layers this small gain little from a second core, and lose much where it is busy
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # layers this small gain little from a second core, and lose much where it is busy
     if args.check_kernel:
         print(json.dumps([asdict(report) for report in kernel_reports()]))
         return 0

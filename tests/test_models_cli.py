@@ -1,6 +1,8 @@
 """`python -m fused_attn.models`: trains both arms with every seed, prints, draws and stores."""
 
+import io
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ pytest.importorskip("rich", reason="the tables are printed with rich")
 pytest.importorskip("sklearn", reason="some data are scikit-learn's")
 
 from fused_attn.models import __main__ as cli
+from fused_attn.models import _progress
 from fused_attn.models.tasks import SYSTEMS, Panel, Task
 
 made = []
@@ -67,7 +70,62 @@ def test_all_are_trained_and_epochs_can_be_chosen(monkeypatch, tmp_path):
     assert len(made) == 2 * len(SYSTEMS)
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["mil", "--seeds", "0"], []])
+class Pipe(io.StringIO):
+    """What was written when it was flushed."""
+
+    flushed = ""
+
+    def flush(self) -> None:
+        self.flushed = self.getvalue()
+
+
+def test_progress_is_lines_that_are_flushed_where_the_output_is_no_terminal(monkeypatch, tmp_path):
+    pipe, seen = Pipe(), []
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(cli, "draw", lambda *args: seen.append(pipe.flushed))
+    monkeypatch.setattr(_progress, "SECONDS", 0.0)
+    run(monkeypatch, "mil", "--seeds", "1", "--epochs", "3", "--output", str(tmp_path))
+    assert ["4 of 6" in text for text in seen] == [False]  # drawn after the first arm, whose lines came before
+    assert "3 of 6" in seen[0]
+    lines = pipe.flushed.splitlines()
+    for attention, first in (("with   ", 0), ("without", 3)):
+        shown = [line for line in lines if f"seed 0, {attention} attention" in line]
+        assert [line.split(": ")[2].split(" epochs")[0] for line in shown] == [f"{first + i} of 6" for i in range(4)]
+
+
+@pytest.mark.parametrize(("environment", "arguments", "threads"), [
+    ({}, [], [1]),
+    ({}, ["--threads", "3"], [3]),
+    ({"OMP_NUM_THREADS": "2"}, [], []),  # PyTorch's own reading of it
+    ({"OMP_NUM_THREADS": "2"}, ["--threads", "3"], [3]),
+])  # fmt: skip
+def test_one_thread_unless_more_are_asked_for(monkeypatch, tmp_path, environment, arguments, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    run(monkeypatch, "mil", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path), *arguments)
+    assert seen == threads
+
+
+def test_help_needs_only_torch():
+    script = """
+import runpy, sys
+for name in ("matplotlib", "rich", "sklearn", "numpy", "triton"):
+    sys.modules[name] = None  # every import of it raises ImportError
+sys.argv = ["models", *sys.argv[1:]]
+runpy.run_module("fused_attn.models", run_name="__main__")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr
+    assert "dipole" in done.stdout
+    done = subprocess.run([*command, "mil"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "matplotlib is not installed: pip install 'fused_attn[demo]'\n")
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["mil", "--seeds", "0"], ["mil", "--threads", "0"], []])
 def test_bad_arguments_end_with_the_usage(monkeypatch, arguments, capsys):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *arguments)

@@ -1,28 +1,31 @@
-"""Train a published system with and without attention: `python -m fused_attn.models NAME` (one to two minutes)."""
+"""Train a published system with and without attention: `python -m fused_attn.models NAME` (one to two minutes).
+
+On one CPU thread, since layers this small lose by a second one, and by far where another program keeps it busy;
+--threads or OMP_NUM_THREADS say otherwise.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+import os
 import platform
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ._progress import progress
 from .tasks import SYSTEMS, Panel, Task
 
-try:
-    import matplotlib as mpl
+if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neither
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
-except ImportError as error:
-    sys.exit(f"{error.name} is not installed: pip install 'fused_attn[demo]'")
 
 
 def train(task: Task, attention: bool, seed: int, epochs: int, tick: Callable[[], None] = lambda: None) -> nn.Module:
@@ -45,17 +48,21 @@ def experiment(name: str, seeds: int, epochs: int | None, output: Path, console:
     make = importlib.import_module(f".tasks.{name}", __package__).make
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scores: dict[bool, list[float]] = {True: [], False: []}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("", total=None)
+    with progress(console) as show:
         for seed in range(seeds):
             task = make(seed, device)
             total = task.epochs if epochs is None else epochs
-            progress.update(bar, total=2 * seeds * total)
-            for attention in scores:
-                which = "with" if attention else "without"
-                progress.update(bar, description=f"{name} on {device.type}: seed {seed}, {which:7} attention")
-                model = train(task, attention, seed, total, lambda: progress.advance(bar))
+            for arm, attention in enumerate(scores):
+                what = f"{name} on {device.type}: seed {seed}, {'with' if attention else 'without':7} attention"
+                done = (2 * seed + arm) * total
+
+                def tick(what: str = what, all_epochs: int = 2 * seeds * total) -> None:
+                    nonlocal done
+                    show(what, done, all_epochs)
+                    done += 1
+
+                tick()
+                model = train(task, attention, seed, total, tick)
                 with torch.no_grad():
                     scores[attention].append(task.score(model))
                     if attention and seed == 0:
@@ -74,6 +81,8 @@ def verdict(scores: dict[bool, list[float]]) -> str:
 
 def score_table(name: str, scores: dict[bool, list[float]]) -> Table:
     """Held-out scores, a row with and a row without attention."""
+    from rich.table import Table
+
     system = SYSTEMS[name]
     table = Table("", title=f"{system.title}: held-out {system.metric}", caption=f"{system.data}; {verdict(scores)}")
     for column in ["mean", *(f"seed {i}" for i in range(len(scores[True])))]:
@@ -86,6 +95,8 @@ def score_table(name: str, scores: dict[bool, list[float]]) -> Table:
 
 def draw(panels: list[Panel], path: Path) -> None:
     """Save the weights as shades, an example below the other."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -106,17 +117,27 @@ def draw(panels: list[Panel], path: Path) -> None:
 
 def main() -> int:
     """Train, print the table, save the picture and, where asked, the scores."""
-    parser = argparse.ArgumentParser(prog="python -m fused_attn.models", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fused_attn.models", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "names", nargs="+", choices=[*SYSTEMS, "all"], metavar="NAME", help=", ".join([*SYSTEMS, "all"])
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)", metavar="N")
     parser.add_argument("--epochs", type=int, help="default: the task's own")
     parser.add_argument("--output", type=Path, default=Path("models_output"), help="folder for the pictures")
     parser.add_argument("--json", type=Path, help="write the scores there")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: OMP_NUM_THREADS, or 1")
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds: expected at least 1; got {args.seeds}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads: expected at least 1; got {args.threads}")
+    try:
+        import matplotlib  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        sys.exit(f"{error.name} is not installed: pip install 'fused_attn[demo]'")
+    if args.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(args.threads or 1)
     console, rows = Console(), []
     for name in SYSTEMS if "all" in args.names else args.names:
         scores = experiment(name, args.seeds, args.epochs, args.output, console)
