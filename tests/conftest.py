@@ -1,5 +1,7 @@
 """Options and fixtures that every family's tests share."""
 
+import argparse
+import hashlib
 import importlib.util
 import os
 import sys
@@ -17,11 +19,48 @@ hypothesis.settings.register_profile(
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # in the interpreter, shrinking takes minutes
 )
+hypothesis.settings.register_profile(  # tests marked `long` have @hypothesis.settings.get_profile("long") too
+    "long",
+    deadline=None,
+    max_examples=2_000,
+    database=None,
+    print_blob=True,  # they are drawn anew each time: how to repeat a failure
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("fused_attn")
+
+
+def part(text: str) -> tuple[int, int]:
+    """``"2/8"`` as (2, 8)."""
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of)):
+        raise argparse.ArgumentTypeError(f"expected a part as 1/8, which has 2/8 to 8/8 beside it; got {text!r}")
+    return int(which), int(of)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run on cuda; without it, on the CPU in Triton's interpreter")
+    parser.addoption("--long", action="store_true", help="run tests marked `long` too; -m long: these alone")
+    parser.addoption("--sample", type=part, default=(1, 1), metavar="I/N",
+                     help="run the I-th of N parts of the tests, each a fair sample of every file")  # fmt: skip
+    parser.addoption("--fair", action="store_true", help="in an order that is fair to all files when cut off")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Which tests run, and in which order: both by a hash of their names, the same on every machine."""
+    which, of = config.getoption("sample")
+
+    def digest(item: pytest.Item) -> int:
+        return int.from_bytes(hashlib.md5(item.nodeid.encode()).digest(), "big")
+
+    def wanted(item: pytest.Item) -> bool:
+        shown = config.getoption("long") or item.get_closest_marker("long") is None
+        return shown and digest(item) % of == which - 1
+
+    kept = [item for item in items if wanted(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = sorted(kept, key=digest) if config.getoption("fair") else kept
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,9 +75,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes with NumPy, which warns where tanh and sigmoid saturate, and of the interpreter's code.
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in exp:RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton")
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)  # one process a core already
-    else:
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # what is this small loses by a second, and under xdist each core has a process
+    if not hasattr(config, "workerinput"):
         config.pluginmanager.register(KernelTests())
 
 

@@ -1,11 +1,16 @@
 """The guards in conftest.py: tests of the tests."""
 
+import argparse
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
+import hypothesis
 import pytest
 import torch
 
@@ -28,6 +33,27 @@ def test_runs():
 """
 )
 needs_xdist = pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
+NAMES = [f"{file}.py::test[{i}]" for file in "ab" for i in range(200)]
+LONG = """
+import pytest
+
+@pytest.mark.long
+def test_long():
+    pass
+
+def test_short():
+    pass
+"""
+
+
+def run(folder: Path, *options: str, **files: str) -> subprocess.CompletedProcess[str]:
+    """pytest in `folder` on these files, with the conftest beside this one."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = kernel\n    long\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -39,13 +65,64 @@ needs_xdist = pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reas
     ],
 )
 def test_session_fails_iff_every_kernel_test_was_skipped(tests, options, status, tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
-    (tmp_path / "test_it.py").write_text(tests)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = kernel\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run(tmp_path, *options, test_it=tests)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("all 1 selected kernel tests were skipped" in done.stdout) == bool(status)
+
+
+def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list[str]:
+    """Which of the tests `names` a run with these options has, in its order."""
+    options = {"sample": (1, 1), "fair": False, "long": False} | options
+    gone: list = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
+    items = [
+        SimpleNamespace(nodeid=name, get_closest_marker=lambda _, name=name: True if name in marked else None)
+        for name in names
+    ]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=options.get, hook=hook), items)
+    found = [item.nodeid for item in items]
+    assert sorted(found + [item.nodeid for item in gone]) == sorted(names)
+    return found
+
+
+def test_samples_are_parts_and_fair_to_every_file():
+    parts = [collected(NAMES, sample=(i, 4)) for i in range(1, 5)]
+    assert sorted(sum(parts, [])) == sorted(NAMES)
+    for names in parts:
+        assert all(30 <= sum(name.startswith(f"{file}.py") for name in names) <= 70 for file in "ab")
+        assert names == sorted(names, key=NAMES.index)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "4", "1/", "-1/4", "a/b"])
+def test_a_sample_that_is_no_part_is_refused(text):
+    assert conftest.part("2/8") == (2, 8)
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"got {text!r}")):
+        conftest.part(text)
+
+
+def test_the_fair_order_mixes_files_and_does_not_depend_on_how_they_were_found():
+    first = collected(NAMES, fair=True)
+    assert first == collected(NAMES[::-1], fair=True)
+    assert all(5 <= sum(name[0] == "a" for name in first[i : i + 20]) <= 15 for i in range(0, 400, 20))
+
+
+def test_long_tests_run_where_asked_for():
+    assert collected(["x", "y", "z"], marked=("y",)) == ["x", "z"]
+    assert collected(["x", "y", "z"], marked=("y",), long=True) == ["x", "y", "z"]
+
+
+def test_the_profile_of_long_tests_shrinks_and_draws_much():
+    short, long = (hypothesis.settings.get_profile(name) for name in ("fused_attn", "long"))
+    assert hypothesis.settings.default == short
+    assert (long.max_examples, long.deadline) == (2_000, None)
+    assert hypothesis.Phase.shrink in long.phases
+
+
+def test_options_reach_a_run(tmp_path):
+    assert "1 passed, 1 deselected" in run(tmp_path, "--fair", test_it=LONG).stdout
+    done = run(tmp_path, "--long", "-m", "long", "--sample", "1/1", test_it=LONG)
+    assert "1 passed, 1 deselected" in done.stdout
+    assert run(tmp_path, "--sample", "9/8", test_it=LONG).returncode == pytest.ExitCode.USAGE_ERROR
 
 
 def test_memory_that_the_package_asks_for_is_poisoned(device):
