@@ -161,7 +161,8 @@ def blocked_fwd(
     x = scores.to(dtype).reshape(-1, R)
     values = values.to(dtype).masked_fill(hidden, 0).reshape(len(x), 1, width)
     if x.numel() == 0:
-        return values.new_zeros(*scores.shape, width), normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
+        none = normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
+        return values.new_zeros(*scores.shape, width), none
     if cu_seqlens is None:
         longest = scores.shape[1]
         cu = torch.arange(len(scores) + 1, device=x.device) * longest

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.utils import _pytree as pytree
 
 Impl = Literal["auto", "triton", "reference"]
@@ -153,6 +154,9 @@ def raw_backward(
     return raw_op(name, schema, body, fake)
 
 
+_FUNCTORCH = ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "ADInplaceOrView")
+
+
 def vjp(
     fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
@@ -160,10 +164,16 @@ def vjp(
 
     A cotangent of None is zero, and an input that no result depends on has a gradient of zero.
     """
-    below = torch._C._dispatch_tls_local_exclude_set().has(torch._C.DispatchKey.AutogradCPU)
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    below = excluded.has(torch._C.DispatchKey.AutogradCPU)
     if below or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
-        outs, pull, *_ = torch.func.vjp(fn, *inputs)  # in a compiled graph there is no autograd but functorch's
-        grads = pull(tuple(torch.zeros_like(o) if c is None else c for c, o in zip(cotangents, outs, strict=True)))
+        # In a compiled graph there is no autograd but functorch's. A dispatch mode (the compiler has one at a graph's
+        # first run, FlopCounterMode is another) has switched its dispatch keys off.
+        for key in _FUNCTORCH:
+            excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            outs, pull, *_ = torch.func.vjp(fn, *inputs)
+            grads = pull(tuple(torch.zeros_like(o) if c is None else c for c, o in zip(cotangents, outs, strict=True)))
         return tuple(grads)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -186,6 +196,21 @@ class _Cotangents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         return None, *ctx.cotangents
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``: every call of one goes through here.
+
+    To the compiler every tensor goes as a view of itself. As it came it would lose its gradient without a word where
+    a derivative is compiled that also flows elsewhere, ``compile(func.grad(f))``, and the same tensor in two
+    arguments would be refused. Eagerly neither happens, and what ``Function.apply`` does for functorch alone, to bind
+    the arguments to a signature, costs more than the rest of the call.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*(x.view_as(x) if isinstance(x, Tensor) else x for x in args))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -5,6 +5,7 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import location, reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 9  # tensor arguments of the raw forward
 _GRADS = 5  # the leading ones of them that have gradients
@@ -102,7 +103,7 @@ class _ConcatAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = _ConcatBackward.apply(dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
+        grads = apply(_ConcatBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -261,8 +262,8 @@ def concat_attention(
         if query.shape[1:3] == (1, 1) and window is None and not packed:
             out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
         else:
-            out, lse, scores = _ConcatAttention.apply(
-                query, key, value, v, score_bias, *tail, return_weights, blocked
+            out, lse, scores = apply(
+                _ConcatAttention, query, key, value, v, score_bias, *tail, return_weights, blocked
             )
     else:
         out, lse, scores = _reference(query, key, value, v, score_bias, *tail)
@@ -291,7 +292,7 @@ def _pooled(
         keys = mask[:, 0]
         query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)  # one that sees nothing may be NaN
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
-    run = location._LocationAttention.apply if kernel else location._reference
+    run = functools.partial(apply, location._LocationAttention) if kernel else location._reference
     out, lse, scores = run(
         key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
         activation, "sigmoid", float(dropout_p), False,

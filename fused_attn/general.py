@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, vjp, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, vjp, weights_from
 
 _TENSORS = 8  # tensor arguments of the raw forward
 _GRADS = 4  # the leading ones of them that have gradients
@@ -134,8 +134,8 @@ class _GeneralAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = _GeneralBackward.apply(
-            dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs
+        grads = apply(
+            _GeneralBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs
         )
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
@@ -304,7 +304,7 @@ def general_attention(
             if mask is not None and mask.dim() == 3:  # rows that may be NaN, before they meet a number
                 query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
             query = query @ weight
-        out, lse, scores = _GeneralAttention.apply(query, key, value, *tail, return_weights, sdpa)
+        out, lse, scores = apply(_GeneralAttention, query, key, value, *tail, return_weights, sdpa)
     else:
         out, lse, scores = _reference(query, key, value, *tail, weight=weight)
     out = out.to(key.dtype)

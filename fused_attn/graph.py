@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_indices, check_offsets, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
@@ -160,7 +161,7 @@ class _GraphAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = _GraphBackward.apply(dout, dlse, dscores, *saved, *ctx.options, needs)
+        grads = apply(_GraphBackward, dout, dlse, dscores, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -293,7 +294,7 @@ def graph_attention(
     rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
     more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
-    run = _GraphAttention.apply if kernel else _reference
+    run = functools.partial(apply, _GraphAttention) if kernel else _reference
     out, lse, scores = run(
         *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_cu_seqlens, check_offsets, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_op, use_triton, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_op, use_triton, weights_from
 from .location import _LocationAttention, _LocationBackward, _split_gate, _validate_location
 
 _SCORE = 6  # tensors of a canonical score
@@ -128,7 +128,8 @@ class _HierarchicalAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
 
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
-            through, *parameters = _LocationBackward.apply(
+            through, *parameters = apply(
+                _LocationBackward,
                 torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
                 *score[_SCORE:], None, None, lse[:, 0, 0] != -torch.inf, outer_offsets, None,
                 out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
@@ -139,8 +140,8 @@ class _HierarchicalAttention(torch.autograd.Function):
                 dsegments = through if dsegments is None else dsegments + through
         if any(inner_needs):
             dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
-            grads[: 1 + _SCORE] = _LocationBackward.apply(
-                dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
+            grads[: 1 + _SCORE] = apply(
+                _LocationBackward, dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
                 pooled, lse, scores, activation, gate_activation, 0.0, per_row, (*inner_needs, False, False),
             )[: 1 + _SCORE]  # fmt: skip
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
@@ -148,7 +149,7 @@ class _HierarchicalAttention(torch.autograd.Function):
 
 def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One level by the kernel of location attention, with the signature of `reference.location_attention`."""
-    return cast("tuple[Tensor, Tensor, Tensor]", _LocationAttention.apply(*tensors, *options.values()))
+    return cast("tuple[Tensor, Tensor, Tensor]", apply(_LocationAttention, *tensors, *options.values()))
 
 
 def hierarchical_attention(
@@ -253,7 +254,7 @@ def hierarchical_attention(
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     if kernel and between is None:
         both = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
-        results = _HierarchicalAttention.apply(h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
+        results = apply(_HierarchicalAttention, h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
     else:
         results = reference.hierarchical_attention(
             h, inner_level, outer_level, mask, inner_offsets, outer_offsets,

@@ -5,6 +5,7 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypedDict, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
 from ._location_windowed import WindowedAttention
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 _TENSORS = 12  # tensor arguments of the raw forward
 _GRADS = 9  # the leading ones of them that have gradients
@@ -90,7 +91,7 @@ class _LocationAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = _LocationBackward.apply(dout, dlse, dscores, *saved, *ctx.options, needs)
+        grads = apply(_LocationBackward, dout, dlse, dscores, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -277,7 +278,7 @@ def location_attention(
     elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
     kernel = use_triton(impl, h.device, unsupported)
-    run = _LocationAttention.apply if kernel else _reference
+    run = functools.partial(apply, _LocationAttention) if kernel else _reference
     if window is not None:
         scores = run(*args[:7], None, *args[8:11], None, *args[12:14], 0.0, context_per_row)[2]
         tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
@@ -310,7 +311,7 @@ def _windowed(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )
     else:
-        out, lse = WindowedAttention.apply(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
+        out, lse = apply(WindowedAttention, scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
     out = out.to(dtype)
     out = out if hop_axis else out.squeeze(-2)
     if offsets is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_cu_seqlens, check_tensor
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton
 from .concat import concat_attention
 
 _TENSORS = 10  # tensor arguments of the raw forward
@@ -83,7 +83,7 @@ class _WordByWord(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dweights = dweights if ctx.need_weights else None
-        grads = _WordByWordBackward.apply(dout, dweights, *saved, needs)
+        grads = apply(_WordByWordBackward, dout, dweights, *saved, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -210,7 +210,7 @@ def word_by_word_attention(
         hypothesis @ w_h, premise @ w_y, premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
     )  # fmt: skip
     if kernel:
-        out, weights = _WordByWord.apply(*tensors, return_weights)
+        out, weights = apply(_WordByWord, *tensors, return_weights)
     else:
         out, weights = reference.word_by_word_attention(*tensors)
     out = out.to(premise.dtype)

@@ -6,6 +6,7 @@ scores where a frame has one, and makes the softmax and both moments.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._ops import Impl, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 from .location import _unpack_jagged, _validate_location
 
 _INPUTS = "Tensor x, Tensor? v, Tensor values, Tensor? mask, Tensor? cu_seqlens"
@@ -86,7 +87,7 @@ class _StatisticsPooling(torch.autograd.Function):
         dmean = torch.zeros_like(saved[5]) if dmean is None else dmean
         dvar = torch.zeros_like(saved[6]) if dvar is None else dvar
         dscores = dscores if ctx.scores_returned else None
-        grads = _StatisticsBackward.apply(dmean, dvar, dlse, dscores, *saved, needs)
+        grads = apply(_StatisticsBackward, dmean, dvar, dlse, dscores, *saved, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
@@ -211,7 +212,7 @@ def statistics_pooling(
         h, w, b, v, context, values, mask, cu_seqlens, activation, floor, trusted_offsets=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    run = _StatisticsPooling.apply if kernel else reference.statistics_pooling
+    run = functools.partial(apply, _StatisticsPooling) if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):  # what autocast would cast was cast above
         if w is None or v is None:

@@ -57,7 +57,8 @@ def raw_arguments(case, device, *, sdpa, need_scores):
     out, lse, scores = torch.ops.fused_attn.general_fwd(*inputs, *options, need_scores, sdpa)
     cotangents = (projection(out, 0), projection(lse, 1), projection(scores, 2) if need_scores else None)
     needs = [x is not None for x in inputs[:4]]
-    return (*inputs, *options, need_scores, sdpa), (*cotangents, *inputs, out, lse, *options, need_scores, sdpa, needs)
+    backward = (*cotangents, *inputs, out, lse, *options, need_scores, sdpa, needs)
+    return (*inputs, *options, need_scores, sdpa), backward
 
 
 @pytest.mark.kernel
