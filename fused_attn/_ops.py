@@ -46,8 +46,8 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
     Parameters
     ----------
     impl
-        ``"auto"``: the kernel on a GPU, PyTorch elsewhere, and PyTorch for what the kernel does not support; also on
-        GPUs that the kernels were not made for (`fused_attn.kernels.chip.Chip.supported`).
+        ``"auto"``: the kernel on a GPU, PyTorch elsewhere, and for what the kernel does not support, as forward mode;
+        also on GPUs that the kernels were not made for (`fused_attn.kernels.chip.Chip.supported`).
         ``"triton"`` and ``"reference"`` never fall back.
     device
         Where the tensors are.
@@ -58,6 +58,8 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
     ------
     ValueError
         For another `impl`, or where ``"triton"`` cannot run.
+    NotImplementedError
+        For ``"triton"`` in forward mode.
 
     """
     if impl not in get_args(Impl):
@@ -65,7 +67,7 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
     if impl == "reference":
         return False
     if impl == "auto":
-        known = device.type == "cuda" and unsupported is None and _triton_state() == "gpu"
+        known = device.type == "cuda" and unsupported is None and not forward_mode() and _triton_state() == "gpu"
         return known and not _unknown_chip(device)
     state = _triton_state()
     if state == "absent":
@@ -84,7 +86,23 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
             "impl: 'triton' expects an NVIDIA GPU from sm_80 on (Ampere) or an AMD Instinct from gfx90a on (MI200); "
             f"got {chip}; use impl='auto' or 'reference'"
         )
+    if forward_mode():
+        raise NotImplementedError(
+            "impl: 'triton' has no forward mode (jvp, jacfwd, hessian, dual numbers); use impl='auto' or "
+            "'reference', or reverse mode (grad, vjp, jacrev)"
+        )
     return True
+
+
+def forward_mode() -> bool:
+    """Whether `torch.func.jvp` or what is made of it, or a level of dual numbers, surrounds the call.
+
+    Then only the reference's formulas do, which have derivatives of every kind.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above; it guards the level itself
 
 
 def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -154,7 +172,12 @@ def raw_backward(
     return raw_op(name, schema, body, fake)
 
 
-_FUNCTORCH = ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "ADInplaceOrView")
+_FUNCTORCH = (
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchDynamicLayerBackMode",
+    "FuncTorchGradWrapper",
+    "ADInplaceOrView",
+)
 
 
 def vjp(
@@ -173,15 +196,15 @@ def vjp(
             excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
         with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
             outs, pull, *_ = torch.func.vjp(fn, *inputs)
-            grads = pull(tuple(torch.zeros_like(o) if c is None else c for c, o in zip(cotangents, outs, strict=True)))
-        return tuple(grads)
+            pairs = zip(cotangents, outs, strict=True)
+            return tuple(pull(tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for c, o in pairs)))
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
         outs = fn(*leaves)
         known = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
         if not known:
             return tuple(torch.zeros_like(x) for x in leaves)
-        start = _Cotangents.apply([c for _, c in known], *(o for o, _ in known))
+        start = _Cotangents.apply([c.to(o.dtype) for o, c in known], *(o for o, _ in known))
     return torch.autograd.grad(start, leaves, allow_unused=True, materialize_grads=True)
 
 

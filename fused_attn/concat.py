@@ -13,7 +13,17 @@ from torch import Tensor
 
 from . import location, reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import (
+    Impl,
+    apply,
+    cast_for_autocast,
+    forward_mode,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    weights_from,
+)
 
 _TENSORS = 9  # tensor arguments of the raw forward
 _GRADS = 5  # the leading ones of them that have gradients
@@ -247,7 +257,7 @@ def concat_attention(
     query, key, value = canonical(query), canonical(key), canonical(value)
     v = v.expand(query.shape[1], -1) if v.dim() == 1 else v
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    blocked = impl == "auto" and query.device.type != "cuda"
+    blocked = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
     if kernel or blocked:
         if activation == "identity":  # v · (q + k) is a number a query and a number a key

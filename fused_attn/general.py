@@ -14,7 +14,18 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, vjp, weights_from
+from ._ops import (
+    Impl,
+    apply,
+    cast_for_autocast,
+    forward_mode,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    vjp,
+    weights_from,
+)
 
 _TENSORS = 8  # tensor arguments of the raw forward
 _GRADS = 4  # the leading ones of them that have gradients
@@ -326,6 +337,8 @@ def _sdpa_serves(
     `kernel`: whether the Triton kernel would take the call. On a CPU it would not, and the choice is between this and
     a reference that makes all the scores.
     """
+    if forward_mode():
+        return False
     same = activation == "identity" and scale > 0 and dropout_p == 0 and score_bias is None and cu_seqlens is None
     if not same or left is not None or right not in (None, 0):
         return False

@@ -14,7 +14,17 @@ from torch import Tensor
 from . import reference
 from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
 from ._location_windowed import WindowedAttention
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import (
+    Impl,
+    apply,
+    cast_for_autocast,
+    forward_mode,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    weights_from,
+)
 
 _TENSORS = 12  # tensor arguments of the raw forward
 _GRADS = 9  # the leading ones of them that have gradients
@@ -306,7 +316,7 @@ def _windowed(
     return_weights: bool, offsets: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """One output a position, from the scores ``(B, T, R)`` or ``(N, R)``."""
-    if impl == "reference":
+    if impl == "reference" or forward_mode():
         out, lse = reference.windowed_attention(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_cu_seqlens, check_tensor
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton
+from ._ops import (
+    Impl,
+    apply,
+    cast_for_autocast,
+    forward_mode,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    vjp,
+)
 from .concat import concat_attention
 
 _TENSORS = 10  # tensor arguments of the raw forward
@@ -34,10 +44,8 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
 def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     need_weights = args[-1]
     shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
-    return (
-        query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32),
-        query.new_empty(shape, dtype=torch.float32),
-    )
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(*query.shape[:-1], value.shape[-1], dtype=dtype), query.new_empty(shape, dtype=dtype)
 
 
 def _bwd(*args: Any) -> list[Tensor | None]:
@@ -46,18 +54,36 @@ def _bwd(*args: Any) -> list[Tensor | None]:
     return recurrent_bwd(*args)
 
 
-_word_fwd = raw_op("word_by_word_fwd", f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)", _fwd, _fwd_fake)
-_word_bwd = raw_backward(
-    "word_by_word_bwd",
-    f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs) -> Tensor[]",
-    _bwd,
-    cotangents=2,
-    gradients=_GRADS,
-)
+def _plain_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, need_weights = args
+    out, weights = reference.word_by_word_attention(*inputs)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return out.to(wide, copy=True), weights if need_weights else weights.new_empty(0)  # no word: out is an input's
+
+
+def _plain_bwd(*args: Any) -> list[Tensor | None]:
+    dout, dweights, *inputs, _, needs = args
+    at = [i for i, need in enumerate(needs) if need]
+
+    def fn(*live: Tensor) -> tuple[Tensor, Tensor]:
+        full = dict(zip(at, live, strict=True))
+        return reference.word_by_word_attention(*(full.get(i, x) for i, x in enumerate(inputs)))
+
+    made = dict(zip(at, vjp(fn, [inputs[i] for i in at], (dout, dweights)), strict=True)) if at else {}
+    return [made.get(i) for i in range(_GRADS)]
+
+
+_FWD_SCHEMA = f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)"
+_BWD_SCHEMA = f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs) -> Tensor[]"
+_word_fwd = raw_op("word_by_word_fwd", _FWD_SCHEMA, _fwd, _fwd_fake)
+_word_bwd = raw_backward("word_by_word_bwd", _BWD_SCHEMA, _bwd, cotangents=2, gradients=_GRADS)
+# The reference as an operator: its loop over the words is not the compiler's to unroll, a graph a length.
+_word_plain_fwd = raw_op("word_by_word_plain_fwd", _FWD_SCHEMA, _plain_fwd, _fwd_fake)
+_word_plain_bwd = raw_backward("word_by_word_plain_bwd", _BWD_SCHEMA, _plain_bwd, cotangents=2, gradients=_GRADS)
 
 
 class _WordByWord(torch.autograd.Function):
-    """(out, weights) by the kernel, both differentiable."""
+    """(out, weights) by the kernel, or `plain` by the reference, both differentiable."""
 
     generate_vmap_rule = True
 
@@ -65,16 +91,16 @@ class _WordByWord(torch.autograd.Function):
     def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
         query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
         mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None,
-        need_weights: bool,
+        need_weights: bool, plain: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor]", _word_fwd(
+        return cast("tuple[Tensor, Tensor]", (_word_plain_fwd if plain else _word_fwd)(
             query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis, need_weights
         ))  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:_TENSORS], output[0])
-        ctx.need_weights = inputs[-1]
+        ctx.need_weights, ctx.plain = inputs[-2:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -83,7 +109,7 @@ class _WordByWord(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dweights = dweights if ctx.need_weights else None
-        grads = apply(_WordByWordBackward, dout, dweights, *saved, needs)
+        grads = apply(_WordByWordBackward, dout, dweights, *saved, ctx.plain, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -98,9 +124,9 @@ class _WordByWordBackward(torch.autograd.Function):
         dout: Tensor, dweights: Tensor | None,
         query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
         mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
-        needs: tuple[bool, ...],
+        plain: bool, needs: tuple[bool, ...],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_word_bwd(
+        return tuple((_word_plain_bwd if plain else _word_bwd)(
             dout, dweights, query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
             out, list(needs),
         ))  # fmt: skip
@@ -172,8 +198,8 @@ def word_by_word_attention(
         Return the weights too (padded batches only). They are differentiable.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), the reference elsewhere. ``"triton"`` and
-        ``"reference"`` never fall back. The reference is a loop over t, and pads packed rows: eagerly to the longest
-        sequence, for which it reads the offsets; under `torch.compile`, which unrolls the loop, to all M rows.
+        ``"reference"`` never fall back. The reference is a loop over t, and pads packed rows to the longest sequence,
+        for which it reads the offsets; to `torch.compile` and `torch.export` it is one operator.
 
     Returns
     -------
@@ -209,8 +235,9 @@ def word_by_word_attention(
     tensors = (
         hypothesis @ w_h, premise @ w_y, premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
     )  # fmt: skip
-    if kernel:
-        out, weights = apply(_WordByWord, *tensors, return_weights)
+    plain = torch.compiler.is_compiling() and not forward_mode()
+    if kernel or plain:
+        out, weights = apply(_WordByWord, *tensors, return_weights, not kernel)
     else:
         out, weights = reference.word_by_word_attention(*tensors)
     out = out.to(premise.dtype)
