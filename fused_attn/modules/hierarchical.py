@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from .._ops import Impl
+from .._checks import check_cu_seqlens, check_tensor
+from .._ops import Impl, forward_mode
+from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
-from ..reference import segment_ids
 from .location import LocationAttention
 
 
@@ -17,32 +19,47 @@ class RaggedRNN(nn.Module):
     """A recurrent layer of PyTorch over packed rows: each group is a sequence of its own.
 
     It makes what `HierarchicalAttention` takes as `between` of an `nn.GRU`, `nn.LSTM` or `nn.RNN`. PyTorch wants the
-    lengths on the CPU, so on a GPU it waits for the device once a call.
+    lengths on the CPU, so on a GPU it waits for the device once a call. `torch.export` takes it as one operator, and
+    so does `torch.compile` where ``torch._dynamo.config.allow_rnn`` is True; else PyTorch breaks the graph at an
+    `nn.GRU`, `nn.LSTM` or `nn.RNN`, or with ``fullgraph=True`` refuses it.
 
     Parameters
     ----------
     rnn
         The layer; `batch_first` makes no difference.
 
+    Raises
+    ------
+    TypeError
+        For what is no recurrent layer of PyTorch.
+
     """
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
+        if not isinstance(rnn, nn.RNNBase):
+            raise TypeError(f"rnn: expected an nn.GRU, nn.LSTM or nn.RNN; got {type(rnn).__name__}")
         self.rnn = rnn
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)``."""
-        if rows.shape[0] == 0:
-            width = (self.rnn.proj_size or self.rnn.hidden_size) * (1 + self.rnn.bidirectional)
-            return rows.new_zeros(0, width)
-        lengths = offsets.diff().cpu()
-        group = segment_ids(offsets, rows.shape[0])
-        place = group.new_ones(group.shape).cumsum(0) - 1 - offsets[group]
-        padded = rows.new_zeros(lengths.numel(), int(lengths.max()), rows.shape[1]).index_put((group, place), rows)
-        # It refuses a sequence without rows: an empty group is one row of padding, which nothing reads.
-        packed = pack_padded_sequence(padded, lengths.clamp(min=1), batch_first=True, enforce_sorted=False)
-        states, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
-        return states[group, place]
+        """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For shapes and dtypes, and for offsets that do not go from 0 to S, as in `hierarchical_attention`.
+
+        """
+        check_tensor("rows", rows, shapes=[("(S, D)", (None, self.rnn.input_size))])
+        check_cu_seqlens("offsets", offsets, rows.shape[0], rows.device)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode():
+            return ragged_rnn(self.rnn, rows, offsets)
+
+        def run(data: Tensor, batch_sizes: Tensor) -> Tensor:
+            states: Tensor = self.rnn(PackedSequence(data, batch_sizes))[0].data
+            return states
+
+        return run_packed(run, rows, *pack(offsets, rows.shape[0]))
 
 
 class HierarchicalAttention(nn.Module):

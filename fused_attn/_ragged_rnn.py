@@ -1,0 +1,218 @@
+"""A recurrent layer over packed rows as one operator, for the compiler and functorch.
+
+PyTorch's own wants the lengths in the CPU's memory, where neither shows them. The weights come as one vector, so that
+the operator has as many arguments for every layer. Derivatives are those of the formula, step by step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import apply, forward_mode, raw_backward, raw_op, second_order, vjp_in_operator
+from .reference import dropout_scale, segment_ids
+
+_INPUTS = "Tensor rows, Tensor weights, Tensor offsets, Tensor? seed"
+_OPTIONS = "str mode, int hidden, int proj, int layers, bool bias, bool bidirectional, float dropout"
+_GATES = {"LSTM": 4, "GRU": 3}  # else one
+_GRADS = 2  # the leading ones of the inputs, that have gradients
+
+
+def pack(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The order in which a layer of PyTorch takes packed rows, and on the CPU how many it takes at each time.
+
+    At a time it takes a row of each group that is that long, the longest group first.
+    """
+    group = segment_ids(offsets, rows)
+    place = torch.arange(rows, device=offsets.device) - offsets[group]
+    rank = torch.argsort(torch.argsort(offsets.diff(), descending=True, stable=True))
+    return torch.argsort(place * rank.numel() + rank[group]), place.bincount().cpu()
+
+
+def run_packed(run: Callable[[Tensor, Tensor], Tensor], rows: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    """The states of the rows, where `run` makes those of data and batch sizes as `PackedSequence` has them."""
+    if rows.shape[0] == 0:  # a layer refuses no rows: one that nothing reads, so that its weights get zero gradients
+        return run(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), counts.new_ones(1))[:0]
+    return run(rows[order], counts)[torch.argsort(order)]
+
+
+def _split(
+    weights: Tensor, width: int, mode: str, hidden: int, proj: int, layers: int, bias: bool, bidirectional: bool
+) -> list[list[Tensor]]:
+    """The weights of each layer and direction, as `nn.RNNBase` has them in ``all_weights``."""
+    gates, directions, out = _GATES.get(mode, 1) * hidden, 1 + bidirectional, proj or hidden
+    shapes: list[list[tuple[int, ...]]] = []
+    for layer in range(layers):
+        one: list[tuple[int, ...]] = [(gates, out * directions if layer else width), (gates, out)]
+        one += [(gates,), (gates,)] if bias else []
+        shapes += [one + ([(proj, hidden)] if proj else [])] * directions
+    flat = iter(weights.split([math.prod(shape) for one in shapes for shape in one]))
+    return [[next(flat).view(shape) for shape in one] for one in shapes]
+
+
+def _native(rows: Tensor, weights: Tensor, order: Tensor, counts: Tensor, *options: Any) -> Tensor:
+    """The states by the function that `nn.GRU`, `nn.LSTM` or `nn.RNN` calls; no dropout."""
+    mode, hidden, proj, layers, bias, bidirectional, _ = options
+    flat = [x for one in _split(weights, rows.shape[1], *options[:-1]) for x in one]
+
+    def run(data: Tensor, batch_sizes: Tensor) -> Tensor:
+        size = (len(flat) // len(flat[: (4 if bias else 2) + (proj > 0)]), int(batch_sizes[0]))
+        state: Any = data.new_zeros(*size, proj or hidden)
+        state = (state, data.new_zeros(*size, hidden)) if mode == "LSTM" else state
+        function = getattr(torch._VF, mode.lower())
+        results = function(data, batch_sizes, state, flat, bias, layers, 0.0, False, bidirectional)
+        return cast("Tensor", results[0])
+
+    return run_packed(run, rows, order, counts)
+
+
+def formula(
+    rows: Tensor, weights: Tensor, order: Tensor, counts: Tensor, seed: Tensor | None, *options: Any
+) -> Tensor:
+    """The states, step by step in plain PyTorch, which has derivatives of every kind."""
+    mode, _, _, layers, bias, bidirectional, dropout = options
+    weights_of = _split(weights, rows.shape[1], *options[:-1])
+
+    def run(data: Tensor, batch_sizes: Tensor) -> Tensor:
+        sizes = batch_sizes.tolist()
+        for layer in range(layers):
+            if layer and seed is not None:
+                data = data * dropout_scale(
+                    seed, torch.arange(data.shape[1], device=data.device), order.new_tensor(layer),
+                    torch.arange(data.shape[0], device=data.device)[:, None], dropout,
+                ).to(data.dtype)  # fmt: skip
+            both = range(layer * (1 + bidirectional), (layer + 1) * (1 + bidirectional))
+            data = torch.cat([_walk(data, sizes, weights_of[i], mode, bias, i > both[0]) for i in both], -1)
+        return data
+
+    return run_packed(run, rows, order, counts)
+
+
+def _walk(data: Tensor, sizes: list[int], weights: list[Tensor], mode: str, bias: bool, backwards: bool) -> Tensor:
+    """One direction of one layer, on rows by time; at a time the first `sizes` sequences go on."""
+    w_x, w_h, *more = weights
+    inputs = (data @ w_x.mT + (more[0] if bias else 0)).split(sizes)
+    project = more[-1] if len(more) % 2 else None
+    h, c = (data.new_zeros(0, n) for n in (w_h.shape[1], w_h.shape[0] // _GATES.get(mode, 1)))
+    states = []
+    for x in reversed(inputs) if backwards else inputs:
+        new = max(0, len(x) - len(h))
+        h, c = (torch.cat([y[: len(x)], y.new_zeros(new, y.shape[1])]) for y in (h, c))
+        y = h @ w_h.mT + (more[1] if bias else 0)
+        if mode == "LSTM":
+            i, f, g, o = (x + y).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            h = h if project is None else h @ project.mT
+        elif mode == "GRU":
+            (x_r, x_z, x_n), (y_r, y_z, y_n) = x.chunk(3, -1), y.chunk(3, -1)
+            n, z = (x_n + (x_r + y_r).sigmoid() * y_n).tanh(), (x_z + y_z).sigmoid()
+            h = n + z * (h - n)
+        else:
+            h = (x + y).relu() if mode == "RNN_RELU" else (x + y).tanh()
+        states.append(h)
+    return torch.cat(states[::-1] if backwards else states)
+
+
+def _fwd(rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
+    structure = pack(offsets, rows.shape[0])
+    if seed is None:
+        return _native(rows, weights, *structure, *options)
+    return formula(rows, weights, *structure, seed, *options)
+
+
+def _fwd_fake(
+    rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int, proj: int, *args: Any
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], (proj or hidden) * (1 + args[2]))
+
+
+def _bwd(dout: Tensor, *args: Any) -> list[Tensor | None]:
+    rows, weights, offsets, *rest, needs = args
+    structure = pack(offsets, rows.shape[0])
+    grads = vjp_in_operator(lambda *xs: formula(*xs, *structure, *rest), (rows, weights), lambda _: dout)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+_rnn_fwd = raw_op("ragged_rnn_fwd", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _fwd, _fwd_fake)
+_rnn_bwd = raw_backward(
+    "ragged_rnn_bwd",
+    f"(Tensor dout, {_INPUTS}, {_OPTIONS}, bool[] needs) -> Tensor[]",
+    _bwd,
+    cotangents=1,
+    gradients=_GRADS,
+)
+
+
+class _RaggedRNN(torch.autograd.Function):
+    """The states of the last layer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
+        rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int, proj: int,
+        layers: int, bias: bool, bidirectional: bool, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        return cast("Tensor", _rnn_fwd(
+            rows, weights, offsets, seed, mode, hidden, proj, layers, bias, bidirectional, dropout
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        needs = ctx.needs_input_grad[:_GRADS]
+        grads = apply(_RaggedRNNBackward, dout, *ctx.saved_tensors, *ctx.options, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 9)
+
+
+class _RaggedRNNBackward(torch.autograd.Function):
+    """The gradients of `_RaggedRNN`; their own backward is that of its formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # spelled out, as above
+        dout: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int,
+        proj: int, layers: int, bias: bool, bidirectional: bool, dropout: float, needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(_rnn_bwd(
+            dout, rows, weights, offsets, seed, mode, hidden, proj, layers, bias, bidirectional, dropout, list(needs)
+        ))  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        *ctx.options, ctx.needs = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        dout, rows, weights, offsets, seed = ctx.saved_tensors
+        structure = pack(offsets, rows.shape[0])
+        d_primals, d_cotangents = second_order(
+            lambda *p: (formula(*p, *structure, seed, *ctx.options),), (rows, weights), (dout,), ctx.needs, grads
+        )  # fmt: skip
+        return (*d_cotangents, *d_primals, *[None] * 10)
+
+
+def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
+    """The states of the last layer, by one operator."""
+    weights = torch.cat([getattr(rnn, name).reshape(-1) for names in rnn._all_weights for name in names])
+    seed = None
+    if rnn.training and rnn.dropout > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=rows.device)
+    options = (
+        rnn.mode, rnn.hidden_size, rnn.proj_size, rnn.num_layers, rnn.bias, rnn.bidirectional, float(rnn.dropout)
+    )  # fmt: skip
+    if forward_mode():
+        return formula(rows, weights, *pack(offsets, rows.shape[0]), seed, *options)
+    return cast("Tensor", apply(_RaggedRNN, rows, weights, offsets, seed, *options))
