@@ -1,9 +1,15 @@
-"""Validation that every family shares. Messages name the argument, what was expected, and what came."""
+"""Validation that every family shares: tables of arguments, the checker that reads them, and checks of options.
+
+A family has a table: each argument's shapes in size names, its dtypes, a hint. The checker binds a size where it first
+sees it, so that a message can say where it is from. Messages name the argument, what was expected, and what came.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import itertools
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,10 +17,260 @@ from torch import Tensor
 from .reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRUE_IS_VISIBLE = "True = may be attended"
+OFFSETS_HINT = "offsets of the sequences in the packed rows: lengths.cumsum(0) with a leading 0, .int()"
+
+_WIDTHS = frozenset("A C D Dh Dk Dq Dv K R".split()) | {"D'"}  # sizes of at least 1
+_INDEX = {"bool": (torch.bool,), "int32": (torch.int32,), "index": (torch.int32, torch.int64)}
+_ALLOWED = {None: {"first": DTYPES, "same": DTYPES, "bias": DTYPES, **_INDEX}}
+"""By the dtype of the first argument (None before it), what each kind of argument may have."""
+for _dtype in DTYPES:
+    _bias = (_dtype,) if _dtype.itemsize >= 4 else (_dtype, torch.float32)
+    _ALLOWED[_dtype] = {"first": DTYPES, "same": (_dtype,), "bias": _bias, **_INDEX}
+
+Form = tuple[str, ...]
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+class Argument(NamedTuple):
+    """A row of a family's table."""
+
+    forms: tuple[Form, ...]  # shapes in size names; none at all: any shape
+    kind: str  # "first": gives dtype and device; "same" as it; "bias": or float32; "bool", "int32", "index"
+    optional: bool
+    linear: bool  # is the transpose of what `nn.Linear` calls its weight
+    hint: str
+
+
+Table = dict[str, Argument]
+
+
+def argument(forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = "") -> Argument:
+    """``"B T D | N D"``: alternatives between bars, of size names between spaces; a name ``S+1`` is S + 1."""
+    split = tuple(tuple(form.split()) for form in forms.split("|"))
+    return Argument(split, kind, optional, linear, hint)
+
+
+def offsets_of(rows: str, *, optional: bool = True, hint: str = OFFSETS_HINT) -> Argument:
+    """The row of offsets, int32, one more than there are `rows`."""
+    return argument(f"{rows}+1", "int32", optional=optional, hint=hint)
+
+
+def mask_of(forms: str, hint: str = TRUE_IS_VISIBLE) -> Argument:
+    """The row of a mask."""
+    return argument(forms, "bool", optional=True, hint=hint)
+
+
+class Checker:
+    """Checks a call's arguments, in order, by a table.
+
+    Parameters
+    ----------
+    table
+        The family's.
+    prefix
+        What stands before every name: ``"inner."``.
+
+    Attributes
+    ----------
+    sizes, sources
+        Sizes by name, and where each is from.
+
+    """
+
+    def __init__(self, table: Table, prefix: str = "") -> None:
+        self.table, self.prefix = table, prefix
+        self.sizes: dict[str, int] = {"1": 1}
+        self.sources: dict[str, str] = {}
+        self.dtypes: dict[str, tuple[torch.dtype, ...]] = _ALLOWED[None]
+        self.device: torch.device | None = None
+        self.like = ""  # whose dtype and device they are
+        self.first: Tensor | None = None
+
+    def bind(self, word: str, size: int, source: str) -> None:
+        """Let `word` be `size`, which is from `source`."""
+        self.sizes[word], self.sources[word] = size, source
+
+    def follow(self, like: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Let dtype and device of later arguments be these, which are those of `like`."""
+        self.like, self.device = like, device
+        self.dtypes = _ALLOWED[dtype]
+
+    def __call__(self, name: str, x: Any, row: str = "") -> None:
+        """Check one argument, by the row of the table that has its name, or `row`.
+
+        Raises
+        ------
+        TypeError
+            For what is no dense tensor, and for dtypes.
+        ValueError
+            For a shape or a device that does not fit.
+
+        """
+        forms, kind, optional, _, hint = arg = self.table[row or name]
+        if x is None and optional:
+            return
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+            _refuse(self.prefix + name, x, hint)
+        if x.dtype not in self.dtypes[kind]:
+            self._refuse_dtype(name, x, arg)
+        if kind == "first" and self.device is None:
+            self.follow(self.prefix + name, x.dtype, x.device)
+            self.first = x
+        elif x.device != self.device and self.device is not None:
+            raise ValueError(
+                f"{self.prefix}{name}: expected device {self.device}; got {x.device}: that of {self.like} is {self.device}"
+            )
+        shape, sizes = x.shape, self.sizes
+        for form in forms:
+            if len(form) != len(shape):
+                continue
+            for word, n in zip(form, shape, strict=True):
+                if word in sizes and sizes[word] != n:
+                    break
+            else:
+                for word, n in zip(form, shape, strict=True):
+                    if word not in sizes:
+                        if word in _WIDTHS and n == 0:
+                            raise ValueError(
+                                f"{self.prefix}{name}: expected at least one {_THINGS.get(word, 'feature')}, {word} of at "
+                                f"least 1; got shape {tuple(shape)}"
+                            )
+                        sizes[word] = n
+                        self.sources[word] = self.prefix + name
+                return
+        if forms:
+            raise ValueError(self.prefix + self._shape_error(name, x, arg))
+
+    def _refuse_dtype(self, name: str, x: Tensor, arg: Argument) -> NoReturn:
+        of, hint = "", f"; {arg.hint}" if arg.hint else ""
+        if arg.kind in ("first", "same") and self.like == PARAMETERS:
+            of = f", that of {PARAMETERS}"
+            if x.dtype in DTYPES:
+                hint = f": use module.to({x.dtype}) or torch.autocast"
+        elif arg.kind == "same" and self.like and x.dtype in DTYPES:
+            hint = f": that of {self.like} is {_names(self.dtypes['same'])}{hint}"
+        elif arg.kind == "bool" and x.is_floating_point():
+            more = ", score_bias=" if "score_bias" in self.table else ""
+            hint += f"; what is added to the scores is no mask{more and ': pass it as score_bias='}"
+        elif arg.kind == "bool":
+            hint += f": pass {name}.bool()"
+        elif arg.kind == "int32" and x.dtype == torch.int64:
+            hint += f": pass {name}.int()"
+        elif x.is_quantized:
+            hint += f": pass {name}.dequantize()"
+        raise TypeError(
+            f"{self.prefix}{name}: expected dtype {_names(self.dtypes[arg.kind])}{of}; got {_names([x.dtype])}{hint}"
+        )
+
+    def _shape_error(self, name: str, x: Tensor, arg: Argument) -> str:
+        words = " or ".join(_in_words(form) for form in arg.forms)
+        known = dict.fromkeys(w for form in arg.forms for w in form if w in self.sizes and w != "1")
+        having = ", ".join(f"{_spaced(w)} = {self.sizes[w]} from {self.sources[w]}" for w in known)
+        of_rank = [form for form in arg.forms if len(form) == x.dim()]
+        wrong = ""
+        if len(of_rank) == 1:
+            pairs = zip(of_rank[0], x.shape, strict=True)
+            wrong = ": " + ", ".join(f"{_spaced(w)} is {n}" for w, n in pairs if w in known and self.sizes[w] != n)
+        cause = self._cause(name, x, arg) or (arg.hint if not of_rank or arg.kind != "first" else "")
+        return (
+            f"{name}: expected shape {words}{having and ' with ' + having}; got {tuple(x.shape)}{wrong}"
+            f"{cause and '; ' + cause}"
+        )
+
+    def _fits(self, shape: Sequence[int], arg: Argument) -> bool:
+        return any(
+            len(form) == len(shape) and all(self.sizes.get(w, n) == n for w, n in zip(form, shape, strict=True))
+            for form in arg.forms
+        )
+
+    def _cause(self, name: str, x: Tensor, arg: Argument) -> str:
+        """The likely reason of a wrong shape, or nothing."""
+        shape = tuple(x.shape)
+        swapped = (*shape[:-2], *shape[:-3:-1])
+        if arg.linear and len(shape) == 2 and self._fits(swapped, arg):
+            return f"looks like `nn.Linear.weight`: pass `{name}.t()`"
+        if arg.kind in ("first", "same") and len(shape) == 3 and self._fits(swapped, arg):
+            if swapped[-1] == self.sizes.get(next(f for f in arg.forms if len(f) == 3)[-1]):
+                return f"looks like channels first: pass {name}.transpose(1, 2)"
+        first = self.first  # of which a later argument may say that its channels are first
+        if arg.linear and first is not None and first.dim() == 3 and len(shape) == 2:
+            if shape[0] == first.shape[1] and self.sizes.get(arg.forms[-1][0]) == first.shape[2]:
+                return f"looks as if {self.like} had channels first: pass {self.like}.transpose(1, 2)"
+        ones = [axis for axis, n in enumerate(shape) if n == 1]
+        for count in range(1, len(ones) + 1):
+            for axes in itertools.combinations(ones, count):
+                if self._fits([n for axis, n in enumerate(shape) if axis not in axes], arg):
+                    which = str(axes[0]) if count == 1 else str(axes)
+                    layer = "looks like the weight of a layer with one output: " if arg.linear else ""
+                    return f"{layer}pass {name}.squeeze({which})"
+        for form in arg.forms:
+            if form[:1] == ("B",) and len(form) == len(shape) + 1 and self._fits(shape, Argument((form[1:],), *arg[1:])):
+                if arg.kind == "bool" and "B" in self.sizes:
+                    return f"{arg.hint}; one for the whole batch: pass {name}.expand({self.sizes['B']}, *{name}.shape)"
+        return ""
+
+
+_THINGS = {"R": "hop", "C": "channel"}
+PARAMETERS = "the module's parameters"
+CONSTRUCTOR = "the constructor"
+
+
+def module_checker(table: Table, parameter: Any, **sizes: int | None) -> Checker:
+    """The checker of a module's inputs: sizes are the constructor's, dtype and device those of a parameter.
+
+    A layer that somebody put in the place of a `nn.Linear` may have neither: then nothing is asked.
+    """
+    check = Checker(table)
+    for word, size in sizes.items():
+        if size is not None:
+            check.bind(word, size, CONSTRUCTOR)
+    if isinstance(parameter, Tensor) and parameter.dtype in DTYPES:
+        dtype, device = parameter.dtype, parameter.device
+        check.follow(PARAMETERS, dtype, device)
+        if dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
+            check.dtypes = {**check.dtypes, "same": DTYPES[:3]}
+    return check
+
+
+def width_of(layer: Any) -> int | None:
+    """The width of a layer's input, None where it does not tell."""
+    return getattr(layer, "in_features", None)
+
+
+def weight_of(layer: Any) -> Tensor | None:
+    """The weight of a layer, None where it has none of that name."""
+    return getattr(layer, "weight", None)
+
+
+def _spaced(word: str) -> str:
+    return word.replace("+", " + ")
+
+
+def _in_words(form: Form) -> str:
+    return f"({_spaced(form[0])},)" if len(form) == 1 else f"({', '.join(map(_spaced, form))})"
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _refuse(name: str, x: Any, hint: str = "") -> NoReturn:
+    """TypeError for what is no dense tensor."""
+    if not isinstance(x, Tensor):
+        hint = f"; {hint}" if hint else ""
+        raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}{hint}")
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, padded or packed; got a nested one: pass its rows, {name}.values()")
+    raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}: pass {name}.to_dense()")
+
+
+def show(value: Any) -> str:
+    """A value for a message, never long."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, say
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_tensor(
@@ -26,12 +282,12 @@ def check_tensor(
     device: torch.device | None = None,
     hint: str = "",
 ) -> None:
-    """Check one tensor argument.
+    """Check one tensor that is in no table.
 
     Parameters
     ----------
     name, x
-        The argument. Anything but a tensor is a TypeError.
+        The argument. Anything but a dense tensor is a TypeError.
     shapes
         What is allowed: pairs of the shape in words (``"(D, A)"``) and in numbers, None for any size.
     dtypes, device
@@ -47,9 +303,9 @@ def check_tensor(
         For a shape or a device that does not fit.
 
     """
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        _refuse(name, x, hint)
     hint = f"; {hint}" if hint else ""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}{hint}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}; got {_names([x.dtype])}{hint}")
     fits = any(
@@ -63,18 +319,90 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}; got {x.device}")
 
 
+# --- Options -----------------------------------------------------------------------------------------------------
+
+
 def check_activation(name: str, value: str) -> None:
-    """Raise ValueError unless `value` names an activation."""
+    """Raise unless `value` names an activation: TypeError for what is no string, ValueError for another."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {show(value)}")
     if value not in ACTIVATIONS:
-        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {show(value)}")
 
 
-def check_dropout(name: str, value: float) -> None:
-    """Raise ValueError unless 0 <= value < 1, and TypeError for what is no number."""
-    if not isinstance(value, (int, float)):
+def check_number(name: str, value: Any, expected: str, low: float, high: float) -> float:
+    """`value` as a float, where low <= value < high; bool is no number, NumPy's scalars are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no real number; for one that is not as `expected`.
+
+    """
+    # The two that come are asked for first: an abstract class is slow, and the compiler does not know it.
+    plain = isinstance(value, (float, int))
+    if isinstance(value, bool) or not (plain or isinstance(value, (torch.SymFloat, torch.SymInt, numbers.Real))):
         raise TypeError(f"{name}: expected a float; got {type(value).__name__}")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected 0 <= {name} < 1; got {value}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}; got {show(value)}") from None
+    if not low <= number < high:
+        raise ValueError(f"{name}: expected {expected}; got {show(value)}")
+    return number
+
+
+def check_dropout(name: str, value: float) -> float:
+    """The probability as a float; ValueError unless 0 <= value < 1, and TypeError for what is no number."""
+    return check_number(name, value, f"0 <= {name} < 1", 0.0, 1.0)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool; TypeError for what is none."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False; got {show(value)}")
+
+
+def check_count(name: str, value: Any, least: int = 0) -> int:
+    """`value` as an int from `least` on, that int32 holds; TypeError for what is none, ValueError for another."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}; got {show(value)}")
+    if value >= 2**31:
+        raise ValueError(f"{name}: expected less than 2**31; got {show(value)}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]
+
+
+def check_sizes(**sizes: Any) -> Iterator[int | None]:
+    """A constructor's sizes as ints of at least 1, in order; None stays."""
+    return iter([None if size is None else check_count(name, size, 1) for name, size in sizes.items()])
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """The window's sides, both open where there is none; TypeError for what is no pair of int or None."""
+    if window is None:
+        return None, None
+    good = isinstance(window, tuple) and len(window) == 2
+    if not good or any(n is not None and (isinstance(n, bool) or not _integral(n)) for n in window):
+        raise TypeError(f"window: expected a pair (left, right) of int or None; got {show(window)}")
+    # Past any length is open: the kernels add a side to a position, in int32.
+    left, right = (None if side is None or side >= 2**30 else max(_as_int(side), -(2**30)) for side in window)
+    return left, right
+
+
+def _integral(value: Any) -> bool:
+    return isinstance(value, int) or isinstance(value, numbers.Integral)
+
+
+def _as_int(value: Any) -> int:
+    return value if isinstance(value, int) else int(value)
+
+
+# --- Values that tensors hold ------------------------------------------------------------------------------------
 
 
 def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> None:
@@ -89,8 +417,7 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
 
     """
     check_tensor(
-        name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device,
-        hint="offsets of the sequences in the packed rows: lengths.cumsum(0) with a leading 0, .int()",
+        name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT
     )  # fmt: skip
     check_offsets(name, cu, rows, "packed rows")
 
@@ -107,89 +434,91 @@ def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
     if x.numel() == 0:
         raise ValueError(f"{name}: expected at least one offset, 0; got an empty tensor")
     good = (x[0] == 0) & (x[-1] == rows) & (x[1:] >= x[:-1]).all()
-    _check_values(name, x, good, "non-decreasing offsets from 0 to", rows, of)
+    check_values(name, x, good, f"non-decreasing offsets from 0 to the number of {of}", rows)
 
 
 def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
     """Check that each number is one of ``0 .. count - 1``; a ValueError as `check_cu_seqlens` raises it."""
     good = ((x >= 0) & (x < count)).all()
-    _check_values(name, x, good, "non-negative indices under", count, of)
+    check_values(name, x, good, f"non-negative indices under the number of {of}", count)
 
 
-def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int, of: str) -> None:
+def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
     """Raise where the values can be read without waiting for a device; else assert there."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
-        torch._assert_async(good, f"{name}: expected {expected} the number of {of}")
+        torch._assert_async(good, f"{name}: expected {expected}")
     elif not good:
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
-        raise ValueError(f"{name}: expected {expected} the number of {of}, {count}; got {came}")
+        raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}")
 
 
-def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """The window's sides, both open where there is none; TypeError for what is no pair of int or None."""
-    if window is None:
-        return None, None
-    good = isinstance(window, tuple) and len(window) == 2
-    if not good or any(n is not None and (not isinstance(n, int) or isinstance(n, bool)) for n in window):
-        raise TypeError(f"window: expected a pair (left, right) of int or None; got {window!r}")
-    # Past any length is open: the kernels add a side to a position, in int32.
-    left, right = (None if side is None or side >= 2**30 else max(side, -(2**30)) for side in window)
-    return left, right
+# --- Queries and keys ----------------------------------------------------------------------------------------------
 
 
-def check_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    *,
-    widths: tuple[str, str],
-    same_width: bool,
+def pairs_table(*, packed: bool, heads: bool, query: str, key: str, **more: Argument) -> Table:
+    """The table of a family of queries and keys, whose widths are called `query` and `key`."""
+    h = "H " if heads else ""
+    q, k = ("N ", "M ") if packed else ("B Tq ", "B Tk ")
+    at = q.index(" ") + 1  # heads come after the batch, or after packed rows
+    return {
+        "query": argument(f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first"),
+        "key": argument(f"{k[:at]}{h}{k[at:]}{key}"),
+        "value": argument(f"{k[:at]}{h}{k[at:]}Dv"),
+        "mask": mask_of("B Tk | B Tq Tk"),
+        "score_bias": Argument((), "bias", True, False, ""),
+        "cu_seqlens_q": offsets_of("S"),
+        "cu_seqlens_k": offsets_of("S"),
+        "offsets": offsets_of("any"),
+        **more,
+    }
+
+
+def check_packed(
+    given: dict[str, Any], queries: Tensor | None, keys: Tensor | None, names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k")
 ) -> bool:
-    """Check queries, keys and values, padded or packed; return whether they have heads.
+    """Whether rows are packed: by both offsets or none. What is `given` goes with padded rows only."""
+    packed = queries is not None
+    if packed != (keys is not None):
+        raise ValueError(f"{names[packed]}: expected offsets with the other side's, packed rows need both; got None")
+    if packed:
+        for name, x in given.items():
+            if x is True:
+                raise ValueError(f"{name}: expected False with packed rows, pad the batch to see its weights; got True")
+            if x is not None and x is not False:
+                raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
+    return packed
 
-    Parameters
-    ----------
-    query, key, value
-        ``(B, Tq, Dq)``, ``(B, Tk, Dk)`` and ``(B, Tk, Dv)``, with heads ``(B, H, T, D)``; packed ``(N, D)`` or
-        ``(N, H, D)``.
-    cu_seqlens_q, cu_seqlens_k
-        Both or none; their values are left to `check_structure`.
-    widths
-        What the messages call the widths of queries and of keys.
-    same_width
-        Whether keys must be as wide as queries.
 
-    Raises
-    ------
-    TypeError, ValueError
-        See `check_tensor`; also for features of width 0.
+def _a_tensor(x: Any) -> str:
+    return "a tensor" if isinstance(x, Tensor) else show(x)
 
-    """
-    packed = cu_seqlens_q is not None
-    if packed != (cu_seqlens_k is not None):
-        name = "cu_seqlens_k" if packed else "cu_seqlens_q"
-        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
-    forms = [("N, ", 2), ("N, H, ", 3)] if packed else [("B, Tq, ", 3), ("B, H, Tq, ", 4)]
-    check_tensor("query", query, shapes=[(f"({words}{widths[0]})", (None,) * rank) for words, rank in forms])
-    heads = query.dim() == (3 if packed else 4)
-    rows: list[int | None] = [None, query.shape[1]] if packed else [query.shape[0], query.shape[1], None]
-    if not heads:
-        del rows[1]
-    words = forms[heads][0].replace("Tq", "Tk")
-    like = {"dtypes": [query.dtype], "device": query.device}
-    width = query.shape[-1] if same_width else None
-    check_tensor("key", key, shapes=[(f"({words}{widths[1]})", (*rows, width))], **like)  # type: ignore[arg-type]
-    if value is not None:
-        check_tensor("value", value, shapes=[(f"({words}Dv)", (*key.shape[:-1], None))], **like)  # type: ignore[arg-type]
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x is not None and x.shape[-1] == 0:
-            raise ValueError(f"{name}: expected at least one feature; got shape {tuple(x.shape)}")
-    return heads
+
+def check_both(check: Checker, names: tuple[str, str], both: tuple[Tensor, Tensor], rows: tuple[int, int]) -> None:
+    """Check the offsets of two packed sides: each by itself, then that they are of as many sequences."""
+    check(names[0], both[0])
+    check_offsets(names[0], both[0], rows[0], "packed rows")
+    check(names[1], both[1], "offsets")
+    check_offsets(names[1], both[1], rows[1], "packed rows")
+    check(names[1], both[1])
+
+
+def check_score_bias(check: Checker, score_bias: Tensor | None, full: Sequence[int]) -> None:
+    """Check that a bias broadcasts to the scores, whose shape is `full`."""
+    if score_bias is None:
+        return
+    check("score_bias", score_bias)
+    fits = len(score_bias.shape) <= len(full) and all(
+        n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        words = "(B, H, Tq, Tk)" if len(full) == 4 else "(B, Tq, Tk)"
+        raise ValueError(
+            f"score_bias: expected a shape that broadcasts to {words} = {tuple(full)}; got {tuple(score_bias.shape)}"
+        )
 
 
 def check_structure(
+    check: Checker,
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
@@ -197,50 +526,11 @@ def check_structure(
     score_bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    return_weights: bool,
 ) -> tuple[int | None, int | None]:
-    """Check what says which pairs of queries and keys meet, after `check_rows`; return the window's sides.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `check_tensor` and `check_cu_seqlens`; also for what packed rows do not have.
-
-    """
-    device = query.device
-    if cu_seqlens_q is not None:
-        for name, given in (("mask", mask), ("score_bias", score_bias)):
-            if given is not None:
-                raise ValueError(f"{name}: expected None with packed rows; got a tensor")
-        if return_weights:
-            raise ValueError(
-                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
-            )
-        cu_seqlens_k = cast("Tensor", cu_seqlens_k)
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], device)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], device)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
-                f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, shape {tuple(cu_seqlens_q.shape)}; got "
-                f"{tuple(cu_seqlens_k.shape)}"
-            )
-    full = (*query.shape[:-1], key.shape[-2])  # (B, [H,] Tq, Tk)
-    if mask is not None:
-        keys, pairs = (full[0], full[-1]), (full[0], *full[-2:])
-        check_tensor(
-            "mask", mask, shapes=[("(B, Tk)", keys), ("(B, Tq, Tk)", pairs)], dtypes=[torch.bool], device=device,
-            hint="True = may be attended",
-        )  # fmt: skip
-    if score_bias is not None:
-        allowed = [query.dtype] if query.dtype.itemsize >= 4 else [query.dtype, torch.float32]
-        any_shape = [("", tuple(score_bias.shape))] if isinstance(score_bias, Tensor) else []
-        check_tensor("score_bias", score_bias, shapes=any_shape, dtypes=allowed, device=device)
-        fits = len(score_bias.shape) <= len(full) and all(
-            n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
-        )
-        if not fits:
-            words = "(B, H, Tq, Tk)" if len(full) == 4 else "(B, Tq, Tk)"
-            raise ValueError(
-                f"score_bias: expected a shape that broadcasts to {words} = {full}; got {tuple(score_bias.shape)}"
-            )
+    """Check what says which pairs of queries and keys meet, after the rows; return the window's sides."""
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        names = "cu_seqlens_q", "cu_seqlens_k"
+        check_both(check, names, (cu_seqlens_q, cu_seqlens_k), (query.shape[0], key.shape[0]))
+    check("mask", mask)
+    check_score_bias(check, score_bias, (*query.shape[:-1], key.shape[-2]))
     return check_window(window)

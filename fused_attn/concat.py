@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from . import location, reference
-from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
+from ._checks import (
+    Checker,
+    argument,
+    check_activation,
+    check_dropout,
+    check_flag,
+    check_packed,
+    check_structure,
+    pairs_table,
+)
+from ._habits import explicit
 from ._ops import (
     Impl,
     apply,
@@ -32,6 +42,13 @@ _INPUTS = (
     "Tensor? cu_seqlens_k, Tensor? seed"
 )
 _OPTIONS = "str activation, int? left, int? right, float dropout_p"
+_TABLES = {
+    (packed, heads): pairs_table(
+        packed=packed, heads=heads, query="A", key="A", v=argument("A | H A" if heads else "A", linear=True)
+    )
+    for packed in (False, True)
+    for heads in (False, True)
+}
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +178,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@explicit
 def concat_attention(
     query: Tensor,
     key: Tensor,
@@ -236,6 +254,7 @@ def concat_attention(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
+    return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_concat(
         query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,
         return_weights,
@@ -316,12 +335,11 @@ def _validate_concat(
     cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
 ) -> tuple[int | None, int | None]:  # fmt: skip
     """Check every argument; return the window's sides."""
-    if value is None:
-        raise TypeError("value: expected a torch.Tensor; got NoneType")
-    heads = check_rows(query, key, value, cu_seqlens_q, cu_seqlens_k, widths=("A", "A"), same_width=True)
-    width = query.shape[-1]
-    shapes = [("(A,)", (width,))] + ([("(H, A)", (query.shape[1], width))] if heads else [])
-    check_tensor("v", v, shapes=shapes, dtypes=[query.dtype], device=query.device)
+    given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
+    packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)
+    check = Checker(_TABLES[packed, query.dim() == (3 if packed else 4)])
+    for name, x in (("query", query), ("key", key), ("value", value), ("v", v)):
+        check(name, x)
     check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
-    return check_structure(query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights)
+    return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

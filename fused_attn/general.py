@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_activation, check_dropout, check_rows, check_structure, check_tensor
+from ._checks import (
+    Checker,
+    argument,
+    check_activation,
+    check_dropout,
+    check_flag,
+    check_number,
+    check_packed,
+    check_structure,
+    pairs_table,
+)
+from ._habits import explicit
 from ._ops import (
     Impl,
     apply,
@@ -34,6 +45,15 @@ _INPUTS = (
     "Tensor? cu_seqlens_k, Tensor? seed"
 )
 _OPTIONS = "str activation, float scale, int? left, int? right, float dropout_p"
+_TABLES = {
+    (packed, heads, weighted): pairs_table(
+        packed=packed, heads=heads, query="Dq" if weighted else "D", key="Dk" if weighted else "D",
+        weight=argument("Dq Dk | H Dq Dk" if heads else "Dq Dk", linear=True),
+    )
+    for packed in (False, True)
+    for heads in (False, True)
+    for weighted in (False, True)
+}  # fmt: skip
 
 
 def _sdpa(
@@ -198,6 +218,7 @@ def _reference(
     )  # fmt: skip
 
 
+@explicit
 def general_attention(
     query: Tensor,
     key: Tensor,
@@ -284,6 +305,7 @@ def general_attention(
     query, key, value, weight = cast(
         "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
     )
+    return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_general(
         query, key, value, weight, scale, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k,
         dropout_p, return_weights,
@@ -356,17 +378,18 @@ def _validate_general(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
 ) -> tuple[int | None, int | None]:  # fmt: skip
     """Check every argument; return the window's sides."""
-    heads = check_rows(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, widths=("Dq", "Dk"), same_width=weight is None
-    )  # fmt: skip
+    given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
+    packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)
+    check = Checker(_TABLES[packed, query.dim() == (3 if packed else 4), weight is not None])
+    check("query", query)
+    check("key", key)
+    if value is not None:
+        check("value", value)
     if weight is not None:
-        sizes = (query.shape[-1], key.shape[-1])
-        shapes = [("(Dq, Dk)", sizes)] + ([("(H, Dq, Dk)", (query.shape[1], *sizes))] if heads else [])
-        check_tensor("weight", weight, shapes=shapes, dtypes=[query.dtype], device=query.device)
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale: expected a float; got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number; got {scale}")
+        check("weight", weight)
+    # What the scores are made in holds it: float32, or float64 for float64.
+    most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
+    check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
     check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
-    return check_structure(query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights)
+    return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

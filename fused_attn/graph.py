@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_activation, check_dropout, check_indices, check_offsets, check_tensor
+from ._checks import (
+    Checker,
+    Table,
+    argument,
+    check_activation,
+    check_count,
+    check_dropout,
+    check_flag,
+    check_indices,
+    check_offsets,
+    check_tensor,
+    check_values,
+)
+from ._habits import explicit
 from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
 _INDEX = (torch.int32, torch.int64)
-_NAMES = ("indptr", "indices")
 
 _TENSORS = 11  # tensor arguments of the raw forward
 _GRADS = 5  # the leading ones of them that have gradients
@@ -24,6 +36,24 @@ _INPUTS = (
     "Tensor? indptr_t, Tensor? indices_t, Tensor? perm, Tensor? seed"
 )
 _OPTIONS = "str activation, float dropout_p"
+
+
+def _table(h: str) -> Table:
+    return {
+        "query": argument("Nq A | Nq H A", "first"),
+        "key": argument(f"Nk {h} A"),
+        "v": argument("A | H A" if h else "A", linear=True),
+        "value": argument(f"Nk {h} Dv", optional=True),
+        "edge": argument(f"E {h} A", optional=True, hint="in the order of indices"),
+        "indptr": argument("Nq+1", "index"),
+        "indices": argument("E", "index"),
+        "transposed[0]": argument("Nk+1", "index"),
+        "transposed[1]": argument("E", "index"),
+        "transposed[2]": argument("E", "index"),
+    }
+
+
+_TABLES = {heads: _table("H" if heads else "") for heads in (False, True)}
 
 
 def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +81,7 @@ def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor
 
     """
     check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
-    _check_count("num_queries", num_queries)
+    num_queries = check_count("num_queries", num_queries)
     source, target = edge_index.unbind()
     check_indices("edge_index[1]", target, num_queries, "query nodes")
     perm = torch.argsort(target, stable=True)
@@ -81,8 +111,12 @@ def transpose_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
         As in `graph_attention`.
 
     """
-    _check_count("num_keys", num_keys)
-    _check_csr(_NAMES, indptr, indices, None, num_keys, "key nodes", None)
+    num_keys = check_count("num_keys", num_keys)
+    check = Checker(_TABLES[False])
+    check("indices", indices)
+    check.follow("indices", torch.float32, indices.device)
+    check("indptr", indptr)
+    _check_csr(("indptr", "indices"), indptr, indices, num_keys, "key nodes")
     return _transpose(indptr, indices, num_keys)
 
 
@@ -209,6 +243,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@explicit
 def graph_attention(
     query: Tensor,
     key: Tensor,
@@ -271,7 +306,7 @@ def graph_attention(
     ValueError
         For shapes and values that do not fit, and for an `impl` that cannot run here. Values in `indptr`, `indices`
         and `transposed` out of range raise on a CPU; on a GPU, and in a compiled graph, they stop the program with an
-        assertion. That `transposed` is of this graph is not checked.
+        assertion; so it is with a `transposed` of another graph.
     TypeError
         For dtypes.
 
@@ -285,6 +320,7 @@ def graph_attention(
     query, key, v, value, edge = cast(
         "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, v, value, edge)
     )
+    return_weights = check_flag("return_weights", return_weights)
     _validate_graph(query, key, v, indptr, indices, value, edge, activation, dropout_p, transposed)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     heads = query.dim() == 3
@@ -306,23 +342,25 @@ def graph_attention(
     return out, weights if heads else weights.squeeze(1)
 
 
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0; got {value}")
-
-
-def _check_csr(
-    names: tuple[str, str], indptr: Tensor, indices: Tensor, rows: int | None, columns: int, of: str,
-    device: torch.device | None,
-) -> None:  # fmt: skip
-    """Check a structure, its values too. rows, columns: how many it has, None for any; of: what the columns are."""
-    check_tensor(names[1], indices, shapes=[("(E,)", (None,))], dtypes=_INDEX, device=device)
-    offsets = [("(rows + 1,)", (None if rows is None else rows + 1,))]
-    check_tensor(names[0], indptr, shapes=offsets, dtypes=_INDEX, device=indices.device)
+def _check_csr(names: tuple[str, str], indptr: Tensor, indices: Tensor, columns: int, of: str) -> None:
+    """Check the values of a structure that has so many columns; of: what they are."""
     check_offsets(names[0], indptr, indices.shape[0], "edges")
     check_indices(names[1], indices, columns, of)
+
+
+def _check_transposed(indptr: Tensor, indices: Tensor, transposed: Transposed) -> None:
+    """Check that a structure, good by itself, is this one transposed: each edge once, from its key to its query.
+
+    It costs a few passes over the edges, where making the structure sorts them.
+    """
+    indptr_t, indices_t, perm = transposed
+    edges = indices.shape[0]
+    once = torch.zeros(edges, dtype=torch.bool, device=perm.device).scatter(0, perm.long(), True)
+    check_values("transposed[2]", perm, once.all(), "a permutation, of every edge once, of the number of edges", edges)
+    keys, queries = (reference.segment_ids(x, edges) for x in (indptr_t, indptr))
+    what = "what transpose_csr makes of indptr and indices, it is that of another graph"
+    check_values("transposed[0]", indptr_t, (indices[perm] == keys).all(), what)
+    check_values("transposed[1]", indices_t, (queries[perm] == indices_t).all(), what)
 
 
 def _validate_graph(
@@ -330,30 +368,24 @@ def _validate_graph(
     edge: Tensor | None, activation: str, dropout_p: float, transposed: Transposed | None,
 ) -> None:  # fmt: skip
     """Check every argument."""
-    check_tensor("query", query, shapes=[("(Nq, A)", (None, None)), ("(Nq, H, A)", (None, None, None))])
-    heads, width = tuple(query.shape[1:-1]), query.shape[-1]
-    h, like = "H, " if heads else "", {"dtypes": [query.dtype], "device": query.device}
-    check_tensor("key", key, shapes=[(f"(Nk, {h}A)", (None, *heads, width))], **like)  # type: ignore[arg-type]
-    shapes = [("(A,)", (width,))] + ([("(H, A)", (*heads, width))] if heads else [])
-    check_tensor("v", v, shapes=shapes, **like)  # type: ignore[arg-type]
-    if value is not None:
-        check_tensor("value", value, shapes=[(f"(Nk, {h}Dv)", (key.shape[0], *heads, None))], **like)  # type: ignore[arg-type]
-    for name, x in (("query", query), ("value", value)):
-        if x is not None and x.shape[-1] == 0:
-            raise ValueError(f"{name}: expected at least one feature; got shape {tuple(x.shape)}")
+    check = Checker(_TABLES[query.dim() == 3])
+    for name, x in (("query", query), ("key", key), ("v", v), ("value", value)):
+        check(name, x)
     check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
-    _check_csr(_NAMES, indptr, indices, query.shape[0], key.shape[0], "key nodes", query.device)
-    edges = indices.shape[0]
-    if edge is not None:
-        check_tensor("edge", edge, shapes=[(f"(E, {h}A)", (edges, *heads, width))], **like)  # type: ignore[arg-type]
+    check.bind("Nq+1", query.shape[0] + 1, "query")
+    check("indices", indices)
+    check("indptr", indptr)
+    _check_csr(("indptr", "indices"), indptr, indices, key.shape[0], "key nodes")
+    check("edge", edge)
     if transposed is not None:
         if not isinstance(transposed, tuple) or len(transposed) != 3:
             raise TypeError(
                 f"transposed: expected the three tensors of transpose_csr; got {type(transposed).__name__}"
             )
-        names = ("transposed[0]", "transposed[1]")
-        _check_csr(names, *transposed[:2], key.shape[0], query.shape[0], "query nodes", query.device)
-        for name, x in (("transposed[1]", transposed[1]), ("transposed[2]", transposed[2])):
-            check_tensor(name, x, shapes=[("(E,)", (edges,))], dtypes=_INDEX, device=query.device)
-        check_indices("transposed[2]", transposed[2], edges, "edges")
+        check.bind("Nk+1", key.shape[0] + 1, "key")
+        for i, x in enumerate(transposed):
+            check(f"transposed[{i}]", x)
+        _check_csr(("transposed[0]", "transposed[1]"), *transposed[:2], query.shape[0], "query nodes")
+        check_indices("transposed[2]", transposed[2], indices.shape[0], "edges")
+        _check_transposed(indptr, indices, transposed)

@@ -12,10 +12,26 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_cu_seqlens, check_offsets, check_tensor
+from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
+from ._habits import explicit
 from ._ops import Impl, apply, cast_for_autocast, raw_op, use_triton, weights_from
-from .location import _LocationAttention, _LocationBackward, _split_gate, _validate_location
+from .location import _LocationAttention, _LocationBackward, _split_gate, _table, check_context, check_score
 
+_TABLE = {
+    "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
+    "inner_offsets": offsets_of("S", optional=False),
+    "outer_offsets": offsets_of(
+        "G", optional=False, hint="offsets of the groups in the segments: counts.cumsum(0) with a leading 0, .int()"
+    ),
+    "mask": mask_of("N"),
+}
+_LEVELS = {
+    level: {
+        inner: {**_table(rows, seq, inner), "w": argument("D A" if inner else "D", linear=True), "v": argument("A")}
+        for inner in ("", "A")
+    }
+    for level, rows, seq in (("inner", "N", "S"), ("outer", "S", "G"))
+}
 _SCORE = 6  # tensors of a canonical score
 _LEVEL = "Tensor? {0}w, Tensor? {0}b, Tensor? {0}v, Tensor? {0}gate_w, Tensor? {0}gate_b, Tensor? {0}context"
 _INPUTS = f"Tensor h, {_LEVEL.format('')}, {_LEVEL.format('outer_')}, Tensor? mask, Tensor inner, Tensor outer"
@@ -152,6 +168,7 @@ def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Te
     return cast("tuple[Tensor, Tensor, Tensor]", apply(_LocationAttention, *tensors, *options.values()))
 
 
+@explicit
 def hierarchical_attention(
     h: Tensor,
     inner_offsets: Tensor,
@@ -219,28 +236,25 @@ def hierarchical_attention(
     Yang et al. 2016 (HAN).
 
     """
-    check_tensor("h", h, shapes=[("(N, D)", (None, None))], hint="pack the rows of all segments, one after the other")
+    return_segments = check_flag("return_segments", return_segments)
+    return_weights = check_flag("return_weights", return_weights)
+    Checker(_TABLE)("h", h)
     scores = [*_tensors_of("inner", inner), *_tensors_of("outer", outer)]
     h, *scores = cast("list[Any]", cast_for_autocast(h, *scores))
-    if h.shape[1] == 0:
-        raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
-    check_cu_seqlens("inner_offsets", inner_offsets, h.shape[0], h.device)
-    check_tensor(
-        "outer_offsets", outer_offsets, shapes=[("(G + 1,)", (None,))], dtypes=[torch.int32], device=h.device,
-        hint="offsets of the groups in the segments: counts.cumsum(0) with a leading 0, .int()",
-    )  # fmt: skip
+    check = Checker(_TABLE)
+    check("h", h)
+    check("inner_offsets", inner_offsets)
+    check_offsets("inner_offsets", inner_offsets, h.shape[0], "packed rows")
+    check("outer_offsets", outer_offsets)
     check_offsets("outer_offsets", outer_offsets, inner_offsets.shape[0] - 1, "segments")
-    if mask is not None:
-        check_tensor(
-            "mask", mask, shapes=[("(N,)", h.shape[:1])], dtypes=[torch.bool], device=h.device,
-            hint="True = may be attended",
-        )  # fmt: skip
+    check("mask", mask)
     if between is not None and not callable(between):
         raise TypeError(f"between: expected a callable or None; got {type(between).__name__}")
-    inner_level = _level("inner", scores[:_SCORE], inner, h, inner_offsets)
+    seqs = inner_offsets.shape[0] - 1
+    inner_level = _level("inner", scores[:_SCORE], inner, h, seqs, check)
     width = h.shape[1] if between is None else _width_of(scores[_SCORE:], h.shape[1])
-    like = h.new_zeros(()).expand(inner_offsets.shape[0] - 1, width)
-    outer_level = _level("outer", scores[_SCORE:], outer, like, outer_offsets)
+    like = h.new_zeros(()).expand(seqs, width)
+    outer_level = _level("outer", scores[_SCORE:], outer, like, outer_offsets.shape[0] - 1, check)
 
     def checked(segments: Tensor, offsets: Tensor) -> Tensor:
         assert between is not None
@@ -282,8 +296,7 @@ def _tensors_of(name: str, score: Score) -> list[Tensor | None]:
     """(w, b, v, gate_w, gate_b, context) of a score."""
     if not isinstance(score, Score):
         raise TypeError(f"{name}: expected a Score; got {type(score).__name__}")
-    with _Named(name):
-        return [score.w, score.b, score.v, *_split_gate(score.gate), score.context]
+    return [score.w, score.b, score.v, *_split_gate(score.gate, f"{name}.gate"), score.context]
 
 
 def _width_of(tensors: list[Tensor | None], default: int) -> int:
@@ -292,36 +305,20 @@ def _width_of(tensors: list[Tensor | None], default: int) -> int:
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else default
 
 
-class _Named:
-    """Inside, an error of validation gets the name of the score before that of its argument."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, (ValueError, TypeError)):
-            raise type(error)(f"{self.name}.{error}") from None
-
-
-def _level(name: str, tensors: list[Tensor | None], score: Score, rows: Tensor, offsets: Tensor) -> tuple[Any, ...]:
-    """A score on `rows`, checked, as `reference.hierarchical_attention` takes it."""
+def _level(
+    name: str, tensors: list[Tensor | None], score: Score, rows: Tensor, seqs: int, of: Checker
+) -> tuple[Any, ...]:  # fmt: skip
+    """A score on `rows`, checked, as `reference.hierarchical_attention` takes it; of: the checker of the rest."""
     w, b, v, gate_w, gate_b, context = tensors
-    with _Named(name):
-        per_row = _validate_location(
-            rows, w, b, v, gate_w, gate_b, context, None, None, None, offsets, score.activation,
-            score.gate_activation, 0.0, trusted_offsets=True,
-        )  # fmt: skip
-        last, axis = (w, "(D,)") if v is None else (v, "(A,)")
-        assert last is not None
-        if last.dim() == 2:
-            which = "w" if v is None else "v"
-            raise ValueError(f"{which}: expected shape {axis}, a level has one weighting; got {tuple(last.shape)}")
+    check = Checker(_LEVELS[name]["" if v is None else "A"], f"{name}.")
+    check.follow(of.like, rows.dtype, rows.device)
+    check.bind("D", rows.shape[1], "h" if name == "inner" else "the segments")
+    check.bind("N" if name == "inner" else "S", rows.shape[0], "h" if name == "inner" else "inner_offsets")
+    check.bind("S" if name == "inner" else "G", seqs, f"{name}_offsets")
+    check_score(check, rows, w, b, v, gate_w, gate_b, score.activation, score.gate_activation)
+    per_row = context is not None and check_context(check, "context", context)
     if context is not None:
-        entries = rows.shape[0] if per_row else offsets.shape[0] - 1
-        context = context.reshape(entries, context.shape[-1] if v is not None else 1)
+        context = context.reshape(rows.shape[0] if per_row else seqs, context.shape[-1] if v is not None else 1)
     return (
         w if w is None or w.dim() == 2 else w[:, None],
         None if b is None else b.reshape(-1),

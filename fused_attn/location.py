@@ -6,13 +6,27 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 from __future__ import annotations
 
 import functools
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_activation, check_cu_seqlens, check_dropout, check_tensor, check_window
+from ._checks import (
+    Checker,
+    Table,
+    argument,
+    check_activation,
+    check_dropout,
+    check_flag,
+    check_offsets,
+    check_values,
+    check_window,
+    mask_of,
+    offsets_of,
+    show,
+)
+from ._habits import explicit
 from ._location_windowed import WindowedAttention
 from ._ops import (
     Impl,
@@ -33,6 +47,31 @@ _INPUTS = (
     "Tensor? values, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed"
 )
 _OPTIONS = "str activation, str gate_activation, float dropout_p, bool context_per_row"
+
+
+def _table(rows: str, seq: str, inner: str) -> Table:
+    """Rows are ``"B T"`` or ``"N"``, sequences ``"B"`` or ``"S"``; inner: the axis of the projection, or none."""
+    packed = f"| {seq} 1 {inner} | 1 {rows} {inner}" if seq != "B" else ""
+    return {
+        "h": argument(f"{rows} D", "first", hint="" if packed else "packed rows go with cu_seqlens"),
+        "w": argument("D A" if inner == "A" else "D | D R", linear=True),
+        "b": argument(inner, optional=True),
+        "v": argument("A | A R", optional=True, linear=True),
+        "gate[0]": argument("D A", optional=True, linear=True),
+        "gate[1]": argument("A", optional=True),
+        "context": argument(f"{seq} {inner} | {rows} {inner} {packed}", optional=True),
+        "values": argument(f"{rows} Dv", optional=True),
+        "mask": mask_of(rows),
+        "score_bias": argument(rows, "bias", optional=True),
+        "cu_seqlens": offsets_of("S"),
+    }
+
+
+_TABLES = {
+    (packed, inner): _table("N" if packed else "B T", "S" if packed else "B", inner)
+    for packed in (False, True)
+    for inner in ("", "R", "A")
+}
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +189,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
 
 
+@explicit
 def location_attention(
     h: Tensor,
     w: Tensor | None,
@@ -247,6 +287,7 @@ def location_attention(
     """
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
+    return_weights = check_flag("return_weights", return_weights)
     offsets = None
     if h.is_nested:
         h, offsets, context, values, score_bias, cu_seqlens = _unpack_jagged(
@@ -258,7 +299,7 @@ def location_attention(
     w, b, v, gate_w, gate_b, context, values = tensors[1:]
     context_per_row = _validate_location(
         h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
-        activation, gate_activation, dropout_p, trusted_offsets=offsets is not None,
+        activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
     left, right = check_window(window)
     if window is not None and return_weights and cu_seqlens is not None:
@@ -347,121 +388,133 @@ def _unpack_jagged(
     """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
     if h.layout != torch.jagged:
         raise ValueError("h: expected layout=torch.jagged for a nested tensor; got the strided layout")
-    jagged = cast("Any", h)  # a NestedTensor, whose methods Tensor's type does not have
-    if jagged.lengths() is not None:
-        raise ValueError("h: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
     if mask is not None:
         raise ValueError("mask: expected None with a jagged h, which holds only visible rows; got a tensor")
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with a jagged h, which has offsets; got a tensor")
-    offsets = jagged.offsets()
+    offsets = _jagged_offsets("h", h)
+    rows = cast("Any", h).values()  # a NestedTensor, whose methods Tensor's type does not have
 
     def packed(name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a jagged tensor with the offsets of h; got {type(x).__name__}")
-        if not (x.is_nested and x.layout == torch.jagged) or x.values().shape[0] != h.values().shape[0]:
+        if not (x.is_nested and x.layout == torch.jagged):
             raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {tuple(x.shape)}")
-        return x.values()
+        theirs, values = _jagged_offsets(name, x), cast("Any", x).values()
+        if theirs is not offsets:
+            if theirs.shape != offsets.shape or values.shape[0] != rows.shape[0] or theirs.device != offsets.device:
+                raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {show(theirs.tolist())}")
+            check_values(name, theirs, (theirs == offsets).all(), "a jagged tensor with the offsets of h")
+        return values
 
     if context is not None:
         is_jagged = isinstance(context, Tensor) and context.is_nested
-        context = packed("context", context)[None] if is_jagged else context[:, None]
+        if isinstance(context, Tensor) and not is_jagged and context.dim() == 0:
+            raise ValueError("context: expected a vector a sequence, or a jagged tensor of one a row; got shape ()")
+        context = packed("context", context)[None] if is_jagged else _a_sequence(context)
     values = None if values is None else packed("values", values)
     score_bias = None if score_bias is None else packed("score_bias", score_bias)
-    return h.values(), offsets, context, values, score_bias, offsets.to(torch.int32)
+    return rows, offsets, context, values, score_bias, offsets.to(torch.int32)
 
 
-def _split_gate(gate: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+def _a_sequence(context: Tensor) -> Tensor:
+    """The form that says one vector a sequence; what is no tensor is left to the checks."""
+    return context[:, None] if isinstance(context, Tensor) and context.layout == torch.strided else context
+
+
+def _jagged_offsets(name: str, x: Tensor) -> Tensor:
+    """The offsets of a jagged tensor that is packed, its ragged axis after the batch."""
+    jagged = cast("Any", x)
+    if jagged.lengths() is not None:
+        raise ValueError(f"{name}: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
+    if getattr(jagged, "_ragged_idx", 1) != 1:
+        raise ValueError(f"{name}: expected a jagged tensor whose second axis is the ragged one; got a transposed one")
+    return cast("Tensor", jagged.offsets())
+
+
+def _split_gate(
+    gate: tuple[Tensor, Tensor | None] | None, name: str = "gate"
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     if gate is None:
         return None, None
     if not isinstance(gate, (tuple, list)) or len(gate) != 2:
-        raise TypeError(f"gate: expected a pair (weight, bias or None); got {type(gate).__name__}")
+        raise TypeError(f"{name}: expected a pair (weight, bias or None); got {type(gate).__name__}")
+    if gate[0] is None:
+        raise TypeError(f"{name}: expected a pair (weight, bias or None), or None for no gate; got None as its weight")
     return gate[0], gate[1]
-
-
-class _Same(TypedDict):
-    dtypes: list[torch.dtype]
-    device: torch.device
 
 
 def _validate_location(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *,
-    trusted_offsets: bool,
+    cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *, jagged: bool = False,
 ) -> bool:  # fmt: skip
     """Check every argument; return whether the context has one entry a row."""
-    ragged = cu_seqlens is not None
-    form = ("(N, D)", (None, None)) if ragged else ("(B, T, D)", (None, None, None))
-    hint = "packed rows go with cu_seqlens" if not ragged and h.dim() == 2 else ""
-    check_tensor("h", h, shapes=[form], hint=hint)
-    rows, width = tuple(h.shape[:-1]), h.shape[-1]
-    rows_word = "N" if ragged else "B, T"
-    same: _Same = {"dtypes": [h.dtype], "device": h.device}
-    if width == 0:
-        raise ValueError(f"h: expected at least one feature; got shape {tuple(h.shape)}")
+    inner = "A" if v is not None else "" if isinstance(w, Tensor) and w.dim() == 1 else "R"
+    check = Checker(_TABLES[cu_seqlens is not None, inner])
+    check("h", h)
+    if cu_seqlens is not None:
+        check_sequences(check, cu_seqlens, h, jagged=jagged)
+    check_score(check, h, w, b, v, gate_w, gate_b, activation, gate_activation)
+    for name, x in (("mask", mask), ("values", values), ("score_bias", score_bias)):
+        if x is not None:
+            check(name, x)
+    check_dropout("dropout_p", dropout_p)
+    return context is not None and check_context(check, "context", context)
 
-    inner: tuple[int, ...]
+
+def check_sequences(check: Checker, cu_seqlens: Tensor, h: Tensor, *, jagged: bool = False) -> None:
+    """Check the offsets of packed rows, which may be those of a jagged `h`, and bind S."""
+    name = "h" if jagged else "cu_seqlens"
+    if not jagged:
+        check(name, cu_seqlens)
+    check_offsets(name, cu_seqlens, h.shape[0], "packed rows")
+    check.bind("S", cu_seqlens.shape[0] - 1, name)
+
+
+def check_score(
+    check: Checker, h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None,
+    gate_b: Tensor | None, activation: str, gate_activation: str,
+) -> None:  # fmt: skip
+    """Check what makes a score of the rows `h`."""
     if w is None:
         if v is None or gate_w is not None:
             given = "v=None" if v is None else "a gate"
-            raise ValueError(f"w: expected a tensor, or None with v and without a gate (h is projected); got {given}")
-        inner = (width,)
+            raise ValueError(
+                f"{check.prefix}w: expected a tensor, or None with v and without a gate (h is projected); got {given}"
+            )
+        check.bind("A", h.shape[-1], check.like)
     else:
-        linear = [] if v is not None else [("(D,)", (width,))]
-        check_tensor("w", w, shapes=[*linear, ("(D, R)" if v is None else "(D, A)", (width, None))], **same)
-        inner = tuple(w.shape[1:])
-        if 0 in inner:
-            raise ValueError(f"w: expected at least one column; got shape {tuple(w.shape)}")
-    inner_word = ("R" if v is None else "A") if inner else ""
+        check("w", w)
     if b is not None:
-        check_tensor("b", b, shapes=[(f"({inner_word},)" if inner else "()", inner)], **same)
+        check("b", b)
     if v is not None:
-        check_tensor("v", v, shapes=[("(A,)", inner), ("(A, R)", (*inner, None))], **same)
-        if 0 in v.shape:
-            raise ValueError(f"v: expected at least one hop; got shape {tuple(v.shape)}")
+        check("v", v)
     if gate_w is not None:
         if v is None:
-            raise ValueError("gate: expected v with a gate, to reduce the gated features to a score; got v=None")
-        check_tensor("gate[0]", gate_w, shapes=[("(D, A)", (width, *inner))], **same)
-        if gate_b is not None:
-            check_tensor("gate[1]", gate_b, shapes=[("(A,)", inner)], **same)
-    if mask is not None:
-        check_tensor(
-            "mask", mask, shapes=[(f"({rows_word})", rows)], dtypes=[torch.bool], device=h.device,
-            hint="True = may be attended",
-        )  # fmt: skip
-    if values is not None:
-        check_tensor("values", values, shapes=[(f"({rows_word}, Dv)", (*rows, None))], **same)
-    if score_bias is not None:
-        check_tensor(
-            "score_bias", score_bias, shapes=[(f"({rows_word})", rows)], device=h.device,
-            dtypes=[h.dtype] if h.dtype in (torch.float32, torch.float64) else [h.dtype, torch.float32],
-        )  # fmt: skip
-    check_activation("activation", activation)
-    check_activation("gate_activation", gate_activation)
-    check_dropout("dropout_p", dropout_p)
-    if ragged and not trusted_offsets:
-        check_cu_seqlens("cu_seqlens", cast("Tensor", cu_seqlens), rows[0], h.device)
-    if context is None:
-        return False
-
-    seqs = _num_sequences(h, cu_seqlens)
-    tail = f", {inner_word}" if inner else ""
-    if not ragged:
-        a_seq, a_row = (seqs, *inner), (*rows, *inner)
-        check_tensor("context", context, shapes=[(f"(B{tail})", a_seq), (f"(B, T{tail})", a_row)], **same)
-        return context.dim() == len(a_row)
-    forms = [
-        (f"(S{tail})", (seqs, *inner)), (f"(N{tail})", (*rows, *inner)),
-        (f"(S, 1{tail})", (seqs, 1, *inner)), (f"(1, N{tail})", (1, *rows, *inner)),
-    ]  # fmt: skip
-    check_tensor("context", context, shapes=forms, **same)
-    if context.dim() == 1 + len(inner):
-        if seqs == rows[0]:
             raise ValueError(
-                f"context: expected (S, 1{tail}) or (1, N{tail}) where S = N = {seqs}, to tell one vector a "
-                f"sequence from one a row; got {tuple(context.shape)}"
+                f"{check.prefix}gate: expected v with a gate, to reduce the gated features to a score; got v=None"
             )
-        return context.shape[0] == rows[0]
-    return context.shape[1] == rows[0] and context.shape[0] == 1
+        check("gate[0]", gate_w)
+        check("gate[1]", gate_b)
+    check_activation(f"{check.prefix}activation", activation)
+    check_activation(f"{check.prefix}gate_activation", gate_activation)
+
+
+def check_context(check: Checker, name: str, context: Tensor) -> bool:
+    """Check a context by its row of the table; return whether it has one entry a row. S is bound, if rows are packed."""
+    check(name, context)
+    forms, shape = check.table[name].forms, context.shape
+    if len(forms) == 2:  # padded
+        return len(shape) == len(forms[1])
+    (seq, *tail), (row, *_) = forms[:2]
+    seqs, rows = check.sizes[seq], check.sizes[row]
+    if len(shape) == len(forms[0]):
+        if seqs == rows:
+            more = "".join(f", {word}" for word in tail)
+            raise ValueError(
+                f"{check.prefix}{name}: expected ({seq}, 1{more}) or (1, {row}{more}) where {seq} = {row} = {seqs}, to "
+                f"tell one vector a sequence from one a row; got {tuple(shape)}"
+            )
+        return bool(shape[0] == rows)
+    return bool(shape[1] == rows and shape[0] == 1)

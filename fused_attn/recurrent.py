@@ -13,7 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import check_cu_seqlens, check_tensor
+from ._checks import (
+    Checker,
+    Table,
+    argument,
+    check_activation,
+    check_both,
+    check_dropout,
+    check_flag,
+    check_packed,
+    mask_of,
+    offsets_of,
+)
+from ._habits import explicit
 from ._ops import (
     Impl,
     apply,
@@ -33,6 +45,38 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor w, Tensor w_r, Tensor w_t, Tensor? state, Tensor? mask, "
     "Tensor? cu_seqlens_premise, Tensor? cu_seqlens_hypothesis"
 )
+_OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
+
+
+def _table(*, packed: bool) -> Table:
+    return {
+        "premise": argument("N D" if packed else "B Ty D", "first"),
+        "hypothesis": argument("M Dh" if packed else "B Th Dh"),
+        "w": argument("A", linear=True),
+        "w_y": argument("D A", linear=True),
+        "w_h": argument("Dh A", linear=True),
+        "w_r": argument("D A", linear=True),
+        "w_t": argument("D D", linear=True),
+        "state": argument("S D" if packed else "B D", optional=True),
+        "mask": mask_of("B Ty"),
+        "cu_seqlens_premise": offsets_of("S"),
+        "cu_seqlens_hypothesis": offsets_of("S"),
+        "offsets": offsets_of("any"),
+    }
+
+
+_TABLES = {packed: _table(packed=packed) for packed in (False, True)}
+_LOCATION_AWARE = {
+    "query": argument("B A", "first"),
+    "key": argument("B Tk A"),
+    "value": argument("B Tk Dv"),
+    "v": argument("A", linear=True),
+    "previous": argument("B Tk"),
+    "conv_weight": argument("C K", hint="that of a `nn.Conv1d` of one channel without its middle axis"),
+    "u": argument("C A", linear=True),
+    "mask": mask_of("B Tk"),
+    "score_bias": argument("B Tk", "bias", optional=True),
+}
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -149,6 +193,7 @@ class _WordByWordBackward(torch.autograd.Function):
         return (*d_cotangents, *d_primals, *none)
 
 
+@explicit
 def word_by_word_attention(
     premise: Tensor,
     hypothesis: Tensor,
@@ -225,6 +270,7 @@ def word_by_word_attention(
         "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]",
         cast_for_autocast(premise, hypothesis, w_y, w_h, w_r, w, w_t, state),
     )
+    return_weights = check_flag("return_weights", return_weights)
     _validate_word_by_word(
         premise, hypothesis, w_y, w_h, w_r, w, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
         return_weights,
@@ -250,58 +296,22 @@ def _validate_word_by_word(
     cu_seqlens_hypothesis: Tensor | None, return_weights: bool,
 ) -> None:  # fmt: skip
     """Check every argument."""
-    packed = cu_seqlens_premise is not None
-    if packed != (cu_seqlens_hypothesis is not None):
-        name = "cu_seqlens_hypothesis" if packed else "cu_seqlens_premise"
-        raise ValueError(f"{name}: expected offsets with the other side's, packed rows need both; got None")
-    lead = "N" if packed else "B, Ty"
-    check_tensor("premise", premise, shapes=[(f"({lead}, D)", (None,) * (2 if packed else 3))])
-    D = premise.shape[-1]
-    if D == 0:
-        raise ValueError(f"premise: expected at least one feature; got shape {tuple(premise.shape)}")
-    device = premise.device
-
-    def check(name: str, x: Tensor, words: str, *sizes: int | None) -> None:
-        check_tensor(name, x, shapes=[(words, sizes)], dtypes=[premise.dtype], device=device)
-
-    if packed:
-        check("hypothesis", hypothesis, "(M, Dh)", None, None)
-    else:
-        check("hypothesis", hypothesis, "(B, Th, Dh)", premise.shape[0], None, None)
-    check("w", w, "(A,)", None)
-    A = w.shape[0]
-    if A == 0:
-        raise ValueError(f"w: expected at least one feature; got shape {tuple(w.shape)}")
-    check("w_y", w_y, "(D, A)", D, A)
-    check("w_h", w_h, "(Dh, A)", hypothesis.shape[-1], A)
-    check("w_r", w_r, "(D, A)", D, A)
-    check("w_t", w_t, "(D, D)", D, D)
+    packed = check_packed({"mask": mask, "return_weights": return_weights}, cu_seqlens_premise, cu_seqlens_hypothesis, _OFFSETS)
+    check = Checker(_TABLES[packed])
+    for name, x in (
+        ("premise", premise), ("hypothesis", hypothesis), ("w", w), ("w_y", w_y), ("w_h", w_h), ("w_r", w_r),
+        ("w_t", w_t),
+    ):  # fmt: skip
+        check(name, x)
     if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
-        if mask is not None:
-            raise ValueError("mask: expected None with packed rows; got a tensor")
-        if return_weights:
-            raise ValueError(
-                "return_weights: expected False with packed rows, pad the batch to see its weights; got True"
-            )
-        check_cu_seqlens("cu_seqlens_premise", cu_seqlens_premise, premise.shape[0], device)
-        check_cu_seqlens("cu_seqlens_hypothesis", cu_seqlens_hypothesis, hypothesis.shape[0], device)
-        if cu_seqlens_premise.shape != cu_seqlens_hypothesis.shape:
-            raise ValueError(
-                f"cu_seqlens_hypothesis: expected as many sequences as cu_seqlens_premise, shape "
-                f"{tuple(cu_seqlens_premise.shape)}; got {tuple(cu_seqlens_hypothesis.shape)}"
-            )
-        check_state = ("(S, D)", cu_seqlens_premise.numel() - 1, D)
-    else:
-        check_state = ("(B, D)", premise.shape[0], D)
-    if state is not None:
-        check("state", state, *check_state)
-    if mask is not None:
-        check_tensor(
-            "mask", mask, shapes=[("(B, Ty)", premise.shape[:2])], dtypes=[torch.bool], device=device,
-            hint="True = may be attended",
-        )  # fmt: skip
+        both = cu_seqlens_premise, cu_seqlens_hypothesis
+        check_both(check, _OFFSETS, both, (premise.shape[0], hypothesis.shape[0]))
+        check.bind("S", cu_seqlens_premise.shape[0] - 1, "cu_seqlens_premise")
+    check("state", state)
+    check("mask", mask)
 
 
+@explicit
 def location_aware_attention(
     query: Tensor,
     key: Tensor,
@@ -379,15 +389,16 @@ def location_aware_attention(
         "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]",
         cast_for_autocast(query, key, value, v, previous, conv_weight, u),
     )
-    _validate_location_aware(query, key, value, previous, conv_weight, u, mask, score_bias)
+    _validate_location_aware(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     if mask is not None:  # what may be NaN, before it meets a number
         previous = previous.masked_fill(~mask, 0)
         key = key.masked_fill(~mask[..., None], 0)
-    if key.shape[1]:
-        seen = F.conv1d(previous[:, None], conv_weight[:, None], padding=conv_weight.shape[1] // 2)
-    else:  # conv1d refuses a signal of no length; a gradient of zeros is still one
-        seen = previous[:, None] * conv_weight.sum(1)[:, None]
-    key = torch.baddbmm(key, seen.mT, u.expand(key.shape[0], -1, -1))
+    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of its
+    # own, which is on by default, and this one follows that of matrix products.
+    half = conv_weight.shape[1] // 2
+    padded = F.pad(previous, (half, half + (not key.shape[1])))  # unfold refuses a signal shorter than a window
+    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
+    key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
     out, weights = concat_attention(
         query[:, None], key, value, v, activation=activation, mask=mask,
         score_bias=None if score_bias is None else score_bias[:, None], dropout_p=dropout_p, return_weights=True,
@@ -397,32 +408,21 @@ def location_aware_attention(
 
 
 def _validate_location_aware(
-    query: Tensor, key: Tensor, value: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor, mask: Tensor | None,
-    score_bias: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor,
+    activation: str, mask: Tensor | None, score_bias: Tensor | None, dropout_p: float,
 ) -> None:  # fmt: skip
-    """Check what `concat_attention` does not, or would call by another shape."""
-    check_tensor("query", query, shapes=[("(B, A)", (None, None))])
-    B, A = query.shape
-
-    def check(name: str, x: Tensor, words: str, *sizes: int | None) -> None:
-        check_tensor(name, x, shapes=[(words, sizes)], dtypes=[query.dtype], device=query.device)
-
-    check("key", key, "(B, Tk, A)", B, None, A)
-    Tk = key.shape[1]
-    check("value", value, "(B, Tk, Dv)", B, Tk, None)
-    check("previous", previous, "(B, Tk)", B, Tk)
-    check("conv_weight", conv_weight, "(C, K)", None, None)
+    """Check every argument: `concat_attention` would call some by another shape."""
+    check = Checker(_LOCATION_AWARE)
+    for name, x in (
+        ("query", query), ("key", key), ("value", value), ("v", v), ("previous", previous),
+        ("conv_weight", conv_weight),
+    ):  # fmt: skip
+        check(name, x)
     C, K = conv_weight.shape
-    if C == 0 or K % 2 == 0:
-        raise ValueError(
-            f"conv_weight: expected shape (C, K) with at least one channel and an odd width; got {(C, K)}"
-        )
-    check("u", u, "(C, A)", C, A)
-    if mask is not None:
-        check_tensor(
-            "mask", mask, shapes=[("(B, Tk)", (B, Tk))], dtypes=[torch.bool], device=query.device,
-            hint="True = may be attended",
-        )  # fmt: skip
-    if score_bias is not None:
-        allowed = [query.dtype] if query.dtype.itemsize >= 4 else [query.dtype, torch.float32]
-        check_tensor("score_bias", score_bias, shapes=[("(B, Tk)", (B, Tk))], dtypes=allowed, device=query.device)
+    if K % 2 == 0:
+        raise ValueError(f"conv_weight: expected shape (C, K) with an odd width K; got {(C, K)}")
+    check("u", u)
+    check("mask", mask)
+    check("score_bias", score_bias)
+    check_activation("activation", activation)
+    check_dropout("dropout_p", dropout_p)

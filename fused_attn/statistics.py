@@ -14,11 +14,22 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import Checker, argument, check_activation, check_flag, check_number
+from ._habits import explicit
 from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
-from .location import _unpack_jagged, _validate_location
+from .location import _TABLES as _SCORES
+from .location import _unpack_jagged, check_context, check_score, check_sequences
 
 _INPUTS = "Tensor x, Tensor? v, Tensor values, Tensor? mask, Tensor? cu_seqlens"
 _GRADS = 3  # the leading ones of the inputs, that have gradients
+_TABLES = {
+    packed: {
+        **_SCORES[packed, "A"],
+        "v": argument("A | A C", linear=True),
+        "values": argument(f"{'N' if packed else 'B T'} C", optional=True),
+    }
+    for packed in (False, True)
+}
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,6 +134,7 @@ class _StatisticsBackward(torch.autograd.Function):
         return (*d_cotangents, *d_primals, *[None] * 7)
 
 
+@explicit
 def statistics_pooling(
     h: Tensor,
     w: Tensor | None = None,
@@ -202,6 +214,7 @@ def statistics_pooling(
     """
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
+    return_weights = check_flag("return_weights", return_weights)
     offsets = None
     if h.is_nested:
         h, offsets, context, values, _, cu_seqlens = _unpack_jagged(h, context, values, None, mask, cu_seqlens)
@@ -209,7 +222,7 @@ def statistics_pooling(
     h = cast("Tensor", tensors[0])
     w, b, v, context, values = tensors[1:]
     context_per_row = _validate_statistics(
-        h, w, b, v, context, values, mask, cu_seqlens, activation, floor, trusted_offsets=offsets is not None
+        h, w, b, v, context, values, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     run = functools.partial(apply, _StatisticsPooling) if kernel else reference.statistics_pooling
@@ -264,34 +277,29 @@ def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
 
 def _validate_statistics(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, context: Tensor | None, values: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, floor: float, *, trusted_offsets: bool,
+    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, floor: float, *, jagged: bool,
 ) -> bool:  # fmt: skip
     """Check every argument; return whether the context has one entry a row."""
     if (w is None) != (v is None):
         name = "w" if w is None else "v"
         raise ValueError(f"{name}: expected a tensor, w and v go together; got None")
-    if w is None or v is None:
+    check = Checker(_TABLES[cu_seqlens is not None])
+    check("h", h)
+    if cu_seqlens is not None:
+        check_sequences(check, cu_seqlens, h, jagged=jagged)
+    if values is None:
+        check.bind("C", h.shape[-1], "h")
+    else:
+        check("values", values)
+    if w is None:
         for name, given in (("b", b), ("context", context)):
             if given is not None:
                 raise ValueError(f"{name}: expected None without w, all frames weigh the same; got a tensor")
-        if h.dim():
-            v = h.new_empty(h.shape[-1])  # the score of frames that are projected already has the same checks
-    context_per_row = _validate_location(
-        h, w, b, v, None, None, context, values, None, mask, cu_seqlens, activation, "identity", 0.0,
-        trusted_offsets=trusted_offsets,
-    )  # fmt: skip
-    if w is not None and w.dim() != 2:
-        raise ValueError(f"w: expected shape (D, A); got {tuple(w.shape)}")
-    channels = (h if values is None else values).shape[-1]
-    if channels == 0:
-        raise ValueError("values: expected at least one channel; got a width of 0")
-    if w is not None and v is not None and v.dim() == 2 and v.shape[1] != channels:
-        raise ValueError(
-            f"v: expected shape (A,) or (A, C) = {(v.shape[0], channels)}, C the width of the values; "
-            f"got {tuple(v.shape)}"
-        )
-    if not isinstance(floor, (int, float)):
-        raise TypeError(f"floor: expected a float; got {type(floor).__name__}")
-    if not 0.0 <= floor < math.inf:
-        raise ValueError(f"floor: expected a finite number of at least 0; got {floor}")
-    return context_per_row
+        check_activation("activation", activation)
+    else:
+        check_score(check, h, w, b, v, None, None, activation, "identity")
+    check("mask", mask)
+    # Its root is a deviation, in the dtype of the values.
+    most = torch.finfo(h.dtype).max ** 2 if h.dtype != torch.float64 else torch.finfo(h.dtype).max
+    check_number("floor", floor, "a finite number of at least 0", 0.0, most)
+    return context is not None and check_context(check, "context", context)
