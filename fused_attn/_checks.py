@@ -1,14 +1,16 @@
 """Validation that every family shares: tables of arguments, the checker that reads them, and checks of options.
 
-A family has a table: each argument's shapes in size names, its dtypes, a hint. The checker binds a size where it first
-sees it, so that a message can say where it is from. Messages name the argument, what was expected, and what came.
+A family has a table: each argument's shapes in size names, its dtypes, a hint. The checker binds a size where it
+first sees it, so that a message can say where it is from. Messages name the argument, what was expected, what came.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor
 from .reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FINITE = (-sys.float_info.max, math.inf)  # from, and under
 TRUE_IS_VISIBLE = "True = may be attended"
 OFFSETS_HINT = "offsets of the sequences in the packed rows: lengths.cumsum(0) with a leading 0, .int()"
 
-_WIDTHS = frozenset("A C D Dh Dk Dq Dv K R".split()) | {"D'"}  # sizes of at least 1
+_WIDTHS = frozenset(["A", "C", "D", "Dh", "Dk", "Dq", "Dv", "K", "R"]) | {"D'"}  # sizes of at least 1
 _INDEX = {"bool": (torch.bool,), "int32": (torch.int32,), "index": (torch.int32, torch.int64)}
-_ALLOWED = {None: {"first": DTYPES, "same": DTYPES, "bias": DTYPES, **_INDEX}}
+_ALLOWED: dict[torch.dtype | None, dict[str, tuple[torch.dtype, ...]]] = {
+    None: {"first": DTYPES, "same": DTYPES, "bias": DTYPES, **_INDEX}
+}
 """By the dtype of the first argument (None before it), what each kind of argument may have."""
 for _dtype in DTYPES:
     _bias = (_dtype,) if _dtype.itemsize >= 4 else (_dtype, torch.float32)
@@ -44,7 +49,9 @@ class Argument(NamedTuple):
 Table = dict[str, Argument]
 
 
-def argument(forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = "") -> Argument:
+def argument(
+    forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = ""
+) -> Argument:
     """``"B T D | N D"``: alternatives between bars, of size names between spaces; a name ``S+1`` is S + 1."""
     split = tuple(tuple(form.split()) for form in forms.split("|"))
     return Argument(split, kind, optional, linear, hint)
@@ -118,7 +125,8 @@ class Checker:
             self.first = x
         elif x.device != self.device and self.device is not None:
             raise ValueError(
-                f"{self.prefix}{name}: expected device {self.device}; got {x.device}: that of {self.like} is {self.device}"
+                f"{self.prefix}{name}: expected device {self.device}; got {x.device}: "
+                f"that of {self.like} is {self.device}"
             )
         shape, sizes = x.shape, self.sizes
         for form in forms:
@@ -132,8 +140,8 @@ class Checker:
                     if word not in sizes:
                         if word in _WIDTHS and n == 0:
                             raise ValueError(
-                                f"{self.prefix}{name}: expected at least one {_THINGS.get(word, 'feature')}, {word} of at "
-                                f"least 1; got shape {tuple(shape)}"
+                                f"{self.prefix}{name}: expected at least one {_THINGS.get(word, 'feature')}, "
+                                f"{word} >= 1; got shape {tuple(shape)}"
                             )
                         sizes[word] = n
                         self.sources[word] = self.prefix + name
@@ -190,11 +198,13 @@ class Checker:
         if arg.linear and len(shape) == 2 and self._fits(swapped, arg):
             return f"looks like `nn.Linear.weight`: pass `{name}.t()`"
         if arg.kind in ("first", "same") and len(shape) == 3 and self._fits(swapped, arg):
-            if swapped[-1] == self.sizes.get(next(f for f in arg.forms if len(f) == 3)[-1]):
+            width = next(form for form in arg.forms if len(form) == 3)[-1]
+            if width in self.sizes and swapped[-1] == self.sizes[width]:
                 return f"looks like channels first: pass {name}.transpose(1, 2)"
-        first = self.first  # of which a later argument may say that its channels are first
-        if arg.linear and first is not None and first.dim() == 3 and len(shape) == 2:
-            if shape[0] == first.shape[1] and self.sizes.get(arg.forms[-1][0]) == first.shape[2]:
+        first = self.first  # of which a later argument may show that its channels are first
+        if arg.linear and len(shape) == 2 and first is not None and first.dim() == 3:
+            of_rows = self.sizes.get(arg.forms[-1][0]) == first.shape[2]
+            if of_rows and shape[0] == first.shape[1]:
                 return f"looks as if {self.like} had channels first: pass {self.like}.transpose(1, 2)"
         ones = [axis for axis, n in enumerate(shape) if n == 1]
         for count in range(1, len(ones) + 1):
@@ -203,10 +213,11 @@ class Checker:
                     which = str(axes[0]) if count == 1 else str(axes)
                     layer = "looks like the weight of a layer with one output: " if arg.linear else ""
                     return f"{layer}pass {name}.squeeze({which})"
-        for form in arg.forms:
-            if form[:1] == ("B",) and len(form) == len(shape) + 1 and self._fits(shape, Argument((form[1:],), *arg[1:])):
-                if arg.kind == "bool" and "B" in self.sizes:
-                    return f"{arg.hint}; one for the whole batch: pass {name}.expand({self.sizes['B']}, *{name}.shape)"
+        if arg.kind == "bool" and "B" in self.sizes:
+            alike = [form[1:] for form in arg.forms if form[0] == "B"]
+            if self._fits(shape, arg._replace(forms=tuple(alike))):
+                batch = self.sizes["B"]
+                return f"{arg.hint}; one for the whole batch: pass {name}.expand({batch}, *{name}.shape)"
         return ""
 
 
@@ -260,7 +271,9 @@ def _refuse(name: str, x: Any, hint: str = "") -> NoReturn:
         hint = f"; {hint}" if hint else ""
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}{hint}")
     if x.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, padded or packed; got a nested one: pass its rows, {name}.values()")
+        raise TypeError(
+            f"{name}: expected a dense tensor, padded or packed; got a nested one: pass its rows, {name}.values()"
+        )
     raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}: pass {name}.to_dense()")
 
 
@@ -370,16 +383,12 @@ def check_count(name: str, value: Any, least: int = 0) -> int:
     """`value` as an int from `least` on, that int32 holds; TypeError for what is none, ValueError for another."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-    if value < least:
+    count: int = value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[assignment]
+    if count < least:
         raise ValueError(f"{name}: expected at least {least}; got {show(value)}")
-    if value >= 2**31:
+    if count >= 2**31:
         raise ValueError(f"{name}: expected less than 2**31; got {show(value)}")
-    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]
-
-
-def check_sizes(**sizes: Any) -> Iterator[int | None]:
-    """A constructor's sizes as ints of at least 1, in order; None stays."""
-    return iter([None if size is None else check_count(name, size, 1) for name, size in sizes.items()])
+    return count
 
 
 def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
@@ -395,7 +404,7 @@ def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
 
 
 def _integral(value: Any) -> bool:
-    return isinstance(value, int) or isinstance(value, numbers.Integral)
+    return isinstance(value, (int, numbers.Integral))
 
 
 def _as_int(value: Any) -> int:
@@ -474,7 +483,10 @@ def pairs_table(*, packed: bool, heads: bool, query: str, key: str, **more: Argu
 
 
 def check_packed(
-    given: dict[str, Any], queries: Tensor | None, keys: Tensor | None, names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k")
+    given: dict[str, Any],
+    queries: Tensor | None,
+    keys: Tensor | None,
+    names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k"),
 ) -> bool:
     """Whether rows are packed: by both offsets or none. What is `given` goes with padded rows only."""
     packed = queries is not None
@@ -483,7 +495,9 @@ def check_packed(
     if packed:
         for name, x in given.items():
             if x is True:
-                raise ValueError(f"{name}: expected False with packed rows, pad the batch to see its weights; got True")
+                raise ValueError(
+                    f"{name}: expected False with packed rows, pad the batch to see its weights; got True"
+                )
             if x is not None and x is not False:
                 raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
     return packed

@@ -12,20 +12,22 @@ T = TypeVar("T")
 
 _WEIGHTS = ("return_weights=True", "return_weights")
 _CAUSAL = ("window=(None, 0) for causal attention", "window")
-_MASK = "mask=, True = may be attended"
+_MASK = "mask=, where True = may be attended"
 _PADDED = "lengths[:, None] > torch.arange(lengths.max())"
 
 # Name: what to pass instead, each with the argument that it is about. The first that the callable has is said.
 _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
-    "attn_mask": ((f"{_MASK}; what is added to the scores is score_bias=", "score_bias"), (_MASK, "mask")),
-    "attention_mask": ((f"mask=attention_mask.bool(), {_MASK[7:]}", "mask"),),
-    "key_padding_mask": (("mask=~key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),),
+    "attn_mask": ((f"{_MASK}, or score_bias=, which is added to the scores", "score_bias"), (_MASK, "mask")),
+    "attention_mask": (("mask=attention_mask.bool(), where True = may be attended", "mask"),),
+    "key_padding_mask": (
+        ("mask=~key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),
+    ),
     "padding_mask": ((_MASK, "mask"),),
-    "src_key_padding_mask": (("mask=~src_key_padding_mask: True = may be attended here", "mask"),),
+    "src_key_padding_mask": (("mask=~src_key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),),
     "is_causal": (_CAUSAL,),
     "causal": (_CAUSAL,),
     "window_size": (("window=(left, right), None for an open side", "window"),),
-    "need_weights": (_WEIGHTS,),
+    "need_weights": (_WEIGHTS, ("no such option, the weights are always returned", "previous")),
     "output_attentions": (_WEIGHTS,),
     "return_attention": (_WEIGHTS,),
     "return_attention_weights": (_WEIGHTS,),
@@ -63,12 +65,13 @@ def explicit(fn: Callable[P, T]) -> Callable[P, T]:
     }
     hints = {name: text for name, text in hints.items() if text is not None}
 
+    has_not = fn.__qualname__.removesuffix(".forward")
+
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in kwargs:
             if name in hints:
-                raise TypeError(f"{name}: expected {hints[name]}; got an argument by a name that is not there")
+                raise TypeError(f"{name}: expected {hints[name]}; got {name}=, which {has_not} does not have")
         return fn(*args, **kwargs)
 
     return call
-

@@ -62,6 +62,8 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
         For ``"triton"`` in forward mode.
 
     """
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected one of {', '.join(get_args(Impl))}; got {type(impl).__name__}")
     if impl not in get_args(Impl):
         raise ValueError(f"impl: expected one of {', '.join(get_args(Impl))}; got {impl!r}")
     if impl == "reference":
@@ -239,7 +241,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under `torch.autocast`, float32 and 16-bit tensors in its dtype, as `torch.nn.Linear` takes them."""
     device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors compute nothing: it has none
         return tensors
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)

@@ -6,7 +6,6 @@ values are the keys, as in the classical papers.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch

@@ -356,7 +356,9 @@ def _check_transposed(indptr: Tensor, indices: Tensor, transposed: Transposed) -
     indptr_t, indices_t, perm = transposed
     edges = indices.shape[0]
     once = torch.zeros(edges, dtype=torch.bool, device=perm.device).scatter(0, perm.long(), True)
-    check_values("transposed[2]", perm, once.all(), "a permutation, of every edge once, of the number of edges", edges)
+    check_values(
+        "transposed[2]", perm, once.all(), "a permutation, of every edge once, of the number of edges", edges
+    )
     keys, queries = (reference.segment_ids(x, edges) for x in (indptr_t, indptr))
     what = "what transpose_csr makes of indptr and indices, it is that of another graph"
     check_values("transposed[0]", indptr_t, (indices[perm] == keys).all(), what)

@@ -403,7 +403,9 @@ def _unpack_jagged(
         theirs, values = _jagged_offsets(name, x), cast("Any", x).values()
         if theirs is not offsets:
             if theirs.shape != offsets.shape or values.shape[0] != rows.shape[0] or theirs.device != offsets.device:
-                raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {show(theirs.tolist())}")
+                raise ValueError(
+                    f"{name}: expected a jagged tensor with the offsets of h; got {show(theirs.tolist())}"
+                )
             check_values(name, theirs, (theirs == offsets).all(), "a jagged tensor with the offsets of h")
         return values
 
@@ -428,7 +430,9 @@ def _jagged_offsets(name: str, x: Tensor) -> Tensor:
     if jagged.lengths() is not None:
         raise ValueError(f"{name}: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
     if getattr(jagged, "_ragged_idx", 1) != 1:
-        raise ValueError(f"{name}: expected a jagged tensor whose second axis is the ragged one; got a transposed one")
+        raise ValueError(
+            f"{name}: expected a jagged tensor whose second axis is the ragged one; got a transposed one"
+        )
     return cast("Tensor", jagged.offsets())
 
 
@@ -440,7 +444,9 @@ def _split_gate(
     if not isinstance(gate, (tuple, list)) or len(gate) != 2:
         raise TypeError(f"{name}: expected a pair (weight, bias or None); got {type(gate).__name__}")
     if gate[0] is None:
-        raise TypeError(f"{name}: expected a pair (weight, bias or None), or None for no gate; got None as its weight")
+        raise TypeError(
+            f"{name}: expected a pair (weight, bias or None), or None for no gate; got None as its weight"
+        )
     return gate[0], gate[1]
 
 
@@ -502,7 +508,7 @@ def check_score(
 
 
 def check_context(check: Checker, name: str, context: Tensor) -> bool:
-    """Check a context by its row of the table; return whether it has one entry a row. S is bound, if rows are packed."""
+    """Check a context by its row of the table; return whether it has one entry a row. Where packed, S is bound."""
     check(name, context)
     forms, shape = check.table[name].forms, context.shape
     if len(forms) == 2:  # padded
@@ -513,8 +519,8 @@ def check_context(check: Checker, name: str, context: Tensor) -> bool:
         if seqs == rows:
             more = "".join(f", {word}" for word in tail)
             raise ValueError(
-                f"{check.prefix}{name}: expected ({seq}, 1{more}) or (1, {row}{more}) where {seq} = {row} = {seqs}, to "
-                f"tell one vector a sequence from one a row; got {tuple(shape)}"
+                f"{check.prefix}{name}: expected ({seq}, 1{more}) or (1, {row}{more}) where {seq} = {row} = {seqs}, "
+                f"to tell one vector a sequence from one a row; got {tuple(shape)}"
             )
         return bool(shape[0] == rows)
     return bool(shape[1] == rows and shape[0] == 1)

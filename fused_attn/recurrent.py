@@ -296,7 +296,9 @@ def _validate_word_by_word(
     cu_seqlens_hypothesis: Tensor | None, return_weights: bool,
 ) -> None:  # fmt: skip
     """Check every argument."""
-    packed = check_packed({"mask": mask, "return_weights": return_weights}, cu_seqlens_premise, cu_seqlens_hypothesis, _OFFSETS)
+    packed = check_packed(
+        {"mask": mask, "return_weights": return_weights}, cu_seqlens_premise, cu_seqlens_hypothesis, _OFFSETS
+    )
     check = Checker(_TABLES[packed])
     for name, x in (
         ("premise", premise), ("hypothesis", hypothesis), ("w", w), ("w_y", w_y), ("w_h", w_h), ("w_r", w_r),
@@ -393,8 +395,8 @@ def location_aware_attention(
     if mask is not None:  # what may be NaN, before it meets a number
         previous = previous.masked_fill(~mask, 0)
         key = key.masked_fill(~mask[..., None], 0)
-    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of its
-    # own, which is on by default, and this one follows that of matrix products.
+    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
+    # its own, which is on by default, and this one follows that of matrix products.
     half = conv_weight.shape[1] // 2
     padded = F.pad(previous, (half, half + (not key.shape[1])))  # unfold refuses a signal shorter than a window
     windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]

@@ -208,9 +208,10 @@ def matmul_flags(chip: Chip, dtype: torch.dtype) -> dict[str, object]:
     """How a kernel multiplies operands that were loaded in `dtype`.
 
     COMPUTE is what they are cast to: the interpreter multiplies bfloat16 wrongly, in float32 it is right.
-    PRECISION is for float32 operands and follows PyTorch's own setting.
+    PRECISION is for float32 operands and follows PyTorch's own setting for matrix products, made by either of its
+    interfaces: this one sees both, where `torch.get_float32_matmul_precision` raises if they were mixed.
     """
-    exact = dtype.itemsize == 2 or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
         "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else dtype],
         "PRECISION": "ieee" if exact else "tf32",

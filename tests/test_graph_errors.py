@@ -74,7 +74,7 @@ BAD = {
     "transposed of two": (PLAIN | {"transposed": STATIC[:2]}, TypeError, "transposed"),
     "transposed of other nodes": (transposed(0, ints(0, 1, E)), ValueError, r"transposed\[0\]"),
     "transposed without its end": (transposed(0, ints(0, 1, 2, 3, 4)), ValueError, r"transposed\[0\]"),
-    "transposed of other edges": (transposed(1, ints(0)), ValueError, r"transposed\[0\]"),
+    "transposed of other edges": (transposed(1, ints(0)), ValueError, r"transposed\[1\]"),
     "transposed past the last query": (transposed(1, ints(0, 0, NQ, 1, 1)), ValueError, r"transposed\[1\]"),
     "permutation of other edges": (transposed(2, ints(0, 1)), ValueError, r"transposed\[2\]"),
     "permutation past the last edge": (transposed(2, ints(0, 1, 2, 3, E)), ValueError, r"transposed\[2\]"),

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_dropout
+from .._checks import (
+    argument,
+    check_activation,
+    check_count,
+    check_dropout,
+    check_flag,
+    module_checker,
+    show,
+    weight_of,
+    width_of,
+)
+from .._habits import explicit
 from .._ops import Impl
 from ..concat import concat_attention
+
+_INPUTS = {
+    "query": argument("B Tq query_dim"),
+    "key": argument("B Tk key_dim"),
+    "value": argument("B Tk Dv", optional=True),
+    "value of heads": argument("B Tk Dv | B num_heads Tk Dv", optional=True),
+    "context": argument("B C | B Tq C | B Tk C"),
+    "query context": argument("B Tq C"),
+    "key context": argument("B Tk C"),
+}
 
 
 class ConcatAttention(nn.Module):
@@ -54,13 +75,16 @@ class ConcatAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"query_dim": query_dim, "key_dim": key_dim, "attn_dim": attn_dim, "num_heads": num_heads}
-        sizes |= {f"context_dims[{i}]": n for i, n in enumerate(context_dims)}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        query_dim = check_count("query_dim", query_dim, 1)
+        key_dim = check_count("key_dim", key_dim, 1)
+        attn_dim = check_count("attn_dim", attn_dim, 1)
+        num_heads = check_count("num_heads", num_heads, 1)
+        if isinstance(context_dims, (str, bytes)) or not isinstance(context_dims, Iterable):
+            raise TypeError(f"context_dims: expected a sequence of widths; got {show(context_dims)}")
+        context_dims = [check_count(f"context_dims[{i}]", n, 1) for i, n in enumerate(context_dims)]
         check_activation("activation", activation)
-        check_dropout("dropout", dropout)
+        bias = check_flag("bias", bias)
+        dropout = check_dropout("dropout", dropout)
         self.num_heads, self.activation, self.dropout = num_heads, activation, dropout
         width = num_heads * attn_dim
         self.query_proj = nn.Linear(query_dim, width, bias=bias)
@@ -68,6 +92,7 @@ class ConcatAttention(nn.Module):
         self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False) for n in context_dims)
         self.score = nn.Linear(attn_dim, num_heads, bias=False)
 
+    @explicit
     def forward(
         self,
         query: Tensor,
@@ -91,7 +116,8 @@ class ConcatAttention(nn.Module):
             ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; the keys, before projection, where None.
         contexts
             One for each of `context_dims`: a sequence ``(B, C)``, a key ``(B, Tk, C)`` or a query ``(B, Tq, C)``.
-            Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``.
+            Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
+            say one a row.
         mask, window, score_bias, return_weights, impl
             As in `concat_attention`.
 
@@ -102,30 +128,41 @@ class ConcatAttention(nn.Module):
 
         Raises
         ------
-        ValueError
-            Also where contexts do not match `context_dims`, or are ambiguous.
+        ValueError, TypeError
+            As in `concat_attention`; also for inputs of other widths, dtypes or devices than the parameters', and
+            where contexts do not match `context_dims`, or are ambiguous.
 
         """
+        sizes = {"query_dim": width_of(self.query_proj), "key_dim": width_of(self.key_proj)}
+        check = module_checker(_INPUTS, weight_of(self.query_proj), **sizes, num_heads=self.num_heads)
+        check("query", query)
+        check("key", key)
+        check("value", value, "value of heads" if self.num_heads > 1 else "value")
+        if not isinstance(contexts, (tuple, list)):
+            raise TypeError(
+                f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
+            )
         if len(contexts) != len(self.context_projs):
             raise ValueError(f"contexts: expected {len(self.context_projs)}, by context_dims; got {len(contexts)}")
-        for name, x in (("query", query), ("key", key)):
-            if x.dim() != 3:
-                raise ValueError(f"{name}: expected shape (B, T, {name}_dim); got {tuple(x.shape)}")
         value = key if value is None else value
         q, k = self.query_proj(query), self.key_proj(key)
         for i, (given, project) in enumerate(zip(contexts, self.context_projs, strict=True)):
-            side, x = given if isinstance(given, tuple) else (None, given)
-            lengths = {"query": query.shape[1], "key": key.shape[1]}
+            side, x = _side_of(f"contexts[{i}]", given)
+            check.bind("C", width_of(project) or x.shape[-1], f"context_dims[{i}]")
+            check(f"contexts[{i}]", x, f"{side or ''} context".strip())
             if x.dim() == 2:
                 q = q + project(x)[:, None]
                 continue
-            sides = [s for s in lengths if s in (side or s) and x.dim() == 3 and x.shape[1] == lengths[s]]
-            if len(sides) != 1:
-                raise ValueError(
-                    f"contexts[{i}]: expected (B, C), (B, Tq, C) or (B, Tk, C) with Tq = {lengths['query']} and Tk = "
-                    f'{lengths["key"]}, as ("query", x) or ("key", x) where they are equal; got {tuple(x.shape)}'
-                )
-            if sides == ["query"]:
+            lengths = {"query": query.shape[1], "key": key.shape[1]}
+            if side is None:
+                sides = [s for s, length in lengths.items() if x.shape[1] == length]
+                if len(sides) != 1:
+                    raise ValueError(
+                        f"contexts[{i}]: expected (B, C), (B, Tq, C) or (B, Tk, C), where Tq = Tk = {lengths['key']} "
+                        f'as ("query", x) or ("key", x); got {tuple(x.shape)}'
+                    )
+                side = sides[0]
+            if side == "query":
                 q = q + project(x)
             else:
                 k = k + project(x)
@@ -143,3 +180,14 @@ class ConcatAttention(nn.Module):
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""
         return f"num_heads={self.num_heads}, activation={self.activation!r}, dropout={self.dropout}"
+
+
+def _side_of(name: str, given: Tensor | tuple[str, Tensor]) -> tuple[str | None, Tensor]:
+    """The side that a context is said to be of, and its tensor."""
+    if not isinstance(given, tuple):
+        return None, given
+    if len(given) != 2 or not isinstance(given[0], str):
+        raise TypeError(f'{name}: expected a tensor, ("query", x) or ("key", x); got {show(given)}')
+    if given[0] not in ("query", "key"):
+        raise ValueError(f'{name}: expected ("query", x) or ("key", x); got ({show(given[0])}, x)')
+    return given

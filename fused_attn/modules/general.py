@@ -7,9 +7,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_dropout
+from .._checks import FINITE, argument, check_activation, check_count, check_dropout, check_number, module_checker
+from .._habits import explicit
 from .._ops import Impl
 from ..general import general_attention
+
+_INPUTS = {
+    packed: {
+        "query": argument("N query_dim" if packed else "B Tq query_dim"),
+        "key": argument("M key_dim" if packed else "B Tk key_dim"),
+        "value": argument("M Dv" if packed else "B Tk Dv", optional=True),
+        "value of heads": argument(
+            "M Dv | M num_heads Dv" if packed else "B Tk Dv | B num_heads Tk Dv", optional=True
+        ),
+    }
+    for packed in (False, True)
+}
 
 
 class GeneralAttention(nn.Module):
@@ -56,17 +69,18 @@ class GeneralAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        key_dim = query_dim if key_dim is None else key_dim
-        for name, size in {"query_dim": query_dim, "key_dim": key_dim, "num_heads": num_heads}.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        query_dim = check_count("query_dim", query_dim, 1)
+        key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
+        num_heads = check_count("num_heads", num_heads, 1)
+        scale = check_number("scale", scale, "a finite number", *FINITE)
         check_activation("activation", activation)
-        check_dropout("dropout", dropout)
+        dropout = check_dropout("dropout", dropout)
         self.num_heads, self.scale, self.activation, self.dropout = num_heads, scale, activation, dropout
         heads = (num_heads,) if num_heads > 1 else ()
         self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim))
         nn.init.uniform_(self.weight, -1 / math.sqrt(query_dim), 1 / math.sqrt(query_dim))
 
+    @explicit
     def forward(
         self,
         query: Tensor,
@@ -102,14 +116,18 @@ class GeneralAttention(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            As in `general_attention`; also for queries and keys with heads.
+            As in `general_attention`; also for queries and keys with heads, or of other widths, dtypes or devices
+            than the parameters'.
 
         """
         rank = 3 if cu_seqlens_q is None else 2
-        for name, x in (("query", query), ("key", key)):
-            if x.dim() != rank:
-                words = f"(B, T, {name}_dim)" if rank == 3 else f"(N, {name}_dim)"
-                raise ValueError(f"{name}: expected shape {words}; got {tuple(x.shape)}")
+        *_, query_dim, key_dim = self.weight.shape
+        check = module_checker(
+            _INPUTS[rank == 2], self.weight, query_dim=query_dim, key_dim=key_dim, num_heads=self.num_heads
+        )
+        check("query", query)
+        check("key", key)
+        check("value", value, "value of heads" if self.num_heads > 1 else "value")
 
         def every_head(x: Tensor) -> Tensor:
             return x.unsqueeze(1).expand(x.shape[0], self.num_heads, *x.shape[1:])

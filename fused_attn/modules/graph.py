@@ -5,9 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_dropout
+from .._checks import (
+    argument,
+    check_activation,
+    check_count,
+    check_dropout,
+    check_flag,
+    module_checker,
+    weight_of,
+    width_of,
+)
+from .._habits import explicit
 from .._ops import Impl
 from ..graph import Transposed, graph_attention
+
+_INPUTS = {
+    "x": argument("N query_dim"),
+    "x[0]": argument("Nq query_dim"),
+    "x[1]": argument("Nk key_dim"),
+    "edge": argument("E edge_dim", optional=True),
+}
 
 
 class GraphAttention(nn.Module):
@@ -69,15 +86,16 @@ class GraphAttention(nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
-        key_dim = query_dim if key_dim is None else key_dim
-        sizes = {"query_dim": query_dim, "head_dim": head_dim, "num_heads": num_heads, "key_dim": key_dim}
-        for name, size in (sizes | ({} if edge_dim is None else {"edge_dim": edge_dim})).items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        query_dim, head_dim = check_count("query_dim", query_dim, 1), check_count("head_dim", head_dim, 1)
+        num_heads = check_count("num_heads", num_heads, 1)
+        key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
+        edge_dim = None if edge_dim is None else check_count("edge_dim", edge_dim, 1)
+        concat, bias = check_flag("concat", concat), check_flag("bias", bias)
+        share_weights = check_flag("share_weights", share_weights)
         if share_weights and key_dim != query_dim:
             raise ValueError(f"share_weights: expected False where key_dim is not query_dim, {query_dim}; got True")
         check_activation("activation", activation)
-        check_dropout("dropout", dropout)
+        dropout = check_dropout("dropout", dropout)
         self.num_heads, self.concat, self.activation, self.dropout = num_heads, concat, activation, dropout
         width = num_heads * head_dim
         self.key_proj = nn.Linear(key_dim, width, bias=bias)
@@ -86,6 +104,7 @@ class GraphAttention(nn.Module):
         self.score = nn.Linear(head_dim, num_heads, bias=False)
         self.bias = nn.Parameter(torch.zeros(width if concat else head_dim)) if bias else None
 
+    @explicit
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor],
@@ -117,19 +136,23 @@ class GraphAttention(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            As in `graph_attention`; also for nodes and edges of another shape.
+            As in `graph_attention`; also for nodes and edges of other widths, dtypes or devices than the parameters'.
 
         """
+        if isinstance(x, tuple) and len(x) != 2:
+            raise ValueError(f"x: expected nodes, or a pair of query nodes and key nodes; got a tuple of {len(x)}")
         query, key = x if isinstance(x, tuple) else (x, x)
-        rows = {"x": (query, self.query_proj), "x[1]": (key, self.key_proj)}
+        check = module_checker(
+            _INPUTS, weight_of(self.key_proj), query_dim=width_of(self.query_proj), key_dim=width_of(self.key_proj),
+            edge_dim=width_of(self.edge_proj),
+        )  # fmt: skip
+        check("x[0]" if isinstance(x, tuple) else "x", query)
+        if isinstance(x, tuple) or width_of(self.query_proj) != width_of(self.key_proj):
+            check("x[1]", key)
         if (edge is None) != (self.edge_proj is None):
             expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
-        if edge is not None and self.edge_proj is not None:
-            rows["edge"] = (edge, self.edge_proj)
-        for name, (given, layer) in rows.items():
-            if given.dim() != 2 or given.shape[1] != layer.in_features:
-                raise ValueError(f"{name}: expected shape (N, {layer.in_features}); got {tuple(given.shape)}")
+        check("edge", edge)
 
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(1, (self.num_heads, -1))

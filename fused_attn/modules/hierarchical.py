@@ -8,11 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .._checks import check_cu_seqlens, check_tensor
+from .._checks import (
+    argument,
+    check_count,
+    check_cu_seqlens,
+    check_flag,
+    check_tensor,
+    module_checker,
+    offsets_of,
+    weight_of,
+    width_of,
+)
+from .._habits import explicit
 from .._ops import Impl, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
+from ..location import check_context
 from .location import LocationAttention
+
+_CONTEXT = "{1} {0} | {2} {0} | {1} 1 {0} | 1 {2} {0}"
+_INPUTS = {
+    "h": argument("N dim", hint="pack the rows of all segments, one after the other"),
+    "inner_offsets": offsets_of("S", optional=False),
+    "outer_offsets": offsets_of("G", optional=False),
+    "inner_context": argument(_CONTEXT.format("inner_context_dim", "S", "N")),
+    "outer_context": argument(_CONTEXT.format("outer_context_dim", "G", "S")),
+}
 
 
 class RaggedRNN(nn.Module):
@@ -113,12 +134,13 @@ class HierarchicalAttention(nn.Module):
         super().__init__()
         outer_dim = inner_dim if outer_dim is None else outer_dim
         sizes = {
-            "inner_dim": inner_dim, "outer_dim": outer_dim, "between_dim": between_dim,
+            "dim": dim, "inner_dim": inner_dim, "outer_dim": outer_dim, "between_dim": between_dim,
             "inner_context_dim": inner_context_dim, "outer_context_dim": outer_context_dim,
         }  # fmt: skip
         for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+            if size is not None:
+                check_count(name, size, 1)
+        check_flag("gated", gated)
         if between is None and between_dim is not None:
             raise ValueError(f"between_dim: expected None without between; got {between_dim}")
         if between is not None and not callable(between):
@@ -133,6 +155,7 @@ class HierarchicalAttention(nn.Module):
         self.between = between
         self.outer = level(between_dim or dim, outer_dim, outer_context_dim)
 
+    @explicit
     def forward(
         self,
         h: Tensor,
@@ -151,24 +174,42 @@ class HierarchicalAttention(nn.Module):
         Raises
         ------
         ValueError
-            Also where a context is given without its width, or missing with it.
+            Also for inputs of other widths, dtypes or devices than the parameters', and where a context is given
+            without its width, or missing with it.
 
         """
+        sizes = {
+            f"{name}_context_dim": width_of(x.context) for name, x in (("inner", self.inner), ("outer", self.outer))
+        }
+        check = module_checker(_INPUTS, weight_of(self.inner.proj), dim=width_of(self.inner.proj), **sizes)
+        check("h", h)
+        check("inner_offsets", inner_offsets)
+        check("outer_offsets", outer_offsets)
+        check.bind("S", inner_offsets.shape[0] - 1, "inner_offsets")
+        check.bind("G", outer_offsets.shape[0] - 1, "outer_offsets")
+        for name, level, context in (("inner", self.inner, inner_context), ("outer", self.outer, outer_context)):
+            _check_given(name, level, context)
+            if context is not None:
+                check_context(check, f"{name}_context", context)
         return hierarchical_attention(
             h, inner_offsets, outer_offsets,
-            _score_of("inner", self.inner, inner_context), _score_of("outer", self.outer, outer_context),
+            _score_of(self.inner, inner_context), _score_of(self.outer, outer_context),
             between=self.between, mask=mask, return_segments=return_segments, return_weights=return_weights,
             impl=impl,
         )  # fmt: skip
 
 
-def _score_of(name: str, level: LocationAttention, context: Tensor | None) -> Score:
-    """The parameters of a level, and its context projected."""
+def _check_given(name: str, level: LocationAttention, context: Tensor | None) -> None:
+    """Check that a context is given where the level has a width for it."""
     if (context is None) != (level.context is None):
         given = "None" if context is None else "a tensor"
         option = f"{name}_context_dim"
         wanted = f"None, since {option} is None" if level.context is None else f"a tensor, by {option}"
         raise ValueError(f"{name}_context: expected {wanted}; got {given}")
+
+
+def _score_of(level: LocationAttention, context: Tensor | None) -> Score:
+    """The parameters of a level, and its context projected."""
     assert level.score is not None
     return Score(
         level.proj.weight.t(), level.proj.bias, level.score.weight[0],

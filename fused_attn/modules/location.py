@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_dropout
+from .._checks import (
+    argument,
+    check_activation,
+    check_count,
+    check_dropout,
+    check_flag,
+    module_checker,
+    weight_of,
+    width_of,
+)
+from .._habits import explicit
 from .._ops import Impl
-from ..location import location_attention
+from ..location import _a_sequence, check_context, location_attention
+
+_INPUTS = {
+    packed: {
+        "h": argument("N dim" if packed else "B T dim", hint="" if packed else "packed rows go with cu_seqlens"),
+        "context": argument(
+            "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim" if packed
+            else "B context_dim | B T context_dim"
+        ),
+    }
+    for packed in (False, True)
+}  # fmt: skip
 
 
 class LocationAttention(nn.Module):
@@ -55,15 +79,16 @@ class LocationAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "attn_dim": attn_dim, "hops": hops, "context_dim": context_dim}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        dim = check_count("dim", dim, 1)
+        attn_dim = None if attn_dim is None else check_count("attn_dim", attn_dim, 1)
+        hops = None if hops is None else check_count("hops", hops, 1)
+        context_dim = None if context_dim is None else check_count("context_dim", context_dim, 1)
+        gated, bias = check_flag("gated", gated), check_flag("bias", bias)
         if gated and attn_dim is None:
             raise ValueError("attn_dim: expected a width with gated=True; got None")
         check_activation("activation", activation)
         check_activation("gate_activation", gate_activation)
-        check_dropout("dropout", dropout)
+        dropout = check_dropout("dropout", dropout)
         self.hops, self.activation, self.gate_activation, self.dropout = hops, activation, gate_activation, dropout
         width = attn_dim or hops or 1
         self.proj = nn.Linear(dim, width, bias=bias)
@@ -71,6 +96,7 @@ class LocationAttention(nn.Module):
         self.score = nn.Linear(width, hops or 1, bias=False) if attn_dim is not None else None
         self.context = nn.Linear(context_dim, width, bias=False) if context_dim is not None else None
 
+    @explicit
     def forward(
         self,
         h: Tensor,
@@ -88,14 +114,18 @@ class LocationAttention(nn.Module):
 
         Raises
         ------
-        ValueError
-            Also where `context` is given without `context_dim`, or missing with it.
+        ValueError, TypeError
+            Also for inputs of other widths, dtypes or devices than the parameters', and where `context` is given
+            without `context_dim`, or missing with it.
 
         """
         if (context is None) != (self.context is None):
             given = "None" if context is None else "a tensor"
             wanted = "None, since context_dim is None" if self.context is None else "a tensor, by context_dim"
             raise ValueError(f"context: expected {wanted}; got {given}")
+        check_module_inputs(
+            h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context)
+        )  # fmt: skip
         if context is not None and self.context is not None:
             context = self.context(context)
         w: Tensor = self.proj.weight.t()
@@ -118,3 +148,27 @@ class LocationAttention(nn.Module):
         """Options that the submodules do not show."""
         gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
         return f"hops={self.hops}, activation={self.activation!r}, dropout={self.dropout}{gate}"
+
+
+def check_module_inputs(
+    h: Tensor, context: Tensor | None, cu_seqlens: Tensor | None, weight: Tensor | None, dim: int | None,
+    context_dim: int | None,
+) -> None:  # fmt: skip
+    """Check what the module projects by its own names; the rest is left to the function, whose names are the same."""
+    jagged = isinstance(h, Tensor) and h.is_nested
+    if jagged and h.layout != torch.jagged:
+        return
+    rows = cast("Any", h).values() if jagged else h
+    offsets = cast("Any", h).offsets() if jagged else cu_seqlens
+    check = module_checker(_INPUTS[offsets is not None], weight, dim=dim, context_dim=context_dim)
+    check("h", rows)
+    if context is None:
+        return
+    if isinstance(offsets, Tensor) and offsets.dim() == 1:
+        check.bind("S", offsets.shape[0] - 1, "h" if jagged else "cu_seqlens")
+        if jagged and isinstance(context, Tensor):
+            if context.is_nested and context.layout != torch.jagged:
+                return
+            context = cast("Any", context).values()[None] if context.is_nested else _a_sequence(context)
+    if offsets is None or "S" in check.sizes:
+        check_context(check, "context", context)

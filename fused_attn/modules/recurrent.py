@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_dropout, check_tensor
+from .._checks import (
+    argument,
+    check_activation,
+    check_count,
+    check_dropout,
+    check_flag,
+    module_checker,
+    weight_of,
+    width_of,
+)
+from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
+
+_WORDS = {
+    packed: {
+        "premise": argument("N premise_dim" if packed else "B Ty premise_dim"),
+        "hypothesis": argument("M hypothesis_dim" if packed else "B Th hypothesis_dim"),
+        "state": argument("S premise_dim" if packed else "B premise_dim", optional=True),
+    }
+    for packed in (False, True)
+}
+_STEP = {
+    "query": argument("B query_dim", hint="one query a sequence: a step of the decoder"),
+    "key": argument("B Tk key_dim"),
+    "projected": argument("B Tk attn_dim", optional=True, hint="what project_keys made of key"),
+}
 
 
 class WordByWordAttention(nn.Module):
@@ -34,16 +58,16 @@ class WordByWordAttention(nn.Module):
 
     def __init__(self, premise_dim: int, hypothesis_dim: int, attn_dim: int) -> None:
         super().__init__()
-        sizes = {"premise_dim": premise_dim, "hypothesis_dim": hypothesis_dim, "attn_dim": attn_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        premise_dim = check_count("premise_dim", premise_dim, 1)
+        hypothesis_dim = check_count("hypothesis_dim", hypothesis_dim, 1)
+        attn_dim = check_count("attn_dim", attn_dim, 1)
         self.premise_proj = nn.Linear(premise_dim, attn_dim, bias=False)
         self.hypothesis_proj = nn.Linear(hypothesis_dim, attn_dim, bias=False)
         self.state_proj = nn.Linear(premise_dim, attn_dim, bias=False)
         self.score = nn.Linear(attn_dim, 1, bias=False)
         self.carry = nn.Linear(premise_dim, premise_dim, bias=False)
 
+    @explicit
     def forward(
         self,
         premise: Tensor,
@@ -57,6 +81,13 @@ class WordByWordAttention(nn.Module):
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """r of every word of the hypothesis; shapes, results and errors are those of `word_by_word_attention`."""
+        check = module_checker(
+            _WORDS[cu_seqlens_premise is not None], weight_of(self.premise_proj),
+            premise_dim=width_of(self.premise_proj), hypothesis_dim=width_of(self.hypothesis_proj),
+        )  # fmt: skip
+        check("premise", premise)
+        check("hypothesis", hypothesis)
+        check("state", state)
         return word_by_word_attention(
             premise, hypothesis, self.premise_proj.weight.t(), self.hypothesis_proj.weight.t(),
             self.state_proj.weight.t(), self.score.weight[0], self.carry.weight.t(), state=state, mask=mask,
@@ -103,14 +134,13 @@ class LocationAwareAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"query_dim": query_dim, "key_dim": key_dim, "attn_dim": attn_dim, "channels": channels}
-        for name, size in {**sizes, "width": width}.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        query_dim, key_dim = check_count("query_dim", query_dim, 1), check_count("key_dim", key_dim, 1)
+        attn_dim, channels = check_count("attn_dim", attn_dim, 1), check_count("channels", channels, 1)
+        width, bias = check_count("width", width, 1), check_flag("bias", bias)
         if width % 2 == 0:
             raise ValueError(f"width: expected an odd number; got {width}")
         check_activation("activation", activation)
-        check_dropout("dropout", dropout)
+        dropout = check_dropout("dropout", dropout)
         self.activation, self.dropout = activation, dropout
         self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias)
         self.key_proj = nn.Linear(key_dim, attn_dim, bias=False)
@@ -120,9 +150,11 @@ class LocationAwareAttention(nn.Module):
 
     def project_keys(self, key: Tensor) -> Tensor:
         """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once."""
+        module_checker(_STEP, weight_of(self.key_proj), key_dim=width_of(self.key_proj))("key", key)
         projected: Tensor = self.key_proj(key)
         return projected
 
+    @explicit
     def forward(
         self,
         query: Tensor,
@@ -158,10 +190,16 @@ class LocationAwareAttention(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            As in `location_aware_attention`.
+            As in `location_aware_attention`; also for inputs of other widths, dtypes or devices than the parameters'.
 
         """
-        check_tensor("key", key, shapes=[("(B, Tk, key_dim)", (None, None, self.key_proj.in_features))])
+        check = module_checker(
+            _STEP, weight_of(self.key_proj), query_dim=width_of(self.query_proj), key_dim=width_of(self.key_proj),
+            attn_dim=width_of(self.score),
+        )  # fmt: skip
+        check("query", query)
+        check("key", key)
+        check("projected", projected)
         projected = self.project_keys(key) if projected is None else projected
         return location_aware_attention(
             self.query_proj(query), projected, key if value is None else value, self.score.weight[0],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation
+from .._checks import check_activation, check_count, check_flag, weight_of, width_of
+from .._habits import explicit
 from .._ops import Impl
 from ..statistics import statistics_pooling
+from .location import check_module_inputs
 
 
 class StatisticsPooling(nn.Module):
@@ -50,15 +52,16 @@ class StatisticsPooling(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        for name, size in {"dim": dim, "attn_dim": attn_dim}.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1; got {size}")
+        dim, attn_dim = check_count("dim", dim, 1), check_count("attn_dim", attn_dim, 1)
+        per_channel, bias = check_flag("per_channel", per_channel), check_flag("bias", bias)
+        global_context = check_flag("global_context", global_context)
         check_activation("activation", activation)
         self.per_channel, self.activation = per_channel, activation
         self.proj = nn.Linear(dim, attn_dim, bias=bias)
         self.context = nn.Linear(2 * dim, attn_dim, bias=False) if global_context else None
         self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False)
 
+    @explicit
     def forward(
         self,
         h: Tensor,
@@ -69,6 +72,7 @@ class StatisticsPooling(nn.Module):
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool `h` to ``[mean; std]``, ``(B, 2D)``; shapes, weights and errors are those of `statistics_pooling`."""
+        check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
         context = None
         if self.context is not None:
             statistics = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
