@@ -117,7 +117,7 @@ class Checker:
         if x is None and optional:
             return
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
-            _refuse(self.prefix + name, x, hint)
+            _refuse(self.prefix + name, x, hint if kind in _INDEX else "")
         if x.dtype not in self.dtypes[kind]:
             self._refuse_dtype(name, x, arg)
         if kind == "first" and self.device is None:
@@ -150,7 +150,7 @@ class Checker:
             raise ValueError(self.prefix + self._shape_error(name, x, arg))
 
     def _refuse_dtype(self, name: str, x: Tensor, arg: Argument) -> NoReturn:
-        of, hint = "", f"; {arg.hint}" if arg.hint else ""
+        of, hint = "", f"; {arg.hint}" if arg.hint and arg.kind in _INDEX else ""
         if arg.kind in ("first", "same") and self.like == PARAMETERS:
             of = f", that of {PARAMETERS}"
             if x.dtype in DTYPES:
@@ -165,7 +165,7 @@ class Checker:
         elif arg.kind == "int32" and x.dtype == torch.int64:
             hint += f": pass {name}.int()"
         elif x.is_quantized:
-            hint += f": pass {name}.dequantize()"
+            hint = f": pass {name}.dequantize()"
         raise TypeError(
             f"{self.prefix}{name}: expected dtype {_names(self.dtypes[arg.kind])}{of}; got {_names([x.dtype])}{hint}"
         )
@@ -282,7 +282,7 @@ def show(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # an int of more digits than Python prints, say
-        return f"a {type(value).__name__} too long to print"
+        return f"a value too long to print, of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -454,7 +454,7 @@ def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
 
 def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
     """Raise where the values can be read without waiting for a device; else assert there."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(good) is not Tensor:  # a fake one holds none
         torch._assert_async(good, f"{name}: expected {expected}")
     elif not good:
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one

@@ -385,7 +385,7 @@ def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     T is the length of the longest sequence, or in a compiled graph, which must know it, N.
     """
     lengths = cu_seqlens.diff()
-    known = torch.compiler.is_compiling() or lengths.numel() == 0
+    known = torch.compiler.is_compiling() or lengths.numel() == 0 or lengths.device.type == "meta"
     t = torch.arange(packed[0].shape[0] if known else int(lengths.max()), device=cu_seqlens.device)
     inside = t < lengths[:, None]
     rows = (cu_seqlens[:-1, None] + t).masked_fill(~inside, 0)

@@ -227,7 +227,8 @@ def statistics_pooling(
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     run = functools.partial(apply, _StatisticsPooling) if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
-    with torch.autocast(h.device.type, enabled=False):  # what autocast would cast was cast above
+    device = "cpu" if h.device.type == "meta" else h.device.type  # meta tensors compute nothing: it has no autocast
+    with torch.autocast(device, enabled=False):  # what autocast would cast was cast above
         if w is None or v is None:
             x = h.new_zeros(h.shape[:-1], dtype=wide)
         else:
@@ -299,7 +300,7 @@ def _validate_statistics(
     else:
         check_score(check, h, w, b, v, None, None, activation, "identity")
     check("mask", mask)
-    # Its root is a deviation, in the dtype of the values.
-    most = torch.finfo(h.dtype).max ** 2 if h.dtype != torch.float64 else torch.finfo(h.dtype).max
-    check_number("floor", floor, "a finite number of at least 0", 0.0, most)
+    least = check_number("floor", floor, "a finite number of at least 0", 0.0, math.inf)
+    if math.sqrt(least) > torch.finfo(h.dtype).max:
+        raise ValueError(f"floor: expected a number whose root {h.dtype} holds; got {floor}")
     return context is not None and check_context(check, "context", context)
