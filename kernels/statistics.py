@@ -5,9 +5,9 @@ For the frames j of an item and a channel c, with a weight a frame (the scores s
     s_jc = u_j · v_c      α_jc = softmax_j(s_jc)      mean_c = Σ_j α_jc x_jc      var_c = Σ_j α_jc (x_jc - mean_c)²
 
 The running state of a channel is (m, l, mean, M): the pivot and the sum of its softmax, and of the frames so far the
-mean and l times the variance. A tile of frames has a state of its own, made while it is in registers, in two passes:
-a first mean μ, then with e = x - μ the rounding that it has, r = Σ p e / l, and mean = μ + r, M = Σ p e² - l r². Two
-states a and b over disjoint frames join by Chan's formula,
+mean and l times the variance. A tile of frames has a state of its own, made while it is in registers: a first mean μ,
+then with e = x - μ the rounding that it has, r = Σ p e / l, and mean = μ + r, M = Σ p (e - r)². Two states a and b
+over disjoint frames join by Chan's formula,
 
     l = l_a + l_b      δ = mean_b - mean_a      mean = mean_a + δ l_b / l      M = M_a + M_b + δ² l_a l_b / l
 
@@ -77,13 +77,22 @@ def channel_scores(
 
 @triton.jit
 def _moments(p, x):
-    """(l, mean, M) of the rows of x [BLOCK, BLOCK_C] with the weights p [BLOCK, BLOCK_C] or [BLOCK, 1]."""
+    """(l, mean, M) of the rows of x [BLOCK, BLOCK_C] with the weights p [BLOCK, BLOCK_C] or [BLOCK, 1].
+
+    The mean is a division that is rounded once. A product with 1 / l the compiler would contract with the difference
+    that is taken of it: e would be about a mean that is not the one kept, and r would not be its rounding.
+    """
     l = tl.sum(p, axis=0)
-    inv = 1.0 / tl.where(l > 0, l, 1.0)
-    mean = tl.sum(p * x, axis=0) * inv
+    some = tl.where(l > 0, l, 1.0)
+    mean = tl.sum(p * x, axis=0)
+    if x.dtype == tl.float32:
+        mean = tl.div_rn(mean, some)
+    else:
+        mean = mean / some
     e = x - mean[None, :]
-    r = tl.sum(p * e, axis=0) * inv
-    return l, mean.to(tl.float64) + r.to(tl.float64), (tl.sum(p * e * e, axis=0) - l * r * r).to(tl.float32)
+    r = tl.sum(p * e, axis=0) * (1.0 / some)
+    e -= r[None, :]
+    return l, mean.to(tl.float64) + r.to(tl.float64), tl.sum(p * e * e, axis=0).to(tl.float32)
 
 
 @triton.jit
@@ -95,7 +104,8 @@ def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
     l_a *= alpha
     l_b *= beta
     l = l_a + l_b
-    share = l_b / tl.where(l > 0, l, 1.0)
+    # Exactly 1 where a has seen nothing, which l_b / l_b need not be: delta is then all of the mean.
+    share = tl.where(l_a == 0, 1.0, l_b / tl.where(l > 0, l, 1.0))
     delta = mean_b - mean_a
     mean = mean_a + delta * share.to(tl.float64)
     delta = delta.to(tl.float32)
