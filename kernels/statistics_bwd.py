@@ -229,7 +229,10 @@ def _statistics_bwd_features_kernel(
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     x_ptrs = x_ptr + seq * stride_xb + rows * stride_xt
     u = load_rows(x_ptrs, keep, a, A)
-    du = tl.zeros([BLOCK_T, BLOCK_A], tl.float32)
+    # wgmma takes its first operand from registers, and would still read ds there when the next one is made: as the
+    # second it goes through shared memory. (ptxas sees it, and waits after each, warning C7515.)
+    ACROSS: tl.constexpr = BLOCK_T >= 64
+    du = tl.zeros([BLOCK_A, BLOCK_T] if ACROSS else [BLOCK_T, BLOCK_A], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         v = load_rows(v_ptr + a * stride_va, a < A, c, C)
@@ -251,7 +254,12 @@ def _statistics_bwd_features_kernel(
         ds = alpha * factor
         if dscores_ptr is not None:
             ds += load_rows(dscores_ptr + at, keep, c, C)
-        du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), du, input_precision=PRECISION)
+        if ACROSS:
+            du = tl.dot(v.to(COMPUTE), tl.trans(ds).to(COMPUTE), du, input_precision=PRECISION)
+        else:
+            du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), du, input_precision=PRECISION)
+    if ACROSS:
+        du = tl.trans(du)
     at = (seq * T + rows)[:, None] * A + a[None, :]
     tl.store(dx_ptr + at, du.to(dx_ptr.dtype.element_ty), mask=(t < hi)[:, None] & (a < A)[None, :])
 
