@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._ops import apply, forward_mode, raw_backward, raw_op, second_order, vjp_in_operator
+from ._ops import apply, forward_mode, raw_backward, raw_op, second_order, vjp
 from .reference import dropout_scale, segment_ids
 
 _INPUTS = "Tensor rows, Tensor weights, Tensor offsets, Tensor? seed"
@@ -134,7 +134,7 @@ def _fwd_fake(
 def _bwd(dout: Tensor, *args: Any) -> list[Tensor | None]:
     rows, weights, offsets, *rest, needs = args
     structure = pack(offsets, rows.shape[0])
-    grads = vjp_in_operator(lambda *xs: formula(*xs, *structure, *rest), (rows, weights), lambda _: dout)
+    grads = vjp(lambda *xs: (formula(*xs, *structure, *rest),), (rows, weights), (dout,))
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 

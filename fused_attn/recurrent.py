@@ -278,14 +278,16 @@ def word_by_word_attention(
     kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
     if mask is not None:  # words that may be NaN, before they meet a number
         premise = premise.masked_fill(~mask[..., None], 0)
-    tensors = (
-        hypothesis @ w_h, premise @ w_y, premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
-    )  # fmt: skip
-    plain = torch.compiler.is_compiling() and not forward_mode()
-    if kernel or plain:
-        out, weights = apply(_WordByWord, *tensors, return_weights, not kernel)
+    more = premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
+    if kernel:
+        query, key = hypothesis @ w_h, premise @ w_y
+    else:  # what it computes is float32 at least from the first product on
+        wide = torch.promote_types(premise.dtype, torch.float32)
+        query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
+    if kernel or (torch.compiler.is_compiling() and not forward_mode()):
+        out, weights = apply(_WordByWord, query, key, *more, return_weights, not kernel)
     else:
-        out, weights = reference.word_by_word_attention(*tensors)
+        out, weights = reference.word_by_word_attention(query, key, *more)
     out = out.to(premise.dtype)
     return (out, weights.to(out.dtype)) if return_weights else out
 

@@ -361,22 +361,23 @@ def word_by_word_attention(
     if mask is not None:
         hidden = ~mask
         key, value = (x.masked_fill(hidden[..., None], 0) for x in (key, value))
-    r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state
+    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    query, key, value, w, w_r, w_t = (x.to(wide) for x in (query, key, value, w, w_r, w_t))  # before they overflow
+    r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
     outs, all_weights = [], []
     for step in query.unbind(1):
         scores = torch.tanh(key + (step + r @ w_r)[:, None]) @ w
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if hidden is None:
             weights = torch.softmax(scores, -1)
         else:  # a premise that is all hidden keeps its scores: a softmax over nothing is NaN, as are its gradients
             some = hidden & ~hidden.all(-1, keepdim=True)
             weights = torch.softmax(scores.masked_fill(some, -torch.inf), -1).masked_fill(hidden, 0)
-        r = (weights.to(value.dtype)[:, None] @ value)[:, 0] + torch.tanh(r @ w_t)
+        r = (weights[:, None] @ value)[:, 0] + torch.tanh(r @ w_t)
         outs.append(r)
         all_weights.append(weights)
     if not outs:  # no word: (B, 0, D) and (B, 0, Ty)
-        return value[:, :0], query @ key.mT
-    return torch.stack(outs, 1), torch.stack(all_weights, 1)
+        return value[:, :0].to(dtype), query @ key.mT
+    return torch.stack(outs, 1).to(dtype), torch.stack(all_weights, 1)
 
 
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -418,12 +419,13 @@ def graph_attention(
     least float32 ``scores (E, H)``.
     """
     node = segment_ids(indptr, indices.shape[0])
-    rows = key[indices]
+    dtype, wide = key.dtype, torch.promote_types(key.dtype, torch.float32)
+    query, v = query.to(wide), v.to(wide)  # before anything can overflow
+    rows = key[indices].to(wide)
     z = query[node] + rows
     if edge is not None:
         z = z + edge
     scores = (v * ACTIVATIONS[activation](z)).sum(-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     top = scores.new_full(query.shape[:2], -torch.inf)
     top = top.scatter_reduce(0, node[:, None].expand_as(scores), scores.detach(), "amax")
     pivot = top.masked_fill(top == -torch.inf, 0)  # a node without neighbours: never -inf - -inf
@@ -437,9 +439,9 @@ def graph_attention(
         place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
         head = torch.arange(scores.shape[-1], device=indices.device)
         weights = weights * dropout_scale(seed, place[:, None], node[:, None], head, dropout_p).to(weights.dtype)
-    values = rows if value is None else value[indices]
+    values = rows if value is None else value[indices].to(wide)
     out = values.new_zeros(*query.shape[:2], values.shape[-1])
-    return out.index_add(0, node, weights[..., None].to(values.dtype) * values), lse, scores
+    return out.index_add(0, node, weights[..., None] * values).to(dtype), lse, scores
 
 
 def hierarchical_attention(
@@ -527,6 +529,11 @@ def statistics_pooling(
     lse = normaliser(top, total)
     total = total.masked_fill(total == 0, 1)
     weights = weights / to_frames(total)
-    mean = over_frames(weights * values)
-    var = over_frames(weights * (values - to_frames(mean)).square())
+    # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
+    # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
+    near = over_frames(weights.detach() * values.detach())
+    apart = values - to_frames(near)
+    rest = over_frames(weights * apart)
+    mean = near + rest
+    var = over_frames(weights * (apart - to_frames(rest)).square())
     return mean, var, lse, scores if return_scores else scores.new_empty(0)
