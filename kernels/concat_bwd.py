@@ -8,7 +8,8 @@ With a_ij = exp(s_ij - m_i) / l_i, k_ij the dropout factor, δ_i = dO_i · o_i -
     dv_d  = Σ_ij g_ij act(q_id + k_jd)
 
 Both dq and dk need g, and g needs the score, a whole forward's work. So g is made once, for as many tiles of
-queries as a workspace of fixed size holds (`WORKSPACE_BYTES`), and both loops run on it. With r = 1 / (1 + αβ):
+queries as a workspace of fixed size holds (`WORKSPACE_BYTES`), and both loops run on it. (Packed rows are in
+concat_bwd_packed.py.) With r = 1 / (1 + αβ):
 
     tanh:     t = 1 - 2r,  1 - t² = 4 (r - r²)      σ = r,  σ' = r - r²  (of -(q + k), whose sign FACTOR has)
 
@@ -23,9 +24,6 @@ the weight it is 0, and not the difference of two roundings. Without matrix unit
 operation more an element.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -34,27 +32,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, Chip, fitted, pow2, strides, tile_rows, unpressed
-from .concat import Blocks, concat_scores, factors, prepare, reciprocal
+from .chip import LENGTHS, LONG, Chip, fitted, pow2, strides, tile_rows, unpressed
+from .concat import Blocks, Call, concat_scores, factors, prepare, reciprocal
 from .masks import dropout_scale, key_range, locate, sequence_of, visible
 from .softmax import exp, load_lse
 
 WORKSPACE_BYTES = 64 * 2**20
-_longest: ContextVar[int | None] = ContextVar("assumed longest sequence", default=None)
 
 
-@contextmanager
-def assume_longest(keys: int) -> Iterator[None]:
-    """Launchers inside take `keys` for the longest sequence: how they are compiled on tensors without values."""
-    token = _longest.set(keys)
-    try:
-        yield
-    finally:
-        _longest.reset(token)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _concat_bwd_g_kernel(
+@triton.jit
+def gradient_tile(
+    slot,  # where in the workspace this tile begins
+    q_item, head, tile,
+    seq, q_start, lo, hi, k_start, k_length, k_item0,
     aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
     bq_ptr, bk_ptr,  # (items, H) float32: their bounds
     q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
@@ -66,8 +56,6 @@ def _concat_bwd_g_kernel(
     mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
     qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
     krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
-    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
-    k_cu_ptr, k_first_ptr,
     seed_ptr,
     do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
     lse_ptr,  # (B, H, Tq, 2) float32: (m, l)
@@ -75,14 +63,9 @@ def _concat_bwd_g_kernel(
     out_ptr,  # (B, H, Tq, DV) float32, with the strides of dO
     dscores_ptr,  # (B, H, Tq, Tk) float32 or None
     dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
-    g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
-    gt_ptr,  # the same with (BLOCK_M, BLOCK_N)
-    p_ptr,  # as g, in COMPUTE
-    q_item0,
-    k_tiles,
-    num_seqs,
-    q_per_seq,
-    k_per_seq,
+    g_ptr,  # (BLOCK_N, BLOCK_M) from slot on, float32, or None
+    gt_ptr,  # (BLOCK_M, BLOCK_N), or None
+    p_ptr,  # as g, in COMPUTE, or None
     Tq,
     Tk,
     H,
@@ -109,12 +92,6 @@ def _concat_bwd_g_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
-    local = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(2)
-    q_item = q_item0 + local
-    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
-    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
     first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
     if (tile * BLOCK_N < last) & ((tile + 1) * BLOCK_N > first) & (lo < hi):
         i = lo + tl.arange(0, BLOCK_M)
@@ -177,13 +154,89 @@ def _concat_bwd_g_kernel(
             g += tl.load(dscores_ptr + at, mask=shown, other=0.0)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + at, g, mask=shown)
-        slot = ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
         m = tl.arange(0, BLOCK_M)[:, None]
         n = tl.arange(0, BLOCK_N)[None, :]
         slots = slot + n * BLOCK_M + m
-        tl.store(g_ptr + slots, g)
-        tl.store(gt_ptr + slot + m * BLOCK_N + n, g)
-        tl.store(p_ptr + slots, pk.to(p_ptr.dtype.element_ty))
+        if g_ptr is not None:
+            tl.store(g_ptr + slots, g)
+        if gt_ptr is not None:
+            tl.store(gt_ptr + slot + m * BLOCK_N + n, g)
+        if p_ptr is not None:
+            tl.store(p_ptr + slots, pk.to(p_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _concat_bwd_g_kernel(
+    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
+    bq_ptr, bk_ptr,  # (items, H) float32: their bounds
+    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
+    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
+    v_ptr,  # (H, AP) float32
+    v_sum_ptr,  # (H,) float32: Σ_d v_d
+    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV)
+    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
+    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
+    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
+    k_cu_ptr, k_first_ptr,
+    seed_ptr,
+    do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
+    lse_ptr,  # (B, H, Tq, 2) float32: (m, l)
+    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - l dl; with EXACT -l dl
+    out_ptr,  # (B, H, Tq, DV) float32, with the strides of dO
+    dscores_ptr,  # (B, H, Tq, Tk) float32 or None
+    dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
+    g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
+    gt_ptr,  # the same with (BLOCK_M, BLOCK_N)
+    p_ptr,  # as g, in COMPUTE
+    q_item0,
+    k_tiles,
+    num_seqs,
+    q_per_seq,
+    k_per_seq,
+    Tq,
+    Tk,
+    H,
+    A,
+    AP,
+    DV,
+    left,
+    right,
+    threshold,
+    scale,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+    FMA: tl.constexpr,
+    FACTORED: tl.constexpr,
+    EXACT: tl.constexpr,
+    SAFE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One pair of tiles of a padded batch."""
+    local = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(2)
+    q_item = q_item0 + local
+    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    slot = ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
+    gradient_tile(
+        slot, q_item, head, tile, seq, q_start, lo, hi, k_start, k_length, k_item0, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
+        q_ptr, stride_qb, stride_qh, stride_qt, k_ptr, stride_kb, stride_kh, stride_kt, v_ptr, v_sum_ptr, val_ptr,
+        stride_ub, stride_uh, stride_ut, bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk, mask_ptr, stride_mb,
+        stride_mq, stride_mk, qrow_ptr, stride_qrb, stride_qrt, krow_ptr, stride_krb, stride_krt, seed_ptr, do_ptr,
+        stride_ob, stride_oh, stride_ot, lse_ptr, delta_ptr, stride_lb, stride_lh, stride_lt, out_ptr, dscores_ptr,
+        dbias_ptr, g_ptr, gt_ptr, p_ptr, Tq, Tk, H, A, AP, DV, left, right, threshold, scale, ACT, FAST, FMA,
+        FACTORED, EXACT, SAFE, GROUP, HAS_LEFT, HAS_RIGHT, COMPUTE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -571,74 +624,90 @@ def concat_bwd(
     (B, H, Tq, A), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     ragged = cu_seqlens_q is not None
     f32 = {"dtype": torch.float32, "device": query.device}
-    dq = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    dq = torch.zeros(query.shape, dtype=torch.float32 if ragged else query.dtype, device=query.device)
     dk = torch.zeros(key.shape, **f32)
     dvalue = torch.zeros(value.shape, **f32)
     dbias = torch.zeros(B, H, Tq, Tk, **f32) if need_bias else None
     dv = torch.zeros(H, A, **f32)
     if query.numel() and key.numel() and value.numel() and call.seqs:
-        blocks, walk = bwd_blocks(call.chip, value.element_size(), Tq, Tk, A, call.busy)
+        lengths = (LONG, LONG) if ragged else (Tq, Tk)
+        blocks, walk = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.busy)
         dout, out = dout.contiguous(), out.contiguous()
         delta = torch.zeros(lse.shape[:-1], **f32) if call.flags["EXACT"] else (dout.float() * out).sum(-1)
         delta = delta if dlse is None else delta - dlse[..., 1] * lse[..., 1]
         with torch.cuda.device_of(query):
             q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)
             k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation, transposed=True)
-            # The one wait for the device: how far the workspace of a packed tile of queries must reach.
-            longest = (_longest.get() or int(cu_seqlens_k.diff().max())) if ragged else Tk
-            k_tiles = triton.cdiv(longest, blocks.N)
-            compute = torch.float32 if call.chip.backend == "interpreter" else value.dtype
-            pair = blocks.M * blocks.N
-            slot = k_tiles * H * pair * (8 + compute.itemsize)
-            chunk = max(1, min(q.items.count, WORKSPACE_BYTES // max(1, slot)))
-            g = torch.empty(chunk, H, k_tiles, pair, **f32)
-            gt = torch.empty_like(g)
-            p = torch.empty(chunk, H, k_tiles, pair, dtype=compute, device=query.device)
-            width = A + A % 2
-            dv_parts = torch.empty(q.items.count, H, width, **f32)
+            # A program of packed rows adds to its sum of dv.
+            dv_parts = (torch.zeros if ragged else torch.empty)(q.items.count, H, A + A % 2, **f32)
             args = {**call.tensors, **call.sizes, **call.flags}
             args |= {
                 "aq_ptr": q.tiles, "ak_ptr": k.tiles, "rq_ptr": q.rows, "rk_ptr": k.rows,
                 "bq_ptr": q.bound, "bk_ptr": k.bound, "v_ptr": call.v, "v_sum_ptr": call.v.sum(1),
                 "q_seq_ptr": q.items.seq, "q_first_ptr": q.items.first,
                 "k_seq_ptr": k.items.seq, "k_first_ptr": k.items.first,
-                "q_per_seq": q.items.per_seq, "k_per_seq": k.items.per_seq, "k_tiles": k_tiles,
-                "do_ptr": dout, "stride_ob": 0 if ragged else dout.stride(0), "stride_oh": dout.stride(1),
-                "stride_ot": dout.stride(2), "out_ptr": out, "lse_ptr": lse, "delta_ptr": delta,
+                "q_per_seq": q.items.per_seq, "k_per_seq": k.items.per_seq,
+                "do_ptr": dout, **strides("ob oh ot", dout, (0, 1, 2), packed=ragged),
+                "out_ptr": out, "lse_ptr": lse, "delta_ptr": delta,
                 "stride_lb": 0 if ragged else delta.stride(0), "stride_lh": delta.stride(1), "stride_lt": 1,
                 "dscores_ptr": dscores if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
-                "g_ptr": g, "gt_ptr": gt, "p_ptr": p, "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,
                 "dv_ptr": dv_parts, "BLOCK_M": blocks.M, "BLOCK_N": blocks.N, "BLOCK_DV": blocks.DV,
                 "BLOCK_D": walk.features, "BLOCK_R": walk.rows,
             }  # fmt: skip
+            wanted = (dq if need_q or need_v else None, dk if need_k else None, dvalue if need_value else None)
+            if ragged:
+                from .concat_bwd_packed import packed_gradients  # which is made of this file's loops
 
-            registers = unpressed(call.chip, A, DV)
-
-            def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
-                named = {name: {**args, **more}[name] for name in kernel.arg_names}
-                fitted(kernel, {**named, **more})[grid](**named, num_warps=num_warps, num_stages=2, **registers)
-
-            def of_rows(x: Tensor) -> dict[str, int]:
-                return strides("db dh dt", x, (0, 1, 2), packed=ragged)
-
-            features = triton.cdiv(A, walk.features)
-            keys = k.items.count * (blocks.N // walk.rows)
-            for q_item0 in range(0, q.items.count, chunk):
-                count = min(chunk, q.items.count - q_item0)
-                part = {"q_item0": q_item0, "q_items": count}
-                launch(_concat_bwd_g_kernel, (count, H, k_tiles), **part, num_warps=blocks.warps)
-                if need_q or need_v:
-                    launch(_concat_bwd_dq_kernel, (count, H, features), **part, **of_rows(dq))
-                if need_k:
-                    launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **of_rows(dk))
-                if need_value:
-                    grid = (keys, H, triton.cdiv(DV, blocks.DV))
-                    launch(_concat_bwd_dvalue_kernel, grid, **part, **of_rows(dvalue), num_warps=8)
+                packed_gradients(call, q.items.count, k.items.count, blocks, args, *wanted)
+            else:
+                _padded_gradients(call, q.items.count, k.items.count, blocks, walk, args, *wanted)
             dv = dv_parts.sum(0)[:, :A]
     return [
-        dq if need_q else None,
+        dq.to(query.dtype) if need_q else None,
         dk.to(key.dtype) if need_k else None,
         dvalue.to(value.dtype) if need_value else None,
         dv.to(v.dtype).contiguous() if need_v else None,
         dbias.sum_to_size(score_bias.shape).to(score_bias.dtype) if need_bias else None,
     ]
+
+
+def _padded_gradients(
+    call: Call, q_items: int, k_items: int, blocks: Blocks, walk: Walk, args: dict[str, object],
+    dq: Tensor | None, dk: Tensor | None, dvalue: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dq, and add to dk and dvalue, which are zeros; None where one is not wanted."""
+    H, A, DV, device = call.sizes["H"], call.sizes["A"], call.sizes["DV"], call.v.device
+    k_tiles = triton.cdiv(call.sizes["Tk"], blocks.N)
+    compute = torch.float32 if call.chip.backend == "interpreter" else call.tensors["val_ptr"].dtype
+    pair = blocks.M * blocks.N
+    slot = k_tiles * H * pair * (8 + compute.itemsize)
+    chunk = max(1, min(q_items, WORKSPACE_BYTES // max(1, slot)))
+    g = torch.empty(chunk, H, k_tiles, pair, dtype=torch.float32, device=device)
+    p = torch.empty(chunk, H, k_tiles, pair, dtype=compute, device=device)
+    args = {
+        **args, "g_ptr": g, "gt_ptr": torch.empty_like(g), "p_ptr": p, "k_tiles": k_tiles,
+        "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,
+    }  # fmt: skip
+
+    registers = unpressed(call.chip, A, DV)
+
+    def launch(kernel, grid: tuple[int, ...], *, num_warps: int = walk.warps, **more: object) -> None:
+        named = {name: {**args, **more}[name] for name in kernel.arg_names}
+        fitted(kernel, {**named, **more})[grid](**named, num_warps=num_warps, num_stages=2, **registers)
+
+    def of_rows(x: Tensor) -> dict[str, int]:
+        return strides("db dh dt", x, (0, 1, 2), packed=False)
+
+    features = triton.cdiv(A, walk.features)
+    keys = k_items * (blocks.N // walk.rows)
+    for q_item0 in range(0, q_items, chunk):
+        count = min(chunk, q_items - q_item0)
+        part = {"q_item0": q_item0, "q_items": count}
+        launch(_concat_bwd_g_kernel, (count, H, k_tiles), **part, num_warps=blocks.warps)
+        if dq is not None:
+            launch(_concat_bwd_dq_kernel, (count, H, features), **part, **of_rows(dq))
+        if dk is not None:
+            launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **of_rows(dk))
+        if dvalue is not None:
+            grid = (keys, H, triton.cdiv(DV, blocks.DV))
+            launch(_concat_bwd_dvalue_kernel, grid, **part, **of_rows(dvalue), num_warps=8)

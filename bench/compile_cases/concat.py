@@ -62,8 +62,7 @@ class ConcatCase:
         options = (self.activation, *self.window, self.dropout)
         out, lse, _ = concat.concat_fwd(*tensors, *options, False)
         needs = [True] * 4 + [self.bias]
-        with concat_bwd.assume_longest(self.Tk):
-            concat_bwd.concat_bwd(out, None, None, *tensors, out, lse, *options, needs)
+        concat_bwd.concat_bwd(out, None, None, *tensors, out, lse, *options, needs)
 
 
 CONCAT = [
