@@ -100,6 +100,11 @@ def location_attention(
     least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
     """
     rows = h.shape[:-1]
+    dtype = (h if values is None else values).dtype
+    wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
+    h, w, b, v, gate_w, gate_b, context, values = (
+        x if x is None else x.to(wide) for x in (h, w, b, v, gate_w, gate_b, context, values)
+    )
     values = h if values is None else values
     if cu_seqlens is None:
         segment = torch.arange(rows[0], device=h.device)[:, None]
@@ -112,20 +117,23 @@ def location_attention(
         h = h.masked_fill(~mask[..., None], 0)
         values = values.masked_fill(~mask[..., None], 0)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
-        if context is not None and context_per_row:
-            context = context.masked_fill(~mask[..., None], 0)
+    if context is not None and not context_per_row:
+        if cu_seqlens is None and mask is not None:  # of a sequence that sees nothing
+            context = context.masked_fill(~mask.any(1, keepdim=True), 0)
+        context = context[segment]
+    if context is not None and mask is not None and (context_per_row or cu_seqlens is not None):
+        context = context.masked_fill(~mask[..., None], 0)
 
     z = h if w is None else h @ w
     if b is not None:
         z = z + b
     if context is not None:
-        z = z + (context if context_per_row else context[segment])
+        z = z + context
     u = ACTIVATIONS[activation](z)
     if gate_w is not None:
         g = h @ gate_w
         u = u * ACTIVATIONS[gate_activation](g if gate_b is None else g + gate_b)
     scores = u if v is None else u @ v
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if score_bias is not None:
         scores = scores + score_bias[..., None]
     if mask is not None:
@@ -157,7 +165,7 @@ def location_attention(
     else:
         out = values.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], values.shape[-1])
         out = out.index_add(0, segment, weights[:, :, None] * values[:, None, :])
-    return out, lse, scores
+    return out.to(dtype), lse, scores
 
 
 def windowed_attention(
@@ -183,12 +191,13 @@ def windowed_attention(
     if cu_seqlens is not None:
         scores, values = scores[None], values[None]
     values = values.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
-    (B, T, R), width = scores.shape, values.shape[-1]
+    (B, T, R), width, dtype = scores.shape, values.shape[-1], values.dtype
+    values = values.to(torch.promote_types(dtype, torch.float32))
     out, lse, _ = _attend(
         scores.mT[:, :, None].expand(B, R, T, T), values[:, None].expand(B, R, T, width), None, None,
         cu_seqlens, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p,
     )  # fmt: skip
-    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+    out, lse = out.transpose(1, 2).to(dtype), lse.transpose(1, 2)
     return (out, lse) if cu_seqlens is None else (out[0], lse[0])
 
 
