@@ -19,7 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import A100, LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, stride_of, tile_rows, unit, unpressed
+from .chip import (
+    A100,
+    LENGTHS,
+    LONG,
+    Chip,
+    chip_of,
+    even,
+    fitted,
+    matmul_flags,
+    pow2,
+    stride_of,
+    tile_rows,
+    unit,
+    unpressed,
+)
 from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -103,7 +117,7 @@ def project(
             z += load_rows(ctx_ptr + seq * stride_cb + rows * stride_ct, keep, a, A).to(tl.float32)
         else:
             ctx = tl.load(ctx_ptr + seq * stride_cb + a, mask=(a < A) & (seq < num_seqs), other=0.0)
-            z += ctx.to(tl.float32)[None, :]
+            z += tl.where(keep[:, None], ctx.to(tl.float32)[None, :], 0.0)  # of a sequence that sees nothing: unread
     return z, g
 
 

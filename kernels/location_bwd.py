@@ -6,12 +6,17 @@ With the dropout factor k_jr, 1 without dropout:
     ds_jr = a_jr (k_jr dO_r · value_j - dO_r · o_r + dlse_r) + dscores_jr
     du_ja = Σ_r ds_jr v_ar
     dz    = du ⊙ act'(z) ⊙ gate            dg = du ⊙ act(z) ⊙ gate'
-    dbias_j = Σ_r ds_jr,  db = Σ_j dz_j,  dv = Σ_j u_j ds_jᵀ            (per item, then summed in a fixed order)
+    dbias_j = Σ_r ds_jr,  db = Σ_j dz_j,  dv = Σ_j u_j ds_jᵀ            (parts, then summed in a fixed order)
     dH = [dz dg] [W G]ᵀ + (a ⊙ k) dO,  d[W G] = Hᵀ [dz dg]        (without W: dH = dz + (a ⊙ k) dO)
 
-[dz dg] is made for a block of items at a time in a workspace of fixed size (`WORKSPACE_BYTES`), which the two
-matrix products then read from L2; nothing of size N·A reaches memory as a whole.
+[dz dg], and with hops u and ds, are made for a block of items at a time in a workspace of fixed size
+(`WORKSPACE_BYTES`), which the matrix products then read from L2; nothing of size N·A reaches memory as a whole.
+
+A hop of a sequence whose cotangents are all 0 sends nothing, even if its result is NaN; a row without any ds is not
+read again, so that NaN in it stays out of what is summed over rows.
 """
+
+from typing import Any, cast
 
 import torch
 import triton
@@ -21,7 +26,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows, unpressed
 from .location import Blocks, hop_block, item_args, load_rows, matmul, prepare, project
-from .masks import Items, dropout_scale, locate, partition
+from .masks import Items, dropout_scale, locate, partition, sequence_of
 from .softmax import load_dlse, load_lse
 
 WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
@@ -50,11 +55,14 @@ def _location_bwd_dz_kernel(
     dscores_ptr,  # (B, T, R) or (N, R) float32, or None
     dz_ptr,  # (items of this launch, BLOCK_T, A or 2A): [dz dg]
     p_ptr,  # (items of this launch, BLOCK_T, R) float32: a ⊙ k
+    live_ptr,  # (items of this launch, BLOCK_T) int32: rows that have a ds
+    u_ptr,  # (items of this launch, BLOCK_T, A), or None
+    ds_ptr,  # (items of this launch, BLOCK_T, R) float32, there with u
     dbias_ptr,  # (B, T) or (N,), or None
     dctx_ptr,  # (B, T, A) or (N, A), or None: context a row
-    db_ptr,  # (items, A) float32 or None
-    dgb_ptr,  # (items, A) float32 or None
-    dv_ptr,  # (items, A, R) float32 or None
+    db_ptr,  # (items of this launch, A) float32 or None
+    dgb_ptr,  # (items of this launch, A) float32 or None
+    dv_ptr,  # (items of this launch, A) float32, or None: no v, or hops
     item0,
     num_seqs,
     per_seq,
@@ -77,7 +85,7 @@ def _location_bwd_dz_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0)
-    item = (item0 + local).to(tl.int64)
+    item = local.to(tl.int64)
     seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     i = tl.arange(0, BLOCK_T)
     t = lo + i
@@ -101,6 +109,7 @@ def _location_bwd_dz_kernel(
     gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
     offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
+    cotangent = tl.zeros([BLOCK_R], tl.float32)  # 0 where all of dO_r and dlse_r is 0
     for d0 in range(0, DV, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         values = load_rows(val_ptrs, keep, d, DV)
@@ -108,6 +117,7 @@ def _location_bwd_dz_kernel(
         some = hop[None, :] & (d < DV)[:, None]
         do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
         out = tl.load(out_ptr + at, mask=some, other=0.0)
+        cotangent += tl.sum(tl.abs(do), axis=0)
         if BLOCK_R > 1 and seed_ptr is not None:
             delta += tl.sum(do * out, axis=0)
         if BLOCK_R == 1 and seed_ptr is not None:
@@ -132,11 +142,20 @@ def _location_bwd_dz_kernel(
             gap += (k - 1.0) * (gap + delta[None, :])
         p *= k
     if dlse_ptr is not None:
-        gap += load_dlse(dlse_ptr + lse_at, lse_ptr + lse_at, hop)[None, :]
-    ds = a_w * gap
+        dlse = load_dlse(dlse_ptr + lse_at, lse_ptr + lse_at, hop)
+        gap += dlse[None, :]
+        cotangent += tl.abs(dlse)
+    sends = visible & (cotangent != 0)[None, :]
+    p = tl.where(sends, p, 0.0)
+    ds = tl.where(sends, a_w * gap, 0.0)
     if dscores_ptr is not None:
         ds += tl.load(dscores_ptr + at, mask=visible, other=0.0)
-    tl.store(p_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * R + r[None, :], p, mask=(r < R)[None, :])
+    slot = item * BLOCK_T + i
+    tl.store(p_ptr + slot[:, None] * R + r[None, :], p, mask=(r < R)[None, :])
+    if ds_ptr is not None:
+        tl.store(ds_ptr + slot[:, None] * R + r[None, :], ds, mask=(r < R)[None, :])
+    live = tl.max((ds != 0).to(tl.int32), axis=1) != 0
+    tl.store(live_ptr + slot, live.to(tl.int32))
     if dbias_ptr is not None:
         dbias = tl.sum(ds, axis=1).to(dbias_ptr.dtype.element_ty)
         tl.store(dbias_ptr + seq * T + rows, dbias, mask=inside)
@@ -145,11 +164,11 @@ def _location_bwd_dz_kernel(
         width = A
     else:
         width = 2 * A
-    dz_ptrs = dz_ptr + (local * BLOCK_T + i).to(tl.int64)[:, None] * width
+    dz_ptrs = dz_ptr + slot[:, None] * width
     for a0 in range(0, A, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
         z, g = project(
-            h_ptrs, h_ptrs, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
+            h_ptrs, h_ptrs, rows, seq, live, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
             ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, False, BLOCK_D, COMPUTE, PRECISION,
         )  # fmt: skip
         y = activate(z, ACT, FAST)
@@ -182,12 +201,10 @@ def _location_bwd_dz_kernel(
             ctx_at = (seq * T + rows)[:, None] * A + a[None, :]
             tl.store(dctx_ptr + ctx_at, dctx, mask=inside[:, None] & (a < A)[None, :])
         if dv_ptr is not None:
-            if BLOCK_R == 1:
-                dv = tl.sum(u * ds, axis=0)[:, None]
-            else:
-                dv = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), input_precision=PRECISION)
-            dv_at = item * A * R + a[:, None] * R + r[None, :]
-            tl.store(dv_ptr + dv_at, dv, mask=(a < A)[:, None] & (r < R)[None, :])
+            tl.store(dv_ptr + item * A + a, tl.sum(u * ds, axis=0), mask=a < A)
+        if u_ptr is not None:
+            u_ptrs = u_ptr + slot[:, None] * A + a[None, :]
+            tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=(a < A)[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -257,7 +274,7 @@ def _location_bwd_rows_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_dw_kernel(
     h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
+    live_ptr,  # (items of this launch, BLOCK_T) int32
     dz_ptr,  # (items of this launch, BLOCK_T, K)
     dw_ptr,  # (splits, D, K) float32: added to
     cu_ptr,  # (S + 1,) or None
@@ -285,18 +302,78 @@ def _location_bwd_dw_kernel(
     acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     first = split * items_per_split
     for local in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-        t = lo + i
-        rows = (start + t).to(tl.int64)
-        keep = t < hi
-        if mask_ptr is not None:
-            keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
-        h = load_rows(h_ptr + seq * stride_hb + rows * stride_ht, keep, d, D)
+        seq, start, lo, _, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+        rows = (start + lo + i).to(tl.int64)
         slot = (local * BLOCK_T + i).to(tl.int64)
+        live = tl.load(live_ptr + slot) != 0
+        h = load_rows(h_ptr + seq * stride_hb + rows * stride_ht, live, d, D)
         dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         acc = tl.dot(tl.trans(h.to(COMPUTE)), dz.to(COMPUTE), acc, input_precision=PRECISION)
     at = dw_ptr + (split.to(tl.int64) * D + d[:, None]) * K + k[None, :]
     some = (d < D)[:, None] & (k < K)[None, :]
+    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _location_bwd_dv_kernel(
+    u_ptr,  # (rows, A)
+    ds_ptr,  # (rows, R) float32
+    dv_ptr,  # (splits, A, R) float32: added to
+    rows,  # of the workspace
+    rows_per_split,
+    A,
+    R,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """With hops: dv += uᵀ ds over this split's rows."""
+    split = tl.program_id(1)
+    a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_A, BLOCK_R], tl.float32)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+    for row0 in range(first, last, BLOCK_T):
+        row = row0 + tl.arange(0, BLOCK_T)
+        u = load_rows(u_ptr + row.to(tl.int64) * A, row < last, a, A)
+        ds = load_rows(ds_ptr + row.to(tl.int64) * R, row < last, r, R)
+        acc = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), acc, input_precision=PRECISION)
+    at = dv_ptr + (split.to(tl.int64) * A + a[:, None]) * R + r[None, :]
+    some = (a < A)[:, None] & (r < R)[None, :]
+    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _location_bwd_context_kernel(
+    db_ptr,  # (items of this launch, A) float32
+    dctx_ptr,  # (S, A) float32: added to
+    cu_ptr,  # (S + 1,) or None
+    seq_ptr,  # see masks.Items
+    first_ptr,
+    item0,
+    items,  # items of this launch
+    num_seqs,
+    per_seq,
+    T,
+    A,
+    BLOCK_A: tl.constexpr,
+):
+    """Context a sequence: its gradient is the sum of dz over the items of the sequence, in their order."""
+    item = item0 + tl.program_id(0)
+    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    seq, _, _, _, count = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, 1)
+    _, _, first = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    # The first item of a sequence in this launch sums them all; those past the last sequence have nothing to.
+    last = tl.where(item == tl.maximum(first, item0), tl.minimum(first + count, item0 + items), item)
+    last = tl.where(seq < num_seqs, last, item)
+    acc = tl.zeros([BLOCK_A], tl.float32)
+    for i in range(item, last):
+        acc += tl.load(db_ptr + (i - item0).to(tl.int64) * A + a, mask=a < A, other=0.0)
+    at = dctx_ptr + seq * A + a
+    some = (a < A) & (item < last)
     tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
 
 
@@ -331,28 +408,42 @@ def location_bwd(
     dh = torch.empty_like(h, memory_format=torch.contiguous_format) if need_h else None
     dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
     dbias = torch.empty_like(score_bias, memory_format=torch.contiguous_format) if need_bias else None
-    dctx = torch.empty_like(context, memory_format=torch.contiguous_format) if need_ctx else None
+    dctx = None
+    if need_ctx and context_per_row:
+        dctx = torch.empty_like(context, memory_format=torch.contiguous_format)
 
     longest = call.length if cu_seqlens is None else LONG
     blocks = bwd_blocks(call.chip, h.element_size(), longest, D, A, R, DV, v is None)
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
     ctx_a_row = need_ctx and context_per_row
     ctx_a_seq = need_ctx and not context_per_row
-    f32 = {"dtype": torch.float32, "device": h.device}
-    db = torch.empty(items.count, A, **f32) if need_b or ctx_a_seq else None
-    dgb = torch.empty(items.count, A, **f32) if need_gb else None
-    dv = torch.empty(items.count, A, R, **f32) if need_v else None
     need_weights = need_w or need_gw
+    hops = need_v and R > 1
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
 
     # The workspace holds as many items as fit, one at least.
-    chunk = max(1, min(items.count, WORKSPACE_BYTES // (blocks.T * (K * h.element_size() + R * 4))))
+    chunk = max(1, min(items.count, WORKSPACE_BYTES // _item_bytes(blocks.T, K, A, R, h.element_size(), hops)))
     dz = h.new_empty(chunk, blocks.T, K)
     p = torch.empty(chunk, blocks.T, R, **f32)
+    live = torch.empty(chunk, blocks.T, dtype=torch.int32, device=h.device)
+    u = h.new_empty(chunk, blocks.T, A) if hops else None
+    ds = torch.empty(chunk, blocks.T, R, **f32) if hops else None
+    parts = {  # of each item, summed when a launch is done
+        "db": torch.empty(chunk, A, **f32) if need_b or ctx_a_seq else None,
+        "dgb": torch.empty(chunk, A, **f32) if need_gb else None,
+        "dv": torch.empty(chunk, A, **f32) if need_v and not hops else None,
+    }
+    sums = {name: torch.zeros(A, **f32) for name, part in parts.items() if part is not None}
+    dctx_seq = torch.zeros(call.seqs, A, **f32) if ctx_a_seq else None
+
     ww = w if gate_w is None else torch.cat([w, gate_w], dim=1)
     block_k = min(64, max(16, triton.next_power_of_2(K)))
     tiles = triton.cdiv(D, blocks.D), triton.cdiv(K, block_k)
-    splits = max(1, min(triton.cdiv(2 * call.chip.cores, tiles[0] * tiles[1]), triton.cdiv(chunk, 4)))
+    splits = _splits(call.chip, tiles[0] * tiles[1], chunk)
     dw = torch.zeros(splits, D, K, **f32) if need_weights else None
+    block_v = pow2(A, 16, 64)
+    v_splits = _splits(call.chip, triton.cdiv(A, block_v), chunk)
+    dv_hops = torch.zeros(v_splits, A, R, **f32) if hops else None
 
     common = {
         "num_seqs": call.seqs,
@@ -360,22 +451,21 @@ def location_bwd(
         "cu_ptr": call.tensors["cu_ptr"],
         **item_args(items),
     }
-    tile = {
-        "COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"],
-        "BLOCK_T": blocks.T, "BLOCK_D": blocks.D,
-        "num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A),
-    }  # fmt: skip
+    dot = {"COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"]}
+    run = {"num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A)}
+    tile = {**dot, **run, "BLOCK_T": blocks.T, "BLOCK_D": blocks.D}
     dout = dout.contiguous()
+    dlse = dlse if dlse is None else dlse.contiguous()
+    dscores = dscores if dscores is None else dscores.contiguous()
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
         with torch.cuda.device_of(h):
             fitted(_location_bwd_dz_kernel, call.tensors)[(count,)](
                 **{**call.tensors, **common, **call.sizes, **call.flags, **tile},
-                out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout,
-                dlse_ptr=dlse if dlse is None else dlse.contiguous(),
-                dscores_ptr=dscores if dscores is None else dscores.contiguous(),
-                dz_ptr=dz, p_ptr=p, dbias_ptr=dbias, dctx_ptr=dctx if ctx_a_row else None,
-                db_ptr=db, dgb_ptr=dgb, dv_ptr=dv, item0=item0, BLOCK_A=blocks.A,
+                out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout, dlse_ptr=dlse, dscores_ptr=dscores,
+                dz_ptr=dz, p_ptr=p, live_ptr=live, u_ptr=u, ds_ptr=ds,
+                dbias_ptr=dbias, dctx_ptr=dctx if ctx_a_row else None,
+                **{f"{name}_ptr": part for name, part in parts.items()}, item0=item0, BLOCK_A=blocks.A,
             )  # fmt: skip
             if need_h:
                 shared = values is None
@@ -394,30 +484,44 @@ def location_bwd(
             if need_weights:
                 fitted(_location_bwd_dw_kernel, call.tensors)[(*tiles, splits)](
                     **common, **tile,
-                    **{k: call.tensors[k] for k in (
-                        "h_ptr", "stride_hb", "stride_ht", "mask_ptr", "stride_mb", "stride_mt")},
-                    dz_ptr=dz, dw_ptr=dw, item0=item0, items=count,
+                    **{k: call.tensors[k] for k in ("h_ptr", "stride_hb", "stride_ht")},
+                    live_ptr=live, dz_ptr=dz, dw_ptr=dw, item0=item0, items=count,
                     items_per_split=triton.cdiv(count, splits), D=D, K=K, BLOCK_K=block_k,
                 )  # fmt: skip
+            if hops:
+                _location_bwd_dv_kernel[(triton.cdiv(A, block_v), v_splits)](
+                    u_ptr=u, ds_ptr=ds, dv_ptr=dv_hops, rows=count * blocks.T,
+                    rows_per_split=triton.cdiv(count, v_splits) * blocks.T, A=A, R=R, **dot,
+                    BLOCK_T=blocks.T, BLOCK_A=block_v, BLOCK_R=call.flags["BLOCK_R"], **run,
+                )  # fmt: skip
+            if ctx_a_seq:
+                _location_bwd_context_kernel[(count, triton.cdiv(A, 128))](
+                    **common, db_ptr=parts["db"], dctx_ptr=dctx_seq, item0=item0, items=count, A=A, BLOCK_A=128,
+                    num_warps=4,
+                )  # fmt: skip
+        for name, total in sums.items():
+            total += cast("Tensor", parts[name])[:count].sum(0)
 
-    if ctx_a_seq:
-        dctx = _sum_items(db, items, call.seqs).to(context.dtype)
     dww = None if dw is None else dw.sum(0)
+    dv = None if not need_v else sums["dv"][:, None] if dv_hops is None else dv_hops.sum(0)
     return [
         dh,
         dww[:, :A].clone().to(w.dtype) if need_w else None,
-        db.sum(0).to(b.dtype) if need_b else None,
-        dv.sum(0).to(v.dtype) if need_v else None,
+        sums["db"].to(b.dtype) if need_b else None,
+        dv.to(v.dtype) if need_v else None,
         dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
-        dgb.sum(0).to(gate_b.dtype) if need_gb else None,
-        dctx,
+        sums["dgb"].to(gate_b.dtype) if need_gb else None,
+        dctx if dctx_seq is None else dctx_seq.to(context.dtype),
         dvalues,
         dbias,
     ]
 
 
-def _sum_items(parts: Tensor, items: Items, seqs: int) -> Tensor:
-    """Sum of ``parts (items, A)`` over the items of each sequence, in a fixed order."""
-    if items.first is not None:
-        return torch.segment_reduce(parts, "sum", offsets=items.first.long(), unsafe=True)
-    return parts.view(seqs, items.per_seq, parts.shape[1]).sum(1)
+def _item_bytes(rows: int, K: int, A: int, R: int, itemsize: int, hops: bool) -> int:
+    """What an item takes of the workspace: dz, p and live of its rows, u and ds with hops, and its parts."""
+    return rows * (K * itemsize + R * 4 + 4 + (A * itemsize + R * 4 if hops else 0)) + 3 * A * 4
+
+
+def _splits(chip: Chip, tiles: int, items: int) -> int:
+    """Parts of a sum over items: programs for two a core, none for fewer than four items."""
+    return max(1, min(triton.cdiv(2 * chip.cores, tiles), triton.cdiv(items, 4)))

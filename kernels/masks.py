@@ -24,9 +24,7 @@ class Items(NamedTuple):
     first: Tensor | None  # (S + 1,) int32: first item of each sequence; None as above
 
 
-def partition(
-    batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, always: bool = False
-) -> Items:
+def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, always: bool = False) -> Items:
     """Items of at most `rows` rows. Padded: `batch` sequences of `length`; ragged: `batch` over `length` rows.
 
     Few packed rows are an item a sequence, with no map to make, unless there is `always` to be one: a kernel with a

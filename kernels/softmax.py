@@ -74,7 +74,8 @@ def load_lse(ptrs, mask):
 @triton.jit
 def load_dlse(d_ptrs, ptrs, mask):
     """Gradient of log l, from that of l. m is a constant: no result depends on it."""
-    return tl.load(d_ptrs + 1, mask=mask, other=0.0) * tl.load(ptrs + 1, mask=mask, other=0.0)
+    dl = tl.load(d_ptrs + 1, mask=mask, other=0.0)
+    return tl.where(dl == 0, 0.0, dl * tl.load(ptrs + 1, mask=mask, other=0.0))  # 0 stays 0 where l is NaN
 
 
 def new_lse(*shape: int, device: torch.device) -> Tensor:
