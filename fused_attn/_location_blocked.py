@@ -11,6 +11,9 @@ the few keys that not all of its chunk see, pair by pair. Windows that are bound
 
 The maxima are constants to autograd: no result depends on them. All of this is plain PyTorch, differentiable to any
 order.
+
+0 · NaN is NaN, so a row that holds one takes no part in the sums: it is hidden, and whoever sees it gets NaN after
+them.
 """
 
 from __future__ import annotations
@@ -155,14 +158,27 @@ def blocked_fwd(
     left: int | None, right: int | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse), as `fused_attn.reference.windowed_attention` has them, out in at least float32."""
+    out, lse, spoilt = _sums(scores, values, cu_seqlens, seed, left, right, dropout_p)
+    return out.masked_fill(spoilt[..., None], torch.nan), lse.masked_fill(spoilt[..., None], torch.nan)
+
+
+def _sums(
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    left: int | None, right: int | None, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, lse) over the rows that are finite, and which of them see one that is not."""
     R, width = scores.shape[-1], values.shape[-1]
     dtype = torch.promote_types(values.dtype, torch.float32)
     hidden = (scores == -torch.inf).all(-1, keepdim=True)  # those rows of the values may hold anything
     x = scores.to(dtype).reshape(-1, R)
-    values = values.to(dtype).masked_fill(hidden, 0).reshape(len(x), 1, width)
     if x.numel() == 0:
-        none = normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
-        return values.new_zeros(*scores.shape, width), none
+        nothing = normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
+        return x.new_zeros(*scores.shape, width), nothing, torch.zeros_like(scores, dtype=torch.bool)
+    values = values.to(dtype)
+    holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
+    values = values.masked_fill(hidden | holed, 0).reshape(len(x), 1, width)
+    bad = holed.reshape(-1, 1) | ~(x < torch.inf)
+    x = x.masked_fill(bad, -torch.inf)
     if cu_seqlens is None:
         longest = scores.shape[1]
         cu = torch.arange(len(scores) + 1, device=x.device) * longest
@@ -178,21 +194,39 @@ def blocked_fwd(
         state = _prefix(_Rows(x.flip(0), None, values.flip(0)), len(x) - cu.flip(0), longest, left)
         state = _State(*(part.flip(0) for part in state))
     out = state.o / state.l.masked_fill(state.l == 0, 1)[..., None]
-    return out.reshape(*scores.shape, width), normaliser(state.m, state.l).reshape(*scores.shape, 2)
+    spoilt = _sees_any(bad, cu, left, right).reshape(scores.shape)
+    return out.reshape(*scores.shape, width), normaliser(state.m, state.l).reshape(*scores.shape, 2), spoilt
+
+
+def _sees_any(rows: Tensor, cu: Tensor, left: int | None, right: int | None) -> Tensor:
+    """Whether each position sees any of ``rows (N, R)``: how many there are up to its window's end, less its start."""
+    until = torch.cat([rows.new_zeros(1, rows.shape[1], dtype=torch.int64), rows.long().cumsum(0)])
+    row = torch.arange(len(rows), device=cu.device)
+    seq = torch.searchsorted(cu[1:].contiguous(), row, right=True)
+    start, end = cu[seq], cu[seq + 1]
+    lo = start if left is None else torch.minimum(torch.maximum(row - left, start), end)
+    hi = end if right is None else torch.minimum(torch.maximum(row + right + 1, start), end)
+    return until[hi] > until[lo]
 
 
 def blocked_bwd(
     dout: Tensor, dlse: Tensor | None,
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, lse: Tensor,
     left: int | None, right: int | None, dropout_p: float, needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of (scores, values), None where `needs` is False.
 
-    In float64: where one key has all the weight, its gradient is the difference of two equal sums.
+    In float64: where one key has all the weight, its gradient is the difference of two equal sums. A position that is
+    NaN sends NaN, but nothing if its cotangents are all 0.
     """
 
-    def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return blocked_fwd(scores.double(), values.double(), cu_seqlens, seed, left, right, dropout_p)
+    def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        return _sums(scores.double(), values.double(), cu_seqlens, seed, left, right, dropout_p)[:2]
 
-    grads = vjp(forward, (scores, values), (dout.double(), dlse))
+    spoilt = lse[..., 1].isnan()
+    sends = (dout != 0).any(-1)
+    if dlse is not None:
+        sends |= (dlse != 0).any(-1)
+    dout = dout.double().masked_fill((spoilt & sends)[..., None], torch.nan)
+    grads = vjp(forward, (scores, values), (dout, dlse))
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

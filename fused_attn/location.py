@@ -331,7 +331,7 @@ def location_attention(
     kernel = use_triton(impl, h.device, unsupported)
     run = functools.partial(apply, _LocationAttention) if kernel else _reference
     if window is not None:
-        scores = run(*args[:7], None, *args[8:11], None, *args[12:14], 0.0, context_per_row)[2]
+        scores = _row_scores(run, args, kernel)
         tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
         return _windowed(scores, *tail, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
     out, lse, scores = run(*args)
@@ -349,6 +349,24 @@ def location_attention(
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
     return out, weights
+
+
+def _row_scores(run: Any, args: tuple[Any, ...], kernel: bool) -> Tensor:
+    """The scores of all rows, for a window: not pooled, and without dropout."""
+    h, *score, context, _, score_bias, mask, cu_seqlens, _, activation, gate_activation, _, per_row = args
+    bad = None
+    if not kernel:
+        # 0 * NaN is NaN: the row of one that only the window hides would reach the gradients of the parameters. The
+        # kernels leave out the rows that have no gradient.
+        bad = ~h.isfinite().all(-1, keepdim=True)
+        if per_row:
+            bad = bad | ~context.isfinite().all(-1, keepdim=True)
+            context = context.masked_fill(bad, 0)
+        bad = bad if mask is None else bad & mask[..., None]
+        h = h.masked_fill(bad, 0)
+    options = (activation, gate_activation, 0.0, per_row)
+    scores = run(h, *score, context, None, score_bias, mask, cu_seqlens, None, *options)[2]
+    return cast("Tensor", scores if bad is None else scores.masked_fill(bad, torch.nan))
 
 
 def _windowed(
@@ -372,8 +390,13 @@ def _windowed(
 
     j = torch.arange(scores.shape[1], device=scores.device)
     shown = reference.in_window(j[:, None], j, left, right, torch.ones_like(j, dtype=torch.bool))
-    pairs = scores.mT[:, :, None].masked_fill(~shown, -torch.inf)  # (B, R, T, T), of positions and keys
-    weights = weights_from(pairs, lse.transpose(1, 2)[..., None, :]).to(dtype)
+    # A position that sees NaN is NaN, but sends none if nothing comes back to it.
+    lse = lse.transpose(1, 2)[..., None, :]
+    spoilt = lse[..., 1].isnan()
+    pairs = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).mT[:, :, None]
+    pairs = pairs.masked_fill(spoilt | ~shown, -torch.inf)  # (B, R, T, T), of positions and keys
+    weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1))
+    weights = reference.spoil(weights, spoilt & shown).to(dtype)
     return out, weights if hop_axis else weights.squeeze(1)
 
 

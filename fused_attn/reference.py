@@ -190,15 +190,29 @@ def windowed_attention(
     """
     if cu_seqlens is not None:
         scores, values = scores[None], values[None]
-    values = values.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
     (B, T, R), width, dtype = scores.shape, values.shape[-1], values.dtype
     values = values.to(torch.promote_types(dtype, torch.float32))
+    # 0 * NaN is NaN: a row that holds one takes no part in the sums, and whoever sees it gets NaN after them.
+    hidden = (scores == -torch.inf).all(-1, keepdim=True)
+    holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
+    bad = holed | ~(scores < torch.inf)
+    values = values.masked_fill(hidden | holed, 0)
     out, lse, _ = _attend(
-        scores.mT[:, :, None].expand(B, R, T, T), values[:, None].expand(B, R, T, width), None, None,
-        cu_seqlens, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p,
+        scores.masked_fill(bad, -torch.inf).mT[:, :, None].expand(B, R, T, T),
+        values[:, None].expand(B, R, T, width), None, None, cu_seqlens, cu_seqlens, seed,
+        left=left, right=right, dropout_p=dropout_p,
     )  # fmt: skip
-    out, lse = out.transpose(1, 2).to(dtype), lse.transpose(1, 2)
+    seq, i = positions(B, T, cu_seqlens, scores.device)
+    shown = in_window(i[:, :, None], i[:, None], left, right, seq[:, :, None] == seq[:, None])
+    spoilt = (shown[..., None] & bad[:, None]).any(2)[..., None]  # (B, T, R, 1)
+    out, lse = spoil(out.transpose(1, 2), spoilt).to(dtype), spoil(lse.transpose(1, 2), spoilt)
     return (out, lse) if cu_seqlens is None else (out[0], lse[0])
+
+
+def spoil(x: Tensor, where: Tensor) -> Tensor:
+    """NaN `where` told, else x. The gradient too is not finite there, but 0 where what comes back is 0."""
+    big = torch.finfo(x.dtype).max
+    return torch.where(where, x * big * big + torch.nan, x)
 
 
 def positions(batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,12 @@ def _location_window_fwd_kernel(
         if seed_ptr is not None:
             p *= dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
         values = load_rows(val_ptr + seq * stride_vb + rows * stride_vt, keep, d, DV)
+        if HAS_LEFT or HAS_RIGHT:
+            # 0 * NaN is NaN: a value that is not finite is left out of the product, for those who see it to be NaN.
+            finite = tl.abs(values.to(tl.float32)) < float("inf")
+            values = tl.where(finite, values, 0.0)
+            spoils = tl.max((finite == 0).to(tl.int32), axis=1) != 0
+            p = tl.where(shown & spoils[None, :], float("nan"), p)
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     at = (seq * T + start + i) * R + r

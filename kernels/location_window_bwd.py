@@ -14,6 +14,8 @@ that see all of a tile of keys the scanned state (m, l, o) with c = δ and value
 and no exponent is above 0, since s_jr <= m_ir where i sees j. Where key j has all the weight the two terms of ds
 are equal. So in float32 they are one sum, of dO (k value - o), pair by pair, and float64 in the states; then a
 gradient that is 0 comes out as one.
+
+A position whose cotangents are all 0 takes no part, as if it saw nothing: it may be NaN, for having seen one.
 """
 
 import torch
@@ -25,7 +27,7 @@ from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, locate, sequence_of, visible_pairs
-from .softmax import exp, load_dlse, load_lse
+from .softmax import exp, load_dlse, load_lse, store_lse
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -35,6 +37,7 @@ def _location_window_delta_kernel(
     lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
     dlse_ptr,  # the same, or None
     delta_ptr,  # (B, T, R) or (N, R) float64
+    seen_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l), (-inf, 0) where a position takes no part
     count,  # its numbers
     DV,
     BLOCK: tl.constexpr,
@@ -42,13 +45,21 @@ def _location_window_delta_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     delta = tl.zeros([BLOCK], tl.float64)
+    cotangent = tl.zeros([BLOCK], tl.float64)
     for d0 in range(0, DV, BLOCK_DV):
         d = d0 + tl.arange(0, BLOCK_DV)
         do = load_rows(do_ptr + row * DV, row < count, d, DV).to(tl.float64)
+        cotangent += tl.sum(tl.abs(do), axis=1)
         delta += tl.sum(do * load_rows(out_ptr + row * DV, row < count, d, DV).to(tl.float64), axis=1)
     if dlse_ptr is not None:
-        delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, row < count).to(tl.float64)
-    tl.store(delta_ptr + row, delta, mask=row < count)
+        dlse = load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, row < count).to(tl.float64)
+        cotangent += tl.abs(dlse)
+        delta -= dlse
+    part = cotangent != 0
+    tl.store(delta_ptr + row, tl.where(part, delta, 0.0), mask=row < count)
+    m = tl.load(lse_ptr + row * 2, mask=(row < count) & part, other=float("-inf"))
+    l = tl.load(lse_ptr + row * 2 + 1, mask=(row < count) & part, other=0.0)
+    store_lse(seen_ptr + row * 2, m, l, row < count)
 
 
 @triton.jit
@@ -62,7 +73,7 @@ def _state_scores(
         d = d0 + tl.arange(0, BLOCK_DV)
         o = tl.load(o_ptr + d, mask=some & (d < DV), other=0.0)
         gap += tl.sum(load_rows(val_ptrs, keep, d, DV).to(o.dtype) * o[None, :], axis=1)
-    return exp(s + m, FMA) * gap.to(tl.float32)
+    return tl.where(m == float("-inf"), 0.0, exp(s + m, FMA) * gap.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -73,7 +84,7 @@ def _location_window_bwd_scores_kernel(
     seed_ptr,  # (1,) int64 or None
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     out_ptr,  # the same, float32
-    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
     dlse_ptr,  # the same, or None
     delta_ptr,  # (B, T, R) or (N, R) float64
     ds_ptr,  # (B, T, R) or (N, R) float32
@@ -123,6 +134,7 @@ def _location_window_bwd_scores_kernel(
             i[:, None], j[None, :], inside[:, None] & keep[None, :], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
         )  # fmt: skip
         top, inv = load_lse(lse_ptr + at * 2, inside)
+        shown = shown & (inv != 0)[:, None]
         a = tl.where(shown, exp(s[None, :] - top[:, None], FMA) * inv[:, None], 0.0)
         if seed_ptr is not None:
             k = dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
@@ -146,7 +158,7 @@ def _location_window_bwd_scores_kernel(
             if seed_ptr is not None:
                 gap *= k
             gap -= tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, None]
-        ds += tl.sum(a * gap, axis=0)
+        ds += tl.sum(tl.where(shown, a * gap, 0.0), axis=0)
     tl.store(ds_ptr + (seq * T + k_rows) * R + r, ds, mask=j < hi)
 
 
@@ -156,7 +168,7 @@ def _location_window_bwd_values_kernel(
     m_ptr, o_ptr,  # scanned states, or None without SCAN
     seed_ptr,  # (1,) int64 or None
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
-    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
+    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
     dvalue_ptr,  # (B, T, DV) or (N, DV), contiguous
     cu_ptr, seq_ptr, first_ptr,  # see masks.Items
     num_seqs,
@@ -194,7 +206,7 @@ def _location_window_bwd_values_kernel(
             slot = (item0 + state) * R + r
             m = tl.load(m_ptr + slot, mask=lo < hi, other=float("-inf"))
             o = tl.load(o_ptr + slot * DV + d, mask=(lo < hi) & (d < DV), other=0.0)
-            acc += exp(s + m, FMA)[:, None] * o.to(tl.float32)[None, :]
+            acc += tl.where(m == float("-inf"), 0.0, exp(s + m, FMA))[:, None] * o.to(tl.float32)[None, :]
         for tile in range(tile0, tile1):
             i = tile * BLOCK + tl.arange(0, BLOCK)
             inside = i < length
@@ -203,6 +215,7 @@ def _location_window_bwd_values_kernel(
                 i[None, :], j[:, None], inside[None, :] & keep[:, None], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
             )  # fmt: skip
             top, inv = load_lse(lse_ptr + at * 2, inside)
+            shown = shown & (inv != 0)[None, :]
             a = tl.where(shown, exp(s[:, None] - top[None, :], FMA) * inv[None, :], 0.0)  # [keys, positions]
             if seed_ptr is not None:
                 a *= dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
@@ -229,10 +242,11 @@ def window_bwd(
     call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+    seen = torch.empty_like(lse)
     DV, hops = values.shape[-1], call.hops
     args = {
         "do_ptr": dout, "out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse if dlse is None else dlse.contiguous(),
-        "delta_ptr": delta, "count": delta.numel(), "R": hops, "ds_ptr": ds, "dvalue_ptr": dvalue,
+        "delta_ptr": delta, "seen_ptr": seen, "count": delta.numel(), "R": hops, "ds_ptr": ds, "dvalue_ptr": dvalue,
     }  # fmt: skip
     call.args.update(args)
     ragged = cu_seqlens is not None
@@ -240,11 +254,12 @@ def window_bwd(
         call.launch(
             _location_window_delta_kernel, triton.cdiv(delta.numel(), call.blocks.rows), BLOCK_DV=pow2(DV, 16, 32)
         )
+        call.args["lse_ptr"] = seen
         states = {}
         if call.scan:
             rows = {"stride_vb": 0 if ragged else dout.stride(0), "stride_vt": hops * DV, "stride_vr": DV}
             states = call.states(
-                DV, x_ptr=lse, c_ptr=delta, val_ptr=dout, **rows, LSE=True, REVERSE=right is not None
+                DV, x_ptr=seen, c_ptr=delta, val_ptr=dout, **rows, LSE=True, REVERSE=right is not None
             )
         if need_scores:
             call.launch(_location_window_bwd_scores_kernel, call.items.count, hops, **states)

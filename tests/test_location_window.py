@@ -579,7 +579,7 @@ def test_blocked_path_is_linear_in_the_rows(ragged, window, device):
         inputs = (scores, values, cu, None) if ragged else (scores[None], values[None], None, None)
         with Recorder() as seen:
             out, lse = _location_blocked.blocked_fwd(*inputs, *window, 0.0)
-            _location_blocked.blocked_bwd(out, lse, *inputs, *window, 0.0, [True, True])
+            _location_blocked.blocked_bwd(out, lse, *inputs, lse, *window, 0.0, [True, True])
         counts.append((seen.largest, seen.work))
     for (before, work), (after, more) in itertools.pairwise(counts):
         assert after <= 2.1 * before

@@ -24,7 +24,7 @@ from .._ops import Impl, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
-from .location import LocationAttention
+from .location import LocationAttention, project
 
 _CONTEXT = "{1} {0} | {2} {0} | {1} 1 {0} | 1 {2} {0}"
 _INPUTS = {
@@ -214,5 +214,5 @@ def _score_of(level: LocationAttention, context: Tensor | None) -> Score:
     return Score(
         level.proj.weight.t(), level.proj.bias, level.score.weight[0],
         None if level.gate is None else (level.gate.weight.t(), level.gate.bias),
-        None if level.context is None else level.context(context), level.activation, level.gate_activation,
+        None if level.context is None or context is None else project(level.context, context), level.activation, level.gate_activation,
     )  # fmt: skip

@@ -33,6 +33,14 @@ _INPUTS = {
 }  # fmt: skip
 
 
+def project(linear: nn.Linear, rows: Tensor) -> Tensor:
+    """``linear(rows)``; rows that are not finite give NaN, but none to the gradient of the weight if nothing reads them."""
+    if rows.is_nested:  # of visible rows only
+        return linear(rows)
+    bad = ~rows.isfinite().all(-1, keepdim=True)
+    return linear(rows.masked_fill(bad, 0)).masked_fill(bad, torch.nan)
+
+
 class LocationAttention(nn.Module):
     r"""Attention pooling with learned parameters, see `location_attention`.
 
@@ -127,7 +135,7 @@ class LocationAttention(nn.Module):
             h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context)
         )  # fmt: skip
         if context is not None and self.context is not None:
-            context = self.context(context)
+            context = project(self.context, context)
         w: Tensor = self.proj.weight.t()
         b: Tensor | None = self.proj.bias
         v: Tensor | None = None
