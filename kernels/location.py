@@ -38,6 +38,7 @@ from .masks import Items, dropout_scale, locate, partition
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 MAX_HOPS = 128
+WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that what is written there is read back from there
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -428,8 +429,9 @@ def location_fwd(
     rows = _rows_per_item(call, cu_seqlens is not None, blocks.T)
     items = partition(seqs, call.length, rows, cu_seqlens)
     direct = one_dv and items.first is None and items.per_seq == 1
-    # One kernel for both: an item of its own only leaves (m, l) that nobody reads.
-    o = out if direct else h.new_empty(items.count, R, DV, dtype=torch.float32)
+    # One kernel for all: an item of its own only leaves (m, l) that nobody reads, and its running sum, where there is
+    # one, lives where the result goes.
+    o = out if items.first is None and items.per_seq == 1 else h.new_empty(items.count, R, DV, dtype=torch.float32)
     m, l = (h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
     bias_strides = row_strides(score_bias, cu_seqlens is not None)
     with torch.cuda.device_of(h):
@@ -450,8 +452,11 @@ def location_fwd(
 
 
 def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
-    """Enough items for four a core, but none so short that its partial sum costs more than its rows."""
-    want = 4 * call.chip.cores
+    """Enough items for four a core whose sums fit the workspace, but none so short that its sum costs more than its rows.
+
+    Beside the workspace there is, at most, a sum for each sequence.
+    """
+    want = max(1, min(4 * call.chip.cores, WORKSPACE_BYTES // max(1, 4 * call.R * call.DV)))
     parts = triton.cdiv(want, 1 if ragged else call.seqs)
     rows = max(triton.cdiv(call.length, parts), 4 * block_t)
     return triton.cdiv(rows, block_t) * block_t

@@ -25,11 +25,9 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows, unpressed
-from .location import Blocks, hop_block, item_args, load_rows, matmul, prepare, project
+from .location import WORKSPACE_BYTES, Blocks, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition, sequence_of
 from .softmax import load_dlse, load_lse
-
-WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that dz is read back from there
 
 
 @triton.jit(do_not_specialize=LENGTHS)
