@@ -66,7 +66,9 @@ def _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A):
 def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """The sum acc + x y; where y has one column, in float32 without the matrix units."""
     if y.shape[1] == 1:
-        return acc + tl.sum(x.to(tl.float32) * tl.trans(y.to(tl.float32)), axis=1)[:, None]
+        # + 0: a product that is fused into a sum across threads leaves them with different last bits, and then the
+        # largest score is not that of the key that has it, nor the weight of a key alone 1.
+        return acc + tl.sum(x.to(tl.float32) * tl.trans(y.to(tl.float32)) + 0.0, axis=1)[:, None]
     return tl.dot(x.to(COMPUTE), y.to(COMPUTE), acc, input_precision=PRECISION)
 
 
@@ -346,6 +348,13 @@ def row_strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
     return (0, stride_of(x, 0)) if ragged else (stride_of(x, 0), stride_of(x, 1))
 
 
+def _near(x: Tensor | None) -> Tensor | None:
+    """A weight whose numbers are at most 2**31 apart: the kernels find them with int32, since their tile stays small."""
+    if x is None or sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) < 2**31:
+        return x
+    return x.contiguous()
+
+
 def prepare(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
@@ -354,6 +363,7 @@ def prepare(
     chip = chip_of(h.device)
     ragged = cu_seqlens is not None
     h, context, values = unit(h), unit(context), unit(values)
+    w, gate_w = _near(w), _near(gate_w)
     mask = None if mask is None else mask.view(torch.uint8)
     h_strides, val_strides, mask_strides = (row_strides(x, ragged) for x in (h, values, mask))
     if context is None or context_per_row:

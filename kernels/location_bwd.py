@@ -434,7 +434,7 @@ def location_bwd(
     sums = {name: torch.zeros(A, **f32) for name, part in parts.items() if part is not None}
     dctx_seq = torch.zeros(call.seqs, A, **f32) if ctx_a_seq else None
 
-    ww = w if gate_w is None else torch.cat([w, gate_w], dim=1)
+    ww = call.tensors["w_ptr"] if gate_w is None else torch.cat([w, gate_w], dim=1)
     block_k = min(64, max(16, triton.next_power_of_2(K)))
     tiles = triton.cdiv(D, blocks.D), triton.cdiv(K, block_k)
     splits = _splits(call.chip, tiles[0] * tiles[1], chunk)
@@ -452,6 +452,9 @@ def location_bwd(
     dot = {"COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"]}
     run = {"num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A)}
     tile = {**dot, **run, "BLOCK_T": blocks.T, "BLOCK_D": blocks.D}
+    # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
+    # the two is fused into the difference.
+    exact = {"enable_fp_fusion": h.element_size() == 2}
     dout = dout.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
     dscores = dscores if dscores is None else dscores.contiguous()
@@ -459,7 +462,7 @@ def location_bwd(
         count = min(chunk, items.count - item0)
         with torch.cuda.device_of(h):
             fitted(_location_bwd_dz_kernel, call.tensors)[(count,)](
-                **{**call.tensors, **common, **call.sizes, **call.flags, **tile},
+                **{**call.tensors, **common, **call.sizes, **call.flags, **tile, **exact},
                 out_ptr=out, lse_ptr=lse, scores_ptr=scores, do_ptr=dout, dlse_ptr=dlse, dscores_ptr=dscores,
                 dz_ptr=dz, p_ptr=p, live_ptr=live, u_ptr=u, ds_ptr=ds,
                 dbias_ptr=dbias, dctx_ptr=dctx if ctx_a_row else None,
