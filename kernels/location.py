@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .activations import activate
 from .chip import (
-    A100,
     LENGTHS,
     LONG,
     Chip,
