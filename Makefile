@@ -1,10 +1,13 @@
-# Set-up is `make demo` and `make test`; both make .venv first. `make test-gpu` uses the python3 that has the GPU's torch.
+# Set-up is `make demo` and `make test`; both make .venv first. `make test-gpu` and `make gpu` use the python3 that has the GPU's torch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
 
-.PHONY: demo test test-gpu bench lint clean
+# Of `make gpu`.
+MINUTES ?= 9
+
+.PHONY: demo test test-fast test-long test-gpu gpu bench lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,9 +20,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS)
 
+test-fast: $(VENV)/.installed # a fair eighth of the tests of every file, for every edit
+	$(BIN)/python -m pytest -n $(JOBS) --sample 1/8
+
+test-long: $(VENV)/.installed # what is too long for every day
+	$(BIN)/python -m pytest -n $(JOBS) --long -m long
+
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest --gpu
+
+gpu: # tests, speed, counters and sanitizer of a GPU in so many minutes
+	$(PYTHON) -m bench.gpu --minutes $(MINUTES)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run

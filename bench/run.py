@@ -15,7 +15,9 @@ GPU includes those that are there, on the cases that they can compute.
 - The tanh wall, on NVIDIA GPUs: the time of one hardware tanh for each pair that is visible and each feature, at the
   rate that a kernel of nothing else has in the same run. `× wall` is the wall over the time of the forward.
 
-The results are written after every case. The exit status is 1 if `fused` failed or was wrong anywhere.
+The results are written with every row, and the families take turns, so that a run cut short (also by SIGINT or
+SIGTERM: it prints its table, and the exit status is 130) has something of each. The exit status is 1 if `fused` failed or
+was wrong anywhere.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ import argparse
 import ctypes
 import datetime
 import json
+import itertools
 import math
+import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -36,15 +41,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
+
+if TYPE_CHECKING:
+    from rich.table import Table  # imported where it is printed: a machine without it has its results stored
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("fused", "reference", "compile")
@@ -63,6 +68,15 @@ def select(device: str, family: str | None = None, case: str = "") -> Iterator[t
         for one in op.cases:
             if one.device == device and family in (None, op.family) and case in label(op, one):
                 yield op, one
+
+
+def in_turns(chosen: Sequence[tuple[Op, Case]]) -> list[tuple[Op, Case]]:
+    """The first case of each family, the second of each, and so on."""
+    families: dict[str, list[tuple[Op, Case]]] = {}
+    for op, case in chosen:
+        families.setdefault(op.family, []).append((op, case))
+    rounds = itertools.zip_longest(*families.values())
+    return [one for taken in rounds for one in taken if one is not None]
 
 
 def label(op: Op, case: Case) -> str:
@@ -382,6 +396,21 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None) -
     }  # fmt: skip
 
 
+def idle_cores() -> int:
+    """Cores that this process may use, less those that other programs kept busy in the last minute; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, round(cores - load))
+
+
+def store(report: Row, output: Path) -> None:
+    """Write the report; who reads it meanwhile finds a whole one."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    fresh = output.with_name(output.name + ".part")
+    fresh.write_text(json.dumps(report, indent=1) + "\n")
+    fresh.replace(output)
+
+
 def default_output(env: Row) -> Path:
     """``bench/results/<device>-<date>.json``; the time of day keeps two runs apart."""
     name = re.sub(r"\W+", "-", env["device"]["name"]).strip("-").lower()
@@ -407,6 +436,9 @@ def _short(x: float) -> str:
 
 def table(report: Row) -> Table:
     """The rows of a stored report, for people: at most 120 columns wide."""
+    from rich import box
+    from rich.table import Table
+
     rows = report["rows"]
     key = ("family", "case", "dtype", "mode")
     bases = {
@@ -488,7 +520,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", default="", help="only cases whose family/name/dtype contains this")
     parser.add_argument("--provider", action="append", choices=(*PROVIDERS, *PEERS),
                         help="may be repeated; default: all; peers on a GPU only, where installed")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of a CPU; default: PyTorch's choice")
+    parser.add_argument(
+        "--threads", type=int, help="of a CPU; default: OMP_NUM_THREADS, or as many as cores are idle"
+    )
     parser.add_argument("--output", type=Path, help="default: bench/results/<device>-<date>.json")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a smoke test")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs: no gaps between launches")
@@ -511,8 +545,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"    {mode}: {cost.flops / 1e9:.4g} GFLOP, {cost.bytes / 1e6:.4g} MB")
         return 0
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads: expected at least 1; got {args.threads}")
+    if args.threads is not None or (device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(args.threads or idle_cores())
     start = time.perf_counter()
 
     def say(text: str) -> None:
@@ -526,25 +562,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed = time.time_ns() % 2**31  # fresh inputs every run; stored with each row, so that a failure can be repeated
     timer = "CUDA graph replays between device events" if args.graph else "device events, L2 flushed"
     report |= {"quick": args.quick, "timer": timer if device.type == "cuda" else "the wall clock"}
-    report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
-    say(f"{report['device']['name']}: ceilings {json.dumps(report['ceilings'])}")
-    report["rows"] = []
+    report |= {"interrupted": False, "rows": []}
     output = args.output or default_output(report)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for op, case in chosen:
-        for row in measure(
-            op, case, providers_of(op, case, device, args.provider), device, seed, report["ceilings"],
-            quick=args.quick, graph=args.graph,
-        ):  # fmt: skip
-            report["rows"].append(row)
-            say(progress(row))
-        output.write_text(json.dumps(report, indent=1) + "\n")
+    rows = report["rows"]
+    interrupt = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
+        say(f"{report['device']['name']}: ceilings {json.dumps(report['ceilings'])}")
+        for op, case in in_turns(chosen):
+            for row in measure(
+                op, case, providers_of(op, case, device, args.provider), device, seed, report["ceilings"],
+                quick=args.quick, graph=args.graph,
+            ):  # fmt: skip
+                rows.append(row)
+                say(progress(row))
+                store(report, output)
+    except KeyboardInterrupt:
+        report["interrupted"] = True
+        say(f"interrupted, after {len(rows)} rows")
+        if not rows:
+            return 130
+        store(report, output)
+    finally:
+        signal.signal(signal.SIGTERM, interrupt)
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(report))
-    console.print(summary(report), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Written to {output}", highlight=False, soft_wrap=True)
-    return int(any(row["provider"] == "fused" and "failure" in row for row in report["rows"]))
+    try:
+        from rich.console import Console
+    except ImportError:
+        print("No table: rich is not installed")
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(report))
+    print(summary(report))
+    print(f"Written to {output}", flush=True)
+    return 130 if report["interrupted"] else int(any(r["provider"] == "fused" and "failure" in r for r in rows))
 
 
 if __name__ == "__main__":

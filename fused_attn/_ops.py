@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch._library.autograd import make_autograd_impl
 from torch.utils import _pytree as pytree
 
 Impl = Literal["auto", "triton", "reference"]
@@ -129,6 +131,17 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_attn::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fused_attn, name).default
+
+    # As custom_op has it: a result that should have had a gradient raises in the backward. But where none is asked for
+    # the body is not kept from using autograd itself, as `vjp` does.
+    refuse = make_autograd_impl(op, SimpleNamespace(_backward_fn=None, _setup_context_fn=None))
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return refuse(keyset, *args)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
     def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def one(i: int) -> Any:

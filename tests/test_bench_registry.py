@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench import run
 from bench.peers import Peer
@@ -31,6 +31,8 @@ from bench.registry import (
     visible_pairs,
 )
 from fused_attn import concat_attention, location_attention
+
+Console = pytest.importorskip("rich.console").Console
 
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
@@ -290,6 +292,64 @@ def test_quick_run_stores_what_it_promises(quick, capsys) -> None:
     printed = capsys.readouterr().out
     assert "No kernel ran" in printed
     assert "threads" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_its_rows_and_prints_them(quick, monkeypatch, capsys, number) -> None:
+    measured = run.numbers
+
+    def interrupted(call, draw, mode, device, **options):
+        if mode != "forward":
+            signal.raise_signal(number)
+        return measured(call, draw, mode, device, **options)
+
+    monkeypatch.setattr(run, "numbers", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    status, report = quick(LOCATION)
+    assert status == 130
+    assert report["interrupted"]
+    assert [(row["provider"], row["mode"]) for row in report["rows"]] == [("fused", "forward")]
+    assert "gated" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_rows_are_stored_one_by_one(quick, monkeypatch, tmp_path) -> None:
+    counts = []
+    measured = run.numbers
+
+    def numbers(*args, **options):
+        output = tmp_path / "sub" / "out.json"
+        counts.append(len(json.loads(output.read_text())["rows"]) if output.exists() else 0)
+        return measured(*args, **options)
+
+    monkeypatch.setattr(run, "numbers", numbers)
+    quick(LOCATION)
+    assert counts == [0, 1, 2, 3]
+
+
+def test_families_take_turns() -> None:
+    chosen = list(run.select("cuda"))
+    turns = run.in_turns(chosen)
+    assert sorted(run.label(*one) for one in turns) == sorted(run.label(*one) for one in chosen)
+    assert [op.family for op, _ in turns[: len(REGISTRY)]] == [op.family for op in REGISTRY]
+    of_concat = [case for op, case in turns if op is CONCAT]
+    assert of_concat == [case for op, case in chosen if op is CONCAT]
+
+
+def test_threads_are_those_of_idle_cores_unless_asked_for(quick, monkeypatch) -> None:
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    for load, threads in ((0.2, 4), (2.6, 1), (9.0, 1)):
+        monkeypatch.setattr(run.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert run.idle_cores() == threads
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (1.9, 0.0, 0.0))
+    quick(LOCATION)
+    quick(LOCATION, "--threads", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    quick(LOCATION)
+    assert seen == [2, 3]
 
 
 def test_peak_memory_counts_what_a_call_takes_and_gives_back() -> None:

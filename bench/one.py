@@ -1,0 +1,92 @@
+"""One call, forward and backward, of a few cases: what a profiler or `compute-sanitizer` is put around.
+
+Prints the kernels that were launched, and at the end those of the package that were not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .registry import Case, Op, Sizes
+from .run import call_of, label, runner, select
+
+# Together they launch every kernel, small too.
+EVERY_KERNEL = (
+    "location/gated-bag/bfloat16", "location/gated-batch/bfloat16", "location/prefix/bfloat16",
+    "location/context/bfloat16", "concat/decoder/bfloat16", "concat/window/bfloat16", "general/shared/bfloat16",
+    "general/dot-64/bfloat16", "graph/arxiv-edges/bfloat16", "hierarchical/han/bfloat16",
+    "recurrent/entailment-100/bfloat16", "statistics/okabe/bfloat16", "statistics/okabe-recording/bfloat16",
+    "statistics/ecapa/bfloat16", "statistics/ecapa-recording/bfloat16",
+)  # fmt: skip
+
+
+def small(case: Case) -> Sizes:
+    """The case with sizes of at most 48; one long sequence stays long enough to be split."""
+    long = {"T": min(case.sizes["T"], 4096)} if case.sizes.get("B") == 1 and "T" in case.sizes else {}
+    return {**case.capped(48), **long}
+
+
+def chosen(wanted: Sequence[str]) -> Iterator[tuple[Op, Case]]:
+    """The cases for a GPU with these labels."""
+    for op, case in select("cuda"):
+        if label(op, case) in wanted:
+            yield op, case
+
+
+def package_kernels() -> set[str]:
+    """Names of the kernels of the package."""
+    package = importlib.import_module("fused_attn.kernels")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{x.name}") for x in pkgutil.iter_modules(package.__path__)
+    ]
+    return {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases; 1 if one of them raised."""
+    parser = argparse.ArgumentParser(prog="python -m bench.one", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="family/name/dtype; default: a few that launch every kernel")
+    parser.add_argument("--small", action="store_true", help="sizes of at most 48")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+
+    from triton import knobs
+
+    launched: set[str] = set()
+
+    def note(metadata: Any) -> None:
+        launched.add(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    status = 0
+    try:
+        for op, case in chosen(args.cases or EVERY_KERNEL):
+            before = set(launched)
+            inputs = op.inputs(small(case) if args.small else case.sizes, case.dtype, device, 0)
+            call = call_of(op, case, "fused", torch.device("cuda"))  # impl="triton", in the interpreter too
+            try:
+                torch.manual_seed(0)
+                dout = torch.randn_like(runner(call, inputs, "forward")()["out"])
+                runner(call, inputs, "forward+backward", dout)()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:  # the next case may still be right
+                status = 1
+                print(f"{label(op, case)}: FAILED: {type(error).__name__}: {error}"[:600], flush=True)
+            print(f"{label(op, case)}: {' '.join(sorted(launched - before))}", flush=True)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
+    print(f"{len(launched)} kernels launched; not: {' '.join(sorted(package_kernels() - launched)) or 'none'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
