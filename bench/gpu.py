@@ -1,13 +1,13 @@
 """All that a machine with a GPU should be asked, in a few minutes: `make gpu`, or `python -m bench.gpu --minutes 9`.
 
-The most valuable comes first: kernel tests, in an order that is fair to all families when it is cut off; the benchmark in
-bfloat16, checked against float64 before it is timed; the same without the gaps between launches; torch.compile; other
-systems; float32; hardware counters of six kernels where `ncu` may read them; `compute-sanitizer` over one small case
-of each kernel, where it runs. Every step has a share of the minutes, and what one leaves goes to the next ones.
-No failure stops a later step.
+The most valuable comes first: kernel tests, in an order that is fair to all families when it is cut off; the
+benchmark in bfloat16, checked against float64 before it is timed; the same without the gaps between launches;
+torch.compile; other systems; float32; hardware counters of six kernels where `ncu` may read them; `compute-
+sanitizer` over one small case of each kernel, where it runs. Every step has a share of the minutes, and what one
+leaves goes to the next ones. No failure stops a later step.
 
 Needs a Python with torch, Triton, pytest and hypothesis (with pytest-xdist tests run side by side), and no network.
-Results come as they are made, so that a run that is killed keeps what it has, in bench/results/<device>-<date>/ or $OUT:
+Results come as they are made, and a run that is killed keeps them, in bench/results/<device>-<date>/ or in $OUT:
 
     machine.json  device, versions, commit; each step with its seconds; counters; what the sanitizer found
     tests.jsonl   a line a test
@@ -21,6 +21,7 @@ The exit status is 0 if tests passed and nothing was wrong, 1 if something was, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import importlib.util
@@ -38,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .gpu_table import table, outcomes_of
+from .gpu_table import outcomes_of, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_BYTES = 12 * 2**20
@@ -188,14 +189,13 @@ class Day:
                         if child.poll() is None:
                             child.send_signal(signal.SIGINT)
                 if now - self.saved > SAVE_SECONDS:
-                    self.take_report(step.name, report) if step.report else None
+                    if step.report:
+                        self.take_report(step.name, report)
                     self.save()
                 time.sleep(0.1)
             for child in running:  # and what it has started: workers, compilers
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             statuses = [child.wait() for child in running]
             if step.report:
                 self.take_report(step.name, report)

@@ -1,7 +1,7 @@
-"""pytest plugin of `make gpu`: a line of JSON a test, as it ends, so that a run that is killed has told of the rest.
+"""pytest plugin of `make gpu`: a line of JSON a test, as it ends, which a run that is killed leaves behind.
 
-And a worker of xdist whose device context a kernel has broken, which would fail every test after that one, ends: xdist
-starts another in its place.
+And a worker of xdist whose device context a kernel has broken, which would fail every test after that one, ends:
+xdist starts another in its place.
 """
 
 from __future__ import annotations

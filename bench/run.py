@@ -15,9 +15,8 @@ GPU includes those that are there, on the cases that they can compute.
 - The tanh wall, on NVIDIA GPUs: the time of one hardware tanh for each pair that is visible and each feature, at the
   rate that a kernel of nothing else has in the same run. `× wall` is the wall over the time of the forward.
 
-The results are written with every row, and the families take turns, so that a run cut short (also by SIGINT or
-SIGTERM: it prints its table, and the exit status is 130) has something of each. The exit status is 1 if `fused` failed or
-was wrong anywhere.
+The results are written with every row, and the families take turns, so that a run cut short has something of each; by
+SIGINT or SIGTERM it ends with its table and exit status 130. The exit status is 1 if `fused` failed or was wrong.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import json
 import itertools
+import json
 import math
 import os
 import platform

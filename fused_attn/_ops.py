@@ -132,8 +132,8 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     torch.library.register_fake(f"fused_attn::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fused_attn, name).default
 
-    # As custom_op has it: a result that should have had a gradient raises in the backward. But where none is asked for
-    # the body is not kept from using autograd itself, as `vjp` does.
+    # As custom_op has it, a result that should have had a gradient raises in the backward. But where none is asked
+    # for, the body is not kept from using autograd itself, as `vjp` does.
     refuse = make_autograd_impl(op, SimpleNamespace(_backward_fn=None, _setup_context_fn=None))
 
     def autograd(keyset: Any, *args: Any) -> Any:
