@@ -394,6 +394,12 @@ def location_aware_attention(
         cast_for_autocast(query, key, value, v, previous, conv_weight, u),
     )
     _validate_location_aware(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    dtype = query.dtype
+    if query.device.type == "cpu":  # before sums of 16 bits overflow
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = (x.to(wide) for x in (query, key, value, v, previous, conv_weight, u))
+        query, key, value, v, previous, conv_weight, u = tensors
+        score_bias = None if score_bias is None else score_bias.to(wide)
     if mask is not None:  # what may be NaN, before it meets a number
         previous = previous.masked_fill(~mask, 0)
         key = key.masked_fill(~mask[..., None], 0)
@@ -408,7 +414,7 @@ def location_aware_attention(
         score_bias=None if score_bias is None else score_bias[:, None], dropout_p=dropout_p, return_weights=True,
         impl=impl,
     )  # fmt: skip
-    return out[:, 0], weights[:, 0]
+    return out[:, 0].to(dtype), weights[:, 0].to(dtype)
 
 
 def _validate_location_aware(

@@ -232,10 +232,10 @@ def statistics_pooling(
         if w is None or v is None:
             x = h.new_zeros(h.shape[:-1], dtype=wide)
         else:
-            if mask is not None:  # 0 · NaN would be in the gradients of W and of the context
+            if mask is not None:  # 0 · NaN would be in the gradient of W
                 h = h.masked_fill(~mask[..., None], 0)
             x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
-            x = x if v.dim() == 2 else x.to(wide) @ v.to(wide)
+            x = x.to(h.dtype) if v.dim() == 2 else x.to(wide) @ v.to(wide)
         per_channel = None if v is None or v.dim() == 1 else v
         return_scores = return_weights and per_channel is not None
         mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)
@@ -257,15 +257,19 @@ def _features(
     h: Tensor, w: Tensor, b: Tensor | None, context: Tensor | None, context_per_row: bool, mask: Tensor | None,
     cu_seqlens: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
+    if h.device.type == "cpu":  # a product of 16 bits overflows where its activation would not
+        wide = torch.promote_types(h.dtype, torch.float32)
+        h, w = h.to(wide), w.to(wide)
     z = h @ w
     if b is not None:
         z = z + b
     if context is not None and context_per_row:
-        context = context.reshape(z.shape)
-        z = z + (context if mask is None else context.masked_fill(~mask[..., None], 0))
+        z = z + context.reshape(z.shape)
     elif context is not None:
         context = context.reshape(-1, w.shape[1])
         z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
+    if mask is not None:  # a context may be NaN where it meets masked frames alone
+        z = z.masked_fill(~mask[..., None], 0)
     return reference.ACTIVATIONS[activation](z)
 
 

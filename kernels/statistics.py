@@ -71,7 +71,8 @@ def channel_scores(
         for a0 in range(0, A, BLOCK_A):
             a = a0 + tl.arange(0, BLOCK_A)
             u_a = load_rows(x_ptrs, keep, a, A)
-            s = matmul(u_a, load_rows(v_ptr + a * stride_va, a < A, c, C), s, COMPUTE, PRECISION)
+            v_a = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
+            s = matmul(u_a, v_a, s, COMPUTE, PRECISION)
     return tl.where(keep[:, None], s, float("-inf"))
 
 
@@ -155,7 +156,8 @@ def _statistics_fwd_kernel(
         r = c
         R = C
         a = tl.arange(0, BLOCK_A)
-        v = load_rows(v_ptr + a * stride_va, a < A, c, C)  # stays on chip where it is WHOLE, else it is not loaded
+        # Stays on chip where it is WHOLE, else it is not loaded.
+        v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
     else:
         r = tl.arange(0, 1)
         R = 1

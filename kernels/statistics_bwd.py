@@ -153,7 +153,7 @@ def _statistics_bwd_values_kernel(
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(0) // blocks
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    v = load_rows(v_ptr + a * stride_va, a < A, c, C)
+    v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
     dv = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
     first = part * items_per_split
     for item in range(first, tl.minimum(first + items_per_split, items)):
@@ -235,7 +235,7 @@ def _statistics_bwd_features_kernel(
     du = tl.zeros([BLOCK_A, BLOCK_T] if ACROSS else [BLOCK_T, BLOCK_A], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        v = load_rows(v_ptr + a * stride_va, a < A, c, C)
+        v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
         at = (seq * T + rows) * C
         if scores_ptr is None:
             s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)

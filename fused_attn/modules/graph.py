@@ -23,6 +23,8 @@ _INPUTS = {
     "x": argument("N query_dim"),
     "x[0]": argument("Nq query_dim"),
     "x[1]": argument("Nk key_dim"),
+    "indptr": argument("Nq+1", "index"),
+    "indices": argument("E", "index"),
     "edge": argument("E edge_dim", optional=True),
 }
 
@@ -122,7 +124,7 @@ class GraphAttention(nn.Module):
         ----------
         x
             Nodes ``(N, query_dim)``; or a pair, the query nodes ``(Nq, query_dim)`` and the key nodes
-            ``(Nk, key_dim)``.
+            ``(Nk, key_dim)``. Those without edges may be NaN; it costs a copy of the nodes.
         indptr, indices, transposed, return_weights, impl
             As in `graph_attention`.
         edge
@@ -152,13 +154,17 @@ class GraphAttention(nn.Module):
         if (edge is None) != (self.edge_proj is None):
             expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
+        check.bind("Nq+1", query.shape[0] + 1, "x")
+        check("indices", indices)
+        check("indptr", indptr)
         check("edge", edge)
 
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(1, (self.num_heads, -1))
 
-        keys = heads(self.key_proj(key))
         same = query is key and self.query_proj is self.key_proj
+        query, key = _reached(query, key, indptr, indices)
+        keys = heads(self.key_proj(key))
         results = graph_attention(
             keys if same else heads(self.query_proj(query)), keys, self.score.weight, indptr, indices,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
@@ -176,3 +182,15 @@ class GraphAttention(nn.Module):
             f"num_heads={self.num_heads}, concat={self.concat}, share_weights={self.query_proj is self.key_proj}, "
             f"activation={self.activation!r}, dropout={self.dropout}"
         )
+
+
+def _reached(query: Tensor, key: Tensor, indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The nodes, with zeros for those without edges: they may be NaN, and 0 · NaN would be in the gradient of W."""
+    target = indptr.diff() > 0
+    source = torch.zeros(key.shape[0], dtype=torch.bool, device=key.device)
+    if key.shape[0]:  # values out of range are told by the operator
+        source = source.index_fill(0, indices.long().clamp(0, key.shape[0] - 1), True)
+    if query is key:
+        rows = key.masked_fill(~(target | source)[:, None], 0)
+        return rows, rows
+    return query.masked_fill(~target[:, None], 0), key.masked_fill(~source[:, None], 0)

@@ -10,6 +10,7 @@ from .._checks import (
     check_count,
     check_dropout,
     check_flag,
+    mask_of,
     module_checker,
     weight_of,
     width_of,
@@ -30,6 +31,7 @@ _STEP = {
     "query": argument("B query_dim", hint="one query a sequence: a step of the decoder"),
     "key": argument("B Tk key_dim"),
     "projected": argument("B Tk attn_dim", optional=True, hint="what project_keys made of key"),
+    "mask": mask_of("B Tk"),
 }
 
 
@@ -148,9 +150,17 @@ class LocationAwareAttention(nn.Module):
         self.location_proj = nn.Linear(channels, attn_dim, bias=False)
         self.score = nn.Linear(attn_dim, 1, bias=False)
 
-    def project_keys(self, key: Tensor) -> Tensor:
-        """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once."""
-        module_checker(_STEP, weight_of(self.key_proj), key_dim=width_of(self.key_proj))("key", key)
+    def project_keys(self, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once.
+
+        mask: bool ``(B, Tk)``; where it is False, keys may be NaN. They are 0 here, in a copy, for 0 · NaN would be
+        in the gradient of the projection.
+        """
+        check = module_checker(_STEP, weight_of(self.key_proj), key_dim=width_of(self.key_proj))
+        check("key", key)
+        check("mask", mask)
+        if mask is not None:
+            key = key.masked_fill(~mask[..., None], 0)
         projected: Tensor = self.key_proj(key)
         return projected
 
@@ -178,7 +188,7 @@ class LocationAwareAttention(nn.Module):
         previous
             The weights of the last step, or their sum so far, ``(B, Tk)``; None at the first step: zeros.
         projected
-            What `project_keys` made of `key`; None: it is made here.
+            What `project_keys` made of `key`, and of the mask where hidden keys may be NaN; None: it is made here.
         mask, score_bias, impl
             As in `location_aware_attention`.
 
@@ -200,7 +210,7 @@ class LocationAwareAttention(nn.Module):
         check("query", query)
         check("key", key)
         check("projected", projected)
-        projected = self.project_keys(key) if projected is None else projected
+        projected = self.project_keys(key, mask) if projected is None else projected
         return location_aware_attention(
             self.query_proj(query), projected, key if value is None else value, self.score.weight[0],
             key.new_zeros(key.shape[:2]) if previous is None else previous, self.conv.weight[:, 0],
