@@ -35,7 +35,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, strides, tile_rows, unit, unpressed
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    chip_of,
+    fitted,
+    matmul_flags,
+    pow2,
+    strides,
+    tile_rows,
+    unit,
+    unpressed,
+)
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -269,7 +282,7 @@ def _concat_fwd_kernel(
     out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
     lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; not written for one split
+    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; unused, or None, for one split
     splits,
     num_seqs,
     q_per_seq,
@@ -362,7 +375,8 @@ def _concat_fwd_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    if splits == 1:
+    whole = True if o_ptr is None else splits == 1
+    if whole:
         inv = finish(l)
         store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
@@ -409,7 +423,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    block_n = tile_rows(Tk, 64) if busy else 64 if Tk <= 128 else 256
+    block_n = 64 if busy or Tk <= 128 else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
@@ -538,7 +552,8 @@ def concat_fwd(
         dv_blocks = triton.cdiv(DV, blocks.DV)
         programs = q.items.count * H * dv_blocks
         splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
-        o = m = l = out
+        # One kernel for one part and for several, where that does not spill.
+        o = m = l = None if call.busy or call.flags["EXACT"] else out
         if splits > 1:
             o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
             m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
@@ -554,7 +569,8 @@ def concat_fwd(
             lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
-            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(call.chip, DV),
+            num_warps=blocks.warps, num_stages=blocks.stages,
+            **(all_registers(call.chip) if call.flags["EXACT"] else unpressed(call.chip, DV)),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, fitted, strides, unpressed
+from .chip import LENGTHS, all_registers, fitted, strides
 from .concat import Blocks, Call
 from .concat_bwd import WORKSPACE_BYTES, _walk, gradient_tile
 from .masks import key_range, locate, sequence_of
@@ -248,7 +248,6 @@ def packed_gradients(
 ) -> None:  # fmt: skip
     """Add to the gradients, which are zeros in float32, (1, H, N, width); None where one is not wanted."""
     H, pair, device = call.sizes["H"], blocks.M * blocks.N, call.v.device
-    registers = unpressed(call.chip, call.sizes["A"], call.sizes["DV"])
     compute = torch.float32 if call.chip.backend == "interpreter" else call.tensors["val_ptr"].dtype
 
     def launch(kernel, items: int, scratch: dict[str, torch.dtype], **more: object) -> None:
@@ -261,7 +260,8 @@ def packed_gradients(
         kernel = fitted(kernel, every)
         for item0 in range(0, items, chunk):
             grid = min(chunk, items - item0), H
-            kernel[grid](**{**named, "item0": item0}, num_warps=blocks.warps, num_stages=2, **registers)
+            options = {"num_warps": blocks.warps, "num_stages": 2, **all_registers(call.chip)}
+            kernel[grid](**{**named, "item0": item0}, **options)
 
     if dq is not None:
         sizes = strides("db dh dt", dq, (0, 1, 2), packed=True)
