@@ -496,7 +496,7 @@ def prepare(
         cu_seqlens_q.numel() - 1 if ragged else B,
         q_rows,
         k_rows,
-        torch.nn.functional.pad(v.float(), (0, A % 2)),
+        torch.nn.functional.pad(v.float(), (0, A % 2)).contiguous(),  # which keeps the strides of an even v
         any(x is not None for x in (bias, mask, left, right, seed)),
         {
             "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=ragged),
