@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import dropout_scale, normaliser
+from .reference import dropout_scale, in_parts, normaliser, readable, sound
 
 # Processor time at B = 4, 256 × 512, A = Dv = 128, float32, tanh, one thread of a Xeon with AVX-512 and 2 MiB of L2.
 BUFFER_BYTES = 2**21
@@ -90,16 +90,19 @@ class _Call:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
         cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-        activation: str, left: int | None, right: int | None, dropout_p: float,
+        activation: str, left: int | None, right: int | None, dropout_p: float, *, guarded: bool = False,
     ) -> None:  # fmt: skip
         if mask is not None:  # what no query or key may use can hold anything, NaN too
-            keys = mask if mask.dim() == 2 else mask.any(1)
-            key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
-            if mask.dim() == 3:
-                query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
+            query, key, value = readable(mask, query, key, value)
         (self.B, self.H, self.Tq, self.A), self.Tk = query.shape, key.shape[2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.q, self.k, self.value, self.v = (x.to(self.dtype) for x in (query, key, value, v))
+        # Guarded: a row that is not finite reaches only the queries that see it. What it makes of them is kept apart.
+        self.bad_q: Tensor | None = None
+        if guarded:
+            bounded = activation in ("tanh", "sigmoid")
+            (self.q, self.bad_q), (self.k, self.bad_k) = (sound(x, nan_only=bounded) for x in (self.q, self.k))
+            self.value, self.bad_value = sound(self.value)
         self.mask, self.seed, self.left, self.right, self.dropout_p = mask, seed, left, right, dropout_p
         self.bias = None if score_bias is None else score_bias.expand(self.B, self.H, self.Tq, self.Tk)
         if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -236,9 +239,18 @@ class _Call:
                     weights = self.v[t.h].expand(b, h, self.A).reshape(b * h, self.A, 1)
                     parts.append(torch.bmm(x.view(b * h, m * n, self.A), weights).view(b, h, m, n))
             s = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.bad_q is not None:
+            s = s.masked_fill(self.bad_q[t.b, t.h, t.rows] | self.bad_k[t.b, t.h, t.cols].mT, torch.nan)
         if self.bias is not None:
             s += self.bias[t.b, t.h, t.rows, t.cols]
         return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
+
+    def reached(self, t: _Tile, x: Tensor, hidden: Tensor | None) -> Tensor:
+        """Guarded: x (b, h, m, n), NaN for values that are not finite where a query sees them, 0 where hidden."""
+        if self.bad_q is None:
+            return x
+        x = x.masked_fill(self.bad_value[t.b, t.h, t.cols].mT, torch.nan)
+        return x if hidden is None else x.masked_fill_(hidden, 0)
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,15 +270,23 @@ def blocked_fwd(
 
     The scores are written only where `need_scores` says so, else they are empty.
     """
-    call = _Call(
+    args = (
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip
+    made = _forward(_Call(*args), need_scores)
+    if in_parts(mask, None, left, right) and not made[0].isfinite().all():
+        made = _forward(_Call(*args, guarded=True), need_scores)
+    return made
+
+
+def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, H, Tq, Tk = call.B, call.H, call.Tq, call.Tk
-    out = value.new_zeros(B, H, Tq, value.shape[-1])
+    out = call.q.new_zeros(B, H, Tq, call.value.shape[-1])
     lse = normaliser(call.q.new_full((B, H, Tq), -torch.inf), call.q.new_zeros(B, H, Tq))
     scores = call.q.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
     for t in call.tiles():
-        s = call.scores(t, call.hidden(t))
+        hidden = call.hidden(t)
+        s = call.scores(t, hidden)
         if need_scores:
             scores[t.b, t.h, t.rows, t.cols] = s
         p, pivot, total = _softmax(s)
@@ -274,6 +294,7 @@ def blocked_fwd(
         kept = call.kept(t)
         if kept is not None:
             p *= kept
+        p = call.reached(t, p, hidden)
         out[t.b, t.h, t.rows] = (p @ call.value[t.b, t.h, t.cols]).div_(total.masked_fill_(total == 0, 1))
     return out, lse, scores
 
@@ -286,9 +307,26 @@ def blocked_bwd(
     activation: str, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
-    call = _Call(
+    args = (
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip
+    dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
+    made = _backward(_Call(*args), dout, dlse, dscores, score_bias, needs)
+    if in_parts(mask, None, left, right) and not all(grad is None or grad.isfinite().all() for grad in made):
+        made = _backward(_Call(*args, guarded=True), dout, dlse, dscores, score_bias, needs)
+    likes = (query, key, value, v, score_bias)
+    return [
+        grad.to(like.dtype).reshape(like.shape) if need and grad is not None and like is not None else None
+        for need, grad, like in zip(needs, made, likes, strict=True)
+    ]
+
+
+def _backward(
+    call: _Call, dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, score_bias: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What `blocked_bwd` returns, wide, all made or not."""
+    activation = call.act
     need_q, need_k, need_value, need_v, need_bias = needs
     dq, dk, dvalue = (x.new_zeros(x.shape) for x in (call.q, call.k, call.value))
     dv = call.v.new_zeros(call.v.shape, dtype=torch.float64)
@@ -301,20 +339,26 @@ def blocked_bwd(
         hidden, kept, do = call.hidden(t), call.kept(t), dout[t.b, t.h, t.rows]
         p, _, total = _softmax(call.scores(t, hidden))
         p /= total.masked_fill_(total == 0, 1)
+        if call.bad_q is not None and hidden is not None:
+            p.masked_fill_(hidden, 0)
         if need_value:
             dvalue[t.b, t.h, t.cols] += (p if kept is None else p * kept).mT @ do
         if not (need_q or need_k or need_v or need_bias):
             continue
-        g = do @ call.value[t.b, t.h, t.cols].mT
+        g = call.reached(t, do @ call.value[t.b, t.h, t.cols].mT, hidden)
         if kept is not None:
             g *= kept
         delta = (p * g).sum(-1, keepdim=True)
-        if dlse is not None:
-            delta -= dlse[t.b, t.h, t.rows, 1:] * lse[t.b, t.h, t.rows, 1:]
         g.sub_(delta).mul_(p)
-        if dscores is not None:
-            some = dscores[t.b, t.h, t.rows, t.cols]
-            g += some if hidden is None else some.masked_fill(hidden, 0)
+        if call.bad_q is not None and hidden is not None:
+            g.masked_fill_(hidden, 0)
+        # These two cancel where one key has all the weight, so they are added up by themselves.
+        more = None if dscores is None else dscores[t.b, t.h, t.rows, t.cols]
+        if dlse is not None:
+            of_lse = dlse[t.b, t.h, t.rows]
+            more = p * of_lse if more is None else torch.addcmul(more, p, of_lse)
+        if more is not None:
+            g += more if hidden is None else more.masked_fill(hidden, 0)
         if dbias is not None:
             axes = zip(dbias.shape, (t.b, t.h, t.rows, t.cols), strict=True)
             part = dbias[tuple(slice(None) if size == 1 else at for size, at in axes)]
@@ -348,9 +392,4 @@ def blocked_bwd(
             if need_k:
                 dk_tile[:, :, some_keys] += x.sum(2)
     v_rows = call.v[:, None]
-    grads = (dq.mul_(v_rows), dk.mul_(v_rows), dvalue, dv, dbias)
-    likes = (query, key, value, v, score_bias)
-    return [
-        grad.to(like.dtype).reshape(like.shape) if need and grad is not None and like is not None else None
-        for need, grad, like in zip(needs, grads, likes, strict=True)
-    ]
+    return dq.mul_(v_rows), dk.mul_(v_rows), dvalue, dv, dbias

@@ -55,8 +55,7 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if args[-1]:
         from ._concat_blocked import blocked_fwd
 
-        out, lse, scores = blocked_fwd(*args[:-1])
-        return out.to(torch.promote_types(out.dtype, torch.float32)), lse, scores
+        return blocked_fwd(*args[:-1])
     from .kernels.concat import concat_fwd
 
     return concat_fwd(*args[:-1])
@@ -171,11 +170,12 @@ class _ConcatBackward(torch.autograd.Function):
         return (*d_cotangents, *d_primals, *none)
 
 
-def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(*args: Any, weights_only: bool = False) -> tuple[Tensor, ...]:
     activation, left, right, dropout_p = args[_TENSORS:]
     return reference.concat_attention(
-        *args[:_TENSORS], activation=activation, left=left, right=right, dropout_p=dropout_p
-    )
+        *args[:_TENSORS], activation=activation, left=left, right=right, dropout_p=dropout_p,
+        weights_only=weights_only,
+    )  # fmt: skip
 
 
 @explicit
@@ -218,7 +218,8 @@ def concat_attention(
         query or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
-        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped.
+        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
+        queries that see it: a cache that is not yet written may hold NaN.
     score_bias
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
@@ -253,7 +254,14 @@ def concat_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
+        with torch.autocast(query.device.type, enabled=False):  # what is widened stays wide
+            return concat_attention(
+                query, key, value, v, activation=activation, mask=mask, window=window, score_bias=score_bias,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
+                return_weights=return_weights, impl=impl,
+            )  # fmt: skip
     return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_concat(
         query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,
@@ -275,18 +283,28 @@ def concat_attention(
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     query, key, value = canonical(query), canonical(key), canonical(value)
     v = v.expand(query.shape[1], -1) if v.dim() == 1 else v
+    scores: Tensor | None = None
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     blocked = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
     if kernel or blocked:
         if activation == "identity":  # v · (q + k) is a number a query and a number a key
             if mask is not None:  # rows that may be NaN, before they meet a number
-                keys = mask if mask.dim() == 2 else mask.any(1)
+                queries, keys = reference.used_rows(mask)
+                query = query.masked_fill(~queries[:, None, :, None], 0)
                 key = key.masked_fill(~keys[:, None, :, None], 0)
-                query = query if mask.dim() == 2 else query.masked_fill(~mask.any(2)[:, None, :, None], 0)
             wide = torch.promote_types(query.dtype, torch.float32)
             sums = wide if query.element_size() == 2 else torch.float64  # one rounding
-            query, key = ((x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide) for x in (query, key))
+            parts = reference.in_parts(mask, cu_seqlens_q, left, right)
+
+            def score(x: Tensor) -> Tensor:
+                bad = None
+                if parts:
+                    x, bad = reference.sound(x)
+                x = (x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide)
+                return x if bad is None else x.masked_fill(bad, torch.nan)
+
+            query, key = score(query), score(key)
             v = v.new_ones(v.shape[0], 1, dtype=wide)
         if query.shape[1:3] == (1, 1) and window is None and not packed:
             out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
@@ -295,13 +313,13 @@ def concat_attention(
                 _ConcatAttention, query, key, value, v, score_bias, *tail, return_weights, blocked
             )
     else:
-        out, lse, scores = _reference(query, key, value, v, score_bias, *tail)
+        out, weights = _reference(query, key, value, v, score_bias, *tail, weights_only=True)
     out = out.to(value.dtype)
     out = out[0].transpose(0, 1) if packed else out
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = weights_from(scores, lse[..., None, :]).to(out.dtype)
+    weights = (weights if scores is None else weights_from(scores, lse[..., None, :])).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 
@@ -317,10 +335,12 @@ def _pooled(
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
     keys = mask
-    if mask is not None and mask.dim() == 3:
-        keys = mask[:, 0]
+    if mask is not None:
+        keys = mask if mask.dim() == 2 else mask[:, 0]
         query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)  # one that sees nothing may be NaN
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
+    if not kernel:
+        query, key, v = reference.widened(query, key, v)
     run = functools.partial(apply, location._LocationAttention) if kernel else location._reference
     out, lse, scores = run(
         key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,

@@ -6,6 +6,8 @@ values are the keys, as in the classical papers.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -60,7 +62,11 @@ def _sdpa(
 ) -> Tensor:
     """PyTorch's attention by the rules here: hidden rows are not read, a query that sees no key gives zeros."""
     query, key, value = reference.readable(mask, query, key, key if value is None else value)
-    Tq, Tk = query.shape[2], key.shape[2]
+    Tq = query.shape[2]
+    if causal:  # no query sees what is past them: a cache that is not yet written, say
+        key, value = key[:, :, :Tq], value[:, :, :Tq]
+        mask = None if mask is None else mask[..., :Tq]
+    Tk = key.shape[2]
     if 0 in (query.numel(), key.numel()):
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask[:, None]
@@ -83,6 +89,13 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return general_fwd(*args, need_scores)
     query, key, value, _, mask, *_, scale, _, right, _ = args
     out = _sdpa(mask, right == 0, scale, query, key, value)
+    if out.device.type == "cpu":
+        # Rows that are not finite: PyTorch's attention multiplies them by 0 where hidden, and gives 0 for a query.
+        lost = ~query.isfinite().all(-1)
+        if mask is not None:
+            lost &= reference.used_rows(mask)[0][:, None]
+        if lost.any() or (reference.in_parts(mask, None, None, right) and not out.isfinite().all()):
+            out = _reference(query, key, value, *args[3:])[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
     # Some of its backends lay the output out as the query is; the compiler was told otherwise.
     out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
@@ -106,11 +119,13 @@ def _bwd(*args: Any) -> list[Tensor | None]:
         dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
         rows = (query, key) if value is None else (query, key, value)
 
-        def attend(*rows: Tensor) -> tuple[Tensor]:
-            return (_sdpa(mask, right == 0, scale, *rows),)
+        def pull(formula: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            return vjp(lambda *rows: (formula(*rows),), rows, (dout.to(query.dtype),))
 
-        made = (*vjp(attend, rows, (dout.to(query.dtype),)), None, None)
-        grads = [g if need else None for g, need in zip(made, needs, strict=False)]
+        made = pull(functools.partial(_sdpa, mask, right == 0, scale))
+        if reference.in_parts(mask, None, None, right) and not all(g.isfinite().all() for g in made):  # as in `_fwd`
+            made = pull(lambda q, k, v=None: _reference(q, k, v, *args[6:11], *args[13:])[0])
+        grads = [g if need else None for g, need in zip((*made, None, None), needs, strict=False)]
     else:
         from .kernels.general_bwd import general_bwd
 
@@ -208,12 +223,17 @@ class _GeneralBackward(torch.autograd.Function):
 
 
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor | None, *args: Any, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    *args: Any,
+    weight: Tensor | None = None,
+    weights_only: bool = False,
+) -> tuple[Tensor, ...]:
     activation, scale, left, right, dropout_p = args[_TENSORS - 3 :]
     return reference.general_attention(
         query, key, value, weight, *args[: _TENSORS - 3],
-        activation=activation, scale=scale, left=left, right=right, dropout_p=dropout_p,
+        activation=activation, scale=scale, left=left, right=right, dropout_p=dropout_p, weights_only=weights_only,
     )  # fmt: skip
 
 
@@ -262,7 +282,8 @@ def general_attention(
         query or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
-        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped.
+        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
+        queries that see it: a cache that is not yet written may hold NaN.
     score_bias
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
@@ -277,9 +298,9 @@ def general_attention(
         ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
         `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
         activation, bias, dropout, weights or packed rows, Dv = Dk, no window or the causal one; on a GPU also values
-        that are not the keys, no mask (its fastest backends have none) and no gradient (its backward has no
-        derivative, so ours would run its forward twice). The rule on a GPU is not yet measured. ``"triton"`` and
-        ``"reference"`` never fall back.
+        that are not the keys, no mask (its fastest backends have none), no window (it would let NaN past it) and no
+        gradient (its backward has no derivative, so ours would run its forward twice). The rule on a GPU is not yet
+        measured. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
@@ -301,9 +322,16 @@ def general_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    query, key, value, weight = cast(
-        "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
-    )
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, weight = cast(
+            "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
+        )
+        with torch.autocast(query.device.type, enabled=False):  # what is widened stays wide
+            return general_attention(
+                query, key, value, weight, scale=scale, activation=activation, mask=mask, window=window,
+                score_bias=score_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
+                return_weights=return_weights, impl=impl,
+            )  # fmt: skip
     return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_general(
         query, key, value, weight, scale, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k,
@@ -324,7 +352,8 @@ def general_attention(
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     query, key = canonical(query), canonical(key)
-    value = None if value is None else canonical(value)
+    value, dtype = None if value is None else canonical(value), key.dtype
+    scores: Tensor | None = None
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     options = (activation, float(scale), left, right, float(dropout_p))
     sdpa = impl == "auto" and not return_weights and _sdpa_serves(
@@ -333,18 +362,24 @@ def general_attention(
     tail = (score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, *options)
     if kernel or sdpa:
         if weight is not None:
-            if mask is not None and mask.dim() == 3:  # rows that may be NaN, before they meet a number
-                query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
+            if mask is not None:  # rows that may be NaN, before they meet a number
+                query = query.masked_fill(~reference.used_rows(mask)[0][:, None, :, None], 0)
+            bad = None
+            if reference.in_parts(mask, cu_seqlens_q, left, right):
+                query, bad = reference.sound(query)
+            if sdpa:
+                query, key, value, weight = reference.widened(query, key, value, weight)
             query = query @ weight
+            query = query if bad is None else query.masked_fill(bad, torch.nan)
         out, lse, scores = apply(_GeneralAttention, query, key, value, *tail, return_weights, sdpa)
     else:
-        out, lse, scores = _reference(query, key, value, *tail, weight=weight)
-    out = out.to(key.dtype)
+        out, weights = _reference(query, key, value, *tail, weight=weight, weights_only=True)
+    out = out.to(dtype)
     out = out[0].transpose(0, 1) if packed else out
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = weights_from(scores, lse[..., None, :]).to(out.dtype)
+    weights = (weights if scores is None else weights_from(scores, lse[..., None, :])).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 
@@ -368,7 +403,7 @@ def _sdpa_serves(
     if not kernel:
         return query.device.type == "cpu"
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, weight))
-    return value is not None and mask is None and not gradient
+    return value is not None and mask is None and right is None and not gradient
 
 
 def _validate_general(

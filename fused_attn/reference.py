@@ -197,7 +197,7 @@ def windowed_attention(
     holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
     bad = holed | ~(scores < torch.inf)
     values = values.masked_fill(hidden | holed, 0)
-    out, lse, _ = _attend(
+    out, lse, *_ = _attend(
         scores.masked_fill(bad, -torch.inf).mT[:, :, None].expand(B, R, T, T),
         values[:, None].expand(B, R, T, width), None, None, cu_seqlens, cu_seqlens, seed,
         left=left, right=right, dropout_p=dropout_p,
@@ -248,7 +248,8 @@ def concat_attention(
     left: int | None,
     right: int | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights_only: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
@@ -259,13 +260,21 @@ def concat_attention(
     ``i - left <= j <= i + right``, None for an open side.
 
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
-    least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible.
+    least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible; with `weights_only`
+    out and the weights before dropout.
     """
     query, key, value = readable(mask, query, key, value)
+    query, key, v = widened(query, key, v)
+    bad = None
+    if in_parts(mask, cu_seqlens_q, left, right):
+        bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
+        (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
+        bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
     return _attend(
-        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, left=left, right=right, dropout_p=dropout_p
-    )
+        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
+        left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,
+    )  # fmt: skip
 
 
 def general_attention(
@@ -284,7 +293,8 @@ def general_attention(
     left: int | None,
     right: int | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights_only: bool = False,
+) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
@@ -294,20 +304,54 @@ def general_attention(
     results are those of `concat_attention`.
     """
     query, key, value = readable(mask, query, key, key if value is None else value)
+    query, key, weight = widened(query, key, weight)
+    bad = None
+    if in_parts(mask, cu_seqlens_q, left, right):
+        (query, bad_q), (key, bad_k) = sound(query), sound(key)
+        bad = bad_q | bad_k.mT
     scores = ACTIVATIONS[activation](scale * ((query if weight is None else query @ weight) @ key.mT))
     return _attend(
-        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, left=left, right=right, dropout_p=dropout_p
-    )
+        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
+        left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,
+    )  # fmt: skip
 
 
 def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``(B, H, T, D)`` with zeros where the mask lets no pair use a row: it may be NaN."""
     if mask is not None:
-        keys = mask if mask.dim() == 2 else mask.any(1)
+        queries, keys = used_rows(mask)
         key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
-        if mask.dim() == 3:
-            query = query.masked_fill(~mask.any(2)[:, None, :, None], 0)
+        query = query.masked_fill(~queries[:, None, :, None], 0)
     return query, key, value
+
+
+def used_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which queries ``(B, Tq)``, or ``(B, 1)`` of a mask of keys, and which keys ``(B, Tk)`` some pair uses."""
+    return (mask.any(1, keepdim=True), mask) if mask.dim() == 2 else (mask.any(2), mask.any(1))
+
+
+def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """On a CPU, 16-bit tensors in float32: a product that float16 cannot hold may still be a score that it can."""
+    return tuple(
+        x if x is None or x.device.type != "cpu" else x.to(torch.promote_types(x.dtype, torch.float32))
+        for x in tensors
+    )
+
+
+def in_parts(mask: Tensor | None, cu_seqlens: Tensor | None, left: int | None, right: int | None) -> bool:
+    """Whether a key may be hidden from some queries only."""
+    window = left is not None or right is not None
+    return window or cu_seqlens is not None or (mask is not None and mask.dim() == 3)
+
+
+def sound(x: Tensor, *, nan_only: bool = False) -> tuple[Tensor, Tensor]:
+    """X with zeros for the rows that are not finite, and which these are, ``(..., 1)``.
+
+    0 · NaN is NaN, in a product and in its gradients: so a row that is hidden from a query must not meet it, and
+    what such a row makes of the queries that do see it, NaN, is put there afterwards.
+    """
+    bad = (x.isnan() if nan_only else ~x.isfinite()).any(-1, keepdim=True)
+    return x.masked_fill(bad, 0), bad
 
 
 def _attend(
@@ -322,8 +366,17 @@ def _attend(
     left: int | None,
     right: int | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores) from the scores ``(B, H, Tq, Tk)`` of all pairs, before bias and mask."""
+    bad: Tensor | None = None,
+    weights_only: bool = False,
+) -> tuple[Tensor, ...]:
+    """(out, lse, scores) from the scores ``(B, H, Tq, Tk)`` of all pairs, before bias and mask.
+
+    With `weights_only` (out, weights before dropout): whose gradients through both meet in one softmax, so that they
+    cancel where one key has all the weight.
+
+    `bad`: pairs with a row that is not finite, which `scores` are without. Given where keys are hidden from some
+    queries only; values are then looked at too.
+    """
     B, H, Tq, Tk = scores.shape
     q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
     k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
@@ -331,22 +384,29 @@ def _attend(
     if mask is not None:
         shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bad is not None:
+        scores = scores.masked_fill(bad, torch.nan)
     if score_bias is not None:
         scores = scores + score_bias
     scores = scores.masked_fill(~shown[:, None], -torch.inf)
     top = scores.detach().amax(-1) if Tk else scores.new_full((B, H, Tq), -torch.inf)
-    pivot = top.masked_fill(top == -torch.inf, 0)
-    weights = torch.exp(scores - pivot[..., None])
-    total = weights.sum(-1)
-    lse = normaliser(top, total)
-    total = total.masked_fill(total == 0, 1)
-    weights = weights / total[..., None]
+    blind = (top == -torch.inf)[..., None]  # a row that sees no key: the softmax of nothing is NaN
+    weights = shares = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(H, device=scores.device)[:, None, None]
         scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H + head, i[:, None], dropout_p)
         weights = weights * scale.to(weights.dtype)
-    return weights.to(value.dtype) @ value, lse, scores
+    dtype = value.dtype
+    (value,) = widened(value)
+    if bad is not None:
+        value, lost = sound(value)
+        weights = weights.masked_fill(lost.mT, torch.nan).masked_fill(~shown[:, None], 0)
+    out = (weights.to(value.dtype) @ value).to(dtype)
+    if weights_only:
+        return out, shares
+    pivot = top[..., None].masked_fill(blind, 0)
+    return out, normaliser(top, torch.exp(scores - pivot).sum(-1)), scores
 
 
 def word_by_word_attention(

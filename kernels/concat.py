@@ -49,7 +49,7 @@ from .chip import (
     unit,
     unpressed,
 )
-from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible
+from .masks import Items, dropout_scale, finite, key_range, locate, partition, reached, sequence_of, visible
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 SAFE, SAFE_EXACT = 42.0, 80.0
@@ -130,6 +130,11 @@ def _concat_factor_kernel(
                 x = exp(x, FMA)
         tl.store(tiles_ptr + planes * tile + a[None, :] * tile_rows + i[:, None], x, mask=(a < AP)[None, :])
         if rows_ptr is not None:
+            # The backward takes these times gradients that are 0 where a row is hidden: NaN must not come of it.
+            if EXP:
+                x = tl.where(x == x, x, 1.0)
+            else:
+                x = finite(x)
             tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
     tl.store(bound_ptr + (item * tl.num_programs(1) + head) * parts + part, tl.max(bound, axis=0))
 
@@ -372,6 +377,9 @@ def _concat_fwd_kernel(
             mask=k_keep[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
+        if (HAS_LEFT or HAS_RIGHT) or mask_ptr is not None:
+            p = reached(p, values, shown)
+            values = finite(values)
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
@@ -487,7 +495,7 @@ def prepare(
     q_rows = k_rows = None
     if mask is not None:
         k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
-        q_rows = mask.any(2).view(torch.uint8) if mask.dim() == 3 else None
+        q_rows = (mask.any(1, keepdim=True).expand(B, Tq) if mask.dim() == 2 else mask.any(2)).view(torch.uint8)
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
 

@@ -148,7 +148,7 @@ def gradient_tile(
                 dp = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), dp, input_precision=PRECISION)
             if seed_ptr is not None:
                 dp *= k
-        g = p * (dp - delta[:, None])
+        g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN
         at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
         if dscores_ptr is not None:
             g += tl.load(dscores_ptr + at, mask=shown, other=0.0)
@@ -314,11 +314,12 @@ def _walk(
                 if ACT == "tanh":
                     z *= -2.0
                 one = tl.sigmoid(z)
-                s2 += g * (one - one * one)
+                seen = g != 0  # a row that is hidden may be NaN, and a gradient be so
+                s2 += tl.where(seen, g * (one - one * one), 0.0)
                 if EXACT and ACT == "tanh":
                     one = activate(-0.5 * z, ACT, False)
                 if WANT_S1:
-                    s1 += g * one
+                    s1 += tl.where(seen, g * one, 0.0)
     else:
         for n in range(0, count):
             z = x + tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
@@ -635,7 +636,7 @@ def concat_bwd(
     if query.numel() and key.numel() and value.numel() and call.seqs:
         lengths = (LONG, LONG) if ragged else (Tq, Tk)
         blocks, walk = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.busy, ragged)
-        dout, out = dout.contiguous(), out.contiguous()
+        dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
         delta = torch.zeros(lse.shape[:-1], **f32) if call.flags["EXACT"] else (dout.float() * out).sum(-1)
         delta = delta if dlse is None else delta - dlse[..., 1] * lse[..., 1]
         with torch.cuda.device_of(query):

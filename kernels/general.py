@@ -5,8 +5,9 @@ of size Tq·Tk is stored. A bilinear weight has met the queries before.
 
 - 16-bit inputs work in base 2, 2^(s log2 e): the factor log2 e shares the multiplication with `scale`, and one
   instruction makes the exponential. float32 inputs (`EXACT`, unless PyTorch is set to allow TF32) and calls that
-  return the scores are `NATURAL`: they take e^s itself, see `softmax.exp`. In float32 the rounding of s log2 e would
-  be a relative error of keys that weigh alike. The maximum that is kept for the backward is in the units of the
+  return the scores or have a bias are `NATURAL`: they take e^s itself, see `softmax.exp`. In float32 the rounding of
+  s log2 e would be a relative error of keys that weigh alike, and of a bias that is the least float32 it would be
+  -inf, which hides. The maximum that is kept for the backward is in the units of the
   scores: converted and back it would be off by one step, which at 1e9 is 64.
 - Where the values are the keys (`SHARED`) one load of a tile serves both products: half the traffic, which decides
   when there are few queries. A tile holds widths up to 256; wider keys (`WIDE`) are loaded in parts for the score,
@@ -28,7 +29,18 @@ from torch import Tensor
 
 from .activations import activate
 from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, strides, unit, unpressed
-from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
+from .masks import (
+    Items,
+    dropout_scale,
+    finite,
+    key_range,
+    locate,
+    partition,
+    reached,
+    sequence_of,
+    visible_pairs,
+    whole_range,
+)
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -204,6 +216,9 @@ def _general_fwd_kernel(
                     mask=k_keep[:, None] & (dv < DV)[None, :],
                     other=0.0,
                 )
+            if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
+                p = reached(p, values, shown)
+                values = finite(values)
             acc = tl.dot(p.to(COMPUTE), values.to(COMPUTE), acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
 
@@ -300,7 +315,7 @@ def prepare(
     q_rows = k_rows = None
     if mask is not None:
         k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
-        q_rows = mask.any(2).view(torch.uint8) if mask.dim() == 3 else None
+        q_rows = (mask.any(1, keepdim=True).expand(B, Tq) if mask.dim() == 2 else mask.any(2)).view(torch.uint8)
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
@@ -330,7 +345,7 @@ def prepare(
         {
             "ACT": activation, "FAST": chip.backend == "cuda" and key.element_size() == 2,
             "FMA": chip.backend != "interpreter",
-            "EXACT": exact, "NATURAL": exact or natural,
+            "EXACT": exact, "NATURAL": exact or natural or bias is not None,
             "SHARED": value is None, "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, **precise,
         },
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, widths
-from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
+from .masks import dropout_scale, finite, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
 
 @triton.jit
@@ -83,19 +83,21 @@ def _general_gradient(
             at = i * stride_sq + j.to(tl.int64) * stride_sk
             s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
     p = power(s - top, NATURAL, FMA) * inv
-    if EDGE:
-        p = tl.where(shown, p, 0.0)
     if EXACT:
         g = p * (dp - delta)
     else:
         g = p * (dp * keep - delta)
     if EDGE:
+        p = tl.where(shown, p, 0.0)
+        g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
         if dscores_ptr is not None:
             g += tl.load(dscores_ptr + i * Tk + j, mask=shown, other=0.0)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + i * Tk + j, g, mask=shown)
     if ACT != "identity":
         g *= activate_grad(x * scale, y, ACT, FAST)
+        if EDGE:
+            g = tl.where(shown, g, 0.0)
     return g, p * keep
 
 
@@ -240,6 +242,8 @@ def _general_bwd_dq_kernel(
             )  # fmt: skip
             if WIDE:
                 k = tl.load(k_ptrs[:, None] + d_out[None, :], mask=k_keep[:, None] & (d_out < D)[None, :], other=0.0)
+            if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
+                k = finite(k)
             acc = tl.dot(g.to(COMPUTE), k.to(COMPUTE), acc, input_precision=PRECISION)
     tl.store(
         dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * stride_dt + d_out[None, :],
@@ -392,6 +396,8 @@ def _general_bwd_dkv_kernel(
                     q = tl.load(
                         q_ptrs[:, None] + d_out[None, :], mask=q_keep[:, None] & (d_out < D)[None, :], other=0.0
                     )
+                if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
+                    q = finite(q)
                 dk = tl.dot((g * scale).to(COMPUTE), q.to(COMPUTE), dk, input_precision=PRECISION)
             if dval_ptr is not None or SHARED:
                 if WIDE_V:

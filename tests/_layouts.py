@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Every other element of a larger tensor along each axis, from the second on: strides and an offset of its own."""
+    """Every other element along each axis of a larger tensor, from the second on."""
     memory = torch.full([2 * n + 1 for n in x.shape], True if x.dtype == torch.bool else 77, dtype=x.dtype)
     view = memory.to(x.device)[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
     return view.copy_(x)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import (
@@ -20,6 +22,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..concat import concat_attention
+from ..reference import sound
 
 _INPUTS = {
     "query": argument("B Tq query_dim"),
@@ -145,13 +148,21 @@ class ConcatAttention(nn.Module):
         if len(contexts) != len(self.context_projs):
             raise ValueError(f"contexts: expected {len(self.context_projs)}, by context_dims; got {len(contexts)}")
         value = key if value is None else value
-        q, k = self.query_proj(query), self.key_proj(key)
+
+        def projected(layer: nn.Module, x: Tensor) -> Tensor:
+            """Rows that are not finite may be hidden, and 0 · NaN is not to reach the weight's gradient."""
+            if mask is None and window is None:
+                return cast("Tensor", layer(x))
+            x, bad = sound(x)
+            return cast("Tensor", layer(x)).masked_fill(bad, torch.nan)
+
+        q, k = projected(self.query_proj, query), projected(self.key_proj, key)
         for i, (given, project) in enumerate(zip(contexts, self.context_projs, strict=True)):
             side, x = _side_of(f"contexts[{i}]", given)
             check.bind("C", width_of(project) or x.shape[-1], f"context_dims[{i}]")
             check(f"contexts[{i}]", x, f"{side or ''} context".strip())
             if x.dim() == 2:
-                q = q + project(x)[:, None]
+                q = q + projected(project, x)[:, None]
                 continue
             lengths = {"query": query.shape[1], "key": key.shape[1]}
             if side is None:
@@ -163,9 +174,9 @@ class ConcatAttention(nn.Module):
                     )
                 side = sides[0]
             if side == "query":
-                q = q + project(x)
+                q = q + projected(project, x)
             else:
-                k = k + project(x)
+                k = k + projected(project, x)
         v = self.score.weight
         if self.num_heads > 1:
             q, k = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))

@@ -1,0 +1,188 @@
+"""NaN and infinity where no query looks, or not this one: a row reaches the queries that see it, and no other."""
+
+import _concat
+import _general
+import pytest
+import torch
+from _compare import assert_close, evaluate, largest
+from _concat import ALL
+
+from fused_attn import ConcatAttention, GeneralAttention
+
+SIZES = {"queries": 9, "keys": 21, "attn_dim": 4, "value_dim": 6, "batch": 1}
+HEADS = {"heads": 2, "batch": 1}
+CAUSAL, LATE, NEAR = (None, 0), (-4, None), (2, 3)
+CASES = {
+    "concat": _concat.Case(**SIZES, window=CAUSAL),
+    "concat, near": _concat.Case(**SIZES | HEADS, window=NEAR, mask="pairs", activation="sigmoid"),
+    "concat, gelu": _concat.Case(**SIZES, window=CAUSAL, mask="keys", activation="gelu", dtype=torch.bfloat16),
+    "concat, bfloat16": _concat.Case(**SIZES, window=NEAR, score_bias="qk", dropout_p=0.3, dtype=torch.bfloat16),
+    "concat, identity": _concat.Case(**SIZES | {"queries": 21}, window=LATE, mask="pairs", activation="identity"),
+    "concat, packed": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR),
+    "general": _general.Case(**SIZES, window=CAUSAL, weight="matrix"),
+    "general, late": _general.Case(**SIZES | {"queries": 21}, window=LATE, activation="tanh", weight="matrix"),
+    "general, near": _general.Case(**SIZES | HEADS, window=NEAR, mask="pairs", weight="heads"),
+    "general, bfloat16": _general.Case(**SIZES, window=NEAR, score_bias="qk", dropout_p=0.3, dtype=torch.bfloat16),
+    "general, dot": _general.Case(**SIZES | {"value_dim": 4}, window=CAUSAL, return_weights=False),
+    "general, dot and mask": _general.Case(
+        **SIZES, own_value=False, window=CAUSAL, mask="pairs", return_weights=False
+    ),
+    "general, wide": _general.Case(**SIZES | {"attn_dim": 40, "value_dim": 40}, window=NEAR, weight="matrix"),
+    "general, packed": _general.Case(
+        **SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR, weight="matrix"
+    ),
+}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+every_impl = pytest.mark.parametrize("impl", ALL)
+each_fill = pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def visible(case, tensors):
+    """Which rows of keys (last axis) the rows of queries see, without heads: (B, rows, rows), packed B = 1."""
+    left, right = case.window
+    if case.ragged:
+        places = []
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            starts = tensors[name].long()
+            seq = torch.repeat_interleave(starts.diff())
+            places.append((seq, torch.arange(len(seq)) - starts[seq]))
+        (q_seq, i), (k_seq, j) = places
+        shown = (q_seq[:, None] == k_seq)[None]
+    else:
+        i, j = torch.arange(case.queries), torch.arange(case.keys)
+        shown = torch.ones(case.batch, len(i), len(j), dtype=torch.bool)
+    if left is not None:
+        shown = shown & (j >= i[:, None] - left)
+    if right is not None:
+        shown = shown & (j <= i[:, None] + right)
+    mask = tensors.get("mask")
+    return shown if mask is None else shown & (mask[:, None] if mask.dim() == 2 else mask).cpu()
+
+
+def rows(case, x):
+    """X with the rows first: (B, T, [H,] width), packed (1, N, [H,] width)."""
+    if case.ragged:
+        return x[None]
+    return x if case.heads is None else x.transpose(1, 2)
+
+
+def filled(case, tensors, name, which, fill):
+    x = tensors[name].clone()
+    rows(case, x)[which.to(x.device)] = fill
+    return x
+
+
+@every_impl
+@each_fill
+@each_case
+def test_rows_that_no_query_sees_may_hold_anything(case, fill, impl, device):
+    """As in a cache that is not yet written; and queries that see no key."""
+    tensors = case.tensors(device)
+    shown = visible(case, tensors)
+    unused = {"query": ~shown.any(2), "key": ~shown.any(1), "value": ~shown.any(1)}
+    assert unused["key"].any()
+    clean = evaluate(case.op, tensors, impl)
+    tensors |= {name: filled(case, tensors, name, which, fill) for name, which in unused.items() if name in tensors}
+    result = evaluate(case.op, tensors, impl)
+    assert_close(result, clean)
+    for name, which in unused.items():
+        if name in tensors:
+            assert largest(rows(case, result.gradients[name])[which.to(device)]) == 0, name
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@each_case
+def test_a_row_that_is_not_finite_reaches_only_what_sees_it(case, name, impl, device):
+    tensors = case.tensors(device)
+    if name not in tensors:
+        return  # the keys are the values
+    shown = visible(case, tensors)
+    used = shown.any(2 if name == "query" else 1).nonzero()
+    batch, row = used[len(used) // 2].tolist()
+    spoilt = torch.zeros(shown.shape[0], shown.shape[1 if name == "query" else 2], dtype=torch.bool)
+    spoilt[batch, row] = True
+    hit = spoilt if name == "query" else (shown & spoilt[:, None]).any(2)  # queries
+    touched = (shown & hit[..., None]).any(1)  # keys
+    assert hit.any()
+    assert not hit.all()
+    clean = evaluate(case.op, tensors, impl, through=("output",))
+    tensors[name] = filled(case, tensors, name, spoilt, torch.nan)
+    result = evaluate(case.op, tensors, impl, through=("output",))
+    reach = {"output": hit, "weights": hit, "query": hit, "key": touched, "value": touched}
+    for got, want in zip(result, clean, strict=True):
+        for at, x in got.items():
+            if at in reach:
+                where = reach[at].to(device)
+                torch.testing.assert_close(rows(case, x)[~where], rows(case, want[at])[~where], msg=at)
+    if case.dropout_p == 0:
+        assert rows(case, result.outputs["output"])[hit.to(device)].isnan().flatten(1).any(1).all()
+
+
+# --- Parameters of the modules --------------------------------------------------------------------------------------
+
+
+def parameter_gradients(module, *args, **kwargs):
+    out = module(*args, **kwargs)
+    return torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1])).sum(), list(module.parameters())), out
+
+
+STRUCTURES = {
+    "keys": {"mask": torch.arange(7) < torch.tensor([[5], [0]])},
+    "pairs": {"mask": (torch.arange(7) < 5).expand(2, 4, 7) & (torch.arange(4) != 1)[:, None]},
+    "window": {"window": (None, 1)},
+    "both": {"window": (None, 1), "mask": torch.arange(7) < torch.tensor([[5], [0]])},
+    "blind": {"window": (-5, None)},
+}
+
+
+def spoil(x, seen, fill):
+    """`fill` in the rows that are not seen."""
+    return torch.where(seen.expand(x.shape[:-1])[..., None], x, fill)
+
+
+def seen_by(structure):
+    mask = structure.get("mask", torch.ones(2, 4, 7, dtype=torch.bool))
+    mask = mask[:, None] if mask.dim() == 2 else mask
+    left, right = structure.get("window", (None, None))
+    i, j = torch.arange(4)[:, None], torch.arange(7)
+    left, right = 9 if left is None else left, 9 if right is None else right
+    shown = mask & (i - left <= j) & (j <= i + right)
+    return shown.any(2), shown.any(1)
+
+
+@every_impl
+@each_fill
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+def test_hidden_rows_leave_the_parameters_of_concat_attention_alone(structure, activation, fill, impl):
+    torch.manual_seed(0)
+    module = ConcatAttention(6, 5, 4, context_dims=(3, 2, 3), num_heads=2, activation=activation, bias=True)
+    query, key = torch.randn(2, 4, 6), torch.randn(2, 7, 5)
+    of_key, of_sequence, of_query = torch.randn(2, 7, 3), torch.randn(2, 2), torch.randn(2, 4, 3)
+    q_seen, k_seen = seen_by(structure)
+
+    def run(query, key, *contexts):
+        return parameter_gradients(module, query, key, contexts=contexts, impl=impl, **structure)
+
+    clean = run(query, key, of_key, of_sequence, of_query)
+    spoilt = run(
+        spoil(query, q_seen, fill), spoil(key, k_seen, fill), spoil(of_key, k_seen, fill),
+        spoil(of_sequence, q_seen.any(1), fill), spoil(of_query, q_seen, fill),
+    )  # fmt: skip
+    torch.testing.assert_close(spoilt, clean)
+
+
+@every_impl
+@each_fill
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+def test_hidden_rows_leave_the_weight_of_general_attention_alone(structure, num_heads, fill, impl):
+    torch.manual_seed(0)
+    module = GeneralAttention(6, 5, num_heads=num_heads)
+    query, key = torch.randn(2, 4, 6), torch.randn(2, 7, 5)
+    q_seen, k_seen = seen_by(structure)
+    clean = parameter_gradients(module, query, key, impl=impl, **structure)
+    spoilt = parameter_gradients(module, spoil(query, q_seen, fill), spoil(key, k_seen, fill), impl=impl, **structure)
+    torch.testing.assert_close(spoilt, clean)
