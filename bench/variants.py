@@ -200,7 +200,9 @@ def main() -> int:
                     name = kernel.strip("_").removesuffix("_kernel")
                     table.add_row(family, case, name, str(n), style="red" if n > MOST else None)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return 1 if any(n > MOST for cases in found.values() for kernels in cases.values() for n in kernels.values()) else 0
+    return (
+        1 if any(n > MOST for cases in found.values() for kernels in cases.values() for n in kernels.values()) else 0
+    )
 
 
 if __name__ == "__main__":

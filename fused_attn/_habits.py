@@ -23,7 +23,9 @@ _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
         ("mask=~key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),
     ),
     "padding_mask": ((_MASK, "mask"),),
-    "src_key_padding_mask": (("mask=~src_key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),),
+    "src_key_padding_mask": (
+        ("mask=~src_key_padding_mask: True hides a key in PyTorch, here True = may be attended", "mask"),
+    ),
     "is_causal": (_CAUSAL,),
     "causal": (_CAUSAL,),
     "window_size": (("window=(left, right), None for an open side", "window"),),

@@ -179,9 +179,7 @@ class _GeneralAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = apply(
-            _GeneralBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs
-        )
+        grads = apply(_GeneralBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 

@@ -594,9 +594,7 @@ class Walk(NamedTuple):
     warps: int
 
 
-def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, packed: bool
-) -> tuple[Blocks, Walk]:
+def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, packed: bool) -> tuple[Blocks, Walk]:
     """Tiles of g and dvalue, and of dq and dk. With packed rows both are in one kernel, and half the keys fit.
 
     dq and dk: 32 rows by 128 features on 4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6
@@ -608,7 +606,12 @@ def bwd_blocks(
         tiles = Blocks(16, 64, 16, 8) if packed else Blocks(16, pow2(Tk, 32, 128), 16, 4)
         return tiles, Walk(32, pow2(A, 16, 128), 8)
     hip = chip.backend == "hip"
-    tiles = Blocks(tile_rows(Tq, 32), tile_rows(Tk, 32 if packed and hip and busy else 64 if packed or (hip and busy) else 128), 32, 8)
+    tiles = Blocks(
+        tile_rows(Tq, 32),
+        tile_rows(Tk, 32 if packed and hip and busy else 64 if packed or (hip and busy) else 128),
+        32,
+        8,
+    )
     return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fused_attn import _ops
 
 pytest.importorskip("triton", reason="the kernels' rules need Triton")

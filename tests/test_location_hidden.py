@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from _compare import IMPLS, Result, assert_close, evaluate, largest
-from _location import Case, offsets, operator
+from _compare import IMPLS, Result, assert_close
+from _location import Case, offsets
 
 from fused_attn import HierarchicalAttention, LocationAttention, RaggedRNN, location_attention
 
@@ -88,7 +88,9 @@ def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, betwee
         between_dim=None if layer is None else 4,
     ).to(device)  # fmt: skip
     inner, outer = offsets([3, 0, 2, 4, 2], device), offsets([3, 0, 1, 1], device)
-    mask = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool, device=device)  # all of two segments, a group
+    mask = torch.tensor(
+        [1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool, device=device
+    )  # all of two segments, a group
     tensors = {"h": torch.randn(11, 6), "inner_context": torch.randn(5, 2), "outer_context": torch.randn(4, 2)}
     tensors = {n: x.to(device) for n, x in tensors.items()}
 
@@ -133,7 +135,8 @@ KERNEL = [  # in the interpreter, where each takes seconds
 
 
 @pytest.mark.parametrize(
-    ("impl", "window", "name", "ragged", "dropout_p"), [*EVERY, *(pytest.param(*x, marks=pytest.mark.kernel) for x in KERNEL)]
+    ("impl", "window", "name", "ragged", "dropout_p"),
+    [*EVERY, *(pytest.param(*x, marks=pytest.mark.kernel) for x in KERNEL)],
 )
 def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, dropout_p, device):
     """Their outputs are NaN; where nothing comes back to those, no gradient knows of the row, parameters' included."""

@@ -72,12 +72,12 @@ def test_location_takes_any_layout(layout, score, ragged, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
-@pytest.mark.parametrize(
-    ("window", "ragged"), [((None, 0), False), ((1, None), True), ((2, 1), False)], ids=str
-)
+@pytest.mark.parametrize(("window", "ragged"), [((None, 0), False), ((1, None), True), ((2, 1), False)], ids=str)
 @each_layout
 def test_the_windowed_form_takes_any_layout(layout, window, ragged, impl, device):
-    case = Case(batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True, mask="random")
+    case = Case(
+        batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True, mask="random"
+    )
     check(operator(window=window, return_weights=not ragged), case.tensors(device), layout, impl)
 
 
@@ -110,7 +110,10 @@ def test_cotangents_may_have_any_layout(layout, window, impl, device):
 FAR = {  # the axis along which three numbers are 2**30 apart
     "rows": ({"h": 1, "values": 1, "context": 1, "score_bias": 1}, {"batch": 2, "rows": 3}),
     "sequences": ({"h": 0, "values": 0, "context": 0, "score_bias": 0}, {"batch": 3, "rows": 2}),
-    "parameters": ({"w": 0, "gate_w": 0, "v": 0, "b": 0, "gate_b": 0}, {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3}),
+    "parameters": (
+        {"w": 0, "gate_w": 0, "v": 0, "b": 0, "gate_b": 0},
+        {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3},
+    ),
     "columns": ({"w": 1, "gate_w": 1, "v": 1}, {"batch": 2, "rows": 3, "attn_dim": 3, "hops": 3}),
     "features": ({"h": 2, "values": 2, "context": 2}, {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3, "values": 3}),
 }
@@ -141,11 +144,15 @@ def test_windowed_numbers_past_int32_are_found(impl, far_apart, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_hierarchical_numbers_past_int32_are_found(axis, impl, far_apart, device):
-    case = Levels(dtype=torch.float16, documents="one", inner="gated", contexts=("row", "row"), dim=3, attn_dims=(3, 3))
+    case = Levels(
+        dtype=torch.float16, documents="one", inner="gated", contexts=("row", "row"), dim=3, attn_dims=(3, 3)
+    )
     tensors = case.tensors(device)
     tensors |= {"h": torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)}
     tensors["inner_context"] = torch.ones(1, 3, 3, device=device, dtype=torch.float16)
-    tensors["inner_offsets"], tensors["outer_offsets"] = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3], [0, 1]))
+    tensors["inner_offsets"], tensors["outer_offsets"] = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3], [0, 1])
+    )
     far = dict(tensors)
     for name in ("h", "inner_w", "outer_w", "inner_gate_w"):
         far[name] = far_apart(tensors[name], axis)

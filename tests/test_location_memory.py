@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="kernels are in Triton")
-from fused_attn.kernels import chip, hierarchical, location, location_bwd, softmax  # noqa: E402
+from fused_attn.kernels import chip, hierarchical, location, location_bwd, softmax
 
 MIB = 2**20
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from fused_attn import (
     Score,
     concat_attention,
@@ -19,7 +21,6 @@ from fused_attn import (
     transpose_csr,
     word_by_word_attention,
 )
-from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 pytestmark = pytest.mark.kernel
@@ -34,6 +35,7 @@ FUNCTIONS = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecuti
 @pytest.fixture
 def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a tensor's numbers raises, but for Triton's interpreter, which is what a device is here."""
+
     def guarded(name, real):
         def read(*args, **kwargs):
             frame = sys._getframe(1)
@@ -142,7 +144,8 @@ def test_forward_and_backward_read_no_number(name: str) -> None:
 
 @pytest.mark.usefixtures("no_reads")
 @pytest.mark.parametrize(
-    "expression", ["int(x.max())", "x.tolist()", "x[x > 0]", "x.nonzero()", "x.any() and 1", "range(x[0])", "x.item()"]
+    "expression",
+    ["int(x.max())", "x.tolist()", "x[x > 0]", "x.nonzero()", "x.any() and 1", "range(x[0])", "x.item()"],
 )
 def test_a_read_inside_the_package_raises(expression: str) -> None:
     read = eval(f"lambda x: {expression}", {"__name__": "fused_attn.made_up"})
