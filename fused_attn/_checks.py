@@ -97,6 +97,12 @@ class Checker:
         """Let `word` be `size`, which is from `source`."""
         self.sizes[word], self.sources[word] = size, source
 
+    def bind_sequences(self, word: str, offsets: Tensor, source: str) -> None:
+        """Let `word` be the number of sequences that `offsets` are of, before their values are checked."""
+        if offsets.shape[0] == 0:
+            raise ValueError(f"{source}: expected at least one offset, 0; got an empty tensor")
+        self.bind(word, offsets.shape[0] - 1, source)
+
     def follow(self, like: str, dtype: torch.dtype, device: torch.device) -> None:
         """Let dtype and device of later arguments be these, which are those of `like`."""
         self.like, self.device = like, device

@@ -185,8 +185,8 @@ class HierarchicalAttention(nn.Module):
         check("h", h)
         check("inner_offsets", inner_offsets)
         check("outer_offsets", outer_offsets)
-        check.bind("S", inner_offsets.shape[0] - 1, "inner_offsets")
-        check.bind("G", outer_offsets.shape[0] - 1, "outer_offsets")
+        check.bind_sequences("S", inner_offsets, "inner_offsets")
+        check.bind_sequences("G", outer_offsets, "outer_offsets")
         for name, level, context in (("inner", self.inner, inner_context), ("outer", self.outer, outer_context)):
             _check_given(name, level, context)
             if context is not None:

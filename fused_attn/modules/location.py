@@ -173,7 +173,7 @@ def check_module_inputs(
     if context is None:
         return
     if isinstance(offsets, Tensor) and offsets.dim() == 1:
-        check.bind("S", offsets.shape[0] - 1, "h" if jagged else "cu_seqlens")
+        check.bind_sequences("S", offsets, "h" if jagged else "cu_seqlens")
         if jagged and isinstance(context, Tensor):
             if context.is_nested and context.layout != torch.jagged:
                 return

@@ -1,0 +1,249 @@
+"""Good calls of every public function and module, and ways to make them bad."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fused_attn
+from fused_attn import Score
+
+B, TQ, TK, D, A, R, DV, C, H, N, M, S, G, E, K = 2, 3, 5, 6, 4, 2, 7, 3, 2, 8, 9, 3, 2, 10, 3
+
+
+def floats(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + len(shape))
+    return torch.randn(shape, generator=generator)
+
+
+def ints(*numbers: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def bools(*shape: int) -> Tensor:
+    return floats(*shape) > -1
+
+
+class Row(NamedTuple):
+    """A call that is good: of a function, or of a module that `make` makes."""
+
+    make: Callable[[], Callable[..., Any]]
+    arguments: dict[str, Any]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        made = self.make()
+        return made.forward if isinstance(made, nn.Module) else made
+
+    def options(self) -> list[str]:
+        """The arguments that are no tensors and no offsets."""
+        return [n for n in inspect.signature(self.function).parameters if n in BAD_OPTIONS]
+
+
+def _function(name: str) -> Callable[[], Any]:
+    return lambda: getattr(fused_attn, name)
+
+
+def _module(name: str, *args: Any, **options: Any) -> Callable[[], Any]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return getattr(fused_attn, name)(*args, **options).eval()
+
+    return make
+
+
+CU_N, CU_M = ints(0, 3, 3, N), ints(0, 2, 6, M)
+INDPTR, INDICES = ints(0, 4, 4, 7, E), ints(0, 3, 2, 2, 1, 0, 2, 1, 1, 3)
+MLP = {"w": floats(D, A), "b": floats(A), "v": floats(A)}
+PAIRS = {"query": floats(B, TQ, A), "key": floats(B, TK, A), "value": floats(B, TK, DV)}
+HEADS = {"query": floats(B, H, TQ, A), "key": floats(B, H, TK, A), "value": floats(B, H, TK, DV)}
+PACKED = {"query": floats(N, A), "key": floats(M, A), "value": floats(M, DV), "cu_seqlens_q": CU_N, "cu_seqlens_k": CU_M}
+MASKED = {"mask": bools(B, TK), "score_bias": floats(B, TQ, TK)}
+SCORE = Score(floats(D, A), floats(A), floats(A))
+WORDS = {"w_y": floats(D, A), "w_h": floats(C, A), "w_r": floats(D, A), "w": floats(A), "w_t": floats(D, D)}
+STEP = {
+    "query": floats(B, A), "key": floats(B, TK, A), "value": floats(B, TK, DV), "v": floats(A),
+    "previous": floats(B, TK).abs(), "conv_weight": floats(C, K), "u": floats(C, A), "mask": bools(B, TK),
+    "score_bias": floats(B, TK),
+}  # fmt: skip
+NODES = {"query": floats(4, A), "key": floats(4, A), "v": floats(A), "indptr": INDPTR, "indices": INDICES}
+
+ROWS: dict[str, Row] = {
+    "location, linear": Row(
+        _function("location_attention"),
+        {"h": floats(B, TK, D), "w": floats(D), "b": floats(), "context": floats(B, TK), "mask": bools(B, TK)},
+    ),
+    "location, gated": Row(
+        _function("location_attention"),
+        {
+            "h": floats(B, TK, D), **MLP, "gate": (floats(D, A), floats(A)), "context": floats(B, A),
+            "values": floats(B, TK, DV), "mask": bools(B, TK), "score_bias": floats(B, TK),
+        },
+    ),
+    "location, packed hops": Row(
+        _function("location_attention"),
+        {
+            "h": floats(N, D), "w": floats(D, A), "b": floats(A), "v": floats(A, R), "context": floats(S, 1, A),
+            "values": floats(N, DV), "mask": bools(N), "score_bias": floats(N), "cu_seqlens": CU_N,
+        },
+    ),
+    "location, window": Row(
+        _function("location_attention"), {"h": floats(B, TK, D), **MLP, "mask": bools(B, TK), "window": (None, 0)}
+    ),
+    "statistics": Row(
+        _function("statistics_pooling"),
+        {"h": floats(B, TK, D), **MLP, "context": floats(B, TK, A), "values": floats(B, TK, DV), "mask": bools(B, TK)},
+    ),
+    "statistics, packed": Row(
+        _function("statistics_pooling"),
+        {"h": floats(N, D), "w": floats(D, A), "b": floats(A), "v": floats(A, D), "cu_seqlens": CU_N},
+    ),
+    "concat": Row(_function("concat_attention"), {**PAIRS, "v": floats(A), **MASKED}),
+    "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED}),
+    "concat, packed": Row(_function("concat_attention"), {**PACKED, "v": floats(A)}),
+    "general": Row(_function("general_attention"), {**PAIRS, "weight": floats(A, A), **MASKED}),
+    "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
+    "general, dot": Row(_function("general_attention"), {"query": PAIRS["query"], "key": PAIRS["key"]}),
+    "general, packed": Row(_function("general_attention"), {**PACKED, "weight": floats(A, A)}),
+    "graph": Row(
+        _function("graph_attention"),
+        {
+            **NODES, "value": floats(4, DV), "edge": floats(E, A),
+            "transposed": fused_attn.transpose_csr(INDPTR, INDICES, 4),
+        },
+    ),
+    "csr_from_edges": Row(_function("csr_from_edges"), {"edge_index": ints(0, 1, 2, 2, 1, 0).view(2, 3), "num_queries": 3}),
+    "transpose_csr": Row(_function("transpose_csr"), {"indptr": INDPTR, "indices": INDICES, "num_keys": 4}),
+    "hierarchical": Row(
+        _function("hierarchical_attention"),
+        {
+            "h": floats(N, D), "inner_offsets": CU_N, "outer_offsets": ints(0, 1, S), "inner": SCORE, "outer": SCORE,
+            "mask": bools(N),
+        },
+    ),
+    "word by word": Row(
+        _function("word_by_word_attention"),
+        {"premise": floats(B, TK, D), "hypothesis": floats(B, TQ, C), **WORDS, "state": floats(B, D), "mask": bools(B, TK)},
+    ),
+    "word by word, packed": Row(
+        _function("word_by_word_attention"),
+        {
+            "premise": floats(N, D), "hypothesis": floats(M, C), **WORDS, "state": floats(S, D),
+            "cu_seqlens_premise": CU_N, "cu_seqlens_hypothesis": CU_M,
+        },
+    ),
+    "location aware": Row(_function("location_aware_attention"), STEP),
+    "LocationAttention": Row(
+        _module("LocationAttention", D, A, hops=R, gated=True, context_dim=C),
+        {
+            "h": floats(B, TK, D), "context": floats(B, C), "values": floats(B, TK, DV), "mask": bools(B, TK),
+            "score_bias": floats(B, TK),
+        },
+    ),
+    "LocationAttention, packed": Row(
+        _module("LocationAttention", D, context_dim=C),
+        {"h": floats(N, D), "context": floats(S, 1, C), "cu_seqlens": CU_N},
+    ),
+    "StatisticsPooling": Row(
+        _module("StatisticsPooling", D, A, per_channel=True, global_context=True),
+        {"h": floats(N, D), "mask": bools(N), "cu_seqlens": CU_N},
+    ),
+    "ConcatAttention": Row(
+        _module("ConcatAttention", D, C, A, context_dims=[R], num_heads=H),
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), "contexts": [floats(B, R)], **MASKED},
+    ),
+    "GeneralAttention": Row(
+        _module("GeneralAttention", D, C, num_heads=H),
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED},
+    ),
+    "GeneralAttention, packed": Row(
+        _module("GeneralAttention", D, C),
+        {"query": floats(N, D), "key": floats(M, C), "cu_seqlens_q": CU_N, "cu_seqlens_k": CU_M},
+    ),
+    "GraphAttention": Row(
+        _module("GraphAttention", D, A, num_heads=H, edge_dim=C),
+        {"x": floats(4, D), "indptr": INDPTR, "indices": INDICES, "edge": floats(E, C)},
+    ),
+    "GraphAttention, two kinds": Row(
+        _module("GraphAttention", D, A, key_dim=C),
+        {"x": (floats(4, D), floats(4, C)), "indptr": INDPTR, "indices": INDICES},
+    ),
+    "HierarchicalAttention": Row(
+        _module("HierarchicalAttention", D, A, inner_context_dim=C, outer_context_dim=R),
+        {
+            "h": floats(N, D), "inner_offsets": CU_N, "outer_offsets": ints(0, 1, S), "mask": bools(N),
+            "inner_context": floats(S, C), "outer_context": floats(G, R),
+        },
+    ),
+    "WordByWordAttention": Row(
+        _module("WordByWordAttention", D, C, A),
+        {"premise": floats(B, TK, D), "hypothesis": floats(B, TQ, C), "state": floats(B, D), "mask": bools(B, TK)},
+    ),
+    "LocationAwareAttention": Row(
+        _module("LocationAwareAttention", D, C, A, channels=4, width=3),
+        {
+            "query": floats(B, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), "previous": floats(B, TK).abs(),
+            "projected": floats(B, TK, A), "mask": bools(B, TK), "score_bias": floats(B, TK),
+        },
+    ),
+}  # fmt: skip
+
+HUGE = 10**400
+_NAMES: list[Any] = [[], {}, None, 3, "Tanh ", float("nan"), b"tanh"]
+_FLAGS: list[Any] = [None, "yes", 1, 0.0, [], {}, float("nan")]
+BAD_OPTIONS: dict[str, list[Any]] = {
+    "activation": _NAMES,
+    "gate_activation": _NAMES,
+    "impl": [[], {}, None, 3, "cuda", float("nan"), torch.ones(2)],
+    "dropout_p": ["0.5", None, [], {}, True, 1j, float("nan"), float("inf"), -0.1, 1, HUGE, 10**5000, torch.tensor(0.5)],
+    "scale": ["1", None, [], {}, True, 1j, float("nan"), float("inf"), -HUGE, 10**5000, 1e300],
+    "floor": ["1", None, [], {}, False, float("nan"), float("inf"), -1.0, HUGE, 1e300],
+    "window": [3, [], {}, "ab", (1,), (1, 2, 3), (0.5, 0), (True, 0), (float("nan"), 0), ([], 0), [None, 0]],
+    "return_weights": _FLAGS,
+    "return_segments": _FLAGS,
+    "num_queries": [None, "3", 3.0, True, -1, HUGE, 10**5000, [], float("nan")],
+    "num_keys": [None, "3", 3.0, True, -1, HUGE, [], float("nan")],
+    "between": [3, "x", [], {}],
+    "gate": [3, (), (None, floats(A)), (floats(D, A),), (None, None), {}, floats(D, A)],
+    "transposed": [3, (), [INDPTR, INDICES, INDICES], (INDPTR, INDICES), {}, (None, None, None)],
+    "inner": [None, 3, SCORE._replace(gate=(None, None)), (floats(D, A),), SCORE._replace(activation=[])],
+    "outer": [None, 3, SCORE._replace(w=None, v=None), SCORE._replace(gate_activation={})],
+    "contexts": [3, None, [], [3], [None], [("query",)], [("value", floats(B, R))], [(3, floats(B, R))], "x"],
+    "x": [3, None, (), (floats(4, D),), (None, None), (floats(4, D),) * 3],
+}
+
+
+def tensors(arguments: dict[str, Any]) -> list[str]:
+    return [name for name, x in arguments.items() if isinstance(x, Tensor)]
+
+
+def bad_tensors(x: Tensor) -> dict[str, Any]:
+    """What is no good in place of `x`, whatever it is for."""
+    bad: dict[str, Any] = {
+        "complex": x.to(torch.complex64), "int8": x.to(torch.int8), "float8": x.to(torch.float8_e4m3fn),
+        "list": x.tolist(), "array": x.numpy(), "string": "x", "sparse": x.to_sparse() if x.dim() else 1j,
+        "nested": torch.nested.nested_tensor([x, x]), "quantised": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+        "rank + 3": x[None, None, None], "meta": x.to("meta"),
+    }  # fmt: skip
+    if x.dim() > 1:
+        bad["jagged"] = torch.nested.as_nested_tensor([x, x], layout=torch.jagged)
+        bad["rank 0"] = x.flatten()[0]
+    if x.dim() == 2:
+        bad["compressed"] = x.to_sparse_csr()
+    if x.is_floating_point():
+        bad |= {"float64": x.double(), "bool": x > 0, "int64": x.long()}
+        bad |= {"mkldnn": x.to_mkldnn()} if x.dim() else {}
+    else:
+        bad |= {"float32": x.float(), "uint8": x.to(torch.uint8)}
+    return bad
+
+
+def bad_offsets(cu: Tensor, last: int) -> dict[str, Any]:
+    """Offsets that are wrong, where there are four of them."""
+    return {
+        "decrease": ints(0, last, 1, last), "start past 0": ints(1, 2, 3, last), "start before 0": ints(-1, 2, 3, last),
+        "end short": ints(0, 1, 2, last - 1), "end late": ints(0, 1, 2, last + 1), "int64": cu.long(), "int16": cu.short(),
+        "none": ints(), "of rank 2": cu[None], "list": cu.tolist(), "meta": cu.to("meta"), "far": ints(0, 2**31 - 1, 2, last),
+    }  # fmt: skip

@@ -1,0 +1,477 @@
+"""Bad input to every public function and module: an error that names an argument, in the caller's own words."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+from _inputs import (
+    BAD_OPTIONS, CU_N, INDICES, INDPTR, ROWS, A, B, C, D, E, H, N, R, TK, TQ, bad_offsets, bad_tensors, bools, floats, ints,
+    tensors,
+)  # fmt: skip
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_attn
+from fused_attn import (
+    ConcatAttention,
+    LocationAttention,
+    LocationAwareAttention,
+    concat_attention,
+    graph_attention,
+    location_attention,
+    location_aware_attention,
+    statistics_pooling,
+    transpose_csr,
+)
+from fused_attn.kernels import chip
+
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+FIRST = {"h", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
+
+
+def raised(row, **changed):
+    """What a call with some arguments changed raises: its name and text; None where it passes."""
+    try:
+        row.make()(**{**row.arguments, **changed})
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        match = re.match(r"([a-z_]+[a-z0-9_.]*(\[\d+\])?): expected ", text)
+        assert match, text
+        assert "; got " in text, text
+        return match[1], text
+    return None
+
+
+@every_row
+def test_the_good_calls_are_good(row):
+    assert raised(row) is None
+
+
+@every_row
+def test_every_tensor_that_is_none_of_the_kind_raises_with_its_name(row):
+    has = inspect.signature(row.function).parameters
+    for name in tensors(row.arguments):
+        for kind, bad in bad_tensors(row.arguments[name]).items():
+            if kind == "jagged" and name in ("h", "context", "values", "score_bias"):
+                continue  # these may be, together
+            if (kind, name) in {("rank 0", "score_bias"), ("meta", "edge_index")}:
+                continue  # a bias broadcasts, and the edges are alone
+            came = raised(row, **{name: bad})
+            assert came is not None, (name, kind)
+            if name not in FIRST and (name, kind) != ("cu_seqlens", "jagged"):
+                assert came[0] == name, (kind, came)
+            assert re.split(r"[.\[]", came[0])[0] in has, (name, kind, came)
+
+
+@every_row
+def test_every_option_that_is_none_raises_with_its_name(row):
+    for name in row.options():
+        for bad in BAD_OPTIONS[name]:
+            if bad is None and inspect.signature(row.function).parameters[name].default is None:
+                continue
+            came = raised(row, **{name: bad})
+            assert came is not None, (name, bad)
+            assert re.split(r"[.\[]", came[0])[0] == name, came
+
+
+@every_row
+def test_every_size_that_differs_is_named(row):
+    """One more along an axis: wrong where the size is bound, else as good as before."""
+    has = inspect.signature(row.function).parameters
+    for name in tensors(row.arguments):
+        x = row.arguments[name]
+        for axis in range(x.dim()):
+            came = raised(row, **{name: torch.cat([x, x.narrow(axis, 0, 1)], axis)})
+            if came is not None:
+                assert re.split(r"[.\[]", came[0])[0] in has, (name, axis, came)
+            if came is not None and "expected shape" in came[1] and name not in ("edge_index", "conv_weight"):
+                assert re.search(r"= \d+ from ", came[1]), came
+
+
+@every_row
+def test_sizes_of_0_pass_or_are_named(row):
+    has = inspect.signature(row.function).parameters
+    for name in tensors(row.arguments):
+        x = row.arguments[name]
+        for axis in range(x.dim()):
+            came = raised(row, **{name: x.narrow(axis, 0, 0)})
+            assert came is None or re.split(r"[.\[]", came[0])[0] in has, (name, axis, came)
+
+
+@every_row
+def test_offsets_that_are_none_raise_with_their_name(row):
+    for name in tensors(row.arguments):
+        if "cu_seqlens" in name or name == "inner_offsets":
+            for kind, bad in bad_offsets(row.arguments[name], int(row.arguments[name][-1])).items():
+                came = raised(row, **{name: bad})
+                assert came is not None, (name, kind)
+                assert came[0] == name, (kind, came)
+
+
+@every_row
+def test_the_same_on_meta_gives_shapes(row):
+    def moved(x):
+        if isinstance(x, (tuple, list)):
+            y = [moved(item) for item in x]
+            return type(x)(*y) if hasattr(x, "_fields") else type(x)(y)
+        return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+    def shapes(x):
+        return [shapes(y) for y in x] if isinstance(x, tuple) else None if x is None else tuple(x.shape)
+
+    call, arguments = row.make(), row.arguments
+    here = call(**arguments)
+    call = call.to("meta") if isinstance(call, torch.nn.Module) else call
+    there = call(**{name: moved(x) for name, x in arguments.items()})
+    assert shapes(there) == shapes(here)
+
+
+# --- Texts -------------------------------------------------------------------------------------------------------
+
+MODULE = LocationAttention(16, 8)
+CONCAT = ConcatAttention(D, D, A, context_dims=[C])
+TEXTS = {
+    "which size is wrong": (
+        lambda: concat_attention(floats(2, 3, 8), floats(3, 7, 8), floats(2, 7, 8), floats(8)),
+        "key: expected shape (B, Tk, A) with B = 2 from query, A = 8 from query; got (3, 7, 8): B is 3",
+    ),
+    "channels first, to a module": (
+        lambda: MODULE(floats(2, 16, 5)),
+        "h: expected shape (B, T, dim) with dim = 16 from the constructor; got (2, 16, 5): dim is 5; looks like channels "
+        "first: pass h.transpose(1, 2)",
+    ),
+    "channels first, to a function": (
+        lambda: location_attention(floats(2, D, TK), floats(D, A), None, floats(A)),
+        "w: expected shape (D, A) with D = 5 from h; got (6, 4): D is 6; looks as if h had channels first: pass "
+        "h.transpose(1, 2)",
+    ),
+    "a dtype that the parameters have not": (
+        lambda: MODULE(floats(2, 5, 16).bfloat16()),
+        "h: expected dtype float32, that of the module's parameters; got bfloat16: use module.to(torch.bfloat16) or "
+        "torch.autocast",
+    ),
+    "the weight of a layer": (
+        lambda: location_attention(floats(B, TK, D), floats(A, D), None, floats(A)),
+        "w: expected shape (D, A) with D = 6 from h; got (4, 6): D is 4; looks like `nn.Linear.weight`: pass `w.t()`",
+    ),
+    "the weight of a layer with one output": (
+        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(1, A)),
+        "v: expected shape (A,) with A = 4 from query; got (1, 4); looks like the weight of a layer with one output: pass "
+        "v.squeeze(0)",
+    ),
+    "a width of a module": (
+        lambda: CONCAT(floats(B, TQ, D + 1), floats(B, TK, D), contexts=[floats(B, C)]),
+        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): query_dim is 7",
+    ),
+    "a step with an axis of queries": (
+        lambda: LocationAwareAttention(D, C, A)(floats(B, 1, D), floats(B, TK, C)),
+        "query: expected shape (B, query_dim) with query_dim = 6 from the constructor; got (2, 1, 6); pass query.squeeze(1)",
+    ),
+    "projected keys of other keys": (
+        lambda: LocationAwareAttention(D, C, A)(floats(B, D), floats(B, TK, C), projected=floats(B, TK + 1, A)),
+        "projected: expected shape (B, Tk, attn_dim) with B = 2 from query, Tk = 5 from key, attn_dim = 4 from the "
+        "constructor; got (2, 6, 4): Tk is 6",
+    ),
+    "a context of batch 1": (
+        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[floats(1, C)]),
+        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, C = 3 from context_dims[0], "
+        "Tq = 3 from query, Tk = 5 from key; got (1, 3): B is 1",
+    ),
+    "a context of one row of keys": (
+        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[("key", floats(1, TK, C))]),
+        "contexts[0]: expected shape (B, Tk, C) with B = 2 from query, Tk = 5 from key, C = 3 from context_dims[0]; got "
+        "(1, 5, 3): B is 1",
+    ),
+    "a side that a context of the sequence has not": (
+        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[("query", floats(B, C))]),
+        "contexts[0]: expected shape (B, Tq, C) with ",
+    ),
+    "a mask as Hugging Face has it": (
+        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(B, 1, 1, TK)),
+        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query; got "
+        "(2, 1, 1, 5); pass mask.squeeze((1, 2))",
+    ),
+    "a mask for the whole batch": (
+        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(TQ, TK)),
+        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query; got (3, 5): "
+        "B is 3; True = may be attended; one for the whole batch: pass mask.expand(2, *mask.shape)",
+    ),
+    "a mask that is added": (
+        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=floats(B, TK)),
+        "mask: expected dtype bool; got float32; True = may be attended; what is added to the scores is no mask: pass it as "
+        "score_bias=",
+    ),
+    "a gate without a weight": (
+        lambda: location_attention(floats(B, TK, D), floats(D, A), None, floats(A), gate=(None, floats(A))),
+        "gate: expected a pair (weight, bias or None), or None for no gate; got None as its weight",
+    ),
+    "sparse": (
+        lambda: MODULE(floats(2, 5, 16).to_sparse()),
+        "h: expected a dense tensor; got layout torch.sparse_coo: pass h.to_dense()",
+    ),
+    "another device": (
+        lambda: MODULE(floats(2, 5, 16).to("meta")),
+        "h: expected device cpu; got meta: that of the module's parameters is cpu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "text"), TEXTS.values(), ids=TEXTS.keys())
+def test_texts(call, text):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize(("call", "text"), TEXTS.values(), ids=TEXTS.keys())
+def test_texts_are_the_same_compiled(call, text):
+    torch.compiler.reset()
+    with pytest.raises((ValueError, TypeError)) as error:
+        torch.compile(call, backend="eager")()
+    assert str(error.value).startswith(text)
+
+
+HABITS = {
+    "attn_mask": "mask=", "key_padding_mask": "mask=~key_padding_mask", "is_causal": r"window=\(None, 0\)",
+    "need_weights": "return_weights=True", "attention_mask": r"mask=attention_mask\.bool\(\)",
+}  # fmt: skip
+
+
+@every_row
+def test_habits_are_told_what_to_pass(row):
+    has = inspect.signature(row.function).parameters
+    for name, text in HABITS.items():
+        if re.match(r"\w+", text)[0] in has:
+            with pytest.raises(TypeError, match=rf"^{name}: expected .*{text}.*; got {name}=, which \w+ does not have"):
+                row.make()(**row.arguments, **{name: None})
+        else:
+            with pytest.raises(TypeError, match=name):
+                row.make()(**row.arguments, **{name: None})
+
+
+def test_the_signatures_stay():
+    for name in fused_attn.__all__:
+        thing = getattr(fused_attn, name)
+        if name.endswith("_attention") or name.endswith("Attention") or name.endswith("ooling"):
+            call = getattr(thing, "forward", thing)
+            parameters = inspect.signature(call).parameters
+            assert "impl" in parameters
+            assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+            assert call.__doc__
+
+
+# --- NumPy's scalars, autocast --------------------------------------------------------------------------------------
+
+
+def test_numpy_scalars_are_numbers():
+    query, key, v = floats(B, TQ, A), floats(B, TK, A), floats(A)
+    want = concat_attention(query, key, key, v, window=(1, None), return_weights=True)
+    got = concat_attention(
+        query, key, key, v, window=(np.int64(1), None), dropout_p=np.float32(0), return_weights=np.bool_(True)
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    options = ConcatAttention(np.int64(D), np.int32(D), A, dropout=np.float32(0.5)).dropout
+    assert type(options) is float
+    scaled = fused_attn.general_attention(query, key, scale=np.float32(2))
+    torch.testing.assert_close(scaled, fused_attn.general_attention(query, key, scale=2), rtol=0, atol=0)
+
+
+@every_row
+def test_modules_take_other_dtypes_under_autocast(row):
+    module = row.make()
+    if not isinstance(module, torch.nn.Module):
+        return
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halves = {n: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in row.arguments.items()}
+        halves = {n: row.arguments[n] if n == "score_bias" else x for n, x in halves.items()}
+        out = module(**halves)
+        first = out[0] if isinstance(out, tuple) else out
+        assert first.dtype in (torch.bfloat16, torch.float32)
+
+
+BAD_SIZES = [0, -1, 2.0, "3", True, 10**30, float("nan"), []]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "flags"),
+    [
+        ("LocationAttention", ["dim", "attn_dim", "hops", "context_dim"], ["gated", "bias"]),
+        ("StatisticsPooling", ["dim", "attn_dim"], ["per_channel", "global_context", "bias"]),
+        ("ConcatAttention", ["query_dim", "key_dim", "attn_dim", "num_heads"], ["bias"]),
+        ("GeneralAttention", ["query_dim", "key_dim", "num_heads"], []),
+        ("GraphAttention", ["query_dim", "head_dim", "num_heads", "key_dim", "edge_dim"], ["concat", "share_weights", "bias"]),
+        ("HierarchicalAttention", ["dim", "inner_dim", "outer_dim", "inner_context_dim"], ["gated", "bias"]),
+        ("WordByWordAttention", ["premise_dim", "hypothesis_dim", "attn_dim"], []),
+        ("LocationAwareAttention", ["query_dim", "key_dim", "attn_dim", "channels", "width"], ["bias"]),
+    ],
+)
+def test_constructors_name_their_argument(name, sizes, flags):
+    make = getattr(fused_attn, name)
+    has = inspect.signature(make).parameters
+    good = {n: 4 for n, p in has.items() if p.default is p.empty}
+    table = {n: BAD_SIZES for n in sizes} | {n: [None, "yes", 1, []] for n in flags}
+    table |= {n: [float("nan"), True, "x", 1.0, None] for n in ("dropout",) if n in has}
+    table |= {n: [[], None, "softplus"] for n in ("activation", "gate_activation") if n in has}
+    table |= {n: [float("nan"), True, "x", 10**400] for n in ("scale",) if n in has}
+    for argument, values in table.items():
+        for bad in values:
+            with pytest.raises((ValueError, TypeError), match=rf"^{argument}: expected .*; got "):
+                make(**{**good, argument: bad})
+
+
+# --- Structures of other graphs and batches ---------------------------------------------------------------------------
+
+
+def jagged(*offsets, width=D):
+    return torch.nested.nested_tensor_from_jagged(floats(N, width), torch.tensor(offsets))
+
+
+@pytest.mark.parametrize("name", ["values", "context", "score_bias"])
+@pytest.mark.parametrize("call", [location_attention, statistics_pooling, LocationAttention(D, A, context_dim=A)])
+def test_jagged_arguments_of_other_offsets_raise(call, name):
+    module = isinstance(call, torch.nn.Module)
+    if name not in inspect.signature(call.forward if module else call).parameters:
+        return
+    width = {"values": D, "context": A}.get(name)
+
+    def given(*offsets):
+        if width is not None:
+            return jagged(*offsets, width=width)
+        return torch.nested.nested_tensor_from_jagged(floats(N), torch.tensor(offsets))
+
+    parameters = () if module else (floats(D, A), None, floats(A))
+    more = {"context": given(0, 3, N)} if module and name != "context" and width else {}
+    more |= {"context": jagged(0, 3, N, width=A)} if module and name != "context" else {}
+    call(jagged(0, 3, N), *parameters, **{name: given(0, 3, N)}, **more)
+    for offsets in ((0, 4, N), (0, 3, 4, N)):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a jagged tensor with the offsets of h; got "):
+            call(jagged(0, 3, N), *parameters, **{name: given(*offsets)}, **more)
+
+
+@pytest.mark.parametrize("offsets", [(0, 3, N - 1), (0, 5, 3, N), (1, 3, N)], ids=str)
+def test_a_jagged_tensor_of_bad_offsets_raises(offsets):
+    for call in (location_attention, statistics_pooling):
+        with pytest.raises(ValueError, match=r"^h: expected non-decreasing offsets from 0 to .*; got "):
+            call(jagged(*offsets), floats(D, A), None, floats(A))
+
+
+def test_a_transposed_jagged_tensor_raises():
+    with pytest.raises(ValueError, match=r"^h: expected a jagged tensor whose second axis .*; got "):
+        location_attention(jagged(0, 3, N).transpose(1, 2), floats(D))
+
+
+NODES = {"query": floats(4, A), "key": floats(4, A), "v": floats(A), "indptr": INDPTR, "indices": INDICES}
+
+
+def other_structures():
+    good = transpose_csr(INDPTR, INDICES, 4)
+    yield "of other rows", transpose_csr(ints(0, 3, 4, 7, E), INDICES, 4)
+    yield "of other columns", transpose_csr(INDPTR, INDICES.flip(0), 4)
+    yield "of the same edges in another order", transpose_csr(INDPTR, INDICES[[1, 0, 2, 3, 4, 5, 6, 7, 8, 9]], 4)
+    same = (good[2] == 2) | (good[2] == 3)  # two edges between the same nodes
+    assert same.sum() == 2
+    yield "one edge twice", (*good[:2], good[2].masked_fill(same, 2))
+    yield "not transposed", (INDPTR, INDICES, torch.arange(E))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(("title", "given"), list(other_structures()), ids=[title for title, _ in other_structures()])
+def test_a_structure_of_another_graph_raises(title, given, impl):
+    with pytest.raises(ValueError, match=r"^transposed\[[012]\]: expected .*; got "):
+        graph_attention(**NODES, transposed=given, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_structure_of_this_graph_passes(dtype):
+    given = transpose_csr(INDPTR.to(dtype), INDICES.to(dtype), 4)
+    want = graph_attention(**NODES)
+    torch.testing.assert_close(graph_attention(**NODES, transposed=given), want)
+    empty = NODES | {"indptr": ints(0, 0, 0, 0, 0), "indices": ints()}
+    assert graph_attention(**empty, transposed=transpose_csr(empty["indptr"], empty["indices"], 4)).count_nonzero() == 0
+
+
+def test_compiled_a_structure_of_another_graph_stops():
+    torch.compiler.reset()
+    other = transpose_csr(ints(0, 3, 4, 7, E), INDICES, 4)
+    compiled = torch.compile(lambda t: graph_attention(**NODES, transposed=t), backend="eager", fullgraph=True)
+    compiled(transpose_csr(INDPTR, INDICES, 4))
+    with pytest.raises(RuntimeError, match=r"transposed\[[01]\]: expected"):
+        compiled(other)
+
+
+# --- TF32 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings():
+    """PyTorch's settings of float32 products, put back."""
+    old = [
+        (owner, owner.fp32_precision)
+        for owner in (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv)
+    ]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for owner, precision in old:
+        owner.fp32_precision = precision
+
+
+def matmul(precision):
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def everything(precision):
+    torch.backends.fp32_precision = precision
+
+
+def convolutions(precision):
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
+def old_flag(on):
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+WAYS = {
+    "nothing": ([], False),
+    "old, highest": ([(torch.set_float32_matmul_precision, "highest")], False),
+    "old, high": ([(torch.set_float32_matmul_precision, "high")], True),
+    "old, medium": ([(torch.set_float32_matmul_precision, "medium")], True),
+    "old flag": ([(old_flag, True)], True),
+    "old flag, off": ([(old_flag, True), (old_flag, False)], False),
+    "new": ([(matmul, "tf32")], True),
+    "new, ieee": ([(matmul, "ieee")], False),
+    "of everything": ([(everything, "tf32")], True),
+    "of everything, but not of products": ([(everything, "tf32"), (matmul, "ieee")], False),
+    "of convolutions": ([(convolutions, "tf32")], False),
+    "not of convolutions": ([(convolutions, "ieee"), (matmul, "tf32")], True),
+    "old, then new": ([(torch.set_float32_matmul_precision, "high"), (matmul, "ieee")], False),
+    "new, then old": ([(matmul, "tf32"), (torch.set_float32_matmul_precision, "highest")], False),
+    "new, then old flag": ([(matmul, "ieee"), (old_flag, True)], True),
+}
+
+
+@pytest.mark.parametrize(("steps", "tf32"), WAYS.values(), ids=WAYS.keys())
+def test_tf32_is_as_pytorch_was_told_by_either_interface(steps, tf32, settings):
+    for step, value in steps:
+        step(value)
+    assert chip.matmul_flags(chip.H200, torch.float32)["PRECISION"] == ("tf32" if tf32 else "ieee")
+    assert chip.matmul_flags(chip.H200, torch.bfloat16)["PRECISION"] == "ieee"
+    location_attention(floats(B, TK, D), floats(D, A), None, floats(A), impl="triton")
+
+
+def test_no_convolution_has_a_setting_of_its_own():
+    """The location-aware step makes its features as a product, which follows the setting of products."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    row = ROWS["location aware"]
+    arguments = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in row.arguments.items()}
+    with Watch():
+        location_aware_attention(**arguments)[0].sum().backward()
+    assert any("mm" in name for name in seen)
+    assert not any("conv" in name for name in seen), [name for name in seen if "conv" in name]
