@@ -44,17 +44,18 @@ class Argument(NamedTuple):
     optional: bool
     linear: bool  # is the transpose of what `nn.Linear` calls its weight
     hint: str
+    empty: bool = False  # may have a width of 0
 
 
 Table = dict[str, Argument]
 
 
 def argument(
-    forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = ""
+    forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = "", empty: bool = False
 ) -> Argument:
     """``"B T D | N D"``: alternatives between bars, of size names between spaces; a name ``S+1`` is S + 1."""
     split = tuple(tuple(form.split()) for form in forms.split("|"))
-    return Argument(split, kind, optional, linear, hint)
+    return Argument(split, kind, optional, linear, hint, empty)
 
 
 def offsets_of(rows: str, *, optional: bool = True, hint: str = OFFSETS_HINT) -> Argument:
@@ -119,7 +120,7 @@ class Checker:
             For a shape or a device that does not fit.
 
         """
-        forms, kind, optional, _, hint = arg = self.table[row or name]
+        forms, kind, optional, _, hint, empty = arg = self.table[row or name]
         if x is None and optional:
             return
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
@@ -144,7 +145,7 @@ class Checker:
             else:
                 for word, n in zip(form, shape, strict=True):
                     if word not in sizes:
-                        if word in _WIDTHS and n == 0:
+                        if n == 0 and word in _WIDTHS and not empty:
                             raise ValueError(
                                 f"{self.prefix}{name}: expected at least one {_THINGS.get(word, 'feature')}, "
                                 f"{word} >= 1; got shape {tuple(shape)}"

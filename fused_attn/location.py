@@ -60,7 +60,7 @@ def _table(rows: str, seq: str, inner: str) -> Table:
         "gate[0]": argument("D A", optional=True, linear=True),
         "gate[1]": argument("A", optional=True),
         "context": argument(f"{seq} {inner} | {rows} {inner} {packed}", optional=True),
-        "values": argument(f"{rows} Dv", optional=True),
+        "values": argument(f"{rows} Dv", optional=True, empty=True),  # a window has weights all the same
         "mask": mask_of(rows),
         "score_bias": argument(rows, "bias", optional=True),
         "cu_seqlens": offsets_of("S"),
