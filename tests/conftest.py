@@ -1,6 +1,7 @@
 """Options and fixtures that every family's tests share."""
 
 import argparse
+import collections
 import hashlib
 import importlib.util
 import os
@@ -46,12 +47,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fair", action="store_true", help="in an order that is fair to all files when cut off")
 
 
+CASES = 32
+"""The most cases of one test that run where `--long` is not asked for: the others of a larger table are `long`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which reads the markers for -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Which tests run, and in which order: both by a hash of their names, the same on every machine."""
     which, of = config.getoption("sample")
 
     def digest(item: pytest.Item) -> int:
         return int.from_bytes(hashlib.md5(item.nodeid.encode()).digest(), "big")
+
+    tables = collections.defaultdict(list)
+    for item in items:
+        tables[item.nodeid.split("[")[0]].append(item)
+    for table in tables.values() if not config.getoption("gpu") else ():
+        for item in sorted(table, key=digest)[CASES:]:
+            item.add_marker("long")
 
     def wanted(item: pytest.Item) -> bool:
         shown = config.getoption("long") or item.get_closest_marker("long") is None

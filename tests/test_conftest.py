@@ -75,8 +75,13 @@ def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list
     options = {"sample": (1, 1), "fair": False, "long": False} | options
     gone: list = []
     hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
+    long = set(marked)
     items = [
-        SimpleNamespace(nodeid=name, get_closest_marker=lambda _, name=name: True if name in marked else None)
+        SimpleNamespace(
+            nodeid=name,
+            get_closest_marker=lambda _, name=name: True if name in long else None,
+            add_marker=lambda marker, name=name: long.add(name),
+        )
         for name in names
     ]
     conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=options.get, hook=hook), items)
@@ -109,6 +114,17 @@ def test_the_fair_order_mixes_files_and_does_not_depend_on_how_they_were_found()
 def test_long_tests_run_where_asked_for():
     assert collected(["x", "y", "z"], marked=("y",)) == ["x", "z"]
     assert collected(["x", "y", "z"], marked=("y",), long=True) == ["x", "y", "z"]
+
+
+def test_the_cases_of_a_large_table_are_long_past_so_many():
+    table, other = ([f"a.py::{test}[{i}]" for i in range(100)] for test in ("large", "other"))
+    few = other[: conftest.CASES]
+    kept = collected(table + few)
+    assert set(few) <= set(kept)
+    assert len(kept) == 2 * conftest.CASES
+    assert set(kept) == set(collected(few + table[::-1]))  # the same, however they were found
+    assert len(collected(table + few, long=True)) == len(table + few)
+    assert len(collected(table + few, gpu=True)) == len(table + few)
 
 
 def test_the_profile_of_long_tests_shrinks_and_draws_much():
