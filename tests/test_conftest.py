@@ -33,7 +33,7 @@ def test_runs():
 """
 )
 needs_xdist = pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
-NAMES = [f"{file}.py::test[{i}]" for file in "ab" for i in range(200)]
+NAMES = [f"{file}.py::test_{i}" for file in "ab" for i in range(200)]
 LONG = """
 import pytest
 
