@@ -175,7 +175,7 @@ _UNITS = {
 def _usage_cuda(said: str) -> tuple[int, int, str]:
     """Registers a thread, bytes of stack a thread, and warnings, from what ptxas said."""
     registers, stack = (int(re.search(key, said)[1]) for key in (r"Used (\d+) registers", r"(\d+) bytes stack frame"))
-    warnings = {line for line in said.splitlines() if re.search(r"warning|\(C\d+\)", line)}
+    warnings = {line for line in said.splitlines() if re.search("warning|Performance Loss", line)}
     return registers, stack, "; ".join(sorted(warnings))
 
 

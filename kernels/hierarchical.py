@@ -202,7 +202,7 @@ def blocks_of(
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
     In 16 bits with parts of W of 64 × 32 (32 × 32 where operands come from registers), and D at most 256: two levels
-    have more to keep than one, and spilled.
+    have more to keep than one, and spilled; on small chips, where D is past 128, of 16 rows.
     """
 
     def level(n: int, width: int, is_linear: bool) -> Blocks:
@@ -211,7 +211,8 @@ def blocks_of(
         else:
             blocks = fwd_blocks(chip, itemsize, n, D, width, SEGMENTS, D, False)
         part = 32 if chip.from_registers else 64
-        return blocks._replace(D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
+        rows = min(blocks.T, 16 if chip.small and itemsize == 2 and D > 128 else 64)
+        return blocks._replace(T=rows, D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
 
     return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)
 

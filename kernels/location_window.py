@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, strides, tile_rows, unit, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, fitted, matmul_flags, pow2, strides, tile_rows, unit
 from .location import load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
@@ -318,8 +318,8 @@ def prepare(
         "EXACT": exact, "FMA": exact and chip.backend != "interpreter", **matmul_flags(chip, values.dtype),
         "BLOCK": blocks.rows, "BLOCK_DV": blocks.DV,
     }  # fmt: skip
-    registers = unpressed(chip, DV)
-    return Call(items, scores.shape[-1], blocks, torch.float64 if exact else torch.float32, scan, registers, args)
+    state = torch.float64 if exact else torch.float32
+    return Call(items, scores.shape[-1], blocks, state, scan, all_registers(chip), args)
 
 
 def window_fwd(
