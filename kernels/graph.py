@@ -27,7 +27,7 @@ from torch import Tensor
 from .activations import activate
 from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit, unpressed
 from .masks import dropout_scale
-from .softmax import exp, finish, new_lse, no_key, pivot, store_lse
+from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
 
 
 @triton.jit
@@ -98,13 +98,14 @@ def _graph_fwd_kernel(
                 z += load_edges(k_ptr, stride_kn, stride_kh, j, keep, h, a, H, A)
                 if edge_ptr is not None:
                     z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-                s += tl.sum(load_heads(v_ptr, stride_vh, h, a, H, A)[None, :, :] * activate(z, ACT, FAST), axis=2)
+                v = load_heads(v_ptr, stride_vh, h, a, H, A)
+                s += tl.sum(rounded_product(v[None, :, :], activate(z, ACT, FAST)), axis=2)
         else:
             k = load_edges(k_ptr, stride_kn, stride_kh, j, keep, h, a, H, A)
             z = q[None, :, :] + k
             if edge_ptr is not None:
                 z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-            s = tl.sum(v[None, :, :] * activate(z, ACT, FAST), axis=2)
+            s = tl.sum(rounded_product(v[None, :, :], activate(z, ACT, FAST)), axis=2)
         if tl.program_id(2) == 0:
             tl.store(scores_ptr + e[:, None] * H + h[None, :], s, mask=keep[:, None] & (h < H)[None, :])
         s = tl.where(keep[:, None], s, float("-inf"))

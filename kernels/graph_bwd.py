@@ -26,7 +26,7 @@ from .activations import activate, activate_grad
 from .chip import LENGTHS, unpressed
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
 from .masks import dropout_scale
-from .softmax import exp, load_dlse, load_lse
+from .softmax import exp, load_dlse, load_lse, rounded_product
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -74,7 +74,8 @@ def _graph_bwd_scores_kernel(
             do = load_heads(do_ptr + node * H * DV, DV, h, d, H, DV)
             out = load_heads(out_ptr + node * H * DV, DV, h, d, H, DV)
             values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, d, H, DV)
-            gap += tl.sum(do[None, :, :] * (kappa[:, :, None] * values - out[None, :, :]), axis=2)
+            apart = kappa[:, :, None] * values - out[None, :, :]
+            gap += tl.sum(rounded_product(do[None, :, :], apart), axis=2)
         p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
         delta += tl.sum(p * gap, axis=0)
         tl.store(g_ptr + at, gap, mask=inside)

@@ -31,7 +31,7 @@ from .activations import tanh
 from .chip import LENGTHS, Chip, all_registers, chip_of, fitted, pow2, strides, unit
 from .location import load_rows
 from .masks import sequence_of
-from .softmax import exp, finish, pivot
+from .softmax import exp, finish, pivot, rounded_product
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _recurrent_fwd_kernel(
         if HELD:
             c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
-            s = tl.sum(w[None, :] * tanh(key.to(tl.float32) + c[None, :], FAST), axis=1)
+            s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], FAST)), axis=1)
             p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
             inv = finish(l)
             if weights_ptr is not None:
@@ -197,7 +197,7 @@ def score_tile(k_ptrs, keep, c_ptr, w_ptr, A, FAST: tl.constexpr, BLOCK_A: tl.co
         c = tl.load(c_ptr + a, mask=a < A, other=0.0)
         w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
         key = load_rows(k_ptrs, keep, a, A).to(tl.float32)
-        s += tl.sum(w[None, :] * tanh(key + c[None, :], FAST), axis=1)
+        s += tl.sum(rounded_product(w[None, :], tanh(key + c[None, :], FAST)), axis=1)
     return tl.where(keep, s, float("-inf"))
 
 

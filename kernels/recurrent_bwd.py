@@ -27,7 +27,7 @@ from .chip import LENGTHS
 from .location import load_rows
 from .masks import sequence_of
 from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
-from .softmax import exp, finish, pivot
+from .softmax import exp, finish, pivot, rounded_product
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def _recurrent_bwd_kernel(
             c = tl.load(c_row + a, mask=a < A, other=0.0)
             dr = tl.load(dr_row + d, mask=d < D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], FAST)
-            s = tl.where(keep, tl.sum(w[None, :] * y, axis=1), float("-inf"))
-            g = tl.sum(values.to(tl.float32) * dr[None, :], axis=1)
+            s = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))
+            g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
             if dweights_ptr is not None:
                 g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
             p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, FMA)
@@ -142,7 +142,8 @@ def _recurrent_bwd_kernel(
                 for d0 in range(0, D, BLOCK_D):
                     d = d0 + tl.arange(0, BLOCK_D)
                     values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D).to(tl.float32)
-                    g += tl.sum(values * tl.load(dr_row + d, mask=d < D, other=0.0)[None, :], axis=1)
+                    dr = tl.load(dr_row + d, mask=d < D, other=0.0)
+                    g += tl.sum(rounded_product(dr[None, :], values), axis=1)
                 if dweights_ptr is not None:
                     g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
                 tl.store(s_ptr + j, s, mask=j < length)

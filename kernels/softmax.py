@@ -35,6 +35,16 @@ def exp(x, FMA: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, x broadcast to y, rounded before it goes into a sum over lanes.
+
+    A product that the compiler contracts with such a sum is rounded in one lane and not in the other, so that they
+    end with different last bits of one score: what one of them stores is then not what the others have.
+    """
+    return tl.fma(tl.broadcast_to(x, y.shape), y, tl.broadcast_to(x * 0.0, y.shape))
+
+
+@triton.jit
 def pivot(m):
     """A finite number to subtract: m, or 0 where no key was seen."""
     return tl.where(m == float("-inf"), 0.0, m)

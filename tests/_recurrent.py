@@ -102,3 +102,29 @@ def check(case: Case, device: torch.device, impl: str = "triton", **options) -> 
 
 
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
+
+
+def formula(*, impl, premise, hypothesis, w_y, w_h, w_r, w, w_t, state=None, mask=None):
+    """Word by word, of padded sequences: the oracle, which calls nothing of the package."""
+    r = premise.new_zeros(premise.shape[0], premise.shape[2]) if state is None else state
+    out, weights = [], []
+    for t in range(hypothesis.shape[1]):
+        s = torch.tanh(premise @ w_y + (hypothesis[:, t] @ w_h + r @ w_r)[:, None]) @ w
+        alpha = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(1)
+        r = (alpha[..., None] * premise).sum(1) + torch.tanh(r @ w_t)
+        out.append(r)
+        weights.append(alpha)
+    return torch.stack(out, 1), torch.stack(weights, 1)
+
+
+def location_aware_formula(
+    *, impl, query, key, value, v, previous, conv_weight, u, score_bias=None, mask=None, act=torch.tanh
+):  # fmt: skip
+    """One location-aware step: the oracle, which calls nothing of the package."""
+    side = conv_weight.shape[1] // 2
+    hidden = torch.zeros_like(previous, dtype=torch.bool) if mask is None else ~mask
+    seen = torch.nn.functional.pad(previous.masked_fill(hidden, 0), (side, side)).unfold(1, 2 * side + 1, 1)
+    s = act(query[:, None] + key + seen @ conv_weight.T @ u) @ v
+    s = s if score_bias is None else s + score_bias
+    alpha = s.masked_fill(hidden, -torch.inf).softmax(1)
+    return (alpha[..., None] * value).sum(1), alpha

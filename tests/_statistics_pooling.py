@@ -45,3 +45,31 @@ class Case(_location.Case):
 
 
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
+
+
+def formula(*, impl, h, w, v, b=None, context=None, values=None, mask=None, cu_seqlens=None, act=torch.tanh):
+    """What `operator` gives, sequence by sequence: the oracle, which calls nothing of the package."""
+    values = h if values is None else values
+    if cu_seqlens is None:
+        places = [(i, slice(None)) for i in range(len(h))]
+    else:
+        places = [(slice(int(lo), int(hi)),) for lo, hi in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    pooled, weights = [], torch.zeros(*h.shape[:-1], *v.shape[1:]).to(v)
+    for s, at in enumerate(places):
+        seen = torch.ones(h[at].shape[0], dtype=torch.bool) if mask is None else mask[at].cpu()
+        rows, x = h[at][seen], values[at][seen]
+        if not len(rows):
+            pooled.append((values * 0).flatten(0, -2).sum(0).repeat(2))
+            continue
+        z = rows @ w if b is None else rows @ w + b
+        if context is not None and (cu_seqlens is not None or context.dim() == 2):
+            z = z + context.flatten(0, -2)[s]
+        elif context is not None:
+            z = z + context[at][seen]
+        alpha = (act(z) @ v).softmax(0)
+        each = alpha.reshape(len(rows), -1)
+        mean = (each * x).sum(0)
+        pooled.append(torch.cat([mean, (each * (x - mean) ** 2).sum(0).sqrt()]))
+        index = torch.arange(len(h.flatten(0, -2)), device=h.device).view(h.shape[:-1])[at][seen]
+        weights = weights.flatten(0, h.dim() - 2).index_put((index,), alpha).view(weights.shape)
+    return torch.stack(pooled), weights
