@@ -51,7 +51,13 @@ Table = dict[str, Argument]
 
 
 def argument(
-    forms: str, kind: str = "same", *, optional: bool = False, linear: bool = False, hint: str = "", empty: bool = False
+    forms: str,
+    kind: str = "same",
+    *,
+    optional: bool = False,
+    linear: bool = False,
+    hint: str = "",
+    empty: bool = False,
 ) -> Argument:
     """``"B T D | N D"``: alternatives between bars, of size names between spaces; a name ``S+1`` is S + 1."""
     split = tuple(tuple(form.split()) for form in forms.split("|"))

@@ -249,7 +249,8 @@ def location_attention(
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     window
         ``(left, right)``, None for an open side; None for one output a sequence. Causal is ``(None, 0)``, strictly
-        causal ``(None, -1)``. The mask is of keys: what it hides has an output, over the keys that it sees.
+        causal ``(None, -1)``. The mask is of keys: what it hides has an output, over the keys that it sees. A row of
+        NaN reaches only the positions that see it, and no gradient where nothing comes back to those.
     score_bias
         ``(B, T)`` or ``(N,)``, in the dtype of `h` or float32: a log-prior, added to the scores of every hop.
     cu_seqlens

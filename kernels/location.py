@@ -181,6 +181,8 @@ def _location_fwd_kernel(
     ONE_DV: tl.constexpr,  # BLOCK_DV >= DV: the sum is kept in registers, else in o_ptr
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    U_COMPUTE: tl.constexpr,  # of the product with v
+    U_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -224,7 +226,7 @@ def _location_fwd_kernel(
                 s = u
             else:
                 v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0)
-                s = matmul(u, v, s, COMPUTE, PRECISION)
+                s = matmul(u, v, s, U_COMPUTE, U_PRECISION)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + seq * stride_sb + rows * stride_st, mask=keep, other=0.0)
             s += bias.to(tl.float32)[:, None]
@@ -354,6 +356,14 @@ def _near(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
+def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> dict[str, object]:
+    """How features are multiplied with v: those past float16's largest number, 65,504, as float32 in as many digits."""
+    flags = matmul_flags(chip, dtype)
+    if dtype == torch.float16 and any(name not in ("tanh", "sigmoid") for name in activations):
+        flags = {"COMPUTE": tl.float32, "PRECISION": "tf32" if chip.backend == "cuda" else "ieee"}
+    return {f"U_{name}": flag for name, flag in flags.items()}
+
+
 def prepare(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
@@ -405,6 +415,7 @@ def prepare(
             "FAST": half and chip.backend == "cuda",
             "CTX_PER_ROW": context_per_row,
             **matmul_flags(chip, h.dtype),
+            **_u_flags(chip, h.dtype, (activation,) if gate_w is None else (activation, gate_activation)),
             "BLOCK_R": hop_block(R),
         },
     )  # fmt: skip

@@ -77,6 +77,8 @@ def _location_bwd_dz_kernel(
     CTX_PER_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    U_COMPUTE: tl.constexpr,
+    U_PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,  # rows of an item
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -180,7 +182,7 @@ def _location_bwd_dz_kernel(
             if BLOCK_R == 1:
                 du = ds * tl.trans(v)
             else:
-                du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), input_precision=PRECISION)
+                du = tl.dot(ds.to(U_COMPUTE), tl.trans(v).to(U_COMPUTE), input_precision=U_PRECISION)
         dy = du
         if gw_ptr is not None:
             gate = activate(g, GATE_ACT, FAST)
@@ -420,11 +422,13 @@ def location_bwd(
     f32: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
 
     # The workspace holds as many items as fit, one at least.
-    chunk = max(1, min(items.count, WORKSPACE_BYTES // _item_bytes(blocks.T, K, A, R, h.element_size(), hops)))
+    u_dtype = torch.float32 if call.flags["U_COMPUTE"] == tl.float32 else h.dtype
+    u_size = u_dtype.itemsize if hops else 0
+    chunk = max(1, min(items.count, WORKSPACE_BYTES // _item_bytes(blocks.T, K, A, R, h.element_size(), u_size)))
     dz = h.new_empty(chunk, blocks.T, K)
     p = torch.empty(chunk, blocks.T, R, **f32)
     live = torch.empty(chunk, blocks.T, dtype=torch.int32, device=h.device)
-    u = h.new_empty(chunk, blocks.T, A) if hops else None
+    u = h.new_empty(chunk, blocks.T, A, dtype=u_dtype) if hops else None
     ds = torch.empty(chunk, blocks.T, R, **f32) if hops else None
     parts = {  # of each item, summed when a launch is done
         "db": torch.empty(chunk, A, **f32) if need_b or ctx_a_seq else None,
@@ -449,7 +453,7 @@ def location_bwd(
         "cu_ptr": call.tensors["cu_ptr"],
         **item_args(items),
     }
-    dot = {"COMPUTE": call.flags["COMPUTE"], "PRECISION": call.flags["PRECISION"]}
+    dot, u_dot = ({n: call.flags[prefix + n] for n in ("COMPUTE", "PRECISION")} for prefix in ("", "U_"))
     run = {"num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A)}
     tile = {**dot, **run, "BLOCK_T": blocks.T, "BLOCK_D": blocks.D}
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
@@ -492,7 +496,7 @@ def location_bwd(
             if hops:
                 _location_bwd_dv_kernel[(triton.cdiv(A, block_v), v_splits)](
                     u_ptr=u, ds_ptr=ds, dv_ptr=dv_hops, rows=count * blocks.T,
-                    rows_per_split=triton.cdiv(count, v_splits) * blocks.T, A=A, R=R, **dot,
+                    rows_per_split=triton.cdiv(count, v_splits) * blocks.T, A=A, R=R, **u_dot,
                     BLOCK_T=blocks.T, BLOCK_A=block_v, BLOCK_R=call.flags["BLOCK_R"], **run,
                 )  # fmt: skip
             if ctx_a_seq:
@@ -518,9 +522,9 @@ def location_bwd(
     ]
 
 
-def _item_bytes(rows: int, K: int, A: int, R: int, itemsize: int, hops: bool) -> int:
+def _item_bytes(rows: int, K: int, A: int, R: int, itemsize: int, u_size: int) -> int:
     """What an item takes of the workspace: dz, p and live of its rows, u and ds with hops, and its parts."""
-    return rows * (K * itemsize + R * 4 + 4 + (A * itemsize + R * 4 if hops else 0)) + 3 * A * 4
+    return rows * (K * itemsize + R * 4 + 4 + (A * u_size + R * 4 if u_size else 0)) + 3 * A * 4
 
 
 def _splits(chip: Chip, tiles: int, items: int) -> int:

@@ -23,7 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, fitted, matmul_flags, pow2, strides, tile_rows, unit
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    chip_of,
+    even,
+    fitted,
+    matmul_flags,
+    pow2,
+    strides,
+    tile_rows,
+    unit,
+)
 from .location import load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse

@@ -59,7 +59,13 @@ INDPTR, INDICES = ints(0, 4, 4, 7, E), ints(0, 3, 2, 2, 1, 0, 2, 1, 1, 3)
 MLP = {"w": floats(D, A), "b": floats(A), "v": floats(A)}
 PAIRS = {"query": floats(B, TQ, A), "key": floats(B, TK, A), "value": floats(B, TK, DV)}
 HEADS = {"query": floats(B, H, TQ, A), "key": floats(B, H, TK, A), "value": floats(B, H, TK, DV)}
-PACKED = {"query": floats(N, A), "key": floats(M, A), "value": floats(M, DV), "cu_seqlens_q": CU_N, "cu_seqlens_k": CU_M}
+PACKED = {
+    "query": floats(N, A),
+    "key": floats(M, A),
+    "value": floats(M, DV),
+    "cu_seqlens_q": CU_N,
+    "cu_seqlens_k": CU_M,
+}
 MASKED = {"mask": bools(B, TK), "score_bias": floats(B, TQ, TK)}
 SCORE = Score(floats(D, A), floats(A), floats(A))
 WORDS = {"w_y": floats(D, A), "w_h": floats(C, A), "w_r": floats(D, A), "w": floats(A), "w_t": floats(D, D)}
@@ -197,7 +203,21 @@ BAD_OPTIONS: dict[str, list[Any]] = {
     "activation": _NAMES,
     "gate_activation": _NAMES,
     "impl": [[], {}, None, 3, "cuda", float("nan"), torch.ones(2)],
-    "dropout_p": ["0.5", None, [], {}, True, 1j, float("nan"), float("inf"), -0.1, 1, HUGE, 10**5000, torch.tensor(0.5)],
+    "dropout_p": [
+        "0.5",
+        None,
+        [],
+        {},
+        True,
+        1j,
+        float("nan"),
+        float("inf"),
+        -0.1,
+        1,
+        HUGE,
+        10**5000,
+        torch.tensor(0.5),
+    ],
     "scale": ["1", None, [], {}, True, 1j, float("nan"), float("inf"), -HUGE, 10**5000, 1e300],
     "floor": ["1", None, [], {}, False, float("nan"), float("inf"), -1.0, HUGE, 1e300],
     "window": [3, [], {}, "ab", (1,), (1, 2, 3), (0.5, 0), (True, 0), (float("nan"), 0), ([], 0), [None, 0]],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import _pairwise
+import pytest
 import torch
 from _compare import Operator
 from torch import Tensor
@@ -126,6 +127,14 @@ class Case:
         if self.layout == "swapped" and x.dim() > 1:
             return x.transpose(0, 1).contiguous().transpose(0, 1)
         return x
+
+
+def table(names: str, *axes: Sequence, of_kernel: int, torch_paths: Sequence[str] = ("auto", "reference")):
+    """All of a table by PyTorch's paths; of the kernel, which takes seconds a case there, every so many-th."""
+    cases = list(itertools.product(*axes))
+    params = [pytest.param(*case, impl) for impl in torch_paths for case in cases]
+    params += [pytest.param(*case, "triton", marks=pytest.mark.kernel) for case in cases[::of_kernel]]
+    return pytest.mark.parametrize(f"{names},impl", params)
 
 
 def split_rows(rows: int) -> list[int]:

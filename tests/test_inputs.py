@@ -7,9 +7,26 @@ import numpy as np
 import pytest
 import torch
 from _inputs import (
-    BAD_OPTIONS, CU_N, INDICES, INDPTR, ROWS, A, B, C, D, E, H, N, R, TK, TQ, bad_offsets, bad_tensors, bools, floats, ints,
+    BAD_OPTIONS,
+    INDICES,
+    INDPTR,
+    ROWS,
+    TK,
+    TQ,
+    A,
+    B,
+    C,
+    D,
+    E,
+    N,
+    bad_offsets,
+    bad_tensors,
+    bools,
+    floats,
+    ints,
     tensors,
 )  # fmt: skip
+from fused_attn.kernels import chip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
@@ -24,7 +41,6 @@ from fused_attn import (
     statistics_pooling,
     transpose_csr,
 )
-from fused_attn.kernels import chip
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 FIRST = {"h", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
@@ -243,7 +259,9 @@ def test_habits_are_told_what_to_pass(row):
     has = inspect.signature(row.function).parameters
     for name, text in HABITS.items():
         if re.match(r"\w+", text)[0] in has:
-            with pytest.raises(TypeError, match=rf"^{name}: expected .*{text}.*; got {name}=, which \w+ does not have"):
+            with pytest.raises(
+                TypeError, match=rf"^{name}: expected .*{text}.*; got {name}=, which \w+ does not have"
+            ):
                 row.make()(**row.arguments, **{name: None})
         else:
             with pytest.raises(TypeError, match=name):
@@ -283,7 +301,10 @@ def test_modules_take_other_dtypes_under_autocast(row):
     if not isinstance(module, torch.nn.Module):
         return
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        halves = {n: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in row.arguments.items()}
+        halves = {
+            n: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for n, x in row.arguments.items()
+        }
         halves = {n: row.arguments[n] if n == "score_bias" else x for n, x in halves.items()}
         out = module(**halves)
         first = out[0] if isinstance(out, tuple) else out
@@ -300,7 +321,11 @@ BAD_SIZES = [0, -1, 2.0, "3", True, 10**30, float("nan"), []]
         ("StatisticsPooling", ["dim", "attn_dim"], ["per_channel", "global_context", "bias"]),
         ("ConcatAttention", ["query_dim", "key_dim", "attn_dim", "num_heads"], ["bias"]),
         ("GeneralAttention", ["query_dim", "key_dim", "num_heads"], []),
-        ("GraphAttention", ["query_dim", "head_dim", "num_heads", "key_dim", "edge_dim"], ["concat", "share_weights", "bias"]),
+        (
+            "GraphAttention",
+            ["query_dim", "head_dim", "num_heads", "key_dim", "edge_dim"],
+            ["concat", "share_weights", "bias"],
+        ),
         ("HierarchicalAttention", ["dim", "inner_dim", "outer_dim", "inner_context_dim"], ["gated", "bias"]),
         ("WordByWordAttention", ["premise_dim", "hypothesis_dim", "attn_dim"], []),
         ("LocationAwareAttention", ["query_dim", "key_dim", "attn_dim", "channels", "width"], ["bias"]),
@@ -388,7 +413,9 @@ def test_a_structure_of_this_graph_passes(dtype):
     want = graph_attention(**NODES)
     torch.testing.assert_close(graph_attention(**NODES, transposed=given), want)
     empty = NODES | {"indptr": ints(0, 0, 0, 0, 0), "indices": ints()}
-    assert graph_attention(**empty, transposed=transpose_csr(empty["indptr"], empty["indices"], 4)).count_nonzero() == 0
+    assert (
+        graph_attention(**empty, transposed=transpose_csr(empty["indptr"], empty["indices"], 4)).count_nonzero() == 0
+    )
 
 
 def test_compiled_a_structure_of_another_graph_stops():

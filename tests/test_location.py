@@ -59,6 +59,7 @@ def test_matches_the_reference_for_every_gate_activation(activation, device):
     "sizes",
     [
         {"dim": 64, "attn_dim": 64},  # whole vectors of 16
+        {"rows": 96, "dim": 128, "attn_dim": 64, "score": "gated_hops", "hops": 16, "values": 64, "context": "row"},
         {"dim": 320, "attn_dim": 16, "values": 528},
         {"dim": 1100, "attn_dim": 5},  # the keys in parts, and the sum in parts
         {"dim": 7, "values": 600},  # the keys whole, the sum in parts
@@ -70,7 +71,7 @@ def test_matches_the_reference_for_every_gate_activation(activation, device):
     ids=lambda sizes: ",".join(f"{n}={x}" for n, x in sizes.items()),
 )
 def test_matches_the_reference_for_other_sizes(sizes, dtype, device):
-    check(Case(dtype=dtype, rows=5, **sizes), device)
+    check(Case(**{"dtype": dtype, "rows": 5, **sizes}), device)
 
 
 def test_wide_values_are_summed_over_tiles_of_rows(device):

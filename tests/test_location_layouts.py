@@ -1,12 +1,10 @@
 """Every tensor argument of the location and hierarchical families in layouts of its own: as the contiguous one."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from _compare import IMPLS, assert_close, evaluate
 from _hierarchical import Case as Levels
-from _location import Case, operator
+from _location import Case, offsets, operator, table
 from torch import Tensor
 
 
@@ -39,13 +37,13 @@ def expanded(x: Tensor) -> Tensor:
     return x[tuple(slice(0, 1) for _ in x.shape)].expand(x.shape)
 
 
-LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (shifted, sliced, transposed, padded, expanded)
-each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+LAYOUTS = {f.__name__: f for f in (shifted, sliced, transposed, padded, expanded)}
 OFFSETS = ("cu_seqlens", "inner_offsets", "outer_offsets")
 
 
-def check(op, tensors: dict[str, Tensor], layout: Callable[[Tensor], Tensor], impl: str) -> None:
+def check(op, tensors: dict[str, Tensor], name: str, impl: str) -> None:
     """All arguments at once, each with its own strides; offsets cannot be expanded."""
+    layout = LAYOUTS[name]
     given = {n: x if layout is expanded and n in OFFSETS else layout(x) for n, x in tensors.items()}
     if layout is not expanded:
         assert all(torch.equal(given[n], x) for n, x in tensors.items())
@@ -62,28 +60,22 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
-@each_layout
+@table("ragged,score,layout", (False, True), SCORES, LAYOUTS, of_kernel=3, torch_paths=["reference"])
 def test_location_takes_any_layout(layout, score, ragged, impl, device):
-    case = Case(batch=2, rows=18, dim=6, attn_dim=4, hops=2, ragged=ragged, score_bias=True, mask="random", **score)
+    case = Case(batch=2, rows=18, dim=6, attn_dim=4, hops=2, ragged=ragged, score_bias=True, mask="random",
+                **SCORES[score])  # fmt: skip
     check(case.op, case.tensors(device), layout, impl)
 
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLS])
-@pytest.mark.parametrize(("window", "ragged"), [((None, 0), False), ((1, None), True), ((2, 1), False)], ids=str)
-@each_layout
-def test_the_windowed_form_takes_any_layout(layout, window, ragged, impl, device):
-    case = Case(
-        batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True, mask="random"
-    )
+@table("window,layout", ((None, 0), (1, None), (2, 1)), LAYOUTS, of_kernel=3)
+def test_the_windowed_form_takes_any_layout(layout, window, impl, device):
+    ragged = window[1] is None
+    case = Case(batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True,
+                mask="random")  # fmt: skip
     check(operator(window=window, return_weights=not ragged), case.tensors(device), layout, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("contexts", [("row", "parent"), ("parent", "row")], ids="+".join)
-@each_layout
+@table("contexts,layout", (("row", "parent"), ("parent", "row")), LAYOUTS, of_kernel=2, torch_paths=["reference"])
 def test_the_hierarchical_form_takes_any_layout(layout, contexts, impl, device):
     case = Levels(documents="few", inner="gated", outer="mlp", contexts=contexts, mask="random", dim=6)
     check(case.op, case.tensors(device), layout, impl)
@@ -92,15 +84,13 @@ def test_the_hierarchical_form_takes_any_layout(layout, contexts, impl, device):
 # --- Cotangents, and numbers more than 2**31 apart ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("window", [None, (None, 0)], ids=str)
-@each_layout
+@table("window,layout", (None, (None, 0)), LAYOUTS, of_kernel=3)
 def test_cotangents_may_have_any_layout(layout, window, impl, device):
     case = Case(batch=2, rows=18, dim=6, hops=2, score="mlp_hops", values=5)
     tensors = {n: x.requires_grad_() for n, x in case.tensors(device).items()}
     outputs = operator(window=window)(impl=impl, **tensors)
     rng = torch.Generator().manual_seed(2)
-    given = [layout(torch.randn(x.shape, generator=rng).to(x)) for x in outputs]
+    given = [LAYOUTS[layout](torch.randn(x.shape, generator=rng).to(x)) for x in outputs]
     plain = [x.contiguous() for x in given]
     found = [torch.autograd.grad(outputs, list(tensors.values()), d, retain_graph=True) for d in (given, plain)]
     for name, got, want in zip(tensors, *found, strict=True):
@@ -150,9 +140,7 @@ def test_hierarchical_numbers_past_int32_are_found(axis, impl, far_apart, device
     tensors = case.tensors(device)
     tensors |= {"h": torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)}
     tensors["inner_context"] = torch.ones(1, 3, 3, device=device, dtype=torch.float16)
-    tensors["inner_offsets"], tensors["outer_offsets"] = (
-        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 3], [0, 1])
-    )
+    tensors["inner_offsets"], tensors["outer_offsets"] = offsets([3], device), offsets([1], device)
     far = dict(tensors)
     for name in ("h", "inner_w", "outer_w", "inner_gate_w"):
         far[name] = far_apart(tensors[name], axis)

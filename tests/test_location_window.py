@@ -127,6 +127,13 @@ def test_wide_values_and_many_hops_match_the_reference(dtype, device):
     check(case, (None, 2), "triton", device)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [(None, 0), (2, None), (3, 2)], ids=str)
+def test_widths_and_lengths_of_whole_vectors_match_the_reference(window, dtype, device):
+    check(Case(dtype=dtype, batch=1, rows=80, dim=16, attn_dim=16, values=32), window, "triton", device)
+
+
 @pytest.mark.parametrize("name", ["h", "w", "values", "score_bias"])
 @each_fast
 def test_one_gradient_alone_is_that_of_the_reference(impl, name, device):

@@ -298,7 +298,7 @@ def test_no_sum_overflows_that_float32_holds(name, dtype, impl, device):
 @pytest.mark.parametrize("activation", ["identity", "relu", "tanh"])
 def test_projections_of_sixteen_bits_do_not_overflow_on_a_cpu(activation):
     """Rows of 300 and weights of 300, of both signs: a product in float16 is inf, and their sum NaN."""
-    from fused_attn import statistics_pooling, word_by_word_attention  # noqa: PLC0415
+    from fused_attn import statistics_pooling, word_by_word_attention
 
     torch.manual_seed(0)
     h, w, v = 300 * torch.randn(2, 7, 8).sign(), 300 * torch.randn(8, 3).sign(), torch.randn(3) / 1e6
@@ -360,7 +360,10 @@ def test_a_constant_bias_of_all_keys_changes_nothing(bias, impl, device):
     want = (got.outputs["weights"][..., None] * tensors["value"]).masked_fill(~tensors["mask"][..., None], 0).sum(1)
     torch.testing.assert_close(got.outputs["output"], want)
     sums = got.gradients["value"].sum(1)  # what the weights of a row, which sum to 1, give of the projection
-    torch.testing.assert_close(sums, evaluate(lambda *, impl, value: value.mean(1), {"value": tensors["value"]}, "").gradients["value"].sum(1))
+    torch.testing.assert_close(
+        sums,
+        evaluate(lambda *, impl, value: value.mean(1), {"value": tensors["value"]}, "").gradients["value"].sum(1),
+    )
 
 
 @each_impl
