@@ -36,7 +36,6 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: here they are compiled
 
 import triton
-from fused_attn.kernels import chip as chips
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -45,6 +44,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from fused_attn.kernels import chip as chips
 
 from .compile_cases import BRIEF, CASES, drawn, elements
 

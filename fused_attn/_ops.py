@@ -251,10 +251,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
+def autocasts(device: str) -> bool:
+    """Whether `torch.autocast` is on for a type of device; meta tensors compute nothing, and have none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under `torch.autocast`, float32 and 16-bit tensors in its dtype, as `torch.nn.Linear` takes them."""
     device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors compute nothing: it has none
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     cast = (torch.float16, torch.bfloat16, torch.float32)

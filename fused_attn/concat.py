@@ -26,6 +26,7 @@ from ._habits import explicit
 from ._ops import (
     Impl,
     apply,
+    autocasts,
     cast_for_autocast,
     forward_mode,
     raw_backward,
@@ -254,7 +255,7 @@ def concat_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device.type):
         query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
         with torch.autocast(query.device.type, enabled=False):  # what is widened stays wide
             return concat_attention(

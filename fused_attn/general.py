@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._ops import (
     Impl,
     apply,
+    autocasts,
     cast_for_autocast,
     forward_mode,
     raw_backward,
@@ -320,7 +321,7 @@ def general_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device.type):
         query, key, value, weight = cast(
             "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
         )

@@ -70,10 +70,16 @@ MASKED = {"mask": bools(B, TK), "score_bias": floats(B, TQ, TK)}
 SCORE = Score(floats(D, A), floats(A), floats(A))
 WORDS = {"w_y": floats(D, A), "w_h": floats(C, A), "w_r": floats(D, A), "w": floats(A), "w_t": floats(D, D)}
 STEP = {
-    "query": floats(B, A), "key": floats(B, TK, A), "value": floats(B, TK, DV), "v": floats(A),
-    "previous": floats(B, TK).abs(), "conv_weight": floats(C, K), "u": floats(C, A), "mask": bools(B, TK),
+    "query": floats(B, A),
+    "key": floats(B, TK, A),
+    "value": floats(B, TK, DV),
+    "v": floats(A),
+    "previous": floats(B, TK).abs(),
+    "conv_weight": floats(C, K),
+    "u": floats(C, A),
+    "mask": bools(B, TK),
     "score_bias": floats(B, TK),
-}  # fmt: skip
+}
 NODES = {"query": floats(4, A), "key": floats(4, A), "v": floats(A), "indptr": INDPTR, "indices": INDICES}
 
 ROWS: dict[str, Row] = {
@@ -84,15 +90,27 @@ ROWS: dict[str, Row] = {
     "location, gated": Row(
         _function("location_attention"),
         {
-            "h": floats(B, TK, D), **MLP, "gate": (floats(D, A), floats(A)), "context": floats(B, A),
-            "values": floats(B, TK, DV), "mask": bools(B, TK), "score_bias": floats(B, TK),
+            "h": floats(B, TK, D),
+            **MLP,
+            "gate": (floats(D, A), floats(A)),
+            "context": floats(B, A),
+            "values": floats(B, TK, DV),
+            "mask": bools(B, TK),
+            "score_bias": floats(B, TK),
         },
     ),
     "location, packed hops": Row(
         _function("location_attention"),
         {
-            "h": floats(N, D), "w": floats(D, A), "b": floats(A), "v": floats(A, R), "context": floats(S, 1, A),
-            "values": floats(N, DV), "mask": bools(N), "score_bias": floats(N), "cu_seqlens": CU_N,
+            "h": floats(N, D),
+            "w": floats(D, A),
+            "b": floats(A),
+            "v": floats(A, R),
+            "context": floats(S, 1, A),
+            "values": floats(N, DV),
+            "mask": bools(N),
+            "score_bias": floats(N),
+            "cu_seqlens": CU_N,
         },
     ),
     "location, window": Row(
@@ -100,7 +118,13 @@ ROWS: dict[str, Row] = {
     ),
     "statistics": Row(
         _function("statistics_pooling"),
-        {"h": floats(B, TK, D), **MLP, "context": floats(B, TK, A), "values": floats(B, TK, DV), "mask": bools(B, TK)},
+        {
+            "h": floats(B, TK, D),
+            **MLP,
+            "context": floats(B, TK, A),
+            "values": floats(B, TK, DV),
+            "mask": bools(B, TK),
+        },
     ),
     "statistics, packed": Row(
         _function("statistics_pooling"),
@@ -116,35 +140,56 @@ ROWS: dict[str, Row] = {
     "graph": Row(
         _function("graph_attention"),
         {
-            **NODES, "value": floats(4, DV), "edge": floats(E, A),
+            **NODES,
+            "value": floats(4, DV),
+            "edge": floats(E, A),
             "transposed": fused_attn.transpose_csr(INDPTR, INDICES, 4),
         },
     ),
-    "csr_from_edges": Row(_function("csr_from_edges"), {"edge_index": ints(0, 1, 2, 2, 1, 0).view(2, 3), "num_queries": 3}),
+    "csr_from_edges": Row(
+        _function("csr_from_edges"), {"edge_index": ints(0, 1, 2, 2, 1, 0).view(2, 3), "num_queries": 3}
+    ),
     "transpose_csr": Row(_function("transpose_csr"), {"indptr": INDPTR, "indices": INDICES, "num_keys": 4}),
     "hierarchical": Row(
         _function("hierarchical_attention"),
         {
-            "h": floats(N, D), "inner_offsets": CU_N, "outer_offsets": ints(0, 1, S), "inner": SCORE, "outer": SCORE,
+            "h": floats(N, D),
+            "inner_offsets": CU_N,
+            "outer_offsets": ints(0, 1, S),
+            "inner": SCORE,
+            "outer": SCORE,
             "mask": bools(N),
         },
     ),
     "word by word": Row(
         _function("word_by_word_attention"),
-        {"premise": floats(B, TK, D), "hypothesis": floats(B, TQ, C), **WORDS, "state": floats(B, D), "mask": bools(B, TK)},
+        {
+            "premise": floats(B, TK, D),
+            "hypothesis": floats(B, TQ, C),
+            **WORDS,
+            "state": floats(B, D),
+            "mask": bools(B, TK),
+        },
     ),
     "word by word, packed": Row(
         _function("word_by_word_attention"),
         {
-            "premise": floats(N, D), "hypothesis": floats(M, C), **WORDS, "state": floats(S, D),
-            "cu_seqlens_premise": CU_N, "cu_seqlens_hypothesis": CU_M,
+            "premise": floats(N, D),
+            "hypothesis": floats(M, C),
+            **WORDS,
+            "state": floats(S, D),
+            "cu_seqlens_premise": CU_N,
+            "cu_seqlens_hypothesis": CU_M,
         },
     ),
     "location aware": Row(_function("location_aware_attention"), STEP),
     "LocationAttention": Row(
         _module("LocationAttention", D, A, hops=R, gated=True, context_dim=C),
         {
-            "h": floats(B, TK, D), "context": floats(B, C), "values": floats(B, TK, DV), "mask": bools(B, TK),
+            "h": floats(B, TK, D),
+            "context": floats(B, C),
+            "values": floats(B, TK, DV),
+            "mask": bools(B, TK),
             "score_bias": floats(B, TK),
         },
     ),
@@ -158,7 +203,13 @@ ROWS: dict[str, Row] = {
     ),
     "ConcatAttention": Row(
         _module("ConcatAttention", D, C, A, context_dims=[R], num_heads=H),
-        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), "contexts": [floats(B, R)], **MASKED},
+        {
+            "query": floats(B, TQ, D),
+            "key": floats(B, TK, C),
+            "value": floats(B, TK, DV),
+            "contexts": [floats(B, R)],
+            **MASKED,
+        },
     ),
     "GeneralAttention": Row(
         _module("GeneralAttention", D, C, num_heads=H),
@@ -179,9 +230,17 @@ ROWS: dict[str, Row] = {
     "HierarchicalAttention": Row(
         _module("HierarchicalAttention", D, A, inner_context_dim=C, outer_context_dim=R),
         {
-            "h": floats(N, D), "inner_offsets": CU_N, "outer_offsets": ints(0, 1, S), "mask": bools(N),
-            "inner_context": floats(S, C), "outer_context": floats(G, R),
+            "h": floats(N, D),
+            "inner_offsets": CU_N,
+            "outer_offsets": ints(0, 1, S),
+            "mask": bools(N),
+            "inner_context": floats(S, C),
+            "outer_context": floats(G, R),
         },
+    ),
+    "RaggedRNN": Row(
+        lambda: fused_attn.RaggedRNN(nn.GRU(D, C)),
+        {"rows": floats(N, D), "offsets": CU_N},
     ),
     "WordByWordAttention": Row(
         _module("WordByWordAttention", D, C, A),
@@ -190,11 +249,16 @@ ROWS: dict[str, Row] = {
     "LocationAwareAttention": Row(
         _module("LocationAwareAttention", D, C, A, channels=4, width=3),
         {
-            "query": floats(B, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), "previous": floats(B, TK).abs(),
-            "projected": floats(B, TK, A), "mask": bools(B, TK), "score_bias": floats(B, TK),
+            "query": floats(B, D),
+            "key": floats(B, TK, C),
+            "value": floats(B, TK, DV),
+            "previous": floats(B, TK).abs(),
+            "projected": floats(B, TK, A),
+            "mask": bools(B, TK),
+            "score_bias": floats(B, TK),
         },
     ),
-}  # fmt: skip
+}
 
 HUGE = 10**400
 _NAMES: list[Any] = [[], {}, None, 3, "Tanh ", float("nan"), b"tanh"]
@@ -242,11 +306,18 @@ def tensors(arguments: dict[str, Any]) -> list[str]:
 def bad_tensors(x: Tensor) -> dict[str, Any]:
     """What is no good in place of `x`, whatever it is for."""
     bad: dict[str, Any] = {
-        "complex": x.to(torch.complex64), "int8": x.to(torch.int8), "float8": x.to(torch.float8_e4m3fn),
-        "list": x.tolist(), "array": x.numpy(), "string": "x", "sparse": x.to_sparse() if x.dim() else 1j,
-        "nested": torch.nested.nested_tensor([x, x]), "quantised": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
-        "rank + 3": x[None, None, None], "meta": x.to("meta"),
-    }  # fmt: skip
+        "complex": x.to(torch.complex64),
+        "int8": x.to(torch.int8),
+        "float8": x.to(torch.float8_e4m3fn),
+        "list": x.tolist(),
+        "array": x.numpy(),
+        "string": "x",
+        "sparse": x.to_sparse() if x.dim() else 1j,
+        "nested": torch.nested.nested_tensor([x, x]),
+        "quantised": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+        "rank + 3": x[None, None, None],
+        "meta": x.to("meta"),
+    }
     if x.dim() > 1:
         bad["jagged"] = torch.nested.as_nested_tensor([x, x], layout=torch.jagged)
         bad["rank 0"] = x.flatten()[0]
@@ -263,7 +334,16 @@ def bad_tensors(x: Tensor) -> dict[str, Any]:
 def bad_offsets(cu: Tensor, last: int) -> dict[str, Any]:
     """Offsets that are wrong, where there are four of them."""
     return {
-        "decrease": ints(0, last, 1, last), "start past 0": ints(1, 2, 3, last), "start before 0": ints(-1, 2, 3, last),
-        "end short": ints(0, 1, 2, last - 1), "end late": ints(0, 1, 2, last + 1), "int64": cu.long(), "int16": cu.short(),
-        "none": ints(), "of rank 2": cu[None], "list": cu.tolist(), "meta": cu.to("meta"), "far": ints(0, 2**31 - 1, 2, last),
-    }  # fmt: skip
+        "decrease": ints(0, last, 1, last),
+        "start past 0": ints(1, 2, 3, last),
+        "start before 0": ints(-1, 2, 3, last),
+        "end short": ints(0, 1, 2, last - 1),
+        "end late": ints(0, 1, 2, last + 1),
+        "int64": cu.long(),
+        "int16": cu.short(),
+        "none": ints(),
+        "of rank 2": cu[None],
+        "list": cu.tolist(),
+        "meta": cu.to("meta"),
+        "far": ints(0, 2**31 - 1, 2, last),
+    }

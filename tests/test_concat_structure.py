@@ -13,10 +13,10 @@ from _compare import (
     strided_offsets,
 )
 from _concat import ALL, IMPLS, ROWS, Case, check, compare, hide, offsets, operator
-from fused_attn.kernels import chip as chips
-from fused_attn.kernels import concat_bwd as kernels
 
 from fused_attn import _concat_blocked, concat_attention
+from fused_attn.kernels import chip as chips
+from fused_attn.kernels import concat_bwd as kernels
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 every_impl = pytest.mark.parametrize("impl", ALL)

@@ -10,11 +10,11 @@ import torch
 from _compare import Result, assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest
 from _concat import ACTIVATIONS, ALL, compare, offsets
 from _general import Case, operator, pairwise
-from fused_attn.kernels import chip as chips
 from hypothesis import given, settings
 from test_location_reference import BY_HAND
 
 from fused_attn import general_attention
+from fused_attn.kernels import chip as chips
 
 pytestmark = pytest.mark.kernel
 every_impl = pytest.mark.parametrize("impl", ALL)

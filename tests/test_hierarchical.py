@@ -10,11 +10,11 @@ import torch
 from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double
 from _hierarchical import SCORES, Case, pairwise
 from _location import ACTIVATIONS, offsets
-from fused_attn.kernels import hierarchical as kernels
-from fused_attn.kernels.chip import A100, H200, INTERPRETER
 from hypothesis import given, settings
 
 from fused_attn import HierarchicalOutput, Score, hierarchical_attention, location_attention
+from fused_attn.kernels import hierarchical as kernels
+from fused_attn.kernels.chip import A100, H200, INTERPRETER
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FACTORS = {

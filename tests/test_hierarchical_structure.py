@@ -7,8 +7,9 @@ import torch
 from _compare import IMPLS, assert_as_exact, assert_close, assert_matches_reference, evaluate, in_double, largest
 from _hierarchical import DOCUMENTS, Case, operator
 from _location import offsets
-from fused_attn.kernels import hierarchical as kernels
 from torch import nn
+
+from fused_attn.kernels import hierarchical as kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FULL = Case(documents="few", inner="gated", outer="gated", contexts=("row", "row"), mask="random")

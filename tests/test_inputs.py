@@ -26,7 +26,6 @@ from _inputs import (
     ints,
     tensors,
 )  # fmt: skip
-from fused_attn.kernels import chip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
@@ -41,9 +40,10 @@ from fused_attn import (
     statistics_pooling,
     transpose_csr,
 )
+from fused_attn.kernels import chip
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-FIRST = {"h", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
+FIRST = {"h", "rows", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
 
 
 def raised(row, **changed):
@@ -118,7 +118,7 @@ def test_sizes_of_0_pass_or_are_named(row):
 @every_row
 def test_offsets_that_are_none_raise_with_their_name(row):
     for name in tensors(row.arguments):
-        if "cu_seqlens" in name or name == "inner_offsets":
+        if "cu_seqlens" in name or name in ("inner_offsets", "offsets"):
             for kind, bad in bad_offsets(row.arguments[name], int(row.arguments[name][-1])).items():
                 came = raised(row, **{name: bad})
                 assert came is not None, (name, kind)
@@ -154,17 +154,20 @@ TEXTS = {
     ),
     "channels first, to a module": (
         lambda: MODULE(floats(2, 16, 5)),
-        "h: expected shape (B, T, dim) with dim = 16 from the constructor; got (2, 16, 5): dim is 5; looks like channels "
+        "h: expected shape (B, T, dim) with dim = 16 from the constructor; got (2, 16, 5): dim is 5; looks "
+        "like channels "
         "first: pass h.transpose(1, 2)",
     ),
     "channels first, to a function": (
         lambda: location_attention(floats(2, D, TK), floats(D, A), None, floats(A)),
-        "w: expected shape (D, A) with D = 5 from h; got (6, 4): D is 6; looks as if h had channels first: pass "
+        "w: expected shape (D, A) with D = 5 from h; got (6, 4): D is 6; looks as if h had channels first: "
+        "pass "
         "h.transpose(1, 2)",
     ),
     "a dtype that the parameters have not": (
         lambda: MODULE(floats(2, 5, 16).bfloat16()),
-        "h: expected dtype float32, that of the module's parameters; got bfloat16: use module.to(torch.bfloat16) or "
+        "h: expected dtype float32, that of the module's parameters; got bfloat16: use "
+        "module.to(torch.bfloat16) or "
         "torch.autocast",
     ),
     "the weight of a layer": (
@@ -173,30 +176,36 @@ TEXTS = {
     ),
     "the weight of a layer with one output": (
         lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(1, A)),
-        "v: expected shape (A,) with A = 4 from query; got (1, 4); looks like the weight of a layer with one output: pass "
+        "v: expected shape (A,) with A = 4 from query; got (1, 4); looks like the weight of a layer with "
+        "one output: pass "
         "v.squeeze(0)",
     ),
     "a width of a module": (
         lambda: CONCAT(floats(B, TQ, D + 1), floats(B, TK, D), contexts=[floats(B, C)]),
-        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): query_dim is 7",
+        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): "
+        "query_dim is 7",
     ),
     "a step with an axis of queries": (
         lambda: LocationAwareAttention(D, C, A)(floats(B, 1, D), floats(B, TK, C)),
-        "query: expected shape (B, query_dim) with query_dim = 6 from the constructor; got (2, 1, 6); pass query.squeeze(1)",
+        "query: expected shape (B, query_dim) with query_dim = 6 from the constructor; got (2, 1, 6); pass "
+        "query.squeeze(1)",
     ),
     "projected keys of other keys": (
         lambda: LocationAwareAttention(D, C, A)(floats(B, D), floats(B, TK, C), projected=floats(B, TK + 1, A)),
-        "projected: expected shape (B, Tk, attn_dim) with B = 2 from query, Tk = 5 from key, attn_dim = 4 from the "
+        "projected: expected shape (B, Tk, attn_dim) with B = 2 from query, Tk = 5 from key, attn_dim = 4 "
+        "from the "
         "constructor; got (2, 6, 4): Tk is 6",
     ),
     "a context of batch 1": (
         lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[floats(1, C)]),
-        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, C = 3 from context_dims[0], "
+        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, C = 3 from "
+        "context_dims[0], "
         "Tq = 3 from query, Tk = 5 from key; got (1, 3): B is 1",
     ),
     "a context of one row of keys": (
         lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[("key", floats(1, TK, C))]),
-        "contexts[0]: expected shape (B, Tk, C) with B = 2 from query, Tk = 5 from key, C = 3 from context_dims[0]; got "
+        "contexts[0]: expected shape (B, Tk, C) with B = 2 from query, Tk = 5 from key, C = 3 from "
+        "context_dims[0]; got "
         "(1, 5, 3): B is 1",
     ),
     "a side that a context of the sequence has not": (
@@ -204,18 +213,23 @@ TEXTS = {
         "contexts[0]: expected shape (B, Tq, C) with ",
     ),
     "a mask as Hugging Face has it": (
-        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(B, 1, 1, TK)),
-        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query; got "
+        lambda: concat_attention(
+            floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(B, 1, 1, TK)
+        ),
+        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from "
+        "query; got "
         "(2, 1, 1, 5); pass mask.squeeze((1, 2))",
     ),
     "a mask for the whole batch": (
         lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(TQ, TK)),
-        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query; got (3, 5): "
+        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from "
+        "query; got (3, 5): "
         "B is 3; True = may be attended; one for the whole batch: pass mask.expand(2, *mask.shape)",
     ),
     "a mask that is added": (
         lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=floats(B, TK)),
-        "mask: expected dtype bool; got float32; True = may be attended; what is added to the scores is no mask: pass it as "
+        "mask: expected dtype bool; got float32; True = may be attended; what is added to the scores is no "
+        "mask: pass it as "
         "score_bias=",
     ),
     "a gate without a weight": (
@@ -230,7 +244,7 @@ TEXTS = {
         lambda: MODULE(floats(2, 5, 16).to("meta")),
         "h: expected device cpu; got meta: that of the module's parameters is cpu",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("call", "text"), TEXTS.values(), ids=TEXTS.keys())
@@ -240,8 +254,9 @@ def test_texts(call, text):
     assert str(error.value).startswith(text)
 
 
-@pytest.mark.parametrize(("call", "text"), TEXTS.values(), ids=TEXTS.keys())
-def test_texts_are_the_same_compiled(call, text):
+@pytest.mark.parametrize("title", [*TEXTS][::3])
+def test_texts_are_the_same_compiled(title):
+    call, text = TEXTS[title]
     torch.compiler.reset()
     with pytest.raises((ValueError, TypeError)) as error:
         torch.compile(call, backend="eager")()
@@ -249,9 +264,12 @@ def test_texts_are_the_same_compiled(call, text):
 
 
 HABITS = {
-    "attn_mask": "mask=", "key_padding_mask": "mask=~key_padding_mask", "is_causal": r"window=\(None, 0\)",
-    "need_weights": "return_weights=True", "attention_mask": r"mask=attention_mask\.bool\(\)",
-}  # fmt: skip
+    "attn_mask": "mask=",
+    "key_padding_mask": "mask=~key_padding_mask",
+    "is_causal": r"window=\(None, 0\)",
+    "need_weights": "return_weights=True",
+    "attention_mask": r"mask=attention_mask\.bool\(\)",
+}
 
 
 @every_row
@@ -345,7 +363,7 @@ def test_constructors_name_their_argument(name, sizes, flags):
                 make(**{**good, argument: bad})
 
 
-# --- Structures of other graphs and batches ---------------------------------------------------------------------------
+# --- Structures of other graphs and batches ---------------------------------------------------------------------
 
 
 def jagged(*offsets, width=D):
@@ -427,7 +445,7 @@ def test_compiled_a_structure_of_another_graph_stops():
         compiled(other)
 
 
-# --- TF32 --------------------------------------------------------------------------------------------------------------
+# --- TF32 --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from _compare import (
     largest,
 )
 from _location import SCORES, Case, offsets, operator
+
 from fused_attn.kernels import location as kernels
 from fused_attn.kernels import location_bwd
 

@@ -5,9 +5,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="kernels are in Triton")
 import triton.language as tl  # noqa: E402
-from fused_attn.kernels.softmax import exp  # noqa: E402
 
 import fused_attn  # noqa: E402
+from fused_attn.kernels.softmax import exp  # noqa: E402
 
 
 @triton.jit

@@ -9,10 +9,10 @@ import torch
 from _compare import IMPLS, assert_close, assert_identical, assert_matches_reference, evaluate, in_double, largest
 from _location import offsets
 from _statistics_pooling import Case, operator, pairwise
-from fused_attn.kernels import statistics as kernels
 from hypothesis import given
 
 from fused_attn import StatisticsPooling, statistics_pooling
+from fused_attn.kernels import statistics as kernels
 
 # Sizes are odd, and around the tiles: 16 to 64 frames, 16 to 128 channels, 16 to 128 features.
 FACTORS = {

@@ -20,11 +20,11 @@ from _compare import (
 )  # fmt: skip
 from _location import offsets
 from _recurrent import FLOATING, Case, check, operator, pairwise
-from fused_attn.kernels import chip as chips
-from fused_attn.kernels import recurrent
 from hypothesis import given, settings
 
 from fused_attn import word_by_word_attention
+from fused_attn.kernels import chip as chips
+from fused_attn.kernels import recurrent
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

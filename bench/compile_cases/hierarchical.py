@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fused_attn.kernels import hierarchical
 from torch import Tensor
+
+from fused_attn.kernels import hierarchical
 
 from .dtypes import BF16, F16, F32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from fused_attn.kernels import location_window, location_window_bwd
 
 from .dtypes import BF16, F16, F32

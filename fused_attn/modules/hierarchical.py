@@ -13,7 +13,6 @@ from .._checks import (
     check_count,
     check_cu_seqlens,
     check_flag,
-    check_tensor,
     module_checker,
     offsets_of,
     weight_of,
@@ -34,6 +33,8 @@ _INPUTS = {
     "inner_context": argument(_CONTEXT.format("inner_context_dim", "S", "N")),
     "outer_context": argument(_CONTEXT.format("outer_context_dim", "G", "S")),
 }
+
+_RNN = {"rows": argument("S input_size")}
 
 
 class RaggedRNN(nn.Module):
@@ -71,9 +72,11 @@ class RaggedRNN(nn.Module):
             For shapes and dtypes, and for offsets that do not go from 0 to S, as in `hierarchical_attention`.
 
         """
-        check_tensor("rows", rows, shapes=[("(S, D)", (None, self.rnn.input_size))])
+        check = module_checker(_RNN, next(self.rnn.parameters()), input_size=self.rnn.input_size)
+        check("rows", rows)
         check_cu_seqlens("offsets", offsets, rows.shape[0], rows.device)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_mode():
+        lazy = torch.compiler.is_compiling() or rows.device.type == "meta"  # no number of the offsets can be read
+        if lazy or torch._C._are_functorch_transforms_active() or forward_mode():
             return ragged_rnn(self.rnn, rows, offsets)
 
         def run(data: Tensor, batch_sizes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .._checks import (
     check_dropout,
     check_flag,
     module_checker,
+    offsets_of,
     weight_of,
     width_of,
 )
@@ -28,6 +29,7 @@ _INPUTS = {
             "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim" if packed
             else "B context_dim | B T context_dim"
         ),
+        "cu_seqlens": offsets_of("S"),
     }
     for packed in (False, True)
 }  # fmt: skip
@@ -164,19 +166,19 @@ def check_module_inputs(
 ) -> None:  # fmt: skip
     """Check what the module projects by its own names; the rest is left to the function, whose names are the same."""
     jagged = isinstance(h, Tensor) and h.is_nested
-    if jagged and h.layout != torch.jagged:
-        return
+    for name, x in (("h", h), ("context", context)):
+        if isinstance(x, Tensor) and x.is_nested and x.layout != torch.jagged:
+            raise ValueError(f"{name}: expected layout=torch.jagged for a nested tensor; got the strided layout")
     rows = cast("Any", h).values() if jagged else h
     offsets = cast("Any", h).offsets() if jagged else cu_seqlens
     check = module_checker(_INPUTS[offsets is not None], weight, dim=dim, context_dim=context_dim)
     check("h", rows)
     if context is None:
         return
-    if isinstance(offsets, Tensor) and offsets.dim() == 1:
+    if offsets is not None:
+        if not jagged:
+            check("cu_seqlens", offsets)
         check.bind_sequences("S", offsets, "h" if jagged else "cu_seqlens")
         if jagged and isinstance(context, Tensor):
-            if context.is_nested and context.layout != torch.jagged:
-                return
             context = cast("Any", context).values()[None] if context.is_nested else _a_sequence(context)
-    if offsets is None or "S" in check.sizes:
-        check_context(check, "context", context)
+    check_context(check, "context", context)
