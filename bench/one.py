@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
-from .registry import Case, Op, Sizes
+from fused_attn import location_attention
+
+from .registry import LOCATION, Case, Inputs, Op, Sizes
 from .run import call_of, label, runner, select
 
 # Together they launch every kernel, small too.
 EVERY_KERNEL = (
-    "location/gated-bag/bfloat16", "location/prefix/bfloat16", "location/context/bfloat16",
-    "concat/decoder/bfloat16", "concat/window/bfloat16", "general/shared/bfloat16", "general/dot-64/bfloat16",
+    "location/gated-bag/bfloat16", "location/hops/bfloat16", "location/prefix/bfloat16", "location/context/bfloat16",
+    "concat/decoder/bfloat16", "concat/ragged/bfloat16", "general/shared/bfloat16", "general/dot-64/bfloat16",
     "graph/arxiv-edges/bfloat16", "hierarchical/han/bfloat16",
     "recurrent/entailment-100/bfloat16", "statistics/okabe/bfloat16", "statistics/okabe-recording/bfloat16",
-    "statistics/ecapa/bfloat16", "statistics/ecapa-recording/bfloat16",
+    "statistics/ecapa/bfloat16", "statistics/ecapa-recording/bfloat16", "location/sequence-context/bfloat16",
 )  # fmt: skip
 
 
@@ -34,9 +36,21 @@ def small(case: Case) -> Sizes:
     return {**case.capped(40), **few, **long}
 
 
+def _with_context(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    inputs = LOCATION.inputs(sizes, dtype, device, seed)
+    return {**inputs, "context": torch.randn(sizes["B"], sizes["A"], device=device).to(dtype)}
+
+
+# A kernel of its own adds up the gradient of a context, which nothing that is timed has.
+CONTEXT = Op(
+    "location", _with_context, location_attention, LOCATION.cost,
+    (Case("sequence-context", {"B": 32, "T": 512, "D": 256, "A": 128}),),
+)  # fmt: skip
+
+
 def chosen(wanted: Sequence[str]) -> Iterator[tuple[Op, Case]]:
     """The cases for a GPU with these labels."""
-    for op, case in select("cuda"):
+    for op, case in [*select("cuda"), *((CONTEXT, case) for case in CONTEXT.cases)]:
         if label(op, case) in wanted:
             yield op, case
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, gpu_table, run
+from bench import gpu, gpu_table, one, run
 from bench.gpu import Day, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,10 +217,8 @@ def test_every_step_is_a_command_that_its_program_understands(monkeypatch, capsy
                 assert command[-2:] == ["--output", gpu.REPORT]
                 assert run.main([*command[3:-2], "--list"]) == 0
     assert [command[2] for command in steps[-1].commands] == list(gpu.TOOLS)
-    labels = {run.label(*one) for one in run.select("cuda")}
-    from bench import one
-
-    assert {*gpu.COUNTED_CASES, *one.EVERY_KERNEL} <= labels
+    for labels in (gpu.COUNTED_CASES, one.EVERY_KERNEL):
+        assert {run.label(*case) for case in one.chosen(labels)} == set(labels)
     assert set(gpu.COUNTED_KERNELS) <= one.package_kernels()
     bare = gpu.steps("python3", None, lambda name: False, lambda name: None)
     assert [bool(step.missing) for step in bare] == [False] * 6 + [True] * 2
@@ -351,3 +349,21 @@ def test_plugin_writes_a_line_a_test_and_replaces_a_worker_with_a_broken_device(
     expected = {f"test_{name}": x for name, x in expected.items()} | {"test_unimportable.py": "failed"}
     assert found == expected | {f"test_after[{i}]": "passed" for i in range(20)}, done.stdout
     assert any("assert 1 == 2" in x.get("text", "") for x in map(json.loads, path.read_text().splitlines()))
+
+
+@pytest.mark.long
+@pytest.mark.kernel
+def test_small_cases_launch_every_kernel(monkeypatch, device):
+    """Here in the interpreter, whose rules for a chip are its own: on a GPU `bench.one` prints what it left out."""
+    if device.type != "cpu":
+        pytest.skip("counts launches of the interpreter")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    ran, execute = set(), interpreter.GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        ran.add(self.fn.__name__)
+        return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+    assert one.main(["--small", "--device", "cpu"]) == 0
+    assert ran >= one.package_kernels()
