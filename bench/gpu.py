@@ -280,10 +280,11 @@ def install(day: Day, python: str, environment: dict[str, str]) -> Path | None:
     """Install the package; where that fails, a link that makes its kernels importable here, to be removed."""
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
     day.run(Step("install", 0, [pip]), min(60.0, 0.15 * day.seconds), environment)
-    check = [python, "-c", "import fused_attn.kernels.chip"]
+    check = [python, "-c", "import os, fused_attn.kernels.chip as chip; print(os.path.realpath(chip.__file__))"]
     link = ROOT / "fused_attn" / "kernels"
-    done = subprocess.run(check, cwd=ROOT, env=environment, capture_output=True)
-    if done.returncode == 0 or link.exists():
+    done = subprocess.run(check, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ours = done.stdout.strip() == str(ROOT / "kernels" / "chip.py")  # not those of another tree, installed before
+    if ours or link.exists():
         return None
     link.symlink_to("../kernels")
     return link

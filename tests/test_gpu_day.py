@@ -367,3 +367,16 @@ def test_small_cases_launch_every_kernel(monkeypatch, device):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
     assert one.main(["--small", "--device", "cpu"]) == 0
     assert ran >= one.package_kernels()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_kernels_are_of_this_tree_even_where_it_cannot_be_installed(monkeypatch, tmp_path, ours):
+    """Another tree's may have been installed before."""
+    (tmp_path / "fused_attn").mkdir()
+    (tmp_path / "kernels").mkdir()
+    chip = (tmp_path if ours else tmp_path / "elsewhere") / "kernels" / "chip.py"
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, f"{chip}\n", ""))
+    link = gpu.install(Day(tmp_path / "out", 5), sys.executable, {"PATH": "", "PIP_NO_INDEX": "1"})
+    assert link == (None if ours else tmp_path / "fused_attn" / "kernels")
+    assert link is None or link.resolve() == tmp_path / "kernels"
