@@ -383,8 +383,7 @@ def _concat_fwd_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    whole = True if o_ptr is None else splits == 1
-    if whole:
+    if o_ptr is None or splits == 1:
         inv = finish(l)
         store_lse(lse_ptr + rows, m, l, q_inside)
         tl.store(
@@ -427,7 +426,9 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         # scores again: one block up to 128 where that does not spill. 8 scores a thread are 12.9 instructions an
         # element on sm_90, 4 are 15.5, 16 are 8.9 with half the width.
         if factored:
-            return Blocks(16, tile_rows(Tk, 32 if busy and chip.small else 64), pow2(DV, 16, 128), 4)
+            # Packed rows have an address more to keep: on sm_90 a number was put on the stack.
+            most = 32 if busy and chip.small else 64
+            return Blocks(16, 32 if Tk == LONG else tile_rows(Tk, most), pow2(DV, 16, 128), 4)
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)

@@ -118,10 +118,10 @@ CALLS = {
     ),
     "hierarchical": lambda: hierarchical_attention(
         rows(N, 8), CU, offsets(3, 0, 1), Score(rows(8, 4), **SCORE), Score(rows(8, 4), **SCORE), impl="triton"
-    ).out,
+    ),
     "hierarchical, wide": lambda: hierarchical_attention(
         rows(N, 300), CU, offsets(3, 0, 1), Score(rows(300, 4), **SCORE), Score(rows(300, 4), **SCORE), impl="triton"
-    ).out,
+    ),
     "graph": graph,
     "graph, transposed given": lambda: graph(transposed=transpose_csr(INDPTR, INDICES, 5)),
     "graph, dropout and weights": lambda: torch.cat(
