@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._location_blocked import blocked_bwd, blocked_fwd, clip_window
-from ._ops import apply, raw_backward, raw_op, second_order
+from ._ops import differentiable, raw_backward, raw_op, second_order
 
 _TENSORS = 4  # tensor arguments of the raw forward
 _GRADS = 2  # the leading ones of them that have gradients
@@ -86,9 +86,12 @@ class WindowedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = apply(_WindowedBackward, dout, dlse, *saved, *ctx.options, needs)
+        grads = _windowed_backward(dout, dlse, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_windowed_attention = differentiable(WindowedAttention)
 
 
 class _WindowedBackward(torch.autograd.Function):
@@ -122,3 +125,6 @@ class _WindowedBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 2 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_windowed_backward = differentiable(_WindowedBackward)

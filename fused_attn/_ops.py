@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -236,16 +237,38 @@ class _Cotangents(torch.autograd.Function):
         return None, *ctx.cotangents
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``: every call of one goes through here.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
-    To the compiler every tensor goes as a view of itself. As it came it would lose its gradient without a word where
-    a derivative is compiled that also flows elsewhere, ``compile(func.grad(f))``, and the same tensor in two
-    arguments would be refused. Eagerly neither happens, and what ``Function.apply`` does for functorch alone, to bind
-    the arguments to a signature, costs more than the rest of the call.
+
+def differentiable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, for every function of the package.
+
+    Dynamo would replace an autograd function by one of its own, whose backward has no derivative, and which `vmap`
+    does not know. Then ``compile(func.grad(f))`` is zero where a captured tensor requires a gradient, and second
+    derivatives are zero, without a word; one tensor in two arguments is refused. So Dynamo leaves these calls as they
+    are to autograd and functorch, which take them apart as they do eagerly.
     """
+    _FUNCTIONS[function.__name__] = function
+    return functools.partial(_call, function.__name__)
+
+
+def _call(name: str, *args: Any) -> Any:
     if torch.compiler.is_compiling():
-        return function.apply(*(x.view_as(x) if isinstance(x, Tensor) else x for x in args))
+        _leave_to_autograd()
+    return _apply(name, *args)
+
+
+def _leave_to_autograd() -> None:
+    """At the time of tracing: before it, PyTorch's compiler need not be imported, which takes a second."""
+    torch._dynamo.allow_in_graph(_apply)
+
+
+_leave_to_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _apply(name: str, *args: Any) -> Any:
+    """``Function.apply``; without functorch not its binding of the arguments, which costs more than all the rest."""
+    function = _FUNCTIONS[name]
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._ops import apply, forward_mode, raw_backward, raw_op, second_order, vjp
+from ._ops import differentiable, forward_mode, raw_backward, raw_op, second_order, vjp
 from .reference import dropout_scale, segment_ids
 
 _INPUTS = "Tensor rows, Tensor weights, Tensor offsets, Tensor? seed"
@@ -170,8 +170,11 @@ class _RaggedRNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         needs = ctx.needs_input_grad[:_GRADS]
-        grads = apply(_RaggedRNNBackward, dout, *ctx.saved_tensors, *ctx.options, needs)
+        grads = _ragged_rnn_backward(dout, *ctx.saved_tensors, *ctx.options, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 9)
+
+
+_ragged_rnn = differentiable(_RaggedRNN)
 
 
 class _RaggedRNNBackward(torch.autograd.Function):
@@ -204,6 +207,9 @@ class _RaggedRNNBackward(torch.autograd.Function):
         return (*d_cotangents, *d_primals, *[None] * 10)
 
 
+_ragged_rnn_backward = differentiable(_RaggedRNNBackward)
+
+
 def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
     """The states of the last layer, by one operator."""
     weights = torch.cat([getattr(rnn, name).reshape(-1) for names in rnn._all_weights for name in names])
@@ -215,4 +221,4 @@ def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
     )  # fmt: skip
     if forward_mode():
         return formula(rows, weights, *pack(offsets, rows.shape[0]), seed, *options)
-    return cast("Tensor", apply(_RaggedRNN, rows, weights, offsets, seed, *options))
+    return cast("Tensor", _ragged_rnn(rows, weights, offsets, seed, *options))

@@ -5,7 +5,6 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -25,9 +24,9 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    apply,
     autocasts,
     cast_for_autocast,
+    differentiable,
     forward_mode,
     raw_backward,
     raw_op,
@@ -130,9 +129,12 @@ class _ConcatAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = apply(_ConcatBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
+        grads = _concat_backward(dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_concat_attention = differentiable(_ConcatAttention)
 
 
 class _ConcatBackward(torch.autograd.Function):
@@ -169,6 +171,9 @@ class _ConcatBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_concat_backward = differentiable(_ConcatBackward)
 
 
 def _reference(*args: Any, weights_only: bool = False) -> tuple[Tensor, ...]:
@@ -310,9 +315,7 @@ def concat_attention(
         if query.shape[1:3] == (1, 1) and window is None and not packed:
             out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
         else:
-            out, lse, scores = apply(
-                _ConcatAttention, query, key, value, v, score_bias, *tail, return_weights, blocked
-            )
+            out, lse, scores = _concat_attention(query, key, value, v, score_bias, *tail, return_weights, blocked)
     else:
         out, weights = _reference(query, key, value, v, score_bias, *tail, weights_only=True)
     out = out.to(value.dtype)
@@ -342,7 +345,7 @@ def _pooled(
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
     if not kernel:
         query, key, v = reference.widened(query, key, v)
-    run = functools.partial(apply, location._LocationAttention) if kernel else location._reference
+    run = location._location_attention if kernel else location._reference
     out, lse, scores = run(
         key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
         activation, "sigmoid", float(dropout_p), False,

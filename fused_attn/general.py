@@ -28,9 +28,9 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    apply,
     autocasts,
     cast_for_autocast,
+    differentiable,
     forward_mode,
     raw_backward,
     raw_op,
@@ -180,9 +180,12 @@ class _GeneralAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dscores = dscores if ctx.need_scores else None
-        grads = apply(_GeneralBackward, dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs)
+        grads = _general_backward(dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_general_attention = differentiable(_GeneralAttention)
 
 
 class _GeneralBackward(torch.autograd.Function):
@@ -219,6 +222,9 @@ class _GeneralBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_general_backward = differentiable(_GeneralBackward)
 
 
 def _reference(
@@ -370,7 +376,7 @@ def general_attention(
                 query, key, value, weight = reference.widened(query, key, value, weight)
             query = query @ weight
             query = query if bad is None else query.masked_fill(bad, torch.nan)
-        out, lse, scores = apply(_GeneralAttention, query, key, value, *tail, return_weights, sdpa)
+        out, lse, scores = _general_attention(query, key, value, *tail, return_weights, sdpa)
     else:
         out, weights = _reference(query, key, value, *tail, weight=weight, weights_only=True)
     out = out.to(dtype)

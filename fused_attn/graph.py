@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,16 @@ from ._checks import (
     check_values,
 )
 from ._habits import explicit
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import (
+    Impl,
+    cast_for_autocast,
+    differentiable,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    weights_from,
+)
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
@@ -195,9 +203,12 @@ class _GraphAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = apply(_GraphBackward, dout, dlse, dscores, *saved, *ctx.options, needs)
+        grads = _graph_backward(dout, dlse, dscores, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_graph_attention = differentiable(_GraphAttention)
 
 
 class _GraphBackward(torch.autograd.Function):
@@ -234,6 +245,9 @@ class _GraphBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_graph_backward = differentiable(_GraphBackward)
 
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,7 +344,7 @@ def graph_attention(
     rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
     more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
-    run = functools.partial(apply, _GraphAttention) if kernel else _reference
+    run = _graph_attention if kernel else _reference
     out, lse, scores = run(
         *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
     )

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._ops import Impl, apply, cast_for_autocast, raw_op, use_triton, weights_from
-from .location import _LocationAttention, _LocationBackward, _split_gate, _table, check_context, check_score
+from ._ops import Impl, cast_for_autocast, differentiable, raw_op, use_triton, weights_from
+from .location import _location_attention, _location_backward, _split_gate, _table, check_context, check_score
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -144,8 +144,7 @@ class _HierarchicalAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
 
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
-            through, *parameters = apply(
-                _LocationBackward,
+            through, *parameters = _location_backward(
                 torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
                 *score[_SCORE:], None, None, lse[:, 0, 0] != -torch.inf, outer_offsets, None,
                 out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
@@ -156,16 +155,19 @@ class _HierarchicalAttention(torch.autograd.Function):
                 dsegments = through if dsegments is None else dsegments + through
         if any(inner_needs):
             dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
-            grads[: 1 + _SCORE] = apply(
-                _LocationBackward, dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
+            grads[: 1 + _SCORE] = _location_backward(
+                dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
                 pooled, lse, scores, activation, gate_activation, 0.0, per_row, (*inner_needs, False, False),
             )[: 1 + _SCORE]  # fmt: skip
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
+_hierarchical_attention = differentiable(_HierarchicalAttention)
+
+
 def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One level by the kernel of location attention, with the signature of `reference.location_attention`."""
-    return cast("tuple[Tensor, Tensor, Tensor]", apply(_LocationAttention, *tensors, *options.values()))
+    return cast("tuple[Tensor, Tensor, Tensor]", _location_attention(*tensors, *options.values()))
 
 
 @explicit
@@ -268,7 +270,7 @@ def hierarchical_attention(
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     if kernel and between is None:
         both = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
-        results = apply(_HierarchicalAttention, h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
+        results = _hierarchical_attention(h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
     else:
         results = reference.hierarchical_attention(
             h, inner_level, outer_level, mask, inner_offsets, outer_offsets,

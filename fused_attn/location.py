@@ -5,7 +5,6 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -27,11 +26,11 @@ from ._checks import (
     show,
 )
 from ._habits import explicit
-from ._location_windowed import WindowedAttention
+from ._location_windowed import _windowed_attention
 from ._ops import (
     Impl,
-    apply,
     cast_for_autocast,
+    differentiable,
     forward_mode,
     raw_backward,
     raw_op,
@@ -140,9 +139,12 @@ class _LocationAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = apply(_LocationBackward, dout, dlse, dscores, *saved, *ctx.options, needs)
+        grads = _location_backward(dout, dlse, dscores, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_location_attention = differentiable(_LocationAttention)
 
 
 class _LocationBackward(torch.autograd.Function):
@@ -179,6 +181,9 @@ class _LocationBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_location_backward = differentiable(_LocationBackward)
 
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,7 +335,7 @@ def location_attention(
     elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
     kernel = use_triton(impl, h.device, unsupported)
-    run = functools.partial(apply, _LocationAttention) if kernel else _reference
+    run = _location_attention if kernel else _reference
     if window is not None:
         scores = _row_scores(run, args, kernel)
         tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
@@ -381,7 +386,7 @@ def _windowed(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )
     else:
-        out, lse = apply(WindowedAttention, scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
+        out, lse = _windowed_attention(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
     out = out.to(dtype)
     out = out if hop_axis else out.squeeze(-2)
     if offsets is not None:

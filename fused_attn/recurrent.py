@@ -28,8 +28,8 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    apply,
     cast_for_autocast,
+    differentiable,
     forward_mode,
     raw_backward,
     raw_op,
@@ -153,9 +153,12 @@ class _WordByWord(torch.autograd.Function):
         needs = ctx.needs_input_grad[:_GRADS]
         dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
         dweights = dweights if ctx.need_weights else None
-        grads = apply(_WordByWordBackward, dout, dweights, *saved, ctx.plain, needs)
+        grads = _word_by_word_backward(dout, dweights, *saved, ctx.plain, needs)
         none = [None] * (len(ctx.needs_input_grad) - _GRADS)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
+
+
+_word_by_word = differentiable(_WordByWord)
 
 
 class _WordByWordBackward(torch.autograd.Function):
@@ -191,6 +194,9 @@ class _WordByWordBackward(torch.autograd.Function):
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 2 - _GRADS)
         return (*d_cotangents, *d_primals, *none)
+
+
+_word_by_word_backward = differentiable(_WordByWordBackward)
 
 
 @explicit
@@ -285,7 +291,7 @@ def word_by_word_attention(
         wide = torch.promote_types(premise.dtype, torch.float32)
         query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        out, weights = apply(_WordByWord, query, key, *more, return_weights, not kernel)
+        out, weights = _word_by_word(query, key, *more, return_weights, not kernel)
     else:
         out, weights = reference.word_by_word_attention(query, key, *more)
     out = out.to(premise.dtype)

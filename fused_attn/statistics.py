@@ -6,7 +6,6 @@ scores where a frame has one, and makes the softmax and both moments.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, cast
 
@@ -16,7 +15,16 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_activation, check_flag, check_number
 from ._habits import explicit
-from ._ops import Impl, apply, cast_for_autocast, raw_backward, raw_op, second_order, use_triton, weights_from
+from ._ops import (
+    Impl,
+    cast_for_autocast,
+    differentiable,
+    raw_backward,
+    raw_op,
+    second_order,
+    use_triton,
+    weights_from,
+)
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
 
@@ -98,8 +106,11 @@ class _StatisticsPooling(torch.autograd.Function):
         dmean = torch.zeros_like(saved[5]) if dmean is None else dmean
         dvar = torch.zeros_like(saved[6]) if dvar is None else dvar
         dscores = dscores if ctx.scores_returned else None
-        grads = apply(_StatisticsBackward, dmean, dvar, dlse, dscores, *saved, needs)
+        grads = _statistics_backward(dmean, dvar, dlse, dscores, *saved, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+_statistics_pooling = differentiable(_StatisticsPooling)
 
 
 class _StatisticsBackward(torch.autograd.Function):
@@ -132,6 +143,9 @@ class _StatisticsBackward(torch.autograd.Function):
             tensors[:_GRADS], cotangents, ctx.needs, grads,
         )  # fmt: skip
         return (*d_cotangents, *d_primals, *[None] * 7)
+
+
+_statistics_backward = differentiable(_StatisticsBackward)
 
 
 @explicit
@@ -225,7 +239,7 @@ def statistics_pooling(
         h, w, b, v, context, values, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    run = functools.partial(apply, _StatisticsPooling) if kernel else reference.statistics_pooling
+    run = _statistics_pooling if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
     device = "cpu" if h.device.type == "meta" else h.device.type  # meta tensors compute nothing: it has no autocast
     with torch.autocast(device, enabled=False):  # what autocast would cast was cast above
