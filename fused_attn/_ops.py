@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch._library.autograd import make_autograd_impl
 from torch.utils import _pytree as pytree
 
 Impl = Literal["auto", "triton", "reference"]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 
@@ -235,6 +237,23 @@ class _Cotangents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         return None, *ctx.cotangents
+
+
+def exports_from_one(fn: Callable[P, R]) -> Callable[P, R]:
+    """Let `torch.export` take any number of sequences, one too.
+
+    Offsets say S + 1. Where the exporter asks whether their number less one is 1, as it does of every size that might
+    broadcast, it would keep the answer of the example as a guard, S != 1, unless told to take sizes as they come.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+                return fn(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return wrapped
 
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}

@@ -27,6 +27,7 @@ from ._ops import (
     autocasts,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
@@ -185,6 +186,7 @@ def _reference(*args: Any, weights_only: bool = False) -> tuple[Tensor, ...]:
 
 
 @explicit
+@exports_from_one
 def concat_attention(
     query: Tensor,
     key: Tensor,

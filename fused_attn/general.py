@@ -31,6 +31,7 @@ from ._ops import (
     autocasts,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
@@ -243,6 +244,7 @@ def _reference(
 
 
 @explicit
+@exports_from_one
 def general_attention(
     query: Tensor,
     key: Tensor,

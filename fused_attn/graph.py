@@ -26,6 +26,7 @@ from ._ops import (
     Impl,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     raw_backward,
     raw_op,
     second_order,
@@ -258,6 +259,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @explicit
+@exports_from_one
 def graph_attention(
     query: Tensor,
     key: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._ops import Impl, cast_for_autocast, differentiable, raw_op, use_triton, weights_from
+from ._ops import Impl, cast_for_autocast, differentiable, exports_from_one, raw_op, use_triton, weights_from
 from .location import _location_attention, _location_backward, _split_gate, _table, check_context, check_score
 
 _TABLE = {
@@ -171,6 +171,7 @@ def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Te
 
 
 @explicit
+@exports_from_one
 def hierarchical_attention(
     h: Tensor,
     inner_offsets: Tensor,

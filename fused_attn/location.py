@@ -31,6 +31,7 @@ from ._ops import (
     Impl,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
@@ -195,6 +196,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @explicit
+@exports_from_one
 def location_attention(
     h: Tensor,
     w: Tensor | None,

@@ -30,6 +30,7 @@ from ._ops import (
     Impl,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
@@ -200,6 +201,7 @@ _word_by_word_backward = differentiable(_WordByWordBackward)
 
 
 @explicit
+@exports_from_one
 def word_by_word_attention(
     premise: Tensor,
     hypothesis: Tensor,

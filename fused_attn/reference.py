@@ -65,7 +65,7 @@ def normaliser(top: Tensor, total: Tensor) -> Tensor:
 def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     """For each packed row, the index of its segment: int64 ``(rows,)``."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    return torch.searchsorted(cu_seqlens.contiguous(), row, right=True) - 1
 
 
 def location_attention(

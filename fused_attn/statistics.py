@@ -19,6 +19,7 @@ from ._ops import (
     Impl,
     cast_for_autocast,
     differentiable,
+    exports_from_one,
     raw_backward,
     raw_op,
     second_order,
@@ -149,6 +150,7 @@ _statistics_backward = differentiable(_StatisticsBackward)
 
 
 @explicit
+@exports_from_one
 def statistics_pooling(
     h: Tensor,
     w: Tensor | None = None,

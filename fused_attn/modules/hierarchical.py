@@ -19,7 +19,7 @@ from .._checks import (
     width_of,
 )
 from .._habits import explicit
-from .._ops import Impl, forward_mode
+from .._ops import Impl, exports_from_one, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
@@ -63,6 +63,7 @@ class RaggedRNN(nn.Module):
             raise TypeError(f"rnn: expected an nn.GRU, nn.LSTM or nn.RNN; got {type(rnn).__name__}")
         self.rnn = rnn
 
+    @exports_from_one
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)``.
 

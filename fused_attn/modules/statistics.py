@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._checks import check_activation, check_count, check_flag, weight_of, width_of
 from .._habits import explicit
-from .._ops import Impl
+from .._ops import Impl, exports_from_one
 from ..statistics import statistics_pooling
 from .location import check_module_inputs
 
@@ -62,6 +62,7 @@ class StatisticsPooling(nn.Module):
         self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False)
 
     @explicit
+    @exports_from_one
     def forward(
         self,
         h: Tensor,
