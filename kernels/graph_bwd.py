@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, unpressed
+from .chip import LENGTHS, all_registers, unpressed
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
@@ -254,7 +254,9 @@ def graph_bwd(
     def launch(kernel, grid: tuple[int, ...], blocks: Blocks, **more: object) -> None:
         more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("E", "H", "A", "DV")}
         named = {name: {**args, **more}[name] for name in kernel.arg_names}
-        kernel[grid](**named, num_warps=blocks.warps, **unpressed(call.chip, A, DV))
+        pressed = kernel is _graph_bwd_scores_kernel
+        options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
+        kernel[grid](**named, num_warps=blocks.warps, **options)
 
     structure = {"indptr_ptr": indptr.contiguous(), "indices_ptr": indices.contiguous()}
     with torch.cuda.device_of(query):

@@ -197,12 +197,19 @@ def _hierarchical_fwd_kernel(
 
 
 def blocks_of(
-    chip: Chip, itemsize: int, D: int, A: int, outer_A: int, linear: bool, outer_linear: bool
+    chip: Chip,
+    itemsize: int,
+    D: int,
+    A: int,
+    outer_A: int,
+    linear: bool,
+    outer_linear: bool,
+    gated: bool,
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
-    In 16 bits with parts of W of 64 × 32 (32 × 32 where operands come from registers), and D at most 256: two levels
-    have more to keep than one, and spilled; on small chips, where D is past 128, of 16 rows.
+    In 16 bits with parts of W of 64 × 32 and D at most 256: two levels have more to keep than one, and spilled.
+    Where operands come from registers, of 32 × 32, and 16 rows of h where a score is gated and D past 128.
     """
 
     def level(n: int, width: int, is_linear: bool) -> Blocks:
@@ -211,7 +218,7 @@ def blocks_of(
         else:
             blocks = fwd_blocks(chip, itemsize, n, D, width, SEGMENTS, D, False)
         part = 32 if chip.from_registers else 64
-        rows = min(blocks.T, 16 if chip.small and itemsize == 2 and D > 128 else 64)
+        rows = min(blocks.T, 16 if gated and chip.from_registers and itemsize == 2 and D > 128 else 64)
         return blocks._replace(T=rows, D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
 
     return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)
@@ -245,7 +252,8 @@ def hierarchical_fwd(
     rows, D = h.shape
     seqs, groups = inner_offsets.numel() - 1, outer_offsets.numel() - 1
     widths = [D if x is None else x.shape[1] for x in (w, outer_w)]
-    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None)
+    gated = gate_w is not None or outer_gate_w is not None
+    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None, gated)
     inner = (w, b, v, gate_w, gate_b, context)
     outer = (outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context)
     options = (activation, gate_activation, 0.0, context_per_row)
