@@ -199,7 +199,7 @@ def _sums(
 
 
 def _sees_any(rows: Tensor, cu: Tensor, left: int | None, right: int | None) -> Tensor:
-    """Whether each position sees any of ``rows (N, R)``: how many there are up to its window's end, less its start."""
+    """Whether each position sees any of ``rows (N, R)``: there are more up to its window's end than to its start."""
     until = torch.cat([rows.new_zeros(1, rows.shape[1], dtype=torch.int64), rows.long().cumsum(0)])
     row = torch.arange(len(rows), device=cu.device)
     seq = torch.searchsorted(cu[1:].contiguous(), row, right=True)

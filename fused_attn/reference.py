@@ -102,8 +102,9 @@ def location_attention(
     rows = h.shape[:-1]
     dtype = (h if values is None else values).dtype
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
-    h, w, b, v, gate_w, gate_b, context, values = (
-        x if x is None else x.to(wide) for x in (h, w, b, v, gate_w, gate_b, context, values)
+    h = h.to(wide)
+    w, b, v, gate_w, gate_b, context, values = (
+        x if x is None else x.to(wide) for x in (w, b, v, gate_w, gate_b, context, values)
     )
     values = h if values is None else values
     if cu_seqlens is None:

@@ -350,14 +350,14 @@ def row_strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
 
 
 def _near(x: Tensor | None) -> Tensor | None:
-    """A weight whose numbers are at most 2**31 apart: the kernels find them with int32, since their tile stays small."""
+    """A weight whose numbers are less than 2**31 apart: the kernels find them with int32."""
     if x is None or sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) < 2**31:
         return x
     return x.contiguous()
 
 
 def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> dict[str, object]:
-    """How features are multiplied with v: those past float16's largest number, 65,504, as float32 in as many digits."""
+    """How features are multiplied with v: float16 has no room for them past 65,504, so float32, in as many digits."""
     flags = matmul_flags(chip, dtype)
     if dtype == torch.float16 and any(name not in ("tanh", "sigmoid") for name in activations):
         flags = {"COMPUTE": tl.float32, "PRECISION": "tf32" if chip.backend == "cuda" else "ieee"}
@@ -472,7 +472,7 @@ def location_fwd(
 
 
 def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
-    """Enough items for four a core whose sums fit the workspace, but none so short that its sum costs more than its rows.
+    """Items for four a core, if their sums fit the workspace; none so short that its sum costs more than its rows.
 
     Beside the workspace there is, at most, a sum for each sequence.
     """

@@ -1,9 +1,9 @@
-"""What nobody sees changes nothing: NaN and infinity behind a mask, past a window, in sequences without a visible row."""
+"""What nobody sees changes nothing: NaN and infinity behind a mask, past a window, in sequences that see nothing."""
 
 import pytest
 import torch
-from _compare import IMPLS, Result, assert_close
-from _location import Case, offsets
+from _compare import Result, assert_close
+from _location import Case, offsets, table
 
 from fused_attn import HierarchicalAttention, LocationAttention, RaggedRNN, location_attention
 
@@ -34,15 +34,19 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("context", ["sequence", "row"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
-def test_hidden_rows_change_no_gradient_of_the_module(options, ragged, context, fill, impl, device):
+@table(
+    "module,ragged,context,fill",
+    MODULES,
+    (False, True),
+    ("sequence", "row"),
+    FILLS,
+    of_kernel=7,
+    torch_paths=["reference"],
+)
+def test_hidden_rows_change_no_gradient_of_the_module(module, ragged, context, fill, impl, device):
     """Rows behind the mask, and the context of a sequence that is all behind it or has no row."""
     torch.manual_seed(0)
-    module = LocationAttention(6, context_dim=3, **options).to(device)
+    module = LocationAttention(6, context_dim=3, **MODULES[module]).to(device)
     lengths = [5, 0, 5, 5]
     lead = (15,) if ragged else (3, 5)
     mask = torch.tensor([1, 1, 0, 1, 0] + [0] * 5 + [1] * 5, dtype=torch.bool, device=device).view(lead)
@@ -69,10 +73,7 @@ def test_hidden_rows_change_no_gradient_of_the_module(options, ragged, context, 
     assert_close(run(tensors), clean)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("between", [None, "linear", "gru"])
-@pytest.mark.parametrize("gated", [False, True])
+@table("gated,between,fill", (False, True), (None, "linear", "gru"), FILLS, of_kernel=4, torch_paths=["reference"])
 def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, between, fill, impl, device):
     torch.manual_seed(0)
     layer = None
@@ -139,7 +140,7 @@ KERNEL = [  # in the interpreter, where each takes seconds
     [*EVERY, *(pytest.param(*x, marks=pytest.mark.kernel) for x in KERNEL)],
 )
 def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, dropout_p, device):
-    """Their outputs are NaN; where nothing comes back to those, no gradient knows of the row, parameters' included."""
+    """Their outputs are NaN; where nothing comes back to those, no gradient knows of the row, parameters' too."""
     if impl == "blocked" and device.type != "cpu":
         pytest.skip("auto is the kernel on a GPU")
     rows, at = 18, 11
@@ -151,7 +152,6 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         tensors["context"] = tensors["context"][None]
         tensors["cu_seqlens"] = offsets([rows, rows], device)
     gate = (tensors.pop("gate_w"), tensors.pop("gate_b"))
-    mask = torch.ones(2, rows, dtype=torch.bool, device=device)
 
     def run(tensors, blind):
         tensors = {n: x.detach().clone().requires_grad_(x.is_floating_point()) for n, x in tensors.items()}
@@ -160,7 +160,9 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         out = location_attention(**tensors, gate=gates, window=window, dropout_p=dropout_p,
                                  impl={"blocked": "auto"}.get(impl, impl))  # fmt: skip
         out = out.view(2, rows, 2, 3)
-        named = {n: x for n, x in tensors.items() if x.requires_grad} | dict(zip(("gate_w", "gate_b"), gates))
+        named = {n: x for n, x in tensors.items() if x.requires_grad} | dict(
+            zip(("gate_w", "gate_b"), gates, strict=True)
+        )
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         dout[1, blind] = 0
         grads = torch.autograd.grad(out, list(named.values()), dout, materialize_grads=True)

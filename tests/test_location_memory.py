@@ -1,4 +1,4 @@
-"""What the launchers of the location and hierarchical families allocate on a GPU: counted on meta tensors, no kernel runs."""
+"""What the launchers of the location and hierarchical families allocate on a GPU: counted on meta tensors."""
 
 import weakref
 
@@ -92,7 +92,7 @@ def inputs(B, T, D, A, R=None, DV=None, gated=False, context=False, ragged=False
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 def test_temporaries_stay_in_the_workspace(sizes, dtype):
-    """Beside the results: the workspace, a sum a sequence, and a few times the parameters, which are summed in parts."""
+    """Beside the results: the workspace, a sum a sequence, and a few times the parameters, summed in parts."""
     tensors = inputs(**sizes, dtype=dtype)
     options = ("tanh", "sigmoid", 0.0, False)
     with _Peak() as forward:

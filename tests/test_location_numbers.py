@@ -1,8 +1,9 @@
-"""Numbers of the location and hierarchical families: weights at any size of the scores, 16 bits, the formula by itself.
+"""Numbers of the location and hierarchical families: the formula, weights at any size of the scores, 16 bits.
 
 The oracles here are a few lines of float64 PyTorch; they call nothing of the package.
 """
 
+import itertools
 import math
 
 import pytest
@@ -75,8 +76,10 @@ def against_the_formula(case: Case, window, impl: str, device, dtype, **changed)
 
 @table("score,window", SCORES, WINDOWS, of_kernel=3)
 def test_outputs_weights_and_gradients_are_those_of_the_formula(score, window, impl, device):
-    case = Case(batch=2, rows=7, dim=4, attn_dim=3, hops=2, score=score, context="sequence", values=3, score_bias=True,
-                mask="empty")  # fmt: skip
+    case = Case(
+        batch=2, rows=7, dim=4, attn_dim=3, hops=2, score=score, context="sequence", values=3, score_bias=True,
+        mask="empty",
+    )  # fmt: skip
     against_the_formula(case, window, impl, device, torch.float32)
 
 
@@ -92,11 +95,11 @@ def two_levels(h, inner_offsets, outer_offsets, inner, outer, mask):
 
     h, (w, v), (ow, ov) = h.double(), (x.double() for x in inner), (x.double() for x in outer)
     cut = inner_offsets.tolist()
-    pooled = [pool(h[a:b], mask[a:b], w, v) for a, b in zip(cut, cut[1:], strict=False)]
+    pooled = [pool(h[a:b], mask[a:b], w, v) for a, b in itertools.pairwise(cut)]
     segments = torch.stack([x for x, _ in pooled])
-    seen = torch.tensor([bool(mask[a:b].any()) for a, b in zip(cut, cut[1:], strict=False)], device=h.device)
+    seen = torch.tensor([bool(mask[a:b].any()) for a, b in itertools.pairwise(cut)], device=h.device)
     cut = outer_offsets.tolist()
-    groups = [pool(segments[a:b], seen[a:b], ow, ov) for a, b in zip(cut, cut[1:], strict=False)]
+    groups = [pool(segments[a:b], seen[a:b], ow, ov) for a, b in itertools.pairwise(cut)]
     return (torch.stack([x for x, _ in groups]), segments, torch.cat([x for _, x in pooled]),
             torch.cat([x for _, x in groups]))  # fmt: skip
 

@@ -218,5 +218,6 @@ def _score_of(level: LocationAttention, context: Tensor | None) -> Score:
     return Score(
         level.proj.weight.t(), level.proj.bias, level.score.weight[0],
         None if level.gate is None else (level.gate.weight.t(), level.gate.bias),
-        None if level.context is None or context is None else project(level.context, context), level.activation, level.gate_activation,
+        None if level.context is None or context is None else project(level.context, context),
+        level.activation, level.gate_activation,
     )  # fmt: skip

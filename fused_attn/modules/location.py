@@ -36,7 +36,7 @@ _INPUTS = {
 
 
 def project(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """``linear(rows)``; rows that are not finite give NaN, but none to the gradient of the weight if nothing reads them."""
+    """``linear(rows)``; rows that are not finite give NaN, but not to the gradient of the weight."""
     if rows.is_nested:  # of visible rows only
         return linear(rows)
     bad = ~rows.isfinite().all(-1, keepdim=True)
