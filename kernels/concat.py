@@ -268,6 +268,13 @@ def concat_scores(
     return s
 
 
+@triton.jit
+def _store_whole(out_ptrs, acc, lse_ptrs, m, l, q_inside, keep):
+    """The output and (m, l) of a tile whose program has seen all its keys."""
+    store_lse(lse_ptrs, m, l, q_inside)
+    tl.store(out_ptrs, (acc * finish(l)[:, None]).to(out_ptrs.dtype.element_ty), mask=keep)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _concat_fwd_kernel(
     aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
@@ -383,19 +390,18 @@ def _concat_fwd_kernel(
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    if o_ptr is None or splits == 1:
-        inv = finish(l)
-        store_lse(lse_ptr + rows, m, l, q_inside)
-        tl.store(
-            out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :],
-            (acc * inv[:, None]).to(out_ptr.dtype.element_ty),
-            mask=q_inside[:, None] & (dv < DV)[None, :],
-        )
+    out_ptrs = out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :]
+    keep = q_inside[:, None] & (dv < DV)[None, :]
+    if o_ptr is None:
+        _store_whole(out_ptrs, acc, lse_ptr + rows, m, l, q_inside, keep)
     else:
-        rows = rows // 2 * splits + split
-        tl.store(m_ptr + rows, m, mask=q_inside)
-        tl.store(l_ptr + rows, l, mask=q_inside)
-        tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=q_inside[:, None] & (dv < DV)[None, :])
+        if splits == 1:
+            _store_whole(out_ptrs, acc, lse_ptr + rows, m, l, q_inside, keep)
+        else:
+            rows = rows // 2 * splits + split
+            tl.store(m_ptr + rows, m, mask=q_inside)
+            tl.store(l_ptr + rows, l, mask=q_inside)
+            tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -32,11 +32,10 @@ from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2
 from .masks import (
     Items,
     dropout_scale,
-    finite,
     key_range,
     locate,
     partition,
-    reached,
+    row_codes,
     sequence_of,
     visible_pairs,
     whole_range,
@@ -86,8 +85,8 @@ def _general_fwd_kernel(
     val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
     bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
     mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
     q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
     k_cu_ptr,
     seed_ptr,
@@ -138,7 +137,10 @@ def _general_fwd_kernel(
     q_rows = (q_start + i).to(tl.int64)
     q_keep = q_inside
     if qrow_ptr is not None:
-        q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_inside, other=0) != 0
+        q_keep = (
+            tl.load(qrow_ptr + seq * stride_qrb + head * stride_qrh + q_rows * stride_qrt, mask=q_inside, other=0)
+            != 0
+        )
     q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
     q = 0.0
     if not WIDE:
@@ -151,7 +153,7 @@ def _general_fwd_kernel(
     if mask_ptr is not None:
         mask_ptr += seq * stride_mb
     if krow_ptr is not None:
-        krow_ptr += seq * stride_krb
+        krow_ptr += seq * stride_krb + head * stride_krh + k_row0 * stride_krt
     if scores_ptr is not None:
         scores_ptr += (seq * H + head) * Tq * Tk
 
@@ -176,10 +178,16 @@ def _general_fwd_kernel(
             j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             k_rows = j.to(tl.int64)
             k_keep = tl.full([BLOCK_N], True, tl.int1)
+            v_keep = k_keep
             if EDGE:
-                k_keep = j < length
+                k_seen = j < length
+                k_keep = k_seen
+                v_keep = k_seen
                 if krow_ptr is not None:
-                    k_keep = tl.load(krow_ptr + k_rows * stride_krt, mask=k_keep, other=0) != 0
+                    code = tl.load(krow_ptr + k_rows * stride_krt, mask=k_seen, other=0)
+                    k_seen = code != 0
+                    k_keep = k_seen & (code != 3)
+                    v_keep = code == 1
             k_ptrs = k_ptr + k_rows * stride_kt
             k = 0.0
             if not WIDE:
@@ -190,13 +198,15 @@ def _general_fwd_kernel(
             else:
                 s = activate(s * scale, ACT, FAST) * rate
             if EDGE:
-                inside = q_keep[:, None] & k_keep[None, :]
+                inside = q_keep[:, None] & k_seen[None, :]
                 shown = visible_pairs(
                     i[:, None], j[None, :], inside, mask_ptr, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT
                 )
                 if bias_ptr is not None:
                     at = i[:, None].to(tl.int64) * stride_sq + k_rows[None, :] * stride_sk
                     s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
+                if (HAS_LEFT or HAS_RIGHT) or mask_ptr is not None:
+                    s = tl.where((code == 3)[None, :], float("nan"), s)
                 s = tl.where(shown, s, float("-inf"))
                 if scores_ptr is not None:
                     at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
@@ -213,12 +223,11 @@ def _general_fwd_kernel(
             else:
                 values = tl.load(
                     val_ptr + k_rows[:, None] * stride_ut + dv[None, :],
-                    mask=k_keep[:, None] & (dv < DV)[None, :],
+                    mask=v_keep[:, None] & (dv < DV)[None, :],
                     other=0.0,
                 )
             if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
-                p = reached(p, values, shown)
-                values = finite(values)
+                p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
             acc = tl.dot(p.to(COMPUTE), values.to(COMPUTE), acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
 
@@ -306,17 +315,31 @@ def prepare(
     query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
     activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
+    *, backward: bool = False,
 ) -> Call:  # fmt: skip
-    """Arguments by the kernels' names; shapes as `fused_attn.reference.general_attention` has them."""
+    """Arguments by the kernels' names; shapes as `fused_attn.reference.general_attention` has them.
+
+    backward: it multiplies with the queries too, and must not with those that are not finite.
+    """
     chip, packed = chip_of(query.device), cu_seqlens_q is not None
     (B, H, Tq, D), Tk = query.shape, key.shape[2]
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
+    parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+    plain = mask is None and score_bias is None and seed is None
     q_rows = k_rows = None
     if mask is not None:
-        k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
-        q_rows = (mask.any(1, keepdim=True).expand(B, Tq) if mask.dim() == 2 else mask.any(2)).view(torch.uint8)
-        mask = mask.view(torch.uint8) if mask.dim() == 3 else None
+        q_rows, k_rows = (
+            (mask.any(1, keepdim=True).expand(B, Tq), mask) if mask.dim() == 2 else (mask.any(2), mask.any(1))
+        )
+    if parts:  # keys that some queries see, and some do not
+        k_rows = row_codes(k_rows, key, None if value is None else values)
+    if parts and backward:
+        q_rows = row_codes(q_rows, query)
+    q_rows, k_rows = (
+        x if x is None or x.dim() == 3 else x.view(torch.uint8)[:, None].expand(-1, H, -1) for x in (q_rows, k_rows)
+    )
+    mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     seqs = cu_seqlens_q.numel() - 1 if packed else B
@@ -325,7 +348,7 @@ def prepare(
     return Call(
         chip,
         seqs,
-        all(x is None for x in (bias, k_rows, seed)),
+        plain,
         any(x is not None for x in (bias, mask, seed)),
         {
             "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=packed),
@@ -333,8 +356,8 @@ def prepare(
             "val_ptr": values, **strides("ub uh ut", values, (0, 1, 2), packed=packed),
             "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3), packed=packed),
             "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2), packed=packed),
-            "qrow_ptr": q_rows, **strides("qrb qrt", q_rows, (0, 1), packed=packed),
-            "krow_ptr": k_rows, **strides("krb krt", k_rows, (0, 1), packed=packed),
+            "qrow_ptr": q_rows, **strides("qrb qrh qrt", q_rows, (0, 1, 2), packed=packed),
+            "krow_ptr": k_rows, **strides("krb krh krt", k_rows, (0, 1, 2), packed=packed),
             "q_cu_ptr": cu_seqlens_q, "k_cu_ptr": cu_seqlens_k, "seed_ptr": seed,
         },
         {

@@ -23,7 +23,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, widths
-from .masks import dropout_scale, finite, key_range, locate, partition, sequence_of, visible_pairs, whole_range
+from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
 
 @triton.jit
@@ -108,8 +108,8 @@ def _general_bwd_dq_kernel(
     val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
     bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
     mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
     q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
     k_cu_ptr,
     seed_ptr,
@@ -161,7 +161,10 @@ def _general_bwd_dq_kernel(
     q_rows = (q_start + i).to(tl.int64)
     q_keep = q_inside
     if qrow_ptr is not None:
-        q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_inside, other=0) != 0
+        q_keep = (
+            tl.load(qrow_ptr + seq * stride_qrb + head * stride_qrh + q_rows * stride_qrt, mask=q_inside, other=0)
+            != 0
+        )
     q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
     o_rows = seq * stride_ob + head * stride_oh + q_rows * stride_ot
     q = 0.0
@@ -183,7 +186,7 @@ def _general_bwd_dq_kernel(
     if mask_ptr is not None:
         mask_ptr += seq * stride_mb
     if krow_ptr is not None:
-        krow_ptr += seq * stride_krb
+        krow_ptr += seq * stride_krb + head * stride_krh + k_row0 * stride_krt
     if dscores_ptr is not None:
         dscores_ptr += pairs
     if dbias_ptr is not None:
@@ -204,11 +207,15 @@ def _general_bwd_dq_kernel(
             tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
             j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             k_rows = j.to(tl.int64)
-            k_keep = tl.full([BLOCK_N], True, tl.int1)
+            k_seen = tl.full([BLOCK_N], True, tl.int1)
+            k_keep = k_seen
             if EDGE:
-                k_keep = j < length
+                k_seen = j < length
+                k_keep = k_seen
                 if krow_ptr is not None:
-                    k_keep = tl.load(krow_ptr + k_rows * stride_krt, mask=k_keep, other=0) != 0
+                    code = tl.load(krow_ptr + k_rows * stride_krt, mask=k_seen, other=0)
+                    k_seen = code != 0
+                    k_keep = k_seen & (code != 3)
             k_ptrs = k_ptr + k_rows * stride_kt
             val_ptrs = val_ptr + k_rows * stride_ut
             k = 0.0
@@ -236,14 +243,12 @@ def _general_bwd_dq_kernel(
                     do, do_ptr + o_rows, q_keep, values, val_ptrs, k_keep, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
                 )
             g, _p = _general_gradient(
-                x, dp, i[:, None], j[None, :], q_keep[:, None] & k_keep[None, :], top, inv, delta, keep,
+                x, dp, i[:, None], j[None, :], q_keep[:, None] & k_seen[None, :], top, inv, delta, keep,
                 bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, dbias_ptr,
                 Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, EDGE, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             if WIDE:
                 k = tl.load(k_ptrs[:, None] + d_out[None, :], mask=k_keep[:, None] & (d_out < D)[None, :], other=0.0)
-            if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
-                k = finite(k)
             acc = tl.dot(g.to(COMPUTE), k.to(COMPUTE), acc, input_precision=PRECISION)
     tl.store(
         dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * stride_dt + d_out[None, :],
@@ -259,8 +264,8 @@ def _general_bwd_dkv_kernel(
     val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
     bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
     mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
+    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
     q_cu_ptr,  # see masks.Items
     k_cu_ptr, k_seq_ptr, k_first_ptr,
     seed_ptr,
@@ -313,7 +318,10 @@ def _general_bwd_dkv_kernel(
     k_rows = (k_start + j).to(tl.int64)
     k_keep = k_inside
     if krow_ptr is not None:
-        k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_inside, other=0) != 0
+        k_keep = (
+            tl.load(krow_ptr + seq * stride_krb + head * stride_krh + k_rows * stride_krt, mask=k_inside, other=0)
+            != 0
+        )
     k_ptrs = k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt
     val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows * stride_ut
     k = 0.0
@@ -333,7 +341,7 @@ def _general_bwd_dkv_kernel(
     if mask_ptr is not None:
         mask_ptr += seq * stride_mb
     if qrow_ptr is not None:
-        qrow_ptr += seq * stride_qrb
+        qrow_ptr += seq * stride_qrb + head * stride_qrh + q_row0 * stride_qrt
     if dscores_ptr is not None:
         dscores_ptr += (seq * H + head) * Tq * Tk
 
@@ -355,16 +363,20 @@ def _general_bwd_dkv_kernel(
             i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             q_rows = i.to(tl.int64)
             q_keep = tl.full([BLOCK_M], True, tl.int1)
+            q_good = q_keep
             if EDGE:
                 q_keep = i < length
+                q_good = q_keep
                 if qrow_ptr is not None:
-                    q_keep = tl.load(qrow_ptr + q_rows * stride_qrt, mask=q_keep, other=0) != 0
+                    code = tl.load(qrow_ptr + q_rows * stride_qrt, mask=q_keep, other=0)
+                    q_keep = code != 0
+                    q_good = code == 1
             q_ptrs = q_ptr + q_rows * stride_qt
             o_rows = o_row0 + q_rows * stride_ot
             q = 0.0
             if not WIDE:
-                q = tl.load(q_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & (d < D)[None, :], other=0.0)
-            x = product(k, k_ptrs, k_keep, q, q_ptrs, q_keep, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
+                q = tl.load(q_ptrs[:, None] + d[None, :], mask=q_good[:, None] & (d < D)[None, :], other=0.0)
+            x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
             keep = 1.0
             if seed_ptr is not None:
                 keep = dropout_scale(seed_ptr, j[:, None], seq * H + head, i[None, :], threshold, keep_scale)
@@ -394,10 +406,8 @@ def _general_bwd_dkv_kernel(
             if dk_ptr is not None:
                 if WIDE:
                     q = tl.load(
-                        q_ptrs[:, None] + d_out[None, :], mask=q_keep[:, None] & (d_out < D)[None, :], other=0.0
+                        q_ptrs[:, None] + d_out[None, :], mask=q_good[:, None] & (d_out < D)[None, :], other=0.0
                     )
-                if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
-                    q = finite(q)
                 dk = tl.dot((g * scale).to(COMPUTE), q.to(COMPUTE), dk, input_precision=PRECISION)
             if dval_ptr is not None or SHARED:
                 if WIDE_V:
@@ -483,7 +493,7 @@ def general_bwd(
     """
     call = prepare(
         query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p, natural,
+        activation, scale, left, right, dropout_p, natural, backward=True,
     )  # fmt: skip
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.sizes["DV"]

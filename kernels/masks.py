@@ -42,6 +42,24 @@ def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, 
     return Items(count, rows, 0, torch.searchsorted(first[1:], item, right=True, out_int32=True), first)
 
 
+def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Tensor:
+    """What may be done with the rows of ``x (B, H, T, D)``, uint8 ``(B, H, T)``, where `keep` is None or ``(B, T)``.
+
+    0: a mask hides it, and nothing is read. 1: all is. 2: its row of `value` is not finite. 3: nor is it itself.
+    A row that is not finite is to reach the queries that see it, and no other; but in a product its weight 0 would
+    make it NaN for all of a tile. So it is not read, and its code says where NaN belongs.
+    """
+
+    def lost(y: Tensor) -> Tensor:
+        return ~torch.linalg.vector_norm(y, torch.inf, dim=-1).isfinite()
+
+    codes = torch.ones(x.shape[:-1], dtype=torch.uint8, device=x.device)
+    if value is not None:
+        codes += lost(value)
+    codes.masked_fill_(lost(x), 3)
+    return codes if keep is None else codes.mul_(keep[:, None])
+
+
 @triton.jit
 def locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
     """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
