@@ -159,15 +159,19 @@ def record(target: str) -> Iterator[dict[str, set[str]]]:
         driver._active = active
 
 
+def _lengths(rng: random.Random) -> Draw:
+    return lambda: math.ceil(math.exp(rng.uniform(0, math.log(LONGEST))))
+
+
 def count(target: str, family: str, calls: int) -> dict[str, dict[str, set[str]]]:
     """Keys by setting and kernel, over so many calls of each setting."""
     vary, cases = SETTINGS[family]
     found = {}
     for case in cases:
-        rng = random.Random(f"{family} {case}")
+        draw = _lengths(random.Random(f"{family} {case}"))
         with record(target) as keys:
             for _ in range(calls):
-                vary(case, lambda: math.ceil(math.exp(rng.uniform(0, math.log(LONGEST))))).launch()
+                vary(case, draw).launch()
         found[str(case)] = dict(keys)
     return found
 

@@ -163,7 +163,7 @@ Strides of masks, of biases and of lse are lengths too. Those of rows are not am
 
 
 _LAST = ("stride_mt", "stride_mk", "stride_st", "stride_sk", "stride_qrt", "stride_krt")
-"""Strides of the last axis of a mask or bias: 1, 0 where it is broadcast, a length where the view is a transpose."""
+"""Strides of the last axis of a mask or bias: 1, or 0 where it is broadcast; a length in a transposed view."""
 
 
 @functools.cache
@@ -187,10 +187,10 @@ def _loose(kernel: Any, names: tuple[str, ...]) -> Any:
 def fitted(kernel: Any, args: Mapping[str, Any]) -> Any:
     """The kernel for a launch with the strides in `args`: with hints on those only that keep them at any length.
 
-    Whether a stride is a multiple of 16 is compiled in, since loads of whole vectors need it of the strides of rows,
-    heads and sequences. Where rows are such multiples, so are the others, whatever the length. Where they are not,
-    the others are so at some lengths, to no use, and would be variants: there they have no hint. Nor has the last
-    axis of a mask or bias, unless it is contiguous or broadcast.
+    Whether a stride is a multiple of 16 is compiled in: loads of whole vectors need it of the strides of rows, heads
+    and sequences. Where rows are such multiples, so are the others, whatever the length. Where they are not, the
+    others are so at some lengths, to no use, and would be variants: there they have no hint. Nor has the last axis of
+    a mask or bias, unless it is contiguous or broadcast.
     """
     if INTERPRET:
         return kernel

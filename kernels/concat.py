@@ -432,9 +432,11 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         # scores again: one block up to 128 where that does not spill. 8 scores a thread are 12.9 instructions an
         # element on sm_90, 4 are 15.5, 16 are 8.9 with half the width.
         if factored:
-            # Packed rows have an address more to keep: on sm_90 a number was put on the stack.
+            # With two stages two numbers of a thread were put on the stack on sm_90, at lengths that are no hint.
             most = 32 if busy and chip.small else 64
-            return Blocks(16, 32 if Tk == LONG else tile_rows(Tk, most), pow2(DV, 16, 128), 4)
+            return Blocks(
+                16, tile_rows(Tk, most), pow2(DV, 16, 128), 4, 3 if chip.arch >= 90 and not chip.small else 2
+            )
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)

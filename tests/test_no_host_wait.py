@@ -1,6 +1,7 @@
 """Packed batches are worked on without a wait for the device: no number of a tensor is read on the host.
 
-So they can be captured in a CUDA graph. The kernels run here on the CPU, where reading a number is no wait: it raises.
+So they can be captured in a CUDA graph.
+The kernels run here on the CPU, where reading a number is no wait; it raises.
 """
 
 import sys
