@@ -44,7 +44,7 @@ def _bwd(*args: Any) -> list[Tensor | None]:
     *options, blocked, needs = args[4 + _TENSORS :]
     inputs: list[Any] = [*cotangents, *tensors]
     if blocked:
-        grads = blocked_bwd(*inputs, results[1], *options, needs)
+        grads = blocked_bwd(*inputs, results[1], *options, needs)  # type: ignore[call-arg]
     else:
         from .kernels.location_window_bwd import window_bwd
 
