@@ -197,14 +197,7 @@ def _hierarchical_fwd_kernel(
 
 
 def blocks_of(
-    chip: Chip,
-    itemsize: int,
-    D: int,
-    A: int,
-    outer_A: int,
-    linear: bool,
-    outer_linear: bool,
-    gated: bool,
+    chip: Chip, itemsize: int, D: int, A: int, outer_A: int, linear: bool, outer_linear: bool, gated: bool
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 

@@ -226,7 +226,7 @@ def test_returns_a_tensor_or_what_was_asked_for(impl, device):
 
 def test_one_launch_is_for_narrow_rows_and_many_or_short_documents():
     def fits(chip, D, rows, groups, itemsize=2, A=128):
-        blocks = kernels.blocks_of(chip, itemsize, rows, D, A, A, False, False)
+        blocks = kernels.blocks_of(chip, itemsize, D, A, A, False, False, False)
         return kernels.fits(chip, min(b.DV for b in blocks), D, rows, groups)
 
     for chip in (A100, H200):
