@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, chip_of, fitted, matmul_flags, pow2, tile_rows, unit, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, fitted, matmul_flags, pow2, tile_rows, unit, unpressed
 from .location import item_args, load_rows, matmul, row_strides
 from .masks import locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
@@ -374,7 +374,7 @@ def statistics_fwd(
             block_c = pow2(C, 16, 128)
             _statistics_merge_kernel[(seqs, triton.cdiv(C, block_c))](
                 *parts, m, l, items.first, mean, var, lse, items.per_seq, C,
-                PER_CHANNEL=v is not None, BLOCK_I=16, BLOCK_C=block_c, num_warps=4,
+                PER_CHANNEL=v is not None, BLOCK_I=16, BLOCK_C=block_c, num_warps=4, **all_registers(call.chip),
             )  # fmt: skip
     return mean, var, lse, scores
 
