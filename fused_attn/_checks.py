@@ -466,6 +466,11 @@ def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
 
 
 def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
+    """Check that what `x` holds is `good`, a bool; a ValueError as `check_cu_seqlens` raises it."""
+    _check_values(name, x, good, expected, count)
+
+
+def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None) -> None:
     """Raise where the values can be read without waiting for a device; else assert there."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or type(good) is not Tensor:  # a fake one holds none
         torch._assert_async(good, f"{name}: expected {expected}")

@@ -166,7 +166,7 @@ def check_module_inputs(
 ) -> None:  # fmt: skip
     """Check what the module projects by its own names; the rest is left to the function, whose names are the same."""
     jagged = isinstance(h, Tensor) and h.is_nested
-    for name, x in (("h", h), ("context", context)):
+    for name, x in (("h", h), ("context", context)) if jagged else ():
         if isinstance(x, Tensor) and x.is_nested and x.layout != torch.jagged:
             raise ValueError(f"{name}: expected layout=torch.jagged for a nested tensor; got the strided layout")
     rows = cast("Any", h).values() if jagged else h
