@@ -155,6 +155,7 @@ LENGTHS = (
     "rows", "rows_per_split", "per_seq", "q_per_seq", "k_per_seq", "rows_per_item", "items_per_split", "splits",
     "limit", "left", "right", "threshold", "stride_mb", "stride_mq", "stride_sb", "stride_sh", "stride_sq",
     "stride_lb", "stride_lh", "stride_qrb", "stride_krb", "stride_qrh", "stride_krh",
+    "stride_cb", "stride_ch",
 )  # fmt: skip
 """Parameters that vary with a length, in all kernels: `do_not_specialize`, or 1 and multiples of 16 are variants.
 

@@ -49,7 +49,7 @@ from .chip import (
     unit,
     unpressed,
 )
-from .masks import Items, dropout_scale, finite, key_range, locate, partition, reached, sequence_of, visible
+from .masks import Items, dropout_scale, finite, key_range, locate, partition, row_codes, sequence_of, visible
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 SAFE, SAFE_EXACT = 42.0, 80.0
@@ -288,6 +288,7 @@ def _concat_fwd_kernel(
     mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
     qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
     krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
+    code_ptr, stride_cb, stride_ch, stride_ct,  # (B, H, Tk): of the values, see row_codes, or None
     q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
     k_cu_ptr, k_first_ptr,
     seed_ptr,
@@ -379,14 +380,16 @@ def _concat_fwd_kernel(
         m = m_new
         if seed_ptr is not None:
             p *= dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+        v_keep = k_keep
+        if code_ptr is not None:
+            code = tl.load(code_ptr + seq * stride_cb + head * stride_ch + k_rows * stride_ct, mask=k_keep, other=0)
+            v_keep = code == 1
+            p = tl.where(shown & (code == 3)[None, :], float("nan"), p)
         values = tl.load(
             val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut + dv[None, :],
-            mask=k_keep[:, None] & (dv < DV)[None, :],
+            mask=v_keep[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
-        if (HAS_LEFT or HAS_RIGHT) or mask_ptr is not None:
-            p = reached(p, values, shown)
-            values = finite(values)
         acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
@@ -576,13 +579,15 @@ def concat_fwd(
             m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
             l = torch.empty_like(m)
         out_strides = strides("ob oh ot", out, (0, 1, 2), packed=ragged)
+        parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+        codes = row_codes(call.k_rows, call.tensors["val_ptr"]) if parts else None
         kernel = fitted(_concat_fwd_kernel, {**call.tensors, **out_strides})
         kernel[(q.items.count, H, splits * dv_blocks)](
             **call.tensors, **call.sizes, **call.flags,
             aq_ptr=q.tiles, ak_ptr=k.tiles, bq_ptr=q.bound, bk_ptr=k.bound, v_ptr=call.v, v_sum_ptr=call.v.sum(1),
             q_seq_ptr=q.items.seq, q_first_ptr=q.items.first, k_first_ptr=k.items.first,
             q_per_seq=q.items.per_seq, k_per_seq=k.items.per_seq,
-            out_ptr=out, **out_strides,
+            code_ptr=codes, **strides("cb ch ct", codes, (0, 1, 2), packed=ragged), out_ptr=out, **out_strides,
             lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,

@@ -123,16 +123,6 @@ def finite(x):
 
 
 @triton.jit
-def reached(p, values, shown):
-    """Weights [BLOCK_M, BLOCK_N]: NaN where a query sees a row of `values` that is not finite, 0 where hidden.
-
-    With them and `finite` values, such a row reaches the queries that see it, and no other.
-    """
-    lost = tl.sum(values.to(tl.float32) * 0.0, axis=1)  # 0 or NaN
-    return tl.where(shown, p + lost[None, :], 0.0)
-
-
-@triton.jit
 def visible_pairs(
     i, j, inside, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 ):
