@@ -87,7 +87,7 @@ def _graph_fwd_kernel(
     l = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     for e0 in range(lo, hi, BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
+        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
         keep = e < hi
         j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
         if WIDE:

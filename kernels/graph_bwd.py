@@ -60,7 +60,7 @@ def _graph_bwd_scores_kernel(
     top, inv = load_lse(lse_ptr + row * 2, h < H)
     delta = tl.zeros([BLOCK_H], tl.float32)
     for e0 in range(lo, hi, BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
+        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
         keep = e < hi
         j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
         at = e[:, None] * H + h[None, :]
@@ -84,7 +84,7 @@ def _graph_bwd_scores_kernel(
         delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
     tl.debug_barrier()  # other threads than wrote them may load the gaps
     for e0 in range(lo, hi, BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
+        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
         at = e[:, None] * H + h[None, :]
         inside = (e < hi)[:, None] & (h < H)[None, :]
         p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
@@ -128,7 +128,7 @@ def _graph_bwd_dq_kernel(
         q = load_heads(q_ptr + node * stride_qn, stride_qh, h, a, H, A)
         grad_q = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
         for e0 in range(lo, hi, BLOCK_E):
-            e = e0 + tl.arange(0, BLOCK_E)
+            e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
             keep = e < hi
             j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
             at = e[:, None] * H + h[None, :]

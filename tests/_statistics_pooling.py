@@ -69,7 +69,7 @@ def formula(*, impl, h, w, v, b=None, context=None, values=None, mask=None, cu_s
         alpha = (act(z) @ v).softmax(0)
         each = alpha.reshape(len(rows), -1)
         mean = (each * x).sum(0)
-        pooled.append(torch.cat([mean, (each * (x - mean) ** 2).sum(0).sqrt()]))
+        pooled.append(torch.cat([mean, (each * (x - mean) ** 2).sum(0).clamp(min=1e-12).sqrt()]))
         index = torch.arange(len(h.flatten(0, -2)), device=h.device).view(h.shape[:-1])[at][seen]
         weights = weights.flatten(0, h.dim() - 2).index_put((index,), alpha).view(weights.shape)
     return torch.stack(pooled), weights
