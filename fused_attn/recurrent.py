@@ -345,9 +345,10 @@ def location_aware_attention(
         \alpha = softmax_j(s), \quad o = \sum_j \alpha_j \, value_j
 
     A decoder calls this once a word, with the weights that the last call returned; gradients go back through them.
-    The score and the sum are `concat_attention` of one query, which is one kernel. Before it `conv1d` makes f,
-    ``(B, C, Tk)``, and one matrix product adds f U to the keys, ``(B, Tk, A)``: at every step both are written, read
-    again, and kept for the backward. A bias of the score goes into the query or the keys.
+    The score and the sum are `concat_attention` of one query, which is one kernel. Before it one matrix
+    product makes f, ``(B, Tk, C)``, of the windows of `previous`, ``(B, Tk, K)``, and another adds f U to the keys,
+    ``(B, Tk, A)``: at every step all three are written, read again, and kept for the backward. Both follow PyTorch's
+    TF32 setting for matrix products. A bias of the score goes into the query or the keys.
 
     Parameters
     ----------
