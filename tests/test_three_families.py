@@ -336,7 +336,7 @@ def _sums(family: Family, name: str, tensors: dict[str, Tensor], weights: Tensor
 @each_impl
 @each_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e30], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e30], ids=str)
 def test_weights_sum_to_one_at_any_size_of_the_scores(size, dtype, name, impl, device):
     if size > torch.finfo(dtype).max / 8:
         size = torch.finfo(dtype).max / 8
@@ -398,7 +398,7 @@ def test_one_visible_key_has_the_weight_one(size, name, impl, device):
 @pytest.mark.kernel
 @each_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6], ids=str)
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e6], ids=str)
 def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(size, dtype, name, device):
     family = FAMILIES[name]
     tensors = family.tensors(device, dtype)
