@@ -206,12 +206,13 @@ def vjp(
     A cotangent of None is zero, and an input that no result depends on has a gradient of zero.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    below = excluded.has(torch._C.DispatchKey.AutogradCPU)
+    keys = torch._C.DispatchKey
+    below = excluded.has(keys.AutogradCPU) or excluded.has(keys.AutogradFunctionality)
     if below or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
         # In a compiled graph there is no autograd but functorch's. A dispatch mode (the compiler has one at a graph's
         # first run, FlopCounterMode is another) has switched its dispatch keys off.
         for key in _FUNCTORCH:
-            excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+            excluded = excluded.remove(getattr(keys, key))
         with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
             outs, pull, *_ = torch.func.vjp(fn, *inputs)
             pairs = zip(cotangents, outs, strict=True)

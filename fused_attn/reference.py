@@ -448,8 +448,10 @@ def word_by_word_attention(
     dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
     query, key, value, w, w_r, w_t = (x.to(wide) for x in (query, key, value, w, w_r, w_t))  # before they overflow
     r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
-    outs, all_weights = [], []
-    for step in query.unbind(1):
+    outs, all_weights, words = [], [], query
+    if query.shape[1] == 0:  # a step that is cut off again: so every argument has a gradient, of zeros
+        words = torch.cat([query, query.new_zeros(query.shape[0], 1, query.shape[2])], 1)
+    for step in words.unbind(1):
         scores = torch.tanh(key + (step + r @ w_r)[:, None]) @ w
         if hidden is None:
             weights = torch.softmax(scores, -1)
@@ -459,9 +461,8 @@ def word_by_word_attention(
         r = (weights[:, None] @ value)[:, 0] + torch.tanh(r @ w_t)
         outs.append(r)
         all_weights.append(weights)
-    if not outs:  # no word: (B, 0, D) and (B, 0, Ty)
-        return value[:, :0].to(dtype), query @ key.mT
-    return torch.stack(outs, 1).to(dtype), torch.stack(all_weights, 1)
+    out, weights = (torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights))
+    return out.to(dtype), weights
 
 
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:

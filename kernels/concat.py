@@ -422,11 +422,14 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool) -> Blocks:
+def fwd_blocks(
+    chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool, parts: bool
+) -> Blocks:
     """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
 
-    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own. Chosen by the compile
-    report (no spills; 4.2 instructions an element on sm_90); speed on a GPU not yet measured.
+    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own; `parts`: a key
+    may be hidden from some queries only. Chosen by the compile report (no spills; 4.2 instructions an element on
+    sm_90); speed on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(DV, 16, 64), 4)
@@ -438,7 +441,11 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
             # With two stages two numbers of a thread were put on the stack on sm_90, at lengths that are no hint.
             most = 32 if busy and chip.small else 64
             return Blocks(
-                16, tile_rows(Tk, most), pow2(DV, 16, 128), 4, 3 if chip.arch >= 90 and not chip.small else 2
+                16,
+                tile_rows(Tk, most),
+                pow2(DV, 16, 128),
+                8 if busy and parts else 4,
+                3 if chip.arch >= 90 and not chip.small else 2,
             )
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
@@ -565,7 +572,8 @@ def concat_fwd(
         return out.zero_(), no_key(lse), scores
     ragged = cu_seqlens_q is not None
     lengths = (LONG, LONG) if ragged else (Tq, Tk)
-    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy)
+    parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy, parts)
     with torch.cuda.device_of(query):
         q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
         k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation)
@@ -579,7 +587,6 @@ def concat_fwd(
             m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
             l = torch.empty_like(m)
         out_strides = strides("ob oh ot", out, (0, 1, 2), packed=ragged)
-        parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
         codes = row_codes(call.k_rows, call.tensors["val_ptr"]) if parts else None
         kernel = fitted(_concat_fwd_kernel, {**call.tensors, **out_strides})
         kernel[(q.items.count, H, splits * dv_blocks)](

@@ -186,8 +186,8 @@ def _general_fwd_kernel(
                 if krow_ptr is not None:
                     code = tl.load(krow_ptr + k_rows * stride_krt, mask=k_seen, other=0)
                     k_seen = code != 0
-                    k_keep = k_seen & (code != 3)
                     v_keep = code == 1
+                    k_keep = v_keep if SHARED else k_seen & (code != 3)
             k_ptrs = k_ptr + k_rows * stride_kt
             k = 0.0
             if not WIDE:
@@ -226,7 +226,7 @@ def _general_fwd_kernel(
                     mask=v_keep[:, None] & (dv < DV)[None, :],
                     other=0.0,
                 )
-            if EDGE and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
+            if EDGE and not SHARED and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
                 p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
             acc = tl.dot(p.to(COMPUTE), values.to(COMPUTE), acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
@@ -292,10 +292,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m
     block_n = 64 if plain and (narrow or roomy) and not hip else 32
     warps = 8 if block_m >= 64 else 4
-    if busy and size > 128:
+    if busy and size >= 128:
         block_m = min(block_m, 32)
-    elif busy and size == 128 and block_m == 128 and chip.wgmma:  # two warp groups would wait for each other (C7515)
-        block_m, warps = 64, 4
     return Blocks(block_m, block_n, width, value_width, warps, 2)
 
 

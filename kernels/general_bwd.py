@@ -383,23 +383,23 @@ def _general_bwd_dkv_kernel(
             do = 0.0
             if not WIDE_V:
                 do = tl.load(
-                    do_ptr + o_rows[:, None] + dv[None, :], mask=q_keep[:, None] & (dv < DV)[None, :], other=0.0
+                    do_ptr + o_rows[:, None] + dv[None, :], mask=q_good[:, None] & (dv < DV)[None, :], other=0.0
                 )
             if EXACT:
                 dp = _general_gap(
-                    (do_ptr + o_rows)[None, :], (out_ptr + o_rows)[None, :], q_keep[None, :],
+                    (do_ptr + o_rows)[None, :], (out_ptr + o_rows)[None, :], q_good[None, :],
                     val_ptrs[:, None], k_keep[:, None], keep, DV,
                 )  # fmt: skip
             else:
                 dp = product(
-                    values, val_ptrs, k_keep, do, do_ptr + o_rows, q_keep, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
+                    values, val_ptrs, k_keep, do, do_ptr + o_rows, q_good, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
                 )
             rows = l_row0 + q_rows * stride_lt
             g, p = _general_gradient(
                 x, dp, i[None, :], j[:, None], q_keep[None, :] & k_keep[:, None],
                 tl.load(top_ptr + rows, mask=q_keep, other=0.0)[None, :],
-                tl.load(inv_ptr + rows, mask=q_keep, other=0.0)[None, :],
-                tl.load(delta_ptr + rows, mask=q_keep, other=0.0)[None, :],
+                tl.load(inv_ptr + rows, mask=q_good, other=0.0)[None, :],
+                tl.load(delta_ptr + rows, mask=q_good, other=0.0)[None, :],
                 keep, bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, None,
                 Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, EDGE, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
@@ -413,7 +413,7 @@ def _general_bwd_dkv_kernel(
                 if WIDE_V:
                     do = tl.load(
                         do_ptr + o_rows[:, None] + dv_out[None, :],
-                        mask=q_keep[:, None] & (dv_out < DV)[None, :],
+                        mask=q_good[:, None] & (dv_out < DV)[None, :],
                         other=0.0,
                     )
                 if SHARED:
@@ -440,9 +440,11 @@ def _general_bwd_dkv_kernel(
 
 
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: bool
+    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: bool, parts: bool
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the kernel for dq, and of that for dk and dvalue; `plain` and `busy` as in the forward.
+
+    parts: a key may be hidden from some queries only, which costs registers too.
 
     Chosen by the compile report (no spills; wgmma on sm_90 from 64 rows on); speed on a GPU not yet measured.
     """
@@ -470,13 +472,15 @@ def bwd_blocks(
         return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
     if not plain:
         short = size > 128 or (size == 128 and busy and chip.small)
-        for_k = Blocks(few_m, 16 if short else few_n, width, value_width, 8, 1)
+        few = 16 if size > 128 and parts and not roomy else few_m
+        for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
     if size > 128:
         for_q = Blocks(m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)
     large = size > 64
-    for_k = Blocks(few_m if large or not roomy else m, n, width, value_width, 8 if large else 4, 2)
+    n_k = few_n if large and parts and not roomy else n
+    for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, 8 if large else 4, 2)
     return Blocks(m, n, width, value_width, 8 if large and not roomy else 4, 2), for_k
 
 
@@ -527,7 +531,8 @@ def general_bwd(
             fitted(kernel, named)[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
 
         lengths, busy = (LONG, LONG) if packed else (Tq, Tk), call.busy or dscores is not None
-        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"], busy)
+        parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"], busy, parts)
         with torch.cuda.device_of(query):
             if need_q or need_bias:
                 made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq

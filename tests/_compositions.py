@@ -520,25 +520,27 @@ def autocast(row: Row, impl: str) -> Pairs:
 
 
 class Exported(nn.Module):
+    """The call of a row, on its tensors in their order."""
+
     def __init__(self, row: Row, impl: str) -> None:
         super().__init__()
-        self.call, self.impl, self.module = row.call, impl, row.module
+        self.call, self.impl, self.module, self.names = row.call, impl, row.module, list(row.tensors(impl))
 
-    def forward(self, **tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.call(self.impl, **tensors)
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(self.impl, **dict(zip(self.names, tensors, strict=True)))
 
 
 def export(decompose: bool, reload: bool = False) -> Callable:
     def column(row: Row, impl: str) -> Pairs:
         tensors = row.tensors(impl)
-        program = torch.export.export(Exported(row, impl), (), tensors)
+        program = torch.export.export(Exported(row, impl), tuple(tensors.values()))
         program = program.run_decompositions() if decompose else program
         if reload:
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
             buffer.seek(0)
             program = torch.export.load(buffer)
-        got = program.module()(**tensors)
+        got = program.module()(*tensors.values())
         got, want = got if isinstance(got, tuple) else (got,), row.run("reference", tensors)
         return [(str(i), g, w) for i, (g, w) in enumerate(zip([x for x in got if x is not None], want, strict=True))]
 

@@ -48,9 +48,14 @@ def test_products_of_general_attention_past_float16(masked, dtype):
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("activation", ["relu", "identity", "tanh"])
 def test_sums_of_concat_attention_past_float16(activation, queries, dtype):
-    """Two halves of v that cancel: each alone is past what float16 holds."""
-    query, key, value = large(queries, 8, dtype, 0), large(5, 8, dtype, 1), large(5, 6, dtype, 2) / 100
-    key[..., 4:], query[..., 4:] = key[..., :4] + key[..., 4:] / 1e5, query[..., :4]
+    """Two halves of v that cancel: each alone is past what float16 holds. Of integers, that float32 sums exactly."""
+    query, key, value = (
+        large(queries, 8, dtype, 0).round(),
+        large(5, 8, dtype, 1).round(),
+        large(5, 6, dtype, 2) / 100,
+    )
+    key[..., 4:], query[..., 4:] = key[..., :4], query[..., :4]
+    key[:, 1:3, 4:] = key[:, 1:3, :4].flip(-1)
     v = torch.tensor([1000.0] * 4 + [-1000.0] * 4).to(dtype)
     act = {"relu": torch.relu, "identity": lambda x: x, "tanh": torch.tanh}[activation]
     pairs = act(query.double()[:, :, None] + key.double()[:, None]) * v.double()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from listed import Mutant
+from mutant import Mutant
 
 TESTS = {
     "location_window": ("tests/test_location_window.py", "tests/test_location_window_memory.py"),
