@@ -169,7 +169,8 @@ NOTHING = {
         (lambda: f.WordByWordAttention(4, 4, 3), lambda m, p, q: m(p, q), [h(2, 3), h(2, 0)]),
         (lambda: f.WordByWordAttention(4, 4, 3), lambda m, p, q: m(p, q), [h(2, 0), h(2, 3)]),
         (lambda: f.WordByWordAttention(4, 4, 3),
-         lambda m, p, q: m(p, q, cu_seqlens_premise=no_offsets(1), cu_seqlens_hypothesis=no_offsets(1)), [h(0), h(0)]),
+         lambda m, p, q: m(p, q, cu_seqlens_premise=no_offsets(1), cu_seqlens_hypothesis=no_offsets(1)),
+         [h(0), h(0)]),
     ],
     "LocationAwareAttention": [
         (lambda: f.LocationAwareAttention(4, 4, 3), lambda m, q, k: m(q, k)[0], [h(0), h(0, 3)]),

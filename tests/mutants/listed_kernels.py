@@ -152,7 +152,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
-        "    some = (d < D)[:, None] & (k < K)[None, :]\n    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
+        "    some = (d < D)[:, None] & (k < K)[None, :]\n"
+        "    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
         "    some = (d < D)[:, None] & (k < K)[None, :]\n    tl.store(at, acc, mask=some)",
         ("tests/test_location_structure.py", "-k", "workspace"),
         "dW of an earlier chunk is overwritten",
@@ -166,7 +167,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
-        "    some = (a < A)[:, None] & (r < R)[None, :]\n    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
+        "    some = (a < A)[:, None] & (r < R)[None, :]\n"
+        "    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
         "    some = (a < A)[:, None] & (r < R)[None, :]\n    tl.store(at, acc, mask=some)",
         ("tests/test_location_structure.py", "-k", "workspace"),
         "with hops dv of an earlier chunk is overwritten",

@@ -1,4 +1,4 @@
-"""The listed mutants of the Python paths: ways in which they could be wrong, each with the tests that have to see it."""
+"""The listed mutants of the Python paths: ways to be wrong, each with the tests that have to see it."""
 
 from mutant import Mutant
 
