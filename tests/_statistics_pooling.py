@@ -5,6 +5,7 @@ Not `_statistics`: that is a module of Python's own.
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 
 import _location
@@ -53,7 +54,7 @@ def formula(*, impl, h, w, v, b=None, context=None, values=None, mask=None, cu_s
     if cu_seqlens is None:
         places = [(i, slice(None)) for i in range(len(h))]
     else:
-        places = [(slice(int(lo), int(hi)),) for lo, hi in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        places = [(slice(lo, hi),) for lo, hi in itertools.pairwise(cu_seqlens.tolist())]
     pooled, weights = [], torch.zeros(*h.shape[:-1], *v.shape[1:]).to(v)
     for s, at in enumerate(places):
         seen = torch.ones(h[at].shape[0], dtype=torch.bool) if mask is None else mask[at].cpu()

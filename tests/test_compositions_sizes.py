@@ -241,7 +241,7 @@ def test_a_recurrent_layer_has_all_derivatives_in_functorch(make):
 @pytest.mark.parametrize("bad", [[0, 2, 7], [0, 4, 2, 5], [-1, 2, 5], [0, 2, 4], []])
 def test_a_recurrent_layer_refuses_offsets_that_are_none(bad):
     module, rows = f.RaggedRNN(nn.GRU(4, 3)), torch.randn(5, 4)
-    with pytest.raises(ValueError, match="^offsets: expected"):
+    with pytest.raises(ValueError, match=r"^offsets: expected"):
         module(rows, torch.tensor(bad, dtype=torch.int32))
 
 

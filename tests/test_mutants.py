@@ -17,7 +17,8 @@ def test_listed_mutants_stand_once_and_name_tests_that_are_there():
         assert source.count(mutant.old) == 1, mutant
         compile(mutant.applied_to(source), mutant.path, "exec")
         files = [ROOT / test for test in mutant.tests if test.startswith("tests/")]
-        assert files and all(file.is_file() for file in files), mutant
+        assert files, mutant
+        assert all(file.is_file() for file in files), mutant
         if "-k" in mutant.tests:
             text = "".join(file.read_text() for file in files)
             words = mutant.tests[mutant.tests.index("-k") + 1].split(" or ")

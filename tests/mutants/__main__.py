@@ -3,8 +3,8 @@
 ``python tests/mutants`` tries the listed mutants (see listed.py): each names a line, what it becomes, and the tests
 that have to fail. ``--drawn 100 --seed 0`` draws as many from the syntax trees of the package (see drawn.py) and runs
 the tests of the file's family. At the end every test that has killed one runs on the whole tree, where it has to
-pass. The exit status is 1 where a listed mutant is not killed, or more than a tenth of those drawn survive. What ran out of
-time is told apart: a loop without an end, or tests that need longer (``--seconds``).
+pass. The exit status is 1 where a listed mutant is not killed, or more than a tenth of those drawn survive. What ran
+out of time is told apart: a loop without an end, or tests that need longer (``--seconds``).
 """
 
 from __future__ import annotations
