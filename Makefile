@@ -6,8 +6,11 @@ JOBS ?= auto
 
 # Of `make gpu`.
 MINUTES ?= 9
+# Of `make mutants`: as many drawn ones in place of those listed.
+DRAWN ?= 0
+SEED ?= 0
 
-.PHONY: demo test test-fast test-long test-gpu gpu bench lint clean
+.PHONY: demo test test-fast test-long test-gpu gpu mutants bench lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +35,9 @@ test-gpu:
 
 gpu: # tests, speed, counters and sanitizer of a GPU in so many minutes
 	$(PYTHON) -m bench.gpu --minutes $(MINUTES)
+
+mutants: $(VENV)/.installed # the tree broken in many ways: does a test see each?
+	$(BIN)/python tests/mutants --drawn $(DRAWN) --seed $(SEED)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
