@@ -1,0 +1,371 @@
+"""The rows of the table of compositions: every operator and module, padded and packed, plain and with all options."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fused_attn import (
+    ConcatAttention,
+    GeneralAttention,
+    GraphAttention,
+    HierarchicalAttention,
+    LocationAttention,
+    LocationAwareAttention,
+    RaggedRNN,
+    Score,
+    StatisticsPooling,
+    WordByWordAttention,
+    concat_attention,
+    general_attention,
+    graph_attention,
+    hierarchical_attention,
+    location_attention,
+    location_aware_attention,
+    statistics_pooling,
+    word_by_word_attention,
+)
+
+
+@dataclasses.dataclass
+class Row:
+    """call: from `impl` and tensors to a tensor or several. make: from batch and length to the tensors."""
+
+    name: str
+    call: Callable
+    make: Callable[[int, int], dict[str, Tensor]]
+    module: nn.Module | None = None
+    impls: tuple[str, ...] = ("auto", "triton")
+
+    def tensors(self, impl: str, batch: int = 2, length: int = 5) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        made = self.make(batch, length)
+        if impl != "triton":
+            made = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
+        if self.module is not None:
+            self.module.to(torch.float32 if impl == "triton" else torch.float64)
+        return made
+
+    def run(self, impl: str, tensors: dict[str, Tensor]) -> list[Tensor]:
+        results = self.call(impl, **tensors)
+        results = results if isinstance(results, tuple) else (results,)
+        return [x for x in results if x is not None]
+
+    def loss(self, impl: str, tensors: dict[str, Tensor]) -> Tensor:
+        return sum((torch.cos(torch.arange(x.numel()).view(x.shape) + i) * x + x * x).sum()
+                   for i, x in enumerate(self.run(impl, tensors)))  # fmt: skip
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {} if self.module is None else {f"module.{n}": x for n, x in self.module.named_parameters()}
+
+
+def offsets(rows: int, parts: int) -> Tensor:
+    return torch.tensor([rows * i // parts for i in range(parts + 1)], dtype=torch.int32)
+
+
+def _rows() -> list[Row]:
+    made: list[Row] = []
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape)
+
+    def add(name: str, call: Callable, make: Callable, module: nn.Module | None = None, **options) -> None:
+        made.append(Row(name, call, make, module, **options))
+
+    def seen(*shape: int) -> Tensor:
+        return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
+
+    def score(t: dict[str, Tensor], p: str) -> Score:
+        gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
+        return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
+
+    add(
+        "location padded", lambda i, h, w: location_attention(h, w, impl=i), lambda B, T: {"h": r(B, T, 4), "w": r(4)}
+    )
+    add(
+        "location padded, all options",
+        lambda i, gw, gb, **t: location_attention(**t, gate=(gw, gb), return_weights=True, impl=i),
+        lambda B, T: {
+            "h": r(B, T, 4),
+            "w": r(4, 3),
+            "b": r(3),
+            "v": r(3, 2),
+            "gw": r(4, 3),
+            "gb": r(3),
+            "context": r(B, T, 3),
+            "values": r(B, T, 2),
+            "score_bias": r(B, T),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "location packed",
+        lambda i, c, **t: location_attention(**t, cu_seqlens=c, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "w": r(4), "c": offsets(B * T, B)},
+    )
+    add(
+        "location packed, all options",
+        lambda i, gw, gb, c, context, **t: location_attention(
+            **t, gate=(gw, gb), context=context[:, None], cu_seqlens=c, return_weights=True, impl=i
+        ),
+        lambda B, T: {
+            "h": r(B * T, 4),
+            "w": r(4, 3),
+            "b": r(3),
+            "v": r(3, 2),
+            "gw": r(4, 3),
+            "gb": r(3),
+            "context": r(B, 3),
+            "values": r(B * T, 2),
+            "score_bias": r(B * T),
+            "mask": seen(B, T).flatten(),
+            "c": offsets(B * T, B),
+        },
+    )
+    for name, window in (("causal", (None, 0)), ("window", (1, 1))):
+        add(
+            f"location padded, {name}",
+            lambda i, window=window, **t: location_attention(**t, window=window, return_weights=True, impl=i),
+            lambda B, T: {"h": r(B, T, 4), "w": r(4, 2), "values": r(B, T, 3), "mask": seen(B, T)},
+        )
+        add(
+            f"location packed, {name}",
+            lambda i, c, window=window, **t: location_attention(**t, cu_seqlens=c, window=window, impl=i),
+            lambda B, T: {"h": r(B * T, 4), "w": r(4), "c": offsets(B * T, B)},
+        )
+    add(
+        "concat padded",
+        lambda i, **t: concat_attention(**t, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4), "value": r(B, T, 4), "v": r(4)},
+    )
+    add(
+        "concat padded, all options",
+        lambda i, **t: concat_attention(**t, window=(2, 1), return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, T, 4),
+            "key": r(B, 2, T, 4),
+            "value": r(B, 2, T, 3),
+            "v": r(2, 4),
+            "score_bias": r(2, T, T),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "concat padded, one query",
+        lambda i, **t: concat_attention(**t, impl=i),
+        lambda B, T: {"query": r(B, 1, 4), "key": r(B, T, 4), "value": r(B, T, 4), "v": r(4)},
+    )
+    add(
+        "concat packed",
+        lambda i, c, **t: concat_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {
+            "query": r(B * T, 2, 4),
+            "key": r(B * T, 2, 4),
+            "value": r(B * T, 2, 4),
+            "v": r(4),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
+        "general padded",
+        lambda i, **t: general_attention(**t, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
+    )
+    add(
+        "general padded, all options",
+        lambda i, **t: general_attention(**t, activation="tanh", window=(2, 1), return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, T, 3),
+            "key": r(B, 2, T, 4),
+            "value": r(B, 2, T, 3),
+            "weight": r(2, 3, 4),
+            "score_bias": r(2, T, T),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "general packed",
+        lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
+    )
+    add("statistics padded", lambda i, h: statistics_pooling(h, impl=i), lambda B, T: {"h": r(B, T, 4)})
+    add(
+        "statistics padded, all options",
+        lambda i, **t: statistics_pooling(**t, return_weights=True, impl=i),
+        lambda B, T: {
+            "h": r(B, T, 4),
+            "w": r(4, 3),
+            "b": r(3),
+            "v": r(3, 2),
+            "context": r(B, T, 3),
+            "values": r(B, T, 2),
+            "mask": torch.arange(T).expand(B, T) < max(1, T - 1),
+        },
+    )
+    add(
+        "statistics packed",
+        lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},
+    )
+    add(
+        "graph",
+        lambda i, **t: graph_attention(**t, impl=i),
+        lambda B, T: {
+            "query": r(T, 4),
+            "key": r(T, 4),
+            "v": r(4),
+            "indptr": torch.arange(T + 1) * 2,
+            "indices": torch.arange(2 * T) % T,
+        },
+    )
+    add(
+        "graph, all options",
+        lambda i, **t: graph_attention(**t, return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(T, 2, 4),
+            "key": r(T, 2, 4),
+            "v": r(2, 4),
+            "value": r(T, 2, 4),
+            "edge": r(2 * T, 2, 4),
+            "indptr": torch.arange(T + 1) * 2,
+            "indices": torch.arange(2 * T) % T,
+        },
+    )
+    add(
+        "hierarchical",
+        lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), impl=i),
+        lambda B, T: {
+            "h": r(B * T, 4),
+            "a": offsets(B * T, 2 * B),
+            "b": offsets(2 * B, B),
+            "iw": r(4, 3),
+            "iv": r(3),
+            "ow": r(4, 3),
+            "ov": r(3),
+        },
+    )
+    add(
+        "hierarchical, all options",
+        lambda i, h, a, b, mask, **t: hierarchical_attention(
+            h, a, b, score(t, "i"), score(t, "o"), mask=mask, return_segments=True, return_weights=True, impl=i
+        ),
+        lambda B, T: {
+            "h": r(B * T, 4),
+            "a": offsets(B * T, 2 * B),
+            "b": offsets(2 * B, B),
+            "mask": seen(B, T).flatten(),
+            **{
+                p + n: x
+                for p in "io"
+                for n, x in (("w", r(4, 3)), ("b", r(3)), ("v", r(3)), ("gw", r(4, 3)), ("gb", r(3)))
+            },
+        },
+    )
+    words = {"w_y": (4, 3), "w_h": (4, 3), "w_r": (4, 3), "w": (3,), "w_t": (4, 4)}
+    add(
+        "word by word padded",
+        lambda i, **t: word_by_word_attention(**t, impl=i),
+        lambda B, T: {"premise": r(B, T, 4), "hypothesis": r(B, T, 4), **{n: r(*s) for n, s in words.items()}},
+    )
+    add(
+        "word by word padded, all options",
+        lambda i, **t: word_by_word_attention(**t, return_weights=True, impl=i),
+        lambda B, T: {
+            "premise": r(B, T, 4),
+            "hypothesis": r(B, T, 4),
+            **{n: r(*s) for n, s in words.items()},
+            "state": r(B, 4),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "word by word packed",
+        lambda i, c, **t: word_by_word_attention(**t, cu_seqlens_premise=c, cu_seqlens_hypothesis=c, impl=i),
+        lambda B, T: {
+            "premise": r(B * T, 4),
+            "hypothesis": r(B * T, 4),
+            **{n: r(*s) for n, s in words.items()},
+            "state": r(B, 4),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
+        "location-aware",
+        lambda i, **t: location_aware_attention(**t, impl=i),
+        lambda B, T: {
+            "query": r(B, 4),
+            "key": r(B, T, 4),
+            "value": r(B, T, 4),
+            "v": r(4),
+            "previous": r(B, T),
+            "conv_weight": r(2, 3),
+            "u": r(2, 4),
+            "mask": torch.ones(B, T, dtype=torch.bool),
+            "score_bias": r(B, T),
+        },
+    )
+    torch.manual_seed(1)
+    m: nn.Module
+    m = LocationAttention(4, 3, hops=2, gated=True, context_dim=2)
+    add(
+        "LocationAttention", lambda i, m=m, **t: m(**t, impl=i), lambda B, T: {"h": r(B, T, 4), "context": r(B, 2)}, m
+    )
+    m = ConcatAttention(4, 4, 3, num_heads=2, bias=True, context_dims=(2,))
+    add(
+        "ConcatAttention",
+        lambda i, x, m=m, **t: m(**t, contexts=(x,), impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4), "x": r(B, 2)},
+        m,
+    )
+    m = GeneralAttention(4, num_heads=2)
+    add(
+        "GeneralAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
+        m,
+    )
+    m = StatisticsPooling(4, 3, per_channel=True, global_context=True)
+    add(
+        "StatisticsPooling",
+        lambda i, c, m=m, **t: m(**t, cu_seqlens=c, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "c": offsets(B * T, B)},
+        m,
+    )
+    m = GraphAttention(4, 3, num_heads=2, share_weights=True, edge_dim=2)
+    add(
+        "GraphAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {
+            "x": r(T, 4),
+            "indptr": torch.arange(T + 1) * 2,
+            "indices": torch.arange(2 * T) % T,
+            "edge": r(2 * T, 2),
+        },
+        m,
+    )
+    m = HierarchicalAttention(4, 3, between=RaggedRNN(nn.GRU(4, 3, bidirectional=True)), between_dim=6)
+    add(
+        "HierarchicalAttention, RaggedRNN",
+        lambda i, h, a, b, m=m: m(h, a, b, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "a": offsets(B * T, 2 * B), "b": offsets(2 * B, B)},
+        m,
+    )
+    m = WordByWordAttention(4, 4, 3)
+    add(
+        "WordByWordAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {"premise": r(B, T, 4), "hypothesis": r(B, T, 4)},
+        m,
+    )
+    m = LocationAwareAttention(4, 4, 3, channels=2, width=3)
+    add(
+        "LocationAwareAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {"query": r(B, 4), "key": r(B, T, 4), "previous": r(B, T)},
+        m,
+    )
+    return made
+
+
+ROWS = {row.name: row for row in _rows()}
