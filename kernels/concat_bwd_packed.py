@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .chip import LENGTHS, all_registers, fitted, strides
 from .concat import Blocks, Call
-from .concat_bwd import WORKSPACE_BYTES, _walk, gradient_tile
+from .concat_bwd import WORKSPACE_BYTES
+from .concat_walk import gradient_tile, walk_tile
 from .masks import key_range, locate, sequence_of
 
 
@@ -99,7 +100,7 @@ def _concat_bwd_queries_kernel(
             x = tl.load(rq_ptr + (q_tile * BLOCK_M + m[:, None]) * AP + d[None, :], mask=(d < AP)[None, :], other=0.0)
             s1 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             s2 = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            s1, s2 = _walk(
+            s1, s2 = walk_tile(
                 s1, s2, x, rk_ptr + k_tile * BLOCK_N * AP, g_ptr + slot, BLOCK_M, count, q_ptrs, q_keep,
                 k_ptr + head * stride_kh, stride_kt, row0, k_length - tile * BLOCK_N, None, 0, d, A, AP, safe,
                 ACT, FAST, FACTORED, EXACT, True,
@@ -213,7 +214,7 @@ def _concat_bwd_keys_kernel(
                         )
                         s1 = tl.zeros([1, 1], tl.float32)
                         s2 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-                        s1, s2 = _walk(
+                        s1, s2 = walk_tile(
                             s1, s2, x, rq_ptr + q_tile * BLOCK_M * AP, gt_ptr + slot + r0, BLOCK_N, count,
                             k_ptr + head * stride_kh + k_rows * stride_kt, k_keep,
                             q_ptr + head * stride_qh, stride_qt, row0, q_length - lo, None, 0, d, A, AP, safe,

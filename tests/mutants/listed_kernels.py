@@ -258,14 +258,14 @@ KERNELS: tuple[Mutant, ...] = (
         "a factor's second part is cut",
     ),
     Mutant(
-        "kernels/concat_bwd.py",
+        "kernels/concat_walk.py",
         "p * (dp - delta[:, None])",
         "p * dp",
         ("tests/test_concat_cotangents.py", "-k", "free_gradients"),
         "δ is missing",
     ),
     Mutant(
-        "kernels/concat_bwd.py",
+        "kernels/concat_walk.py",
         "                    s2 += g1 * (r1 - r1 * r1)",
         "                    s2 += g1 * (r1 + r1 * r1)",
         ("tests/test_concat.py", "-k", "every_activation"),
@@ -293,14 +293,14 @@ KERNELS: tuple[Mutant, ...] = (
         "dvalue of earlier launches is overwritten",
     ),
     Mutant(
-        "kernels/concat_bwd.py",
+        "kernels/concat_walk.py",
         "                dp = tl.fma(do, values - out, dp)",
         "                dp = tl.fma(do, values, dp)",
         ("tests/test_concat.py", "-k", "every_pair"),
         "δ is missing where the difference is taken pair by pair",
     ),
     Mutant(
-        "kernels/concat_bwd.py",
+        "kernels/concat_walk.py",
         "        k_rows = (k_start + j).to(tl.int64)\n        q_keep",
         "        k_rows = k_start + j\n        q_keep",
         ("tests/test_concat_structure.py", "-k", "past_int32"),
