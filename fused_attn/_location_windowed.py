@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import reference
 from ._location_blocked import blocked_bwd, blocked_fwd, clip_window
 from ._ops import differentiable, raw_backward, raw_op, second_order
 
@@ -95,7 +96,7 @@ _windowed_attention = differentiable(WindowedAttention)
 
 
 class _WindowedBackward(torch.autograd.Function):
-    """The gradients of `WindowedAttention`; their own backward is that of the blocked formula."""
+    """The gradients of `WindowedAttention`; their own backward is that of `_formula`."""
 
     generate_vmap_rule = True
 
@@ -120,7 +121,7 @@ class _WindowedBackward(torch.autograd.Function):
         saved = ctx.saved_tensors
         cotangents, tensors = saved[:2], saved[2:]
         d_primals, d_cotangents = second_order(
-            lambda *p: blocked_fwd(*p, *tensors[_GRADS:], *ctx.options),
+            lambda *p: _formula(*p, *tensors[_GRADS:], *ctx.options),
             tensors[:_GRADS], cotangents, ctx.needs, grads,
         )  # fmt: skip
         none = [None] * (len(ctx.needs_input_grad) - 2 - _GRADS)
@@ -128,3 +129,15 @@ class _WindowedBackward(torch.autograd.Function):
 
 
 _windowed_backward = differentiable(_WindowedBackward)
+
+
+def _formula(
+    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
+    left: int | None, right: int | None, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What second derivatives are taken of: in blocks; to the compiler, which must know all sizes, of all pairs."""
+    if torch.compiler.is_compiling():
+        return reference.windowed_attention(
+            scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
+        )
+    return blocked_fwd(scores, values, cu_seqlens, seed, left, right, dropout_p)

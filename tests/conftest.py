@@ -61,7 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     tables = collections.defaultdict(list)
     for item in items:
-        tables[item.nodeid.split("[")[0]].append(item)
+        if item.get_closest_marker("long") is None:
+            tables[item.nodeid.split("[")[0]].append(item)
     for table in tables.values() if not config.getoption("gpu") else ():
         for item in sorted(table, key=digest)[CASES:]:
             item.add_marker("long")
