@@ -72,7 +72,7 @@ def test_matches_the_reference_for_every_activation(activation, ragged, device):
 
 @both_values
 @pytest.mark.parametrize("keys", [5, 100])
-@pytest.mark.parametrize("window", [*WINDOWS[1:], (40, 30), (-20, 60)], ids=str)
+@pytest.mark.parametrize("window", [*WINDOWS[1:], (40, 30), (-20, 60), (1, 1)], ids=str)
 def test_matches_the_reference_for_every_window(window, keys, own_value, device):
     case = Case(batch=1, queries=70, keys=keys, attn_dim=3, own_value=own_value, window=window, return_weights=False)
     check(case, device)

@@ -1,5 +1,6 @@
 """Bad input to hierarchical attention, and its modules."""
 
+import functools
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from _location import offsets
 from torch import nn
 
 from fused_attn import HierarchicalAttention, RaggedRNN, Score, hierarchical_attention
+from fused_attn._ragged_rnn import ragged_rnn
 
 N, S, G, D, A = 7, 3, 2, 3, 4
 
@@ -221,10 +223,15 @@ def test_han_with_a_recurrent_layer_between(impl, device):
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True, "num_layers": 2}], ids=str)
 def test_ragged_rnn_runs_each_group_alone(make, options, device):
     rnn = make(D, 2, **options).to(device)
-    rows = torch.randn(sum(COUNTS), D, device=device)
-    states = RaggedRNN(rnn)(rows, offsets(COUNTS, device))
-    alone = [rnn(rows[lo:hi])[0] for lo, hi in itertools.pairwise([0, 2, 2, 5, 6]) if hi > lo]
-    torch.testing.assert_close(states, torch.cat(alone))
+    rows = torch.randn(sum(COUNTS), D, device=device, requires_grad=True)
+    alone = torch.cat([rnn(rows[lo:hi])[0] for lo, hi in itertools.pairwise([0, 2, 2, 5, 6]) if hi > lo])
+    inputs, cotangent = [rows, *rnn.parameters()], torch.randn_like(alone)
+    for layer in (RaggedRNN(rnn), functools.partial(ragged_rnn, rnn)):  # the second is what the compiler gets
+        states = layer(rows, offsets(COUNTS, device))
+        torch.testing.assert_close(states, alone)
+        grads = (torch.autograd.grad(x, inputs, cotangent, retain_graph=True) for x in (states, alone))
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_ragged_rnn_of_no_rows(device):

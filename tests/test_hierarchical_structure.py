@@ -141,7 +141,10 @@ def test_results_are_the_same_every_time(impl, device):
 
 @pytest.mark.kernel
 def test_many_sentences_of_every_length_cross_the_blocks(device):
-    """More sentences than a block has, and rows of a sentence in several tiles; the second block starts mid-tile."""
+    """More sentences than a block has, and rows of a sentence in several tiles; the second block starts mid-tile.
+
+    It has the sentence of the largest score, so that what came before is scaled.
+    """
     lengths = [0, 1, 16, 0, 17, 33, 3, 2, 1, 0, 40, 1, 1, 1, 1, 5, 18, 0, 7, 1]
     case = Case(contexts=("parent", "row"))
     tensors = case.tensors(device)
@@ -152,8 +155,9 @@ def test_many_sentences_of_every_length_cross_the_blocks(device):
 
     tensors |= {
         "h": randn(sum(lengths), 17), "inner_context": randn(20, 1, 9), "outer_context": randn(1, 20, 5),
-        "inner_offsets": offsets(lengths, device), "outer_offsets": offsets([1, 17, 2], device),
+        "inner_offsets": offsets(lengths, device), "outer_offsets": offsets([1, 19], device),
     }  # fmt: skip
+    tensors["outer_context"][0, 19] += 3 * tensors["outer_v"].sign()
     assert_matches_reference(case.op, tensors)
 
 

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from _compare import IMPLS, assert_as_exact, evaluate, in_double, largest, rough_runs
+from _compare import IMPLS, assert_as_exact, assert_close, evaluate, in_double, largest, rough_runs
 from _hierarchical import Case as Levels
 from _hierarchical import operator as levels
 from _location import Case, offsets, operator, table
@@ -72,6 +72,16 @@ def against_the_formula(case: Case, window, impl: str, device, dtype, **changed)
     exact = evaluate(lambda **x: by_formula(**x, window=window), in_double(tensors), "reference")
     op = operator(window=window)
     assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors), exact, dtype=dtype)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("score", SCORES)
+def test_the_reference_and_its_gradients_are_the_formula(score, window, device):
+    """In float64: the error rule takes the error of the reference, which says nothing where it is wrong too."""
+    case = Case(batch=2, rows=7, dim=4, attn_dim=3, hops=2, score=score, context="row", values=3, mask="empty")
+    tensors = in_double(case.tensors(device))
+    exact = evaluate(lambda **x: by_formula(**x, window=window), tensors, "reference")
+    assert_close(evaluate(operator(window=window), tensors, "reference"), exact)
 
 
 @table("score,window", SCORES, WINDOWS, of_kernel=3)

@@ -72,9 +72,10 @@ def test_parts_of_segments_of_every_length_are_merged(short_items, device):
 
 @pytest.mark.kernel
 @both_forms
-def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, ragged, device):
+@pytest.mark.parametrize("context", ["row", "sequence"])
+def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, context, ragged, device):
     case = Case(
-        rows=100, score="gated_hops", context="row", values=7, score_bias=True, mask="random", ragged=ragged,
+        rows=100, score="gated_hops", context=context, values=7, score_bias=True, mask="random", ragged=ragged,
         dropout_p=0.3,
     )  # fmt: skip
     tensors = case.tensors(device)

@@ -1,5 +1,6 @@
 """The list of mutants follows the code, and the runner tells a killed one from one that survives."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def test_listed_mutants_stand_once_and_name_tests_that_are_there():
         assert all(file.is_file() for file in files), mutant
         if "-k" in mutant.tests:
             text = "".join(file.read_text() for file in files)
-            words = mutant.tests[mutant.tests.index("-k") + 1].split(" or ")
+            words = re.split(" or | and ", mutant.tests[mutant.tests.index("-k") + 1])
             assert all(word in text for word in words), mutant
     assert len({(m.path, m.why) for m in LISTED}) == len(LISTED)
 

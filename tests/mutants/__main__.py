@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ def run_tests(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, 
     found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 0:
         return "survived", ""
+    if done.returncode < 0:  # an address out of bounds, say
+        return "killed", f"a test that ended in {signal.Signals(-done.returncode).name}"
     if found is None:  # no test was found, or the run broke: that proves nothing
         return "broken", (done.stdout + done.stderr).strip()[-400:]
     return "killed", found[1]
@@ -86,12 +89,12 @@ def main() -> int:
         "--drawn", type=int, default=0, metavar="N", help="draw N mutants in place of the listed ones"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="TEXT", help="those whose path or reason has this text")
+    parser.add_argument("--only", default="", metavar="REGEX", help='those whose "path: reason" has this')
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=600.0, help="longest that the tests of one may run")
     options = parser.parse_args()
     mutants = draw(ROOT, options.drawn, options.seed) if options.drawn else list(LISTED)
-    mutants = [m for m in mutants if options.only in m.path or options.only in m.why]
+    mutants = [m for m in mutants if re.search(options.only, f"{m.path}: {m.why}")]
     results: list[str] = []
     killers: set[str] = set()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
@@ -108,9 +111,9 @@ def main() -> int:
 
         for mutant, (state, by, took) in zip(mutants, pool.map(work, mutants), strict=True):
             results.append(state)
-            killers |= {by} if state == "killed" else set()
+            killers |= {by} if by.startswith("tests/") and state == "killed" else set()
             print(f"{state:9} {took:5.0f} s  {mutant.path}: {mutant.why}\n{'':19}{by}", flush=True)
-        state, by = run_tests(trees.get(), ("--long", *sorted(killers)), math.inf) if killers else ("broken", "")
+        state, by = run_tests(trees.get(), ("--long", *sorted(killers)), math.inf) if killers else ("survived", "")
     if state != "survived":
         print(f"that proves nothing: on the whole tree too it is {state}, by {by or 'no test'}")
     counts = {name: results.count(name) for name in ("killed", "timed out", "survived", "broken")}
