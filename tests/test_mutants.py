@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "mutants"))
 
-from drawn import draw  # noqa: E402
+from drawn import TESTS, draw  # noqa: E402
 from listed import LISTED  # noqa: E402
 
 
@@ -47,6 +47,7 @@ def test_drawn_mutants_are_python_and_the_same_for_a_seed():
         changed = mutant.applied_to(source)
         assert changed != source
         compile(changed, mutant.path, "exec")
+    assert all((ROOT / test).is_file() for tests in TESTS.values() for test in tests)
 
 
 def test_runner_counts_what_is_killed():

@@ -9,33 +9,48 @@ from pathlib import Path
 
 from mutant import Mutant
 
-TESTS = {
-    "location_window": ("tests/test_location_window.py", "tests/test_location_window_memory.py"),
-    "location": (
-        "tests/test_location.py", "tests/test_location_structure.py", "tests/test_location_errors.py",
-        "tests/test_location_dropout.py", "tests/test_location_compose.py",
-    ),
-    "concat": (
-        "tests/test_concat.py", "tests/test_concat_structure.py", "tests/test_concat_errors.py",
-        "tests/test_concat_cotangents.py", "tests/test_concat_exactness.py", "tests/test_concat_blocked.py",
-        "tests/test_concat_dropout.py", "tests/test_concat_one_query.py", "tests/test_concat_compose.py",
-    ),
-    "general": (
-        "tests/test_general.py", "tests/test_general_structure.py", "tests/test_general_errors.py",
-        "tests/test_general_sdpa.py", "tests/test_general_compose.py",
-    ),
-    "hierarchical": (
-        "tests/test_hierarchical.py", "tests/test_hierarchical_structure.py", "tests/test_hierarchical_errors.py",
-        "tests/test_hierarchical_compose.py",
-    ),
-    "recurrent": ("tests/test_word_by_word.py", "tests/test_location_aware.py", "tests/test_word_by_word_compose.py"),
-    "statistics": ("tests/test_statistics.py", "tests/test_statistics_errors.py", "tests/test_statistics_compose.py"),
-    "graph": ("tests/test_graph.py", "tests/test_graph_errors.py", "tests/test_graph_compose.py"),
-}  # fmt: skip
-"""The tests of a family, those that fail soonest first. A file is of the first family that its name has."""
 
-SHARED = ("tests/test_location.py", "tests/test_concat_structure.py", "tests/test_general.py", "tests/test_graph.py")
-"""For files that all families use."""
+def _tests(names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names.split())
+
+
+_PAIRS = "pairs_weights pairs_hidden pairs_layouts pairs_wide"
+_LAST = "inputs no_host_wait variants compositions"  # of every family, and slow to see what its own tests see
+TESTS = {
+    "_checks": _tests("inputs location_errors concat_errors general_errors graph_errors statistics_errors "
+                      "hierarchical_errors word_by_word_compose location_aware inputs_drawn"),
+    "_habits": _tests("inputs"),
+    "_ops": _tests("location_reference location_compose concat_compose general_compose graph_compose inputs "
+                   "compositions"),
+    "reference": _tests("location_reference concat_reference three_families location_numbers general "
+                        "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
+                        f"{_PAIRS} location_hidden concat_structure concat_exactness"),
+    "_ragged_rnn": _tests("hierarchical_errors location_hidden compositions"),
+    "location_window": _tests("location_window location_window_memory location_numbers location_layouts "
+                              f"location_hidden {_LAST}"),
+    "location_blocked": _tests("location_window location_numbers location_layouts location_hidden compositions"),
+    "location": _tests("modules location location_structure location_dropout location_numbers location_layouts "
+                       "location_hidden location_errors location_memory location_window location_compose "
+                       f"hierarchical {_LAST}"),
+    "concat": _tests("concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
+                     f"concat_blocked {_PAIRS} concat_errors concat_memory concat_compose {_LAST}"),
+    "general": _tests("general general_structure general_sdpa general_errors "
+                      f"{_PAIRS} general_compose {_LAST}"),
+    "hierarchical": _tests("hierarchical hierarchical_structure hierarchical_errors location_numbers "
+                           f"location_layouts location_hidden location_memory hierarchical_compose {_LAST}"),
+    "recurrent": _tests(f"word_by_word location_aware three_families word_by_word_compose {_LAST}"),
+    "statistics": _tests(f"statistics three_families statistics_errors statistics_compose {_LAST}"),
+    "graph": _tests(f"graph three_families graph_errors graph_compose {_LAST}"),
+    "": _tests("softmax location concat_structure general graph statistics location_dropout location_window "
+               "location_structure"),
+}  # fmt: skip
+"""The tests of a file by a part of its name, the first that it has; those that fail soonest come first."""
+
+_SPEED = {
+    "blocks_of", "fits", "hop_block", "product_warps", "widths", "_rows_per_item", "_item_bytes", "_splits",
+    "_channels", "all_registers", "assume", "WORKSPACE_BYTES", "GROUP", "PART", "SEGMENTS", "SHORT", "CHUNK", "WIDE",
+    "chunk", "splits", "v_splits",
+}  # fmt: skip
 
 _OPERATORS = {  # how each is written, and what it becomes
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.BitAnd: ("&", "|"),
@@ -47,12 +62,18 @@ _OPERATORS = {  # how each is written, and what it becomes
 
 def tests_of(path: Path) -> tuple[str, ...]:
     """The tests that should see a change of the file."""
-    return next((tests for family, tests in TESTS.items() if family in path.name), SHARED)
+    return next(tests for part, tests in TESTS.items() if part in path.name)
 
 
-def _speed_only(name: str) -> bool:
-    """Whether a function chooses block sizes: another choice is as right."""
-    return name.endswith("blocks") or name in ("blocks_of", "fits", "_rows_per_item", "all_registers", "assume")
+def _speed_only(node: ast.AST) -> bool:
+    """Whether all of a node is a choice of block sizes or of how to launch: another one is as right."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name.endswith("blocks") or node.name in _SPEED
+    if isinstance(node, ast.Assign):
+        return any(isinstance(x, ast.Name) and (x.id in _SPEED or x.id.startswith("block")) for x in node.targets)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in ("Blocks", "pow2", "even")
+    return isinstance(node, ast.keyword) and str(node.arg).startswith(("num_", "BLOCK_"))
 
 
 def _changes(source: str) -> Iterator[tuple[int, str, str, str]]:
@@ -62,7 +83,7 @@ def _changes(source: str) -> Iterator[tuple[int, str, str, str]]:
         starts.append(starts[-1] + len(line))
 
     def visit(node: ast.AST) -> Iterator[tuple[int, str, str, str]]:
-        if isinstance(node, ast.FunctionDef) and _speed_only(node.name):
+        if _speed_only(node):
             return
         if isinstance(node, (ast.AnnAssign, ast.Raise, ast.Assert, ast.JoinedStr)):
             return
@@ -87,10 +108,15 @@ def _changes(source: str) -> Iterator[tuple[int, str, str, str]]:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 8:
             lo = starts[node.lineno - 1] + node.col_offset
             yield lo, str(node.value), str(node.value + 1), f"{node.value} becomes {node.value + 1}"
-        arguments = node.args if isinstance(node, ast.FunctionDef) else None
+        skipped: list[ast.AST] = [*getattr(node, "decorator_list", [])]
+        if isinstance(node, ast.FunctionDef):
+            skipped.append(node.args)  # annotations and defaults
+        if isinstance(node, ast.Dict):
+            names = (getattr(key, "value", None) for key in node.keys)
+            skipped += [x for name, x in zip(names, node.values, strict=True) if str(name).startswith("num_")]
         for child in ast.iter_child_nodes(node):
-            if child is arguments or child in getattr(node, "decorator_list", []):
-                continue  # annotations and defaults
+            if child in skipped:
+                continue
             yield from visit(child)
 
     yield from visit(ast.parse(source))
