@@ -89,6 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes with NumPy, which warns where tanh and sigmoid saturate, and of the interpreter's code.
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in exp:RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton")
+    # Inductor's cache knows a graph by the names of its operators, not by what they return in this tree.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # what is this small loses by a second, and under xdist each core has a process
     if not hasattr(config, "workerinput"):
