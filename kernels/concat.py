@@ -41,6 +41,7 @@ from .chip import (
     Chip,
     all_registers,
     chip_of,
+    even,
     fitted,
     matmul_flags,
     pow2,
@@ -422,35 +423,25 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-def fwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool, parts: bool
-) -> Blocks:
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool) -> Blocks:
     """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
 
-    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own; `parts`: a key
-    may be hidden from some queries only. Chosen by the compile report (no spills; 4.2 instructions an element on
-    sm_90); speed on a GPU not yet measured.
+    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own, as addresses of rows do
+    that are no whole vectors. Chosen by the compile report (no spills; 4.2 instructions an element on sm_90); speed
+    on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(DV, 16, 64), 4)
     if itemsize == 4:
         # Without matrix units p V is unrolled over the tile's keys, and each block of the values' width makes the
-        # scores again: one block up to 128 where that does not spill. 8 scores a thread are 12.9 instructions an
-        # element on sm_90, 4 are 15.5, 16 are 8.9 with half the width.
+        # scores again: one block up to 128 where that does not spill. 4 scores a thread are some 15 % more
+        # instructions an element than 8, of which two numbers were put on the stack.
         if factored:
-            # With two stages two numbers of a thread were put on the stack on sm_90, at lengths that are no hint.
-            most = 32 if busy and chip.small else 64
-            return Blocks(
-                16,
-                tile_rows(Tk, most),
-                pow2(DV, 16, 128),
-                8 if busy and parts else 4,
-                3 if chip.arch >= 90 and not chip.small else 2,
-            )
+            return Blocks(16, 32, pow2(DV, 16, 128), 4, 1)
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    block_n = 64 if busy or Tk <= 128 else 256
+    block_n = (64 if even(DV) else 32) if busy else 64 if Tk <= 128 else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
@@ -573,7 +564,7 @@ def concat_fwd(
     ragged = cu_seqlens_q is not None
     lengths = (LONG, LONG) if ragged else (Tq, Tk)
     parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy, parts)
+    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy)
     with torch.cuda.device_of(query):
         q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
         k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation)

@@ -268,7 +268,7 @@ def widths(D: int, DV: int) -> tuple[int, int]:
     return pow2(D, 16, 256) if D <= 256 else 64, pow2(DV, 16, 256 if max(D, DV) <= 256 else 64)
 
 
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: bool) -> Blocks:
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: bool, parts: bool) -> Blocks:
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
     Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair is `busy`:
@@ -290,11 +290,14 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
         return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
     block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
     block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m
-    block_n = 64 if plain and (narrow or roomy) and not hip else 32
+    if chip.arch == 100 and size > 128:
+        block_m = min(block_m, 64)
+    # Which keys a window hides from which queries takes registers too.
+    block_n = 64 if plain and (roomy or (narrow and not (parts and size == 128))) and not hip else 32
     warps = 8 if block_m >= 64 else 4
     if busy and size >= 128:
         block_m = min(block_m, 32)
-    return Blocks(block_m, block_n, width, value_width, warps, 2)
+    return Blocks(block_m, block_n, width, value_width, warps, 2 if roomy or max(D, DV) <= 256 else 1)
 
 
 class Call(NamedTuple):
@@ -393,7 +396,8 @@ def general_fwd(
         return out.zero_(), no_key(lse), scores
     plain = call.plain and not need_scores
     length = LONG if cu_seqlens_q is not None else Tq
-    blocks = fwd_blocks(call.chip, key.element_size(), length, D, DV, plain, call.busy or need_scores)
+    some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+    blocks = fwd_blocks(call.chip, key.element_size(), length, D, DV, plain, call.busy or need_scores, some)
     with torch.cuda.device_of(query):
         items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
         dv_blocks = triton.cdiv(DV, blocks.DV)

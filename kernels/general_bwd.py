@@ -471,7 +471,7 @@ def bwd_blocks(
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
     if not plain:
-        short = size > 128 or (size == 128 and busy and chip.small)
+        short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 and parts and not roomy else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
