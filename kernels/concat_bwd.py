@@ -385,12 +385,8 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, 
         tiles = Blocks(16, 64, 16, 8) if packed else Blocks(16, pow2(Tk, 32, 128), 16, 4)
         return tiles, Walk(32, pow2(A, 16, 128), 8)
     hip = chip.backend == "hip"
-    tiles = Blocks(
-        tile_rows(Tq, 32),
-        tile_rows(Tk, 32 if packed and hip and busy else 64 if packed or (hip and busy) else 128),
-        32,
-        8,
-    )
+    most = 32 if packed and hip and busy else 64 if packed or (hip and busy) or chip.arch == 100 else 128
+    tiles = Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 8)
     return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
 
 

@@ -273,8 +273,9 @@ def test_forward_mode_works_in_the_reference_which_auto_takes_there(impl, device
 @pytest.mark.kernel
 def test_forward_mode_of_the_kernel_raises_a_clear_error(device):
     t = SMALL.tensors(device)
+    query, ones = (t["query"],), (torch.ones_like(t["query"]),)
     with pytest.raises(NotImplementedError, match=r"^impl: 'triton' has no forward mode"):
-        torch.func.jvp(lambda x: attend(t | {"query": x}, impl="triton"), (t["query"],), (torch.ones_like(t["query"]),))
+        torch.func.jvp(lambda x: attend(t | {"query": x}, impl="triton"), query, ones)
 
 
 @each_form
