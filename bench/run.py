@@ -564,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report |= {"interrupted": False, "rows": []}
     output = args.output or default_output(report)
     rows = report["rows"]
-    interrupt = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
         say(f"{report['device']['name']}: ceilings {json.dumps(report['ceilings'])}")
