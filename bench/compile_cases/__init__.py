@@ -27,12 +27,12 @@ CASES: dict[str, list[Any]] = {
 
 # Each kernel in one case, where a chip is not told in full.
 BRIEF: dict[str, list[Any]] = {
-    "location": [LOCATION[1], LOCATION[9], WINDOW[0]],
-    "concat": CONCAT[:1],
+    "location": [LOCATION[1], LOCATION[9], LOCATION[17], WINDOW[0]],
+    "concat": [CONCAT[0], CONCAT[6]],
     "general": GENERAL[3:4],
     "graph": GRAPH[:1],
     "hierarchical": HIERARCHICAL[:1],
-    "statistics": [STATISTICS[0], STATISTICS[5]],
+    "statistics": [STATISTICS[1], STATISTICS[5]],
     "recurrent": RECURRENT[2:3],
 }
 
