@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -299,14 +300,48 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under `torch.autocast`, float32 and 16-bit tensors in its dtype, as `torch.nn.Linear` takes them."""
-    device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not autocasts(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    cast = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in cast else x for x in tensors)
+def under_autocast(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Under `torch.autocast` let an op have these arguments in its dtype, as `torch.nn.Linear` has them.
+
+    Inside the op it is off: what the op widens stays wide. A function among the arguments has it on, as its author
+    expects, and what it returns is cast too.
+    """
+
+    def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+        order = tuple(inspect.signature(fn).parameters)
+        places = {order.index(name) for name in names}
+
+        @functools.wraps(fn)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            first = args[0] if args else kwargs.get(order[0])
+            if not isinstance(first, Tensor) or not autocasts(first.device.type):
+                return fn(*args, **kwargs)
+            device = first.device.type
+            dtype = torch.get_autocast_dtype(device)
+            given = [_cast(x, device, dtype) if i in places else x for i, x in enumerate(args)]
+            more: Any = {name: _cast(x, device, dtype) if name in names else x for name, x in kwargs.items()}
+            with torch.autocast(device, enabled=False):
+                return fn(*given, **more)  # type: ignore[arg-type]
+
+        return wrapped
+
+    return decorate
+
+
+def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x
+    if isinstance(x, tuple | list):
+        items = (_cast(item, device, dtype) for item in x)
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if not callable(x):
+        return x
+
+    def function(*args: Any) -> Any:
+        with torch.autocast(device, dtype):
+            return _cast(x(*args), device, dtype)
+
+    return function
 
 
 def second_order(

@@ -24,14 +24,13 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    autocasts,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     weights_from,
 )
@@ -187,6 +186,7 @@ def _reference(*args: Any, weights_only: bool = False) -> tuple[Tensor, ...]:
 
 @explicit
 @exports_from_one
+@under_autocast("query", "key", "value", "v")
 def concat_attention(
     query: Tensor,
     key: Tensor,
@@ -262,14 +262,6 @@ def concat_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    if autocasts(query.device.type):
-        query, key, value, v = cast("tuple[Tensor, Tensor, Tensor, Tensor]", cast_for_autocast(query, key, value, v))
-        with torch.autocast(query.device.type, enabled=False):  # what is widened stays wide
-            return concat_attention(
-                query, key, value, v, activation=activation, mask=mask, window=window, score_bias=score_bias,
-                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
-                return_weights=return_weights, impl=impl,
-            )  # fmt: skip
     return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_concat(
         query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,

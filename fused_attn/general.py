@@ -28,14 +28,13 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    autocasts,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     vjp,
     weights_from,
@@ -245,6 +244,7 @@ def _reference(
 
 @explicit
 @exports_from_one
+@under_autocast("query", "key", "value", "weight")
 def general_attention(
     query: Tensor,
     key: Tensor,
@@ -329,16 +329,6 @@ def general_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    if autocasts(query.device.type):
-        query, key, value, weight = cast(
-            "tuple[Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, value, weight)
-        )
-        with torch.autocast(query.device.type, enabled=False):  # what is widened stays wide
-            return general_attention(
-                query, key, value, weight, scale=scale, activation=activation, mask=mask, window=window,
-                score_bias=score_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p,
-                return_weights=return_weights, impl=impl,
-            )  # fmt: skip
     return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_general(
         query, key, value, weight, scale, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k,

@@ -24,12 +24,12 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     weights_from,
 )
@@ -260,6 +260,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @explicit
 @exports_from_one
+@under_autocast("query", "key", "v", "value", "edge")
 def graph_attention(
     query: Tensor,
     key: Tensor,
@@ -333,9 +334,6 @@ def graph_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    query, key, v, value, edge = cast(
-        "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]", cast_for_autocast(query, key, v, value, edge)
-    )
     return_weights = check_flag("return_weights", return_weights)
     _validate_graph(query, key, v, indptr, indices, value, edge, activation, dropout_p, transposed)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._ops import Impl, cast_for_autocast, differentiable, exports_from_one, raw_op, use_triton, weights_from
+from ._ops import Impl, differentiable, exports_from_one, raw_op, under_autocast, use_triton, weights_from
 from .location import _location_attention, _location_backward, _split_gate, _table, check_context, check_score
 
 _TABLE = {
@@ -172,6 +172,7 @@ def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Te
 
 @explicit
 @exports_from_one
+@under_autocast("h", "inner", "outer", "between")
 def hierarchical_attention(
     h: Tensor,
     inner_offsets: Tensor,
@@ -243,7 +244,6 @@ def hierarchical_attention(
     return_weights = check_flag("return_weights", return_weights)
     Checker(_TABLE)("h", h)
     scores = [*_tensors_of("inner", inner), *_tensors_of("outer", outer)]
-    h, *scores = cast("list[Any]", cast_for_autocast(h, *scores))
     check = Checker(_TABLE)
     check("h", h)
     check("inner_offsets", inner_offsets)
@@ -261,12 +261,12 @@ def hierarchical_attention(
 
     def checked(segments: Tensor, offsets: Tensor) -> Tensor:
         assert between is not None
-        _, rows = cast_for_autocast(segments, between(segments, offsets))
+        rows = between(segments, offsets)
         check_tensor(
-            "between", cast("Tensor", rows), shapes=[("(S, D')", tuple(like.shape))], dtypes=[h.dtype],
+            "between", rows, shapes=[("(S, D')", tuple(like.shape))], dtypes=[h.dtype],
             device=h.device, hint="its result is what outer takes",
         )  # fmt: skip
-        return cast("Tensor", rows)
+        return rows
 
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     if kernel and between is None:

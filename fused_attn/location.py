@@ -29,13 +29,13 @@ from ._habits import explicit
 from ._location_windowed import _windowed_attention
 from ._ops import (
     Impl,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     weights_from,
 )
@@ -197,6 +197,7 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @explicit
 @exports_from_one
+@under_autocast("h", "w", "b", "v", "gate", "context", "values")
 def location_attention(
     h: Tensor,
     w: Tensor | None,
@@ -302,9 +303,6 @@ def location_attention(
             h, context, values, score_bias, mask, cu_seqlens
         )
     gate_w, gate_b = _split_gate(gate)
-    tensors = cast_for_autocast(h, w, b, v, gate_w, gate_b, context, values)
-    h = cast("Tensor", tensors[0])
-    w, b, v, gate_w, gate_b, context, values = tensors[1:]
     context_per_row = _validate_location(
         h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, jagged=offsets is not None,

@@ -28,13 +28,13 @@ from ._checks import (
 from ._habits import explicit
 from ._ops import (
     Impl,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     forward_mode,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     vjp,
 )
@@ -202,6 +202,7 @@ _word_by_word_backward = differentiable(_WordByWordBackward)
 
 @explicit
 @exports_from_one
+@under_autocast("premise", "hypothesis", "w_y", "w_h", "w_r", "w", "w_t", "state")
 def word_by_word_attention(
     premise: Tensor,
     hypothesis: Tensor,
@@ -274,10 +275,6 @@ def word_by_word_attention(
     """
     if not isinstance(premise, Tensor):
         raise TypeError(f"premise: expected a torch.Tensor; got {type(premise).__name__}")
-    premise, hypothesis, w_y, w_h, w_r, w, w_t, state = cast(
-        "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]",
-        cast_for_autocast(premise, hypothesis, w_y, w_h, w_r, w, w_t, state),
-    )
     return_weights = check_flag("return_weights", return_weights)
     _validate_word_by_word(
         premise, hypothesis, w_y, w_h, w_r, w, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
@@ -324,6 +321,7 @@ def _validate_word_by_word(
 
 
 @explicit
+@under_autocast("query", "key", "value", "v", "previous", "conv_weight", "u")
 def location_aware_attention(
     query: Tensor,
     key: Tensor,
@@ -398,10 +396,6 @@ def location_aware_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    query, key, value, v, previous, conv_weight, u = cast(
-        "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]",
-        cast_for_autocast(query, key, value, v, previous, conv_weight, u),
-    )
     _validate_location_aware(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     dtype = query.dtype
     if query.device.type == "cpu":  # before sums of 16 bits overflow

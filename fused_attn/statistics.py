@@ -17,12 +17,12 @@ from ._checks import Checker, argument, check_activation, check_flag, check_numb
 from ._habits import explicit
 from ._ops import (
     Impl,
-    cast_for_autocast,
     differentiable,
     exports_from_one,
     raw_backward,
     raw_op,
     second_order,
+    under_autocast,
     use_triton,
     weights_from,
 )
@@ -151,6 +151,7 @@ _statistics_backward = differentiable(_StatisticsBackward)
 
 @explicit
 @exports_from_one
+@under_autocast("h", "w", "b", "v", "context", "values")
 def statistics_pooling(
     h: Tensor,
     w: Tensor | None = None,
@@ -234,35 +235,30 @@ def statistics_pooling(
     offsets = None
     if h.is_nested:
         h, offsets, context, values, _, cu_seqlens = _unpack_jagged(h, context, values, None, mask, cu_seqlens)
-    tensors = cast_for_autocast(h, w, b, v, context, values)
-    h = cast("Tensor", tensors[0])
-    w, b, v, context, values = tensors[1:]
     context_per_row = _validate_statistics(
         h, w, b, v, context, values, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     run = _statistics_pooling if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
-    device = "cpu" if h.device.type == "meta" else h.device.type  # meta tensors compute nothing: it has no autocast
-    with torch.autocast(device, enabled=False):  # what autocast would cast was cast above
-        if w is None or v is None:
-            x = h.new_zeros(h.shape[:-1], dtype=wide)
-        else:
-            if mask is not None:  # 0 · NaN would be in the gradient of W
-                h = h.masked_fill(~mask[..., None], 0)
-            x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
-            x = x.to(h.dtype) if v.dim() == 2 else x.to(wide) @ v.to(wide)
-        per_channel = None if v is None or v.dim() == 1 else v
-        return_scores = return_weights and per_channel is not None
-        mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)
-        results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
-        if not return_weights:
-            return results
+    if w is None or v is None:
+        x = h.new_zeros(h.shape[:-1], dtype=wide)
+    else:
+        if mask is not None:  # 0 · NaN would be in the gradient of W
+            h = h.masked_fill(~mask[..., None], 0)
+        x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
+        x = x.to(h.dtype) if v.dim() == 2 else x.to(wide) @ v.to(wide)
+    per_channel = None if v is None or v.dim() == 1 else v
+    return_scores = return_weights and per_channel is not None
+    mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)
+    results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
+    if not return_weights:
+        return results
 
-        if per_channel is None:
-            scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
-        of_row = lse[:, None] if cu_seqlens is None else lse[reference.segment_ids(cu_seqlens, h.shape[0])]
-        weights = weights_from(scores, of_row).to(h.dtype)
+    if per_channel is None:
+        scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
+    of_row = lse[:, None] if cu_seqlens is None else lse[reference.segment_ids(cu_seqlens, h.shape[0])]
+    weights = weights_from(scores, of_row).to(h.dtype)
     weights = weights.squeeze(-1) if per_channel is None else weights
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
