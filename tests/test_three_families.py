@@ -66,7 +66,7 @@ def _location_aware_tensors(device, dtype=torch.float32, batch=3, keys=9, width=
         "query": made(batch, width), "key": made(batch, keys, width), "value": made(batch, keys, 5), "v": made(width),
         "previous": made(batch, keys).float().softmax(1).to(dtype), "conv_weight": made(2, 3), "u": made(2, width),
         "score_bias": made(batch, keys),
-        "mask": (torch.arange(keys) < torch.tensor([[keys], [max(keys - 3, 1)], [1]])[:batch]).to(device),
+        "mask": (torch.arange(keys) < torch.tensor([[keys], [max(keys - 3, 1)], [1]] * batch)[:batch]).to(device),
     }  # fmt: skip
 
 
@@ -405,6 +405,8 @@ def test_one_visible_key_has_the_weight_one(size, name, impl, device):
 @pytest.mark.parametrize("size", [30.0, 1e3, 1e6], ids=str)
 def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(size, dtype, name, device):
     family = FAMILIES[name]
+    if name == "step":  # of three sequences large scores leave one whose softmax has a gradient
+        family = family._replace(tensors=functools.partial(_location_aware_tensors, batch=24))
     tensors = family.tensors(device, dtype)
     tensors[family.score] = tensors[family.score] * size
     assert_matches_formula(family, tensors, "triton", dtype, large=True)
