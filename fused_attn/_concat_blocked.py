@@ -26,14 +26,17 @@ from lse and :math:`dO_i \cdot o_i` a gradient that should be 0 (one key has it 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import dropout_scale, in_parts, normaliser, readable, sound
+
+T = TypeVar("T")
 
 # Processor time at B = 4, 256 × 512, A = Dv = 128, float32, tanh, one thread of a Xeon with AVX-512 and 2 MiB of L2.
 BUFFER_BYTES = 2**21
@@ -44,6 +47,9 @@ ROWS = 64
 TILE = 2**20
 """Most elements of a tile of scores, while it has `LEAST_ROWS` queries: the values are read once a tile."""
 LEAST_ROWS = 8
+SLOW = 8e-9
+"""Seconds an element of a block, with many threads, after which one thread is tried: it takes 0.6e-9 in the forward
+and 4e-9 in the backward, and with two threads on two cores that other programs keep busy 6e-8 and 2e-7."""
 
 SAFE = 30.0
 """Largest |exponent of a| for a block of pairs: the products stay under e^60 |v| = 1e26 |v|."""
@@ -84,6 +90,37 @@ class _Tile(NamedTuple):
     j: int  # position of the first key
 
 
+class _Pace:
+    """Takes one thread for the blocks to come where the threads keep each other waiting; inside its ``with``.
+
+    They meet after every operator. On a core that another program has, one is a slice of time late: some
+    milliseconds an operator, where a block takes less. Whether a CPU is busy or slow is seen at the next block.
+    The last bits of a result may differ with the number of threads, so not under `use_deterministic_algorithms`.
+    """
+
+    def __init__(self) -> None:
+        self.threads = 1 if torch.are_deterministic_algorithms_enabled() else torch.get_num_threads()
+        self.allowed = SLOW
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.allowed != SLOW:
+            torch.set_num_threads(self.threads)
+
+    def took(self, seconds: float) -> None:
+        """A block took so many seconds an element."""
+        if self.threads == 1 or seconds <= self.allowed:
+            return
+        if self.allowed == SLOW:
+            self.allowed = seconds
+            torch.set_num_threads(1)
+        else:  # one is slower still, and is not asked again
+            self.allowed = math.inf
+            torch.set_num_threads(self.threads)
+
+
 class _Call:
     """What forward and backward share: the tiles, their scores, and the activations of a block."""
 
@@ -113,6 +150,7 @@ class _Call:
         self.ragged = cu_seqlens_q is not None
         self.elements = BUFFER_BYTES // self.dtype.itemsize  # of the work buffer
         self.buffer = self.q.new_empty(0)
+        self.pace = _Pace()
 
         self.act, self.bound = activation, 0.0
         self.left_side: Tensor | None = None  # (B, H, Tq, pairs, 4): the basis (1, a0, a1, a0 a1)
@@ -209,7 +247,9 @@ class _Call:
         step = max(1, self.elements // max(1, q.numel()))
         for j in range(0, k.shape[3], step):
             some = slice(j, min(j + step, k.shape[3]))
+            start = time.perf_counter()
             yield some, q, k[:, :, :, some]
+            self.pace.took((time.perf_counter() - start) / (q.numel() * (some.stop - j)))
 
     def added(self, q: Tensor, k: Tensor) -> Tensor:
         """z = q + k in the work buffer, (b, h, m, n, A)."""
@@ -273,10 +313,15 @@ def blocked_fwd(
     args = (
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip
-    made = _forward(_Call(*args), need_scores)
+    made = _paced(_forward, _Call(*args), need_scores)
     if in_parts(mask, None, left, right) and not made[0].isfinite().all():
-        made = _forward(_Call(*args, guarded=True), need_scores)
+        made = _paced(_forward, _Call(*args, guarded=True), need_scores)
     return made
+
+
+def _paced(step: Callable[..., T], call: _Call, *args: object) -> T:
+    with call.pace:
+        return step(call, *args)
 
 
 def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,9 +356,9 @@ def blocked_bwd(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
     )  # fmt: skip
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
-    made = _backward(_Call(*args), dout, dlse, dscores, score_bias, needs)
+    made = _paced(_backward, _Call(*args), dout, dlse, dscores, score_bias, needs)
     if in_parts(mask, None, left, right) and not all(grad is None or grad.isfinite().all() for grad in made):
-        made = _backward(_Call(*args, guarded=True), dout, dlse, dscores, score_bias, needs)
+        made = _paced(_backward, _Call(*args, guarded=True), dout, dlse, dscores, score_bias, needs)
     likes = (query, key, value, v, score_bias)
     return [
         grad.to(like.dtype).reshape(like.shape) if need and grad is not None and like is not None else None
