@@ -391,7 +391,7 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None) -
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.run", *argv]),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,  # "none" or "ieee": exact
     }  # fmt: skip
 
 
