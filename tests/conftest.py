@@ -31,6 +31,10 @@ hypothesis.settings.register_profile(  # tests marked `long` have @hypothesis.se
 hypothesis.settings.load_profile("fused_attn")
 
 
+CASES = 16
+"""The most cases of one test that run where `--long` is not asked for: the others of a larger table are `long`."""
+
+
 def part(text: str) -> tuple[int, int]:
     """``"2/8"`` as (2, 8)."""
     which, _, of = text.partition("/")
@@ -42,13 +46,10 @@ def part(text: str) -> tuple[int, int]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run on cuda; without it, on the CPU in Triton's interpreter")
     parser.addoption("--long", action="store_true", help="run tests marked `long` too; -m long: these alone")
+    parser.addoption("--tables", action="store_true", help=f"run tables of more than {CASES} cases whole")
     parser.addoption("--sample", type=part, default=(1, 1), metavar="I/N",
                      help="run the I-th of N parts of the tests, each a fair sample of every file")  # fmt: skip
     parser.addoption("--fair", action="store_true", help="in an order that is fair to all files when cut off")
-
-
-CASES = 32
-"""The most cases of one test that run where `--long` is not asked for: the others of a larger table are `long`."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own, which reads the markers for -m
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long") is None:
             tables[item.nodeid.split("[")[0]].append(item)
-    for table in tables.values() if not config.getoption("gpu") else ():
+    for table in () if config.getoption("gpu") or config.getoption("tables") else tables.values():
         for item in sorted(table, key=digest)[CASES:]:
             item.add_marker("long")
 
@@ -126,6 +127,29 @@ class KernelTests:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda" if request.config.getoption("gpu") else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patched_once() -> None:
+    """Functions that a kernel calls find Triton's interpreter in place.
+
+    The launch of a kernel puts it there, and takes it away. A call of a function looks through the language again,
+    which is a third of the time of these tests, and finds more to do in the first of each module only: what that
+    does stays.
+    """
+    if importlib.util.find_spec("triton") is None or not os.environ.get("TRITON_INTERPRET"):
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    plain, seen = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ in seen:
+            return self.rewrite()(*args, **kwargs)
+        seen.add(self.fn.__module__)
+        return plain(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session", autouse=True)

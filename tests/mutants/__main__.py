@@ -47,7 +47,19 @@ def copy_of_the_tree(folder: Path) -> Path:
 def run_tests(tree: Path, tests: tuple[str, ...], seconds: float) -> tuple[str, str]:
     """("killed", the first test that failed), ("survived", "") or ("timed out", "")."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=no", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "--tables",
+        *tests,
+    ]
     try:
         done = subprocess.run(
             command,
