@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._ops import differentiable, forward_mode, raw_backward, raw_op, second_order, vjp
+from ._ops import differentiable, forward_mode, raw_backward, raw_op, second_order, under_autocast, vjp
 from .reference import dropout_scale, segment_ids
 
 _INPUTS = "Tensor rows, Tensor weights, Tensor offsets, Tensor? seed"
@@ -219,6 +219,11 @@ def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
     options = (
         rnn.mode, rnn.hidden_size, rnn.proj_size, rnn.num_layers, rnn.bias, rnn.bidirectional, float(rnn.dropout)
     )  # fmt: skip
+    return _states(rows, weights, offsets, seed, *options)
+
+
+@under_autocast("rows", "weights")
+def _states(rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
     if forward_mode():
         return formula(rows, weights, *pack(offsets, rows.shape[0]), seed, *options)
     return cast("Tensor", _ragged_rnn(rows, weights, offsets, seed, *options))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
@@ -293,6 +294,10 @@ def hierarchical_attention(
         weights(inner_scores, inner_lse, inner_offsets),
         weights(outer_scores, outer_lse, outer_offsets),
     )
+
+
+for _class in (Score, HierarchicalOutput):  # so that `torch.export.save` knows them
+    pytree._register_namedtuple(_class, serialized_type_name=f"fused_attn.{_class.__name__}")
 
 
 def _tensors_of(name: str, score: Score) -> list[Tensor | None]:
