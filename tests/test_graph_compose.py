@@ -308,3 +308,26 @@ def test_float64_is_an_error_for_the_kernel_only(device):
     with pytest.raises(ValueError, match=r"^impl: 'triton' has no float64"):
         graph_attention(*arguments, impl="triton")
     assert graph_attention(*arguments, impl="auto").dtype == torch.float64
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
+def test_functional_call_leaves_the_module_as_it_was(shared, device):
+    """A module that two names share would keep the tensors of the call in place of its parameters."""
+    module = GraphAttention(4, 3, share_weights=shared).to(device)
+    names = ["key_proj.weight", *([] if shared else ["query_proj.weight"])]
+    assert [n for n in module.state_dict() if n.endswith("proj.weight")] == names
+    assert (module.query_proj is module.key_proj) == shared
+    x, indptr, indices = (
+        torch.randn(3, 4, device=device),
+        torch.arange(4, device=device),
+        torch.arange(3, device=device),
+    )
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, (x, indptr, indices)).square().sum()
+
+    grads = torch.func.grad(loss)(dict(module.named_parameters()))
+    assert all(isinstance(p, torch.nn.Parameter) for _, p in module.named_parameters(remove_duplicate=False))
+    module(x, indptr, indices).square().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -101,10 +103,19 @@ class GraphAttention(nn.Module):
         self.num_heads, self.concat, self.activation, self.dropout = num_heads, concat, activation, dropout
         width = num_heads * head_dim
         self.key_proj = nn.Linear(key_dim, width, bias=bias)
-        self.query_proj = self.key_proj if share_weights else nn.Linear(query_dim, width, bias=bias)
+        if not share_weights:
+            self._modules["query_proj"] = nn.Linear(query_dim, width, bias=bias)
         self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, bias=False)
         self.score = nn.Linear(head_dim, num_heads, bias=False)
         self.bias = nn.Parameter(torch.zeros(width if concat else head_dim)) if bias else None
+
+    @property
+    def query_proj(self) -> nn.Linear:
+        """The projection of the queries: `key_proj` where they share weights.
+
+        Then it is a module under one name: `torch.func.functional_call` does not restore one that has two.
+        """
+        return cast("nn.Linear", self._modules.get("query_proj", self.key_proj))
 
     @explicit
     def forward(
