@@ -148,21 +148,22 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
     def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        def one(i: int) -> Any:
-            def pick(x: Any, dim: int | None) -> Any:
-                return x if dim is None else x.select(dim, i)
+        leaves, spec = pytree.tree_flatten(args)
+        dims = pytree.tree_flatten(in_dims)[0]
 
-            return op(*(pick(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
+        def one(pick: Callable[[Tensor, int], Tensor]) -> Any:
+            each = (x if dim is None else pick(x, dim) for x, dim in zip(leaves, dims, strict=True))
+            return op(*pytree.tree_unflatten(each, spec))
 
         if info.batch_size == 0:  # the shapes of one sample, and none of it
-
-            def blank(x: Any, dim: int | None) -> Any:
-                return x if dim is None else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
-
-            zero = op(*(blank(x, d) if isinstance(x, Tensor) else x for x, d in zip(args, in_dims, strict=True)))
+            zero = one(lambda x, dim: x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))
             empty = pytree.tree_map(lambda x: x.new_empty(0, *x.shape), zero)
             return empty, pytree.tree_map(lambda x: 0, empty)
-        outs = [pytree.tree_flatten(one(i)) for i in range(info.batch_size)]
+
+        def sample(i: int) -> Any:
+            return one(lambda x, dim: x.select(dim, i))
+
+        outs = [pytree.tree_flatten(sample(i)) for i in range(info.batch_size)]
         stacked = [torch.stack(leaves) for leaves in zip(*(flat for flat, _ in outs), strict=True)]
         return pytree.tree_unflatten(stacked, outs[0][1]), pytree.tree_unflatten([0] * len(stacked), outs[0][1])
 

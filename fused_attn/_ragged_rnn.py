@@ -6,20 +6,18 @@ the operator has as many arguments for every layer. Derivatives are those of the
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._ops import differentiable, forward_mode, raw_backward, raw_op, second_order, under_autocast, vjp
+from ._ops import differentiable, forward_mode, raw_op, under_autocast, vjp
 from .reference import dropout_scale, segment_ids
 
-_INPUTS = "Tensor rows, Tensor weights, Tensor offsets, Tensor? seed"
-_OPTIONS = "str mode, int hidden, int proj, int layers, bool bias, bool bidirectional, float dropout"
 _GATES = {"LSTM": 4, "GRU": 3}  # else one
-_GRADS = 2  # the leading ones of the inputs, that have gradients
 
 
 def pack(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -118,96 +116,80 @@ def _walk(data: Tensor, sizes: list[int], weights: list[Tensor], mode: str, bias
     return torch.cat(states[::-1] if backwards else states)
 
 
-def _fwd(rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
-    structure = pack(offsets, rows.shape[0])
-    if seed is None:
-        return _native(rows, weights, *structure, *options)
-    return formula(rows, weights, *structure, seed, *options)
+def _takes(order: int) -> int:
+    """How many tensors the derivative of this order takes: those that the order before takes, and gives.
+
+    Order 0: rows and weights to states. Order 1: these and the gradient of the states, to those of rows and weights.
+    """
+    takes, gives = 2, 1
+    for _ in range(order):
+        takes, gives = takes + gives, takes
+    return takes
 
 
-def _fwd_fake(
-    rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int, proj: int, *args: Any
-) -> Tensor:
-    return rows.new_empty(rows.shape[0], (proj or hidden) * (1 + args[2]))
+def _derivative(order: int, pull: Callable[..., Any], rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The formula's derivative of this order; pull: how the last is taken, as `_ops.vjp` does or one that nests."""
+    if order == 0:
+        return (formula(*tensors, *rest),)
+    takes = _takes(order - 1)
+    before = functools.partial(_derivative, order - 1, _nested, rest)
+    return cast("tuple[Tensor, ...]", pull(before, tensors[:takes], tensors[takes:]))
 
 
-def _bwd(dout: Tensor, *args: Any) -> list[Tensor | None]:
-    rows, weights, offsets, *rest, needs = args
-    structure = pack(offsets, rows.shape[0])
-    grads = vjp(lambda *xs: (formula(*xs, *structure, *rest),), (rows, weights), (dout,))
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+def _nested(fn: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Any:
+    _, pull, *_ = torch.func.vjp(fn, *inputs)
+    return pull(tuple(cotangents))
 
 
-_rnn_fwd = raw_op("ragged_rnn_fwd", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _fwd, _fwd_fake)
-_rnn_bwd = raw_backward(
-    "ragged_rnn_bwd",
-    f"(Tensor dout, {_INPUTS}, {_OPTIONS}, bool[] needs) -> Tensor[]",
-    _bwd,
-    cotangents=1,
-    gradients=_GRADS,
+def _run(offsets: Tensor, tensors: list[Tensor], seed: Tensor | None, order: int, *options: Any) -> list[Tensor]:
+    structure = pack(offsets, tensors[0].shape[0])
+    if order == 0 and seed is None:
+        return [_native(*tensors, *structure, *options)]
+    return [x.contiguous() for x in _derivative(order, vjp, (*structure, seed, *options), *tensors)]
+
+
+def _run_fake(offsets: Tensor, tensors: list[Tensor], seed: Tensor | None, order: int, *options: Any) -> list[Tensor]:
+    if order:
+        return [x.new_empty(x.shape) for x in tensors[: _takes(order - 1)]]
+    _, hidden, proj, _, _, bidirectional, _ = options
+    return [tensors[0].new_empty(tensors[0].shape[0], (proj or hidden) * (1 + bidirectional))]
+
+
+_rnn = raw_op(
+    "ragged_rnn",
+    "(Tensor offsets, Tensor[] tensors, Tensor? seed, int order, "
+    "str mode, int hidden, int proj, int layers, bool bias, bool bidirectional, float dropout) -> Tensor[]",
+    _run,
+    _run_fake,
 )
 
 
 class _RaggedRNN(torch.autograd.Function):
-    """The states of the last layer."""
+    """The states of the last layer, or a derivative of them: its own gradients are the derivative of the next order.
+
+    So no order's formula is ever traced: the number of its steps is a number of the data.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int, proj: int,
-        layers: int, bias: bool, bidirectional: bool, dropout: float,
-    ) -> Tensor:  # fmt: skip
-        return cast("Tensor", _rnn_fwd(
-            rows, weights, offsets, seed, mode, hidden, proj, layers, bias, bidirectional, dropout
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = inputs[4:]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        needs = ctx.needs_input_grad[:_GRADS]
-        grads = _ragged_rnn_backward(dout, *ctx.saved_tensors, *ctx.options, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 9)
-
-
-_ragged_rnn = differentiable(_RaggedRNN)
-
-
-class _RaggedRNNBackward(torch.autograd.Function):
-    """The gradients of `_RaggedRNN`; their own backward is that of its formula."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, mode: str, hidden: int,
-        proj: int, layers: int, bias: bool, bidirectional: bool, dropout: float, needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_rnn_bwd(
-            dout, rows, weights, offsets, seed, mode, hidden, proj, layers, bias, bidirectional, dropout, list(needs)
-        ))  # fmt: skip
+    def forward(offsets: Tensor, seed: Tensor | None, order: int, options: tuple[Any, ...], *tensors: Tensor) -> Any:
+        return tuple(_rnn(offsets, list(tensors), seed, order, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        *ctx.options, ctx.needs = inputs[5:]
-        ctx.set_materialize_grads(False)
+        offsets, seed, ctx.order, ctx.options, *tensors = inputs
+        ctx.save_for_backward(offsets, seed, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        dout, rows, weights, offsets, seed = ctx.saved_tensors
-        structure = pack(offsets, rows.shape[0])
-        d_primals, d_cotangents = second_order(
-            lambda *p: (formula(*p, *structure, seed, *ctx.options),), (rows, weights), (dout,), ctx.needs, grads
-        )  # fmt: skip
-        return (*d_cotangents, *d_primals, *[None] * 10)
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        offsets, seed, *tensors = ctx.saved_tensors
+        d_tensors = _ragged_rnn(offsets, seed, ctx.order + 1, ctx.options, *tensors, *grads)
+        needs = ctx.needs_input_grad[4:]
+        return (*[None] * 4, *(g if need else None for g, need in zip(d_tensors, needs, strict=True)))
 
 
-_ragged_rnn_backward = differentiable(_RaggedRNNBackward)
+_ragged_rnn = differentiable(_RaggedRNN)
 
 
 def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -226,4 +208,4 @@ def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
 def _states(rows: Tensor, weights: Tensor, offsets: Tensor, seed: Tensor | None, *options: Any) -> Tensor:
     if forward_mode():
         return formula(rows, weights, *pack(offsets, rows.shape[0]), seed, *options)
-    return cast("Tensor", _ragged_rnn(rows, weights, offsets, seed, *options))
+    return cast("Tensor", _ragged_rnn(offsets, seed, 0, options, rows, weights)[0])

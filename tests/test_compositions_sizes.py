@@ -238,6 +238,28 @@ def test_a_recurrent_layer_has_all_derivatives_in_functorch(make):
     torch.testing.assert_close(torch.func.jacrev(torch.func.grad(loss))(rows), hessian)
 
 
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_a_recurrent_layer_has_all_derivatives_in_a_graph(make):
+    """The weights are live too, so that each graph holds a derivative of one order more than it gives."""
+    module, rows = f.RaggedRNN(make().double()), torch.randn(6, 4, dtype=torch.float64)
+    weight, offsets = next(module.parameters()), torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+
+    def loss(x):
+        return module(x, offsets).sin().sum()
+
+    def along(x):
+        return torch.func.grad(loss)(x).sin().sum()
+
+    for derivative in (torch.func.grad(loss), torch.func.grad(along), torch.func.jacrev(torch.func.grad(loss))):
+        with torch._dynamo.config.patch(allow_rnn=True):
+            got = torch.compile(derivative, backend="aot_eager", fullgraph=True)(rows)
+        want = derivative(rows)
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(x.cos().sum(), weight)[0] for x in (got, want)]
+        torch.testing.assert_close(*grads)
+        assert grads[0].norm() > 0
+
+
 @pytest.mark.parametrize("bad", [[0, 2, 7], [0, 4, 2, 5], [-1, 2, 5], [0, 2, 4], []])
 def test_a_recurrent_layer_refuses_offsets_that_are_none(bad):
     module, rows = f.RaggedRNN(nn.GRU(4, 3)), torch.randn(5, 4)

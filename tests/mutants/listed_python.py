@@ -193,6 +193,13 @@ PYTHON: tuple[Mutant, ...] = (
         "the gradient walks both directions forwards",
     ),
     Mutant(
+        "fused_attn/_ragged_rnn.py",
+        "pull(before, tensors[:takes], tensors[takes:])",
+        "pull(before, tensors[:takes], [torch.ones_like(x) for x in tensors[takes:]])",
+        ("tests/test_compositions_sizes.py", "-k", "all_derivatives"),
+        "a derivative starts from ones, whatever flows back",
+    ),
+    Mutant(
         "fused_attn/_checks.py",
         "    good = ((x >= 0) & (x < count)).all()",
         "    good = ((x >= 0) & (x <= count)).all()",
