@@ -5,8 +5,8 @@
 
 The family's own launchers run on meta tensors, with a driver that only names a target: what is compiled is what
 a launch on that chip would compile, block sizes and pointer alignment included. A kernel that fails to compile,
-spills, needs more shared memory than the chip has, or that the assembler warns of (C7515: products that should run
-beside other work wait for each other) makes the exit code 1.
+spills, needs more shared memory than the chip has, that the assembler warns of (C7515: products that should run
+beside other work wait for each other), or in which Triton makes a sum twice, makes the exit code 1.
 
 `--brief` compiles a few cases, with each kernel in one of them. `--drawn N` compiles N calls of random widths, hops,
 dtypes, options and lengths in place of the cases, and tells only those that fail.
@@ -146,7 +146,7 @@ class Row:
     shared_limit: int
     loop: Counter[str]
     per_element: float
-    error: str = ""  # why it did not compile, or what ptxas warns of
+    error: str = ""  # why it did not compile, or what is to be warned of
 
     @property
     def failed(self) -> bool:
@@ -185,6 +185,16 @@ def _usage_hip(text: str) -> tuple[int, int, str]:
         int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
     )
     return registers, stack, ""
+
+
+def _sums_made_again(kernel: Any) -> str:
+    """A warning where Triton made a sum over lanes once more, for a user of another layout.
+
+    It adds in another order there, so that the two differ in their last bits. Where they are scores, the weights are
+    not those of the maximum that was subtracted: at scores of thousands they are off by per cents.
+    """
+    once, now = (len(re.findall(r'"tt\.reduce".*\n.*\n.*arith\.addf', kernel.asm[ir])) for ir in ("ttir", "ttgir"))
+    return "a sum is made again in another layout" if now > once else ""
 
 
 def _code(kernel: Any) -> list[str]:
@@ -262,7 +272,8 @@ def compile_case(target: str, case: Any, loops: bool = True) -> list[Row]:
         threads = constants["num_warps"] * gpu.warp_size
         row = Row(
             target, str(case), kernel.name, _blocks(constants), registers, stack, kernel.metadata.shared,
-            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants), warnings,
+            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants),
+            "; ".join(filter(None, [warnings, _sums_made_again(kernel)])),
         )  # fmt: skip
         before = rows.setdefault((row.kernel, row.blocks), row)
         if (row.failed, row.registers) > (before.failed, before.registers):

@@ -27,7 +27,7 @@ from .chip import LENGTHS
 from .location import load_rows
 from .masks import sequence_of
 from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
-from .softmax import exp, finish, pivot, rounded_product
+from .softmax import exp, finish, made_once, pivot, rounded_product
 
 
 @triton.jit
@@ -118,6 +118,7 @@ def _recurrent_bwd_kernel(
             dr = tl.load(dr_row + d, mask=d < D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], FAST)
             s = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))
+            s = made_once(s)
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
             if dweights_ptr is not None:
                 g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)

@@ -73,6 +73,12 @@ def test_products_of_16_bit_operands_run_on_matrix_units(rows):
     assert all(r["loop"].get("matrix", 0) > 0 for r in heavy), heavy
 
 
+@pytest.mark.parametrize("target", FULL)
+def test_scores_and_their_maximum_are_one_sum(target, tmp_path):
+    """Where the widths of keys and values have other layouts, Triton would make the scores in both."""
+    assert not failures(report(tmp_path, "--family", "recurrent", "--case", "Ty35 Th2", "--target", target))
+
+
 def test_inner_loop_counts_the_loop_with_most_arithmetic():
     code = """
     from bench.compile_report import inner_loop

@@ -60,6 +60,7 @@ RECURRENT = [
     WordCase(F32, 64, 32, 32, 512, 512, mask=True, weights=True),
     WordCase(BF16, 64, 128, 32, 64, 64, mask=True, weights=True),
     WordCase(F32, 64, 60, 32, 16, 1, mask=True),
+    WordCase(BF16, 2, 35, 2, 19, 33, mask=True),
     # more than that: streamed
     WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True),
     WordCase(F32, 16, 50, 32, 1000, 2000),

@@ -371,6 +371,13 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent_bwd.py",
+        "            s = made_once(s)\n",
+        "",
+        ("tests/test_compile_report.py", "-k", "one_sum"),
+        "the scores that are weighted are not those of which the maximum was taken",
+    ),
+    Mutant(
+        "kernels/recurrent_bwd.py",
         "            ds = p * (g - tl.sum(p * g, axis=0))",
         "            ds = p * g",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
