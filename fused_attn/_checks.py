@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, every_sample
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = (-sys.float_info.max, math.inf)  # from, and under
@@ -470,10 +470,26 @@ def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int |
     _check_values(name, x, good, expected, count)
 
 
+def _assert_each(good: Tensor, text: str) -> None:
+    torch._assert_async(every_sample(good).all(), text)
+
+
+def _leave_to_functorch() -> None:
+    """So that a compiled `vmap`, which has no rule for an assertion, makes it of all samples."""
+    torch._dynamo.allow_in_graph(_assert_each)
+
+
+_leave_to_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_ops._leave_to_autograd`
+
+
 def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None) -> None:
     """Raise where the values can be read without waiting for a device; else assert there."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(good) is not Tensor:  # a fake one holds none
-        torch._assert_async(good, f"{name}: expected {expected}")
+    x, good = every_sample(x), every_sample(good).all()
+    fake = type(good).__torch_dispatch__ is not Tensor.__torch_dispatch__  # holds no numbers
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or fake:
+        if torch.compiler.is_compiling():
+            _leave_to_functorch()
+        _assert_each(good, f"{name}: expected {expected}")
     elif not good:
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
         raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}")

@@ -85,13 +85,14 @@ def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor
     Raises
     ------
     TypeError, ValueError
-        For dtype and shape, and for targets outside ``[0, Nq)``; on a GPU the latter stop the program, as in
-        `graph_attention`.
+        For dtype and shape, for negative sources and for targets outside ``[0, Nq)``; on a GPU these stop the
+        program, as in `graph_attention`.
 
     """
     check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
     num_queries = check_count("num_queries", num_queries)
     source, target = edge_index.unbind()
+    check_values("edge_index[0]", source, (source >= 0).all(), "non-negative indices of key nodes")
     check_indices("edge_index[1]", target, num_queries, "query nodes")
     perm = torch.argsort(target, stable=True)
     nodes = torch.arange(num_queries + 1, device=target.device, dtype=target.dtype)

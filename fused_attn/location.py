@@ -440,17 +440,23 @@ def _unpack_jagged(
 
     if context is not None:
         is_jagged = isinstance(context, Tensor) and context.is_nested
-        if isinstance(context, Tensor) and not is_jagged and context.dim() == 0:
-            raise ValueError("context: expected a vector a sequence, or a jagged tensor of one a row; got shape ()")
-        context = packed("context", context)[None] if is_jagged else _a_sequence(context)
+        context = packed("context", context)[None] if is_jagged else _a_sequence(context, offsets)
     values = None if values is None else packed("values", values)
     score_bias = None if score_bias is None else packed("score_bias", score_bias)
     return rows, offsets, context, values, score_bias, offsets.to(torch.int32)
 
 
-def _a_sequence(context: Tensor) -> Tensor:
-    """The form that says one vector a sequence; what is no tensor is left to the checks."""
-    return context[:, None] if isinstance(context, Tensor) and context.layout == torch.strided else context
+def _a_sequence(context: Tensor, offsets: Tensor) -> Tensor:
+    """The form that says one vector a sequence of a jagged h; what is no tensor is left to the checks."""
+    if not isinstance(context, Tensor) or context.layout != torch.strided:
+        return context
+    seqs = offsets.shape[0] - 1
+    if context.dim() not in (1, 2) or context.shape[0] != seqs:
+        raise ValueError(
+            f"context: expected a vector a sequence, S = {seqs} from h, or a jagged tensor of one a row; "
+            f"got {tuple(context.shape)}"
+        )
+    return context[:, None]
 
 
 def _jagged_offsets(name: str, x: Tensor) -> Tensor:

@@ -465,6 +465,13 @@ def word_by_word_attention(
     return out.to(dtype), weights
 
 
+def every_sample(x: Tensor) -> Tensor:
+    """What `torch.func.vmap` shows a sample of, whole: its numbers can be read."""
+    while not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     """Packed rows ``(N, width)`` as ``(S, T, width)``, zeros past a sequence's end; True in ``(S, T)`` up to there.
 
@@ -472,7 +479,7 @@ def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     """
     lengths = cu_seqlens.diff()
     known = torch.compiler.is_compiling() or lengths.numel() == 0 or lengths.device.type == "meta"
-    t = torch.arange(packed[0].shape[0] if known else int(lengths.max()), device=cu_seqlens.device)
+    t = torch.arange(packed[0].shape[0] if known else int(every_sample(lengths).max()), device=cu_seqlens.device)
     inside = t < lengths[:, None]
     rows = (cu_seqlens[:-1, None] + t).masked_fill(~inside, 0)
     return [x[rows].masked_fill(~inside[..., None], 0) for x in packed], inside

@@ -247,7 +247,10 @@ def statistics_pooling(
         if mask is not None:  # 0 · NaN would be in the gradient of W
             h = h.masked_fill(~mask[..., None], 0)
         x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
-        x = x.to(h.dtype) if v.dim() == 2 else x.to(wide) @ v.to(wide)
+        if v.dim() == 1:
+            x = x.to(wide) @ v.to(wide)
+        elif kernel:  # a product of 16-bit operands there
+            x = x.to(h.dtype)
     per_channel = None if v is None or v.dim() == 1 else v
     return_scores = return_weights and per_channel is not None
     mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)

@@ -285,3 +285,59 @@ def test_dropout_between_recurrent_layers_is_drawn_in_a_graph_too():
         torch.manual_seed(0)
         down = compiled(rows - step, offsets).sum()
     torch.testing.assert_close((up - down) / 2e-2, grad[3, 1], rtol=1e-2, atol=1e-3)
+
+
+# --- Offsets that differ from sample to sample -------------------------------------------------------------------
+
+CU = torch.tensor([[0, 2, 6], [0, 3, 6], [0, 6, 6]], dtype=torch.int32)
+SOURCES = torch.tensor([[0, 1, 2], [5, 1, 0], [1, 1, 1]])
+STARTS = torch.tensor([0, 1, 1, 2, 2, 2, 3])
+ONE = torch.tensor([0, 2], dtype=torch.int32)
+VARYING = {
+    "location": (lambda x, cu, **o: f.location_attention(x, x[0], cu_seqlens=cu, **o), CU),
+    "window": (lambda x, cu, **o: f.location_attention(x, x[0], cu_seqlens=cu, window=(1, 0), **o), CU),
+    "concat": (lambda x, cu, **o: f.concat_attention(x, x, x, x[0], cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
+    "general": (lambda x, cu, **o: f.general_attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
+    "statistics": (lambda x, cu, **o: torch.cat(f.statistics_pooling(x, cu_seqlens=cu, **o)), CU),
+    "hierarchical": (
+        lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE, f.Score(x[0]), f.Score(x[1]), **o), CU
+    ),
+    "words": (
+        lambda x, cu, **o: f.word_by_word_attention(
+            x, x, x[:4], x[:4], x[:4], x[0], x[:4], cu_seqlens_premise=cu, cu_seqlens_hypothesis=cu, **o
+        ), CU,
+    ),
+    "graph": (lambda x, i, **o: f.graph_attention(x, x, x[0], STARTS, i, **o), SOURCES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", pytest.param("triton", marks=pytest.mark.kernel)])
+@pytest.mark.parametrize(("call", "numbers"), VARYING.values(), ids=VARYING.keys())
+def test_vmap_takes_offsets_of_each_sample(call, numbers, impl, device):
+    torch.manual_seed(0)
+    x, numbers = torch.randn(3, 6, 4, device=device), numbers.to(device)
+
+    def one(x, n):
+        return call(x, n, impl=impl)
+
+    def loss(x, n):
+        return one(x, n).sin().sum()
+
+    want = torch.stack([one(*sample) for sample in zip(x, numbers, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(one)(x, numbers), want)
+    if impl == "auto":
+        compiled = torch.compile(torch.func.vmap(one), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, numbers), want)
+    want = torch.stack([torch.func.grad(loss)(*sample) for sample in zip(x, numbers, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x, numbers), want)
+    if device.type == "cpu":
+        wrong = numbers + torch.tensor([[0], [0], [1]]) * 9
+        with pytest.raises(ValueError, match=r"^(cu_seqlens\w*|inner_offsets|indices): expected non-.*; got \[\["):
+            torch.func.vmap(one)(x, wrong.to(numbers.dtype))
+
+
+def test_edges_of_each_sample_are_sorted_in_vmap():
+    edges = torch.tensor([[[0, 1], [1, 2]], [[2, 2], [1, 0]]])
+    got = torch.func.vmap(lambda e: f.csr_from_edges(e, 3))(edges)
+    for each, *want in zip(got, *(f.csr_from_edges(e, 3) for e in edges), strict=True):
+        assert torch.equal(each, torch.stack(want))

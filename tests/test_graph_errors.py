@@ -107,6 +107,7 @@ def test_bad_input_raises_with_the_name(arguments, error, name):
         (lambda: csr_from_edges(ints(0, 1), 2), ValueError, "edge_index"),
         (lambda: csr_from_edges(zeros(2, 3), 2), TypeError, "edge_index"),
         (lambda: csr_from_edges(ints([0, 1], [0, 2]), 2), ValueError, r"edge_index\[1\]"),
+        (lambda: csr_from_edges(ints([0, -1], [0, 1]), 2), ValueError, r"edge_index\[0\]"),
         (lambda: csr_from_edges(ints([0, 1], [0, 1]), 2.0), TypeError, "num_queries"),
         (lambda: csr_from_edges(ints([0, 1], [0, 1]), -1), ValueError, "num_queries"),
         (lambda: transpose_csr(ints(0, 2), ints(0, 1), 1), ValueError, "indices"),

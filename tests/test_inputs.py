@@ -148,6 +148,14 @@ def test_the_same_on_meta_gives_shapes(row):
 MODULE = LocationAttention(16, 8)
 CONCAT = ConcatAttention(D, D, A, context_dims=[C])
 TEXTS = {
+    "a context of other sequences than those of a jagged tensor": (
+        lambda: location_attention(jagged(0, 3, N), floats(D, A), None, floats(A), context=floats(5, A)),
+        "context: expected a vector a sequence, S = 2 from h, or a jagged tensor of one a row; got (5, 4)",
+    ),
+    "the same, to a module": (
+        lambda: LocationAttention(D, A, context_dim=A)(jagged(0, 3, N), context=floats(5, A)),
+        "context: expected a vector a sequence, S = 2 from h, or a jagged tensor of one a row; got (5, 4)",
+    ),
     "which size is wrong": (
         lambda: concat_attention(floats(2, 3, 8), floats(3, 7, 8), floats(2, 7, 8), floats(8)),
         "key: expected shape (B, Tk, A) with B = 2 from query, A = 8 from query; got (3, 7, 8): B is 3",
@@ -390,6 +398,18 @@ def test_jagged_arguments_of_other_offsets_raise(call, name):
     for offsets in ((0, 4, N), (0, 3, 4, N)):
         with pytest.raises(ValueError, match=rf"^{name}: expected a jagged tensor with the offsets of h; got "):
             call(jagged(0, 3, N), *parameters, **{name: given(*offsets)}, **more)
+
+
+class Plain(torch.Tensor):
+    """A subclass of nothing new."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Plain, torch.nn.Parameter])
+def test_values_of_subclasses_are_checked(kind):
+    offsets = ints(0, 3, N + 1)
+    offsets = torch.nn.Parameter(offsets, False) if kind is torch.nn.Parameter else offsets.as_subclass(kind)
+    with pytest.raises(ValueError, match=rf"^cu_seqlens: .*; got \[0, 3, {N + 1}\]"):
+        location_attention(floats(N, D), floats(D), cu_seqlens=offsets)
 
 
 @pytest.mark.parametrize("offsets", [(0, 3, N - 1), (0, 5, 3, N), (1, 3, N)], ids=str)

@@ -257,15 +257,17 @@ def test_hidden_rows_change_no_gradient_of_a_module(name, filling, impl, device)
             out = module(given, indptr, indices, edge=edge if module.edge_proj is not None else None, impl=impl)
         else:
             previous = steps.clone()
+            asked = query.clone()
             if hidden:
                 live[~mask], previous[~mask] = filling, filling
+                asked[~mask.any(1)] = filling
             live.requires_grad_()
             if name == "words":
                 out = module(live, words, mask=mask, impl=impl)
             elif name.startswith("step"):
                 projected = module.project_keys(live, mask) if name.endswith("before") else None
                 more = [previous.requires_grad_()]
-                out = module(query, live, previous=previous, projected=projected, mask=mask, impl=impl)[0]
+                out = module(asked, live, previous=previous, projected=projected, mask=mask, impl=impl)[0]
             else:
                 out = module(live, mask=mask, impl=impl)
         shown = torch.where(out.isfinite(), out, torch.nan)
@@ -317,6 +319,23 @@ def test_projections_of_sixteen_bits_do_not_overflow_on_a_cpu(activation):
     words = [x.half() for x in words]
     got, want = word_by_word_attention(*words), word_by_word_attention(*(x.double() for x in words))
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0.3)
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["frame", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_features_past_float16_score_channels_too(impl, dtype, channels):
+    """Features of 300,000: they stay wide where a weight a channel follows, as where one a frame does."""
+    from fused_attn import statistics_pooling
+
+    torch.manual_seed(0)
+    h, w = ((torch.randn(*shape) * 200).to(dtype) for shape in ((2, 6, 16), (16, 8)))
+    v = (torch.randn(8, 16) * 1e-5).to(dtype)
+    v = v if channels else v[:, 0]
+    got = statistics_pooling(h, w, None, v, activation="relu", impl=impl)
+    want = statistics_pooling(h.double(), w.double(), None, v.double(), activation="relu", impl="reference")
+    for x, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0.5)
 
 
 # --- The normaliser ----------------------------------------------------------------------------------------------

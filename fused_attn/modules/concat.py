@@ -23,6 +23,7 @@ from .._habits import explicit
 from .._ops import Impl
 from ..concat import concat_attention
 from ..reference import sound
+from ._layers import read
 
 _INPUTS = {
     "query": argument("B Tq query_dim"),
@@ -177,7 +178,7 @@ class ConcatAttention(nn.Module):
                 q = q + projected(project, x)
             else:
                 k = k + projected(project, x)
-        v = self.score.weight
+        v = read("score", self.score).weight
         if self.num_heads > 1:
             q, k = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))
             value = value[:, None].expand(-1, self.num_heads, -1, -1) if value.dim() == 3 else value

@@ -20,6 +20,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..graph import Transposed, graph_attention
+from ._layers import read
 
 _INPUTS = {
     "x": argument("N query_dim"),
@@ -177,7 +178,7 @@ class GraphAttention(nn.Module):
         query, key = _reached(query, key, indptr, indices)
         keys = heads(self.key_proj(key))
         results = graph_attention(
-            keys if same else heads(self.query_proj(query)), keys, self.score.weight, indptr, indices,
+            keys if same else heads(self.query_proj(query)), keys, read("score", self.score).weight, indptr, indices,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
             activation=self.activation, dropout_p=self.dropout if self.training else 0.0, transposed=transposed,
             return_weights=return_weights, impl=impl,

@@ -23,7 +23,8 @@ from .._ops import Impl, exports_from_one, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
-from .location import LocationAttention, project
+from ._layers import project, read
+from .location import LocationAttention, gate_of
 
 _CONTEXT = "{1} {0} | {2} {0} | {1} 1 {0} | 1 {2} {0}"
 _INPUTS = {
@@ -197,7 +198,7 @@ class HierarchicalAttention(nn.Module):
                 check_context(check, f"{name}_context", context)
         return hierarchical_attention(
             h, inner_offsets, outer_offsets,
-            _score_of(self.inner, inner_context), _score_of(self.outer, outer_context),
+            _score_of("inner", self.inner, inner_context), _score_of("outer", self.outer, outer_context),
             between=self.between, mask=mask, return_segments=return_segments, return_weights=return_weights,
             impl=impl,
         )  # fmt: skip
@@ -212,12 +213,12 @@ def _check_given(name: str, level: LocationAttention, context: Tensor | None) ->
         raise ValueError(f"{name}_context: expected {wanted}; got {given}")
 
 
-def _score_of(level: LocationAttention, context: Tensor | None) -> Score:
+def _score_of(name: str, level: LocationAttention, context: Tensor | None) -> Score:
     """The parameters of a level, and its context projected."""
     assert level.score is not None
+    proj, score = read(f"{name}.proj", level.proj), read(f"{name}.score", level.score)
     return Score(
-        level.proj.weight.t(), level.proj.bias, level.score.weight[0],
-        None if level.gate is None else (level.gate.weight.t(), level.gate.bias),
+        proj.weight.t(), proj.bias, score.weight[0], gate_of(level, f"{name}.gate"),
         None if level.context is None or context is None else project(level.context, context),
         level.activation, level.gate_activation,
     )  # fmt: skip

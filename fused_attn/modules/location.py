@@ -21,6 +21,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..location import _a_sequence, check_context, location_attention
+from ._layers import project, read
 
 _INPUTS = {
     packed: {
@@ -33,14 +34,6 @@ _INPUTS = {
     }
     for packed in (False, True)
 }  # fmt: skip
-
-
-def project(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """``linear(rows)``; rows that are not finite give NaN, but not to the gradient of the weight."""
-    if rows.is_nested:  # of visible rows only
-        return linear(rows)
-    bad = ~rows.isfinite().all(-1, keepdim=True)
-    return linear(rows.masked_fill(bad, 0)).masked_fill(bad, torch.nan)
 
 
 class LocationAttention(nn.Module):
@@ -138,17 +131,19 @@ class LocationAttention(nn.Module):
         )  # fmt: skip
         if context is not None and self.context is not None:
             context = project(self.context, context)
-        w: Tensor = self.proj.weight.t()
-        b: Tensor | None = self.proj.bias
+        proj = read("proj", self.proj)
+        w: Tensor = proj.weight.t()
+        b: Tensor | None = proj.bias
         v: Tensor | None = None
         if self.score is not None:
-            v = self.score.weight.t() if self.hops is not None else self.score.weight[0]
+            score = read("score", self.score).weight
+            v = score.t() if self.hops is not None else score[0]
         elif self.hops is None:  # one linear score: w (D,), b (), context without a width axis
             w, b = w[:, 0], None if b is None else b[0]
             context = None if context is None else context.squeeze(-1)
         return location_attention(
             h, w, b, v,
-            gate=None if self.gate is None else (self.gate.weight.t(), self.gate.bias),
+            gate=gate_of(self),
             context=context, values=values, activation=self.activation, gate_activation=self.gate_activation,
             mask=mask, window=window, score_bias=score_bias, cu_seqlens=cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
@@ -158,6 +153,14 @@ class LocationAttention(nn.Module):
         """Options that the submodules do not show."""
         gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
         return f"hops={self.hops}, activation={self.activation!r}, dropout={self.dropout}{gate}"
+
+
+def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor | None] | None:
+    """The gate of a score, as the functions take it."""
+    if pool.gate is None:
+        return None
+    gate = read(name, pool.gate)
+    return gate.weight.t(), gate.bias
 
 
 def check_module_inputs(
@@ -180,5 +183,5 @@ def check_module_inputs(
             check("cu_seqlens", offsets)
         check.bind_sequences("S", offsets, "h" if jagged else "cu_seqlens")
         if jagged and isinstance(context, Tensor):
-            context = cast("Any", context).values()[None] if context.is_nested else _a_sequence(context)
+            context = cast("Any", context).values()[None] if context.is_nested else _a_sequence(context, offsets)
     check_context(check, "context", context)

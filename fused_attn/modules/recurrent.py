@@ -18,6 +18,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
+from ._layers import project, read
 
 _WORDS = {
     packed: {
@@ -90,9 +91,13 @@ class WordByWordAttention(nn.Module):
         check("premise", premise)
         check("hypothesis", hypothesis)
         check("state", state)
+
+        def weight(name: str) -> Tensor:
+            return read(name, getattr(self, name)).weight
+
         return word_by_word_attention(
-            premise, hypothesis, self.premise_proj.weight.t(), self.hypothesis_proj.weight.t(),
-            self.state_proj.weight.t(), self.score.weight[0], self.carry.weight.t(), state=state, mask=mask,
+            premise, hypothesis, weight("premise_proj").t(), weight("hypothesis_proj").t(),
+            weight("state_proj").t(), weight("score")[0], weight("carry").t(), state=state, mask=mask,
             cu_seqlens_premise=cu_seqlens_premise, cu_seqlens_hypothesis=cu_seqlens_hypothesis,
             return_weights=return_weights, impl=impl,
         )  # fmt: skip
@@ -212,9 +217,11 @@ class LocationAwareAttention(nn.Module):
         check("projected", projected)
         projected = self.project_keys(key, mask) if projected is None else projected
         return location_aware_attention(
-            self.query_proj(query), projected, key if value is None else value, self.score.weight[0],
-            key.new_zeros(key.shape[:2]) if previous is None else previous, self.conv.weight[:, 0],
-            self.location_proj.weight.t(), activation=self.activation, mask=mask, score_bias=score_bias,
+            project(self.query_proj, query), projected, key if value is None else value,
+            read("score", self.score).weight[0],
+            key.new_zeros(key.shape[:2]) if previous is None else previous, read("conv", self.conv).weight[:, 0],
+            read("location_proj", self.location_proj).weight.t(),
+            activation=self.activation, mask=mask, score_bias=score_bias,
             dropout_p=self.dropout if self.training else 0.0, impl=impl,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from .._checks import check_activation, check_count, check_flag, weight_of, widt
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
 from ..statistics import statistics_pooling
+from ._layers import read
 from .location import check_module_inputs
 
 
@@ -80,9 +81,9 @@ class StatisticsPooling(nn.Module):
             context = self.context(torch.cat(statistics, dim=-1))
             if cu_seqlens is not None:
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
-        v = self.score.weight.t() if self.per_channel else self.score.weight[0]
+        proj, score = read("proj", self.proj), read("score", self.score).weight
         mean, std, *weights = statistics_pooling(
-            h, self.proj.weight.t(), self.proj.bias, v,
+            h, proj.weight.t(), proj.bias, score.t() if self.per_channel else score[0],
             context=context, activation=self.activation, mask=mask, cu_seqlens=cu_seqlens,
             return_weights=return_weights, impl=impl,
         )  # fmt: skip

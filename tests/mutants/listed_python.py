@@ -200,6 +200,20 @@ PYTHON: tuple[Mutant, ...] = (
         "a derivative starts from ones, whatever flows back",
     ),
     Mutant(
+        "fused_attn/modules/_layers.py",
+        "            hook(layer, ())",
+        "            pass",
+        ("tests/test_layers.py", "-k", "hook"),
+        "a weight that a hook makes stays that of the first call",
+    ),
+    Mutant(
+        "fused_attn/statistics.py",
+        "        elif kernel:",
+        "        else:",
+        ("tests/test_three_families.py", "-k", "features_past"),
+        "features of 16 bits are infinite on a CPU",
+    ),
+    Mutant(
         "fused_attn/_checks.py",
         "    good = ((x >= 0) & (x < count)).all()",
         "    good = ((x >= 0) & (x <= count)).all()",
