@@ -187,14 +187,22 @@ def _usage_hip(text: str) -> tuple[int, int, str]:
     return registers, stack, ""
 
 
+_SUM = re.compile(r'"tt\.reduce".*\n.*\n.*arith\.addf.*\n.*\n *\}\) : .* -> (.*) loc\((.*)\)')
+
+
 def _sums_made_again(kernel: Any) -> str:
     """A warning where Triton made a sum over lanes once more, for a user of another layout.
 
     It adds in another order there, so that the two differ in their last bits. Where they are scores, the weights are
     not those of the maximum that was subtracted: at scores of thousands they are off by per cents.
     """
-    once, now = (len(re.findall(r'"tt\.reduce".*\n.*\n.*arith\.addf', kernel.asm[ir])) for ir in ("ttir", "ttgir"))
-    return "a sum is made again in another layout" if now > once else ""
+    sums = [_SUM.findall(kernel.asm[ir]) for ir in ("ttir", "ttgir")]
+    if len(sums[1]) <= len(sums[0]):
+        return ""
+    layouts: dict[str, set[str]] = {}  # by the line of the program: a loop whose last trip is peeled has a line twice
+    for layout, line in sums[1]:
+        layouts.setdefault(line, set()).add(layout)
+    return "a sum is made again in another layout" if any(len(x) > 1 for x in layouts.values()) else ""
 
 
 def _code(kernel: Any) -> list[str]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS
+from .chip import INTERPRET, LENGTHS
 from .masks import Items
 
 
@@ -122,6 +122,7 @@ def _merge_kernel(
     R,
     DV,
     unit,  # what a difference of two m is in natural units
+    FMA: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -148,8 +149,8 @@ def _merge_kernel(
         o_i = tl.load(o_ptr + at[:, None] * DV + d[None, :], mask=seen, other=0.0)
         m_new = tl.maximum(m, tl.max(m_i, axis=0))
         shift = pivot(m_new)
-        p = tl.exp((m_i - shift) * unit)  # [BLOCK_I]
-        alpha = tl.exp((m - shift) * unit)
+        p = exp((m_i - shift) * unit, FMA)  # [BLOCK_I]
+        alpha = exp((m - shift) * unit, FMA)
         l = l * alpha + tl.sum(p * l_i, axis=0)
         acc = acc * alpha + tl.sum(p[:, None] * o_i, axis=0)
         m = m_new
@@ -172,5 +173,5 @@ def merge(
     block = min(128, triton.next_power_of_2(width))
     _merge_kernel[(seqs * hops, triton.cdiv(width, block))](
         o, m, l, items.first, out, lse, items.per_seq, hops, width, unit,
-        SKIP_SINGLE=skip_single, BLOCK_I=16, BLOCK_DV=block, num_warps=4,
+        FMA=not INTERPRET, SKIP_SINGLE=skip_single, BLOCK_I=16, BLOCK_DV=block, num_warps=4,
     )  # fmt: skip
