@@ -56,7 +56,7 @@ def _bwd(*args: Any) -> list[Tensor | None]:
 _window_fwd = raw_op("location_window_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", _fwd, _fwd_fake)
 _window_bwd = raw_backward(
     "location_window_bwd",
-    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] needs) -> Tensor[]",
+    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool[] needs)",
     _bwd,
     cotangents=2,
     gradients=_GRADS,

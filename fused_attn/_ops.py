@@ -177,19 +177,20 @@ def raw_backward(
     """`raw_op` for a backward `fn`, which gives None for a gradient that is not needed: the op, an empty tensor.
 
     Its arguments are the `cotangents`, the inputs, of which the first `gradients` have gradients, and more, at the
-    end which of these are needed. Gradients are contiguous, as the compiler is told.
+    end which of these are needed. Gradients are contiguous, as the compiler is told. Their number is in the schema,
+    since batched gradients (``is_grads_batched``) know no operator that returns a list.
     """
 
-    def body(*args: Any) -> list[Tensor]:
-        return [args[0].new_empty(0) if g is None else g.contiguous() for g in fn(*args)]
+    def body(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(args[0].new_empty(0) if g is None else g.contiguous() for g in fn(*args))
 
-    def fake(*args: Any) -> list[Tensor]:
+    def fake(*args: Any) -> tuple[Tensor, ...]:
         inputs = args[cotangents : cotangents + gradients]
-        return [
+        return tuple(
             x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in zip(inputs, args[-1], strict=True)
-        ]
+        )
 
-    return raw_op(name, schema, body, fake)
+    return raw_op(name, f"{schema} -> ({', '.join(['Tensor'] * gradients)})", body, fake)
 
 
 _FUNCTORCH = (

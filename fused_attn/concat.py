@@ -93,7 +93,7 @@ _concat_fwd = raw_op(
 _concat_bwd = raw_backward(
     "concat_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool blocked, "
-    "bool[] needs) -> Tensor[]",
+    "bool[] needs)",
     _bwd,
     cotangents=3,
     gradients=_GRADS,

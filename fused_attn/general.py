@@ -143,7 +143,7 @@ _general_fwd = raw_op(
 _general_bwd = raw_backward(
     "general_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool natural, "
-    "bool sdpa, bool[] needs) -> Tensor[]",
+    "bool sdpa, bool[] needs)",
     _bwd,
     cotangents=3,
     gradients=_GRADS,

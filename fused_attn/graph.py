@@ -172,7 +172,7 @@ _graph_fwd = raw_op("graph_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, T
 _graph_bwd = raw_backward(
     "graph_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, {_OPTIONS}, "
-    "bool[] needs) -> Tensor[]",
+    "bool[] needs)",
     _bwd,
     cotangents=3,
     gradients=_GRADS,

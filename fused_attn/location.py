@@ -105,7 +105,7 @@ _location_fwd = raw_op("location_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Ten
 _location_bwd = raw_backward(
     "location_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, "
-    f"{_OPTIONS}, bool[] needs) -> Tensor[]",
+    f"{_OPTIONS}, bool[] needs)",
     _bwd,
     cotangents=3,
     gradients=_GRADS,

@@ -119,7 +119,7 @@ def _plain_bwd(*args: Any) -> list[Tensor | None]:
 
 
 _FWD_SCHEMA = f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)"
-_BWD_SCHEMA = f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs) -> Tensor[]"
+_BWD_SCHEMA = f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs)"
 _word_fwd = raw_op("word_by_word_fwd", _FWD_SCHEMA, _fwd, _fwd_fake)
 _word_bwd = raw_backward("word_by_word_bwd", _BWD_SCHEMA, _bwd, cotangents=2, gradients=_GRADS)
 # The reference as an operator: its loop over the words is not the compiler's to unroll, a graph a length.
@@ -409,7 +409,7 @@ def location_aware_attention(
     # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
     # its own, which is on by default, and this one follows that of matrix products.
     half = conv_weight.shape[1] // 2
-    padded = F.pad(previous, (half, half + (not key.shape[1])))  # unfold refuses a signal shorter than a window
+    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
     windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
     key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
     out, weights = concat_attention(

@@ -141,7 +141,7 @@ def location_attention(
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
 
     if cu_seqlens is None:
-        top = scores.detach().amax(1) if rows[1] else scores.new_full((rows[0], scores.shape[-1]), -torch.inf)
+        top = highest(scores, 1)
         pivot = top.masked_fill(top == -torch.inf, 0)  # a row that sees no key: never -inf - -inf
         weights = torch.exp(scores - pivot[:, None])
         total = weights.sum(1)
@@ -390,7 +390,7 @@ def _attend(
     if score_bias is not None:
         scores = scores + score_bias
     scores = scores.masked_fill(~shown[:, None], -torch.inf)
-    top = scores.detach().amax(-1) if Tk else scores.new_full((B, H, Tq), -torch.inf)
+    top = highest(scores, -1)
     blind = (top == -torch.inf)[..., None]  # a row that sees no key: the softmax of nothing is NaN
     weights = shares = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
     if dropout_p > 0:
@@ -463,6 +463,15 @@ def word_by_word_attention(
         all_weights.append(weights)
     out, weights = (torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights))
     return out.to(dtype), weights
+
+
+def highest(scores: Tensor, dim: int) -> Tensor:
+    """The largest score along `dim`, a constant; -inf of none, which an exported program may meet later on."""
+    scores = scores.detach()
+    if torch.compiler.is_exporting() or not scores.shape[dim]:
+        one = scores.sum(dim, keepdim=True)
+        scores = torch.cat([scores, torch.full_like(one, -torch.inf)], dim)
+    return scores.amax(dim)
 
 
 def every_sample(x: Tensor) -> Tensor:
@@ -611,10 +620,8 @@ def statistics_pooling(
     if segment is not None:
         top = scores.new_full((seqs, scores.shape[-1]), -torch.inf)
         top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
-    elif values.shape[1]:
-        top = scores.detach().amax(1)
     else:
-        top = scores.new_full((seqs, scores.shape[-1]), -torch.inf)
+        top = highest(scores, 1)
     pivot = top.masked_fill(top == -torch.inf, 0)  # a sequence that sees no frame: never -inf - -inf
     weights = torch.exp(scores - to_frames(pivot))
     total = over_frames(weights)

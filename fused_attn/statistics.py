@@ -72,7 +72,7 @@ _statistics_fwd = raw_op(
 _statistics_bwd = raw_backward(
     "statistics_bwd",
     f"(Tensor dmean, Tensor dvar, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor mean, Tensor var, Tensor lse, "
-    "Tensor scores, bool[] needs) -> Tensor[]",
+    "Tensor scores, bool[] needs)",
     _bwd,
     cotangents=4,
     gradients=_GRADS,

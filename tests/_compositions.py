@@ -118,6 +118,21 @@ def double_backward(row: Row, impl: str) -> Pairs:
     return pairs(value_and_grads(row, penalty(impl), tensors), value_and_grads(row, penalty("reference"), tensors))
 
 
+def batched(row: Row, impl: str) -> Pairs:
+    """Gradients for two cotangents at once, as a vectorised Jacobian asks for them."""
+    tensors = live(row, row.tensors(impl))
+    leaves = {name: x for name, x in {**tensors, **row.parameters()}.items() if x.requires_grad}
+    starts = torch.tensor([1.0, -2.0], dtype=next(iter(leaves.values())).dtype)
+
+    def grads(which: str, start: Tensor, **options) -> tuple[Tensor, ...]:
+        loss = row.loss(which, tensors)
+        return torch.autograd.grad(loss, list(leaves.values()), start, materialize_grads=True, **options)
+
+    want = [grads("reference", start) for start in starts]
+    got = grads(impl, starts, is_grads_batched=True)
+    return [(f"d{n}", g, torch.stack(w)) for n, g, *w in zip(leaves, got, *want, strict=True)]
+
+
 def hooked(call: Callable) -> Callable:
     def run(tensors: dict[str, Tensor]) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
@@ -266,6 +281,7 @@ COLUMNS: dict[str, Callable[[Row, str], Pairs]] = {
     "jacfwd": transformed(lambda f, c: func.jacfwd(f)),
     "jvp(grad)": transformed(lambda f, c: lambda x: func.jvp(func.grad(f), (x,), (torch.ones_like(x),))),
     "double backward": double_backward,
+    "batched gradients": batched,
     "checkpoint": same_loss(checkpointed(False)),
     "checkpoint, reentrant": same_loss(checkpointed(True)),
     "saved-tensor hooks": same_loss(hooked),

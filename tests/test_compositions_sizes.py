@@ -64,6 +64,36 @@ def exported(row, batch, length, sizes):
             torch.testing.assert_close(x, want, msg=lambda text, size=size: f"{size}: {text}")
 
 
+NO_KEYS = {
+    "location": lambda x: f.location_attention(x, x.new_ones(4)),
+    "location, weights": lambda x: f.location_attention(x, x.new_ones(4), return_weights=True)[1],
+    "window": lambda x: f.location_attention(x, x.new_ones(4), window=(1, 0)),
+    "concat": lambda x: f.concat_attention(x.new_ones(2, 3, 4), x, x, x.new_ones(4)),
+    "general": lambda x: f.general_attention(x.new_ones(2, 3, 4), x),
+    "general, weights": lambda x: f.general_attention(x.new_ones(2, 3, 4), x, return_weights=True)[0],
+    "statistics": lambda x: torch.cat(f.statistics_pooling(x)),
+    "words": lambda x: f.word_by_word_attention(
+        x, x.new_ones(2, 3, 4), *x.new_ones(3, 4, 4), x.new_ones(4), x.new_ones(4, 4)
+    ),
+    "step": lambda x: f.location_aware_attention(
+        x.new_ones(2, 4), x, x, x.new_ones(4), x[..., 0], x.new_ones(2, 3), x.new_ones(2, 4)
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", NO_KEYS)
+def test_an_exported_program_takes_no_keys(name):
+    class Call(nn.Module):
+        def forward(self, x):
+            return NO_KEYS[name](x)
+
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(Call(), (torch.randn(2, 5, 4),), dynamic_shapes=({1: dynamic},)).module()
+    for length in (5, 3, 0):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(program(x), Call()(x))
+
+
 # A context of one vector a sequence is a batch that PyTorch's exporter takes to have two at least.
 @pytest.mark.parametrize("name", [name for name in PACKED if name != "location packed, all options"
                                   and not name.startswith("word")])  # fmt: skip
