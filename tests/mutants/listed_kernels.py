@@ -5,8 +5,8 @@ from mutant import Mutant
 KERNELS: tuple[Mutant, ...] = (
     Mutant(
         "kernels/softmax.py",
-        "        alpha = tl.exp((m - shift) * unit)\n",
-        "        alpha = tl.exp((m - shift) * 0.0)\n",
+        "        alpha = exp((m - shift) * unit, FMA)\n",
+        "        alpha = exp((m - shift) * 0.0, FMA)\n",
         ("tests/test_location_structure.py", "-k", "parts"),
         "a merge of parts does not scale the old parts",
     ),
