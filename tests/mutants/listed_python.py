@@ -117,8 +117,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/recurrent.py",
-        "F.pad(previous, (half, half + (",
-        "F.pad(previous, (half + 1, half - 1 + (",
+        "F.pad(previous, (half, half + 1))",
+        "F.pad(previous, (half + 1, half))",
         ("tests/test_location_aware.py", "-k", "by_hand"),
         "the convolution is one place off",
     ),
@@ -222,8 +222,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/location.py",
-        "            v = self.score.weight.t() if self.hops is not None else self.score.weight[0]",
-        "            v = self.score.weight.t().detach() if self.hops is not None else self.score.weight[0]",
+        "            v = score.t() if self.hops is not None else score[0]",
+        "            v = score.t().detach() if self.hops is not None else score[0]",
         ("tests/test_modules.py", "-k", "every_parameter"),
         "v of hops gets no gradient",
     ),
@@ -243,8 +243,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/hierarchical.py",
-        "_score_of(self.outer, outer_context),",
-        "_score_of(self.inner, outer_context),",
+        '_score_of("outer", self.outer, outer_context),',
+        '_score_of("outer", self.inner, outer_context),',
         ("tests/test_hierarchical_errors.py", "-k", "levels_one_after"),
         "the outer level has the inner one's parameters",
     ),
