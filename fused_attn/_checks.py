@@ -465,11 +465,6 @@ def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
     check_values(name, x, good, f"non-negative indices under the number of {of}", count)
 
 
-def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
-    """Check that what `x` holds is `good`, a bool; a ValueError as `check_cu_seqlens` raises it."""
-    _check_values(name, x, good, expected, count)
-
-
 def _assert_each(good: Tensor, text: str) -> None:
     torch._assert_async(every_sample(good).all(), text)
 
@@ -482,15 +477,21 @@ def _leave_to_functorch() -> None:
 _leave_to_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_ops._leave_to_autograd`
 
 
+def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
+    """Check that what `x` holds is `good`, a bool; a ValueError as `check_cu_seqlens` raises it."""
+    _check_values(name, x, good, expected, count)
+
+
 def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None) -> None:
     """Raise where the values can be read without waiting for a device; else assert there."""
-    x, good = every_sample(x), every_sample(good).all()
+    x, good = every_sample(x), every_sample(good)
+    compiling = torch.compiler.is_compiling()
     fake = type(good).__torch_dispatch__ is not Tensor.__torch_dispatch__  # holds no numbers
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or fake:
-        if torch.compiler.is_compiling():
-            _leave_to_functorch()
+    if compiling:
+        _leave_to_functorch()
+    if compiling or x.device.type != "cpu" or fake:
         _assert_each(good, f"{name}: expected {expected}")
-    elif not good:
+    elif not good.all():
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
         raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}")
 

@@ -123,7 +123,7 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     """
 
     def plain(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see cast_for_autocast
+        with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see under_autocast
             return fn(*args)
 
     hidden = torch._disable_dynamo(plain)  # from the compiler, where there is one
