@@ -27,7 +27,7 @@ def check(name, column, impl, device):
     table.cell(table.ROWS[name], column, impl)
 
 
-@pytest.mark.parametrize(("column", "name"), cells("auto"))
+@pytest.mark.parametrize(("column", "name"), list(cells("auto")))
 def test_cell_by_pytorch(column, name, device):
     if column == "Inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("on a CPU, Inductor needs a C++ compiler")
@@ -35,7 +35,7 @@ def test_cell_by_pytorch(column, name, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("column", "name"), cells("triton"))
+@pytest.mark.parametrize(("column", "name"), list(cells("triton")))
 def test_cell_by_the_kernel(column, name, device):
     if column == "Inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("on a CPU, Inductor needs a C++ compiler")
