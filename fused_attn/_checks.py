@@ -474,7 +474,7 @@ def _leave_to_functorch() -> None:
     torch._dynamo.allow_in_graph(_assert_each)
 
 
-_leave_to_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_ops._leave_to_autograd`
+_leave_to_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_operators._leave_to_autograd`
 
 
 def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:

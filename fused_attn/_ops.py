@@ -1,4 +1,4 @@
-"""What every family shares: which implementation runs, and raw operators that `vmap` and the compiler accept."""
+"""What surrounds every call: which implementation runs, autocast, export."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch._library.autograd import make_autograd_impl
-from torch.utils import _pytree as pytree
 
 Impl = Literal["auto", "triton", "reference"]
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 
 
 def _triton_state() -> str:
@@ -113,136 +106,6 @@ def forward_mode() -> bool:
 forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above; it guards the level itself
 
 
-def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register ``fused_attn::name`` with a fake for the compiler and a loop for `vmap`, without autograd.
-
-    The loop is exact whatever is batched: parameters (ensembles), inputs, or the gradients of a per-sample
-    backward, where summing over a folded batch would lose the samples.
-
-    Not by `torch.library.custom_op`, which imports torch._dynamo at the first call: 800 modules, a second.
-    """
-
-    def plain(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see under_autocast
-            return fn(*args)
-
-    hidden = torch._disable_dynamo(plain)  # from the compiler, where there is one
-
-    def body(*args: Any) -> Any:
-        return hidden(*args) if "torch._dynamo" in sys.modules else plain(*args)
-
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_attn::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.fused_attn, name).default
-
-    # As custom_op has it, a result that should have had a gradient raises in the backward. But where none is asked
-    # for, the body is not kept from using autograd itself, as `vjp` does.
-    refuse = make_autograd_impl(op, SimpleNamespace(_backward_fn=None, _setup_context_fn=None))
-
-    def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return refuse(keyset, *args)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-
-    def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        leaves, spec = pytree.tree_flatten(args)
-        dims = pytree.tree_flatten(in_dims)[0]
-
-        def one(pick: Callable[[Tensor, int], Tensor]) -> Any:
-            each = (x if dim is None else pick(x, dim) for x, dim in zip(leaves, dims, strict=True))
-            return op(*pytree.tree_unflatten(each, spec))
-
-        if info.batch_size == 0:  # the shapes of one sample, and none of it
-            zero = one(lambda x, dim: x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))
-            empty = pytree.tree_map(lambda x: x.new_empty(0, *x.shape), zero)
-            return empty, pytree.tree_map(lambda x: 0, empty)
-
-        def sample(i: int) -> Any:
-            return one(lambda x, dim: x.select(dim, i))
-
-        outs = [pytree.tree_flatten(sample(i)) for i in range(info.batch_size)]
-        stacked = [torch.stack(leaves) for leaves in zip(*(flat for flat, _ in outs), strict=True)]
-        return pytree.tree_unflatten(stacked, outs[0][1]), pytree.tree_unflatten([0] * len(stacked), outs[0][1])
-
-    torch.library.register_vmap(f"fused_attn::{name}", batched, lib=_LIBRARY)
-    return op
-
-
-def raw_backward(
-    name: str, schema: str, fn: Callable[..., Sequence[Tensor | None]], *, cotangents: int, gradients: int
-) -> Any:
-    """`raw_op` for a backward `fn`, which gives None for a gradient that is not needed: the op, an empty tensor.
-
-    Its arguments are the `cotangents`, the inputs, of which the first `gradients` have gradients, and more, at the
-    end which of these are needed. Gradients are contiguous, as the compiler is told. Their number is in the schema,
-    since batched gradients (``is_grads_batched``) know no operator that returns a list.
-    """
-
-    def body(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(args[0].new_empty(0) if g is None else g.contiguous() for g in fn(*args))
-
-    def fake(*args: Any) -> tuple[Tensor, ...]:
-        inputs = args[cotangents : cotangents + gradients]
-        return tuple(
-            x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in zip(inputs, args[-1], strict=True)
-        )
-
-    return raw_op(name, f"{schema} -> ({', '.join(['Tensor'] * gradients)})", body, fake)
-
-
-_FUNCTORCH = (
-    "FuncTorchDynamicLayerFrontMode",
-    "FuncTorchDynamicLayerBackMode",
-    "FuncTorchGradWrapper",
-    "ADInplaceOrView",
-)
-
-
-def vjp(
-    fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """Gradients of `inputs` by autograd, inside a raw operator: `torch.func.vjp` without its import of torch._dynamo.
-
-    A cotangent of None is zero, and an input that no result depends on has a gradient of zero.
-    """
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    keys = torch._C.DispatchKey
-    below = excluded.has(keys.AutogradCPU) or excluded.has(keys.AutogradFunctionality)
-    if below or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
-        # In a compiled graph there is no autograd but functorch's. A dispatch mode (the compiler has one at a graph's
-        # first run, FlopCounterMode is another) has switched its dispatch keys off.
-        for key in _FUNCTORCH:
-            excluded = excluded.remove(getattr(keys, key))
-        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
-            outs, pull, *_ = torch.func.vjp(fn, *inputs)
-            pairs = zip(cotangents, outs, strict=True)
-            return tuple(pull(tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for c, o in pairs)))
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        outs = fn(*leaves)
-        known = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
-        if not known:
-            return tuple(torch.zeros_like(x) for x in leaves)
-        start = _Cotangents.apply([c.to(o.dtype) for o, c in known], *(o for o, _ in known))
-    return torch.autograd.grad(start, leaves, allow_unused=True, materialize_grads=True)
-
-
-class _Cotangents(torch.autograd.Function):
-    """A number whose gradient starts from these: given to `torch.autograd.grad` they would import SymPy."""
-
-    @staticmethod
-    def forward(ctx: Any, cotangents: list[Tensor], *outs: Tensor) -> Tensor:
-        ctx.cotangents = cotangents
-        return outs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        return None, *ctx.cotangents
-
-
 def exports_from_one(fn: Callable[P, R]) -> Callable[P, R]:
     """Let `torch.export` take any number of sequences, one too.
 
@@ -258,43 +121,6 @@ def exports_from_one(fn: Callable[P, R]) -> Callable[P, R]:
         return fn(*args, **kwargs)
 
     return wrapped
-
-
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
-
-
-def differentiable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, for every function of the package.
-
-    Dynamo would replace an autograd function by one of its own, whose backward has no derivative, and which `vmap`
-    does not know. Then ``compile(func.grad(f))`` is zero where a captured tensor requires a gradient, and second
-    derivatives are zero, without a word; one tensor in two arguments is refused. So Dynamo leaves these calls as they
-    are to autograd and functorch, which take them apart as they do eagerly.
-    """
-    _FUNCTIONS[function.__name__] = function
-    return functools.partial(_call, function.__name__)
-
-
-def _call(name: str, *args: Any) -> Any:
-    if torch.compiler.is_compiling():
-        _leave_to_autograd()
-    return _apply(name, *args)
-
-
-def _leave_to_autograd() -> None:
-    """At the time of tracing: before it, PyTorch's compiler need not be imported, which takes a second."""
-    torch._dynamo.allow_in_graph(_apply)
-
-
-_leave_to_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _apply(name: str, *args: Any) -> Any:
-    """``Function.apply``; without functorch not its binding of the arguments, which costs more than all the rest."""
-    function = _FUNCTIONS[name]
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def autocasts(device: str) -> bool:
@@ -344,61 +170,6 @@ def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
             return _cast(x(*args), device, dtype)
 
     return function
-
-
-def second_order(
-    formula: Callable[..., tuple[Tensor, ...]],
-    primals: Sequence[Tensor | None],
-    cotangents: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Backward of a backward, through a reference formula that `torch.func.vjp` differentiates twice.
-
-    Parameters
-    ----------
-    formula
-        The reference forward, from all `primals` to a tuple of outputs.
-    primals, cotangents
-        Its inputs, and the gradients of its outputs that the first backward had.
-    needs
-        For which primals the first backward made a gradient.
-    grads
-        The gradients of those gradients, None where there is none.
-
-    Returns
-    -------
-    (list, list)
-        Gradients of the primals and of the cotangents, None where those are None.
-
-    """
-    at = [i for i, x in enumerate(primals) if x is not None]
-    wanted = [i for i in at if needs[i] and grads[i] is not None]
-    seen = [j for j, c in enumerate(cotangents) if c is not None]
-    d_primals: list[Tensor | None] = [None] * len(primals)
-    d_cotangents: list[Tensor | None] = [None] * len(cotangents)
-    if not wanted or not seen:
-        return d_primals, d_cotangents
-
-    def first_order(live: list[Any], cots: list[Any]) -> Any:
-        full = dict(zip(at, live, strict=True))
-
-        def outputs(*xs: Tensor) -> list[Tensor]:
-            named = {**full, **dict(zip(wanted, xs, strict=True))}
-            outs = formula(*(named.get(i) for i in range(len(primals))))
-            return [outs[j] for j in seen]
-
-        outs, pull, *_ = torch.func.vjp(outputs, *(full[i] for i in wanted))
-        return pull([c.to(o.dtype) for c, o in zip(cots, outs, strict=True)])
-
-    live, cots = [primals[i] for i in at], [cotangents[j] for j in seen]
-    _, pull, *_ = torch.func.vjp(first_order, live, cots)
-    from_primals, from_cots = pull(tuple(grads[i] for i in wanted))
-    for i, g in zip(at, from_primals, strict=True):
-        d_primals[i] = g
-    for j, g in zip(seen, from_cots, strict=True):
-        d_cotangents[j] = g
-    return d_primals, d_cotangents
 
 
 def weights_from(scores: Tensor, lse: Tensor) -> Tensor:

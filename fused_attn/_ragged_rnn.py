@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._ops import differentiable, forward_mode, raw_op, under_autocast, vjp
+from ._operators import left_to_autograd, raw_op, vjp
+from ._ops import forward_mode, under_autocast
 from .reference import dropout_scale, segment_ids
 
 _GATES = {"LSTM": 4, "GRU": 3}  # else one
@@ -128,7 +129,7 @@ def _takes(order: int) -> int:
 
 
 def _derivative(order: int, pull: Callable[..., Any], rest: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The formula's derivative of this order; pull: how the last is taken, as `_ops.vjp` does or one that nests."""
+    """The formula's derivative of this order; pull: how the last is taken, as `vjp` does or one that nests."""
     if order == 0:
         return (formula(*tensors, *rest),)
     takes = _takes(order - 1)
@@ -189,7 +190,7 @@ class _RaggedRNN(torch.autograd.Function):
         return (*[None] * 4, *(g if need else None for g, need in zip(d_tensors, needs, strict=True)))
 
 
-_ragged_rnn = differentiable(_RaggedRNN)
+_ragged_rnn = left_to_autograd(_RaggedRNN)
 
 
 def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:

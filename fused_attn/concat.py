@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import location, reference
+from . import reference
 from ._checks import (
     Checker,
     argument,
@@ -22,26 +22,11 @@ from ._checks import (
     pairs_table,
 )
 from ._habits import explicit
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    forward_mode,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    weights_from,
-)
+from ._operators import Operator, launcher
+from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from .blocked import concat as blocked
+from .location import LOCATION
 
-_TENSORS = 9  # tensor arguments of the raw forward
-_GRADS = 5  # the leading ones of them that have gradients
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor v, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? seed"
-)
-_OPTIONS = "str activation, int? left, int? right, float dropout_p"
 _TABLES = {
     (packed, heads): pairs_table(
         packed=packed, heads=heads, query="A", key="A", v=argument("A | H A" if heads else "A", linear=True)
@@ -52,16 +37,12 @@ _TABLES = {
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if args[-1]:
-        from ._concat_blocked import blocked_fwd
-
-        return blocked_fwd(*args[:-1])
-    from .kernels.concat import concat_fwd
-
-    return concat_fwd(*args[:-1])
+    *args, in_blocks = args  # type: ignore[assignment]
+    run: Any = blocked.concat_fwd if in_blocks else launcher("concat.concat_fwd")
+    return cast("tuple[Tensor, Tensor, Tensor]", run(*args))
 
 
-def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_scores = args[-2]
     batch, heads, length, _ = query.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -73,115 +54,24 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Te
 
 
 def _bwd(*args: Any) -> list[Tensor | None]:
-    if args[-2]:
-        from ._concat_blocked import blocked_bwd
-
-        grads = blocked_bwd(*args[:-2], args[-1])  # type: ignore[call-arg]
-    else:
-        from .kernels.concat_bwd import concat_bwd
-
-        grads = concat_bwd(*args[:-2], args[-1])
-    return grads
+    *args, _, in_blocks, needs = args  # type: ignore[assignment]
+    run: Any = blocked.concat_bwd if in_blocks else launcher("concat_bwd.concat_bwd")
+    return cast("list[Tensor | None]", run(*args, needs))
 
 
-_concat_fwd = raw_op(
-    "concat_fwd",
-    f"({_INPUTS}, {_OPTIONS}, bool need_scores, bool blocked) -> (Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
+_CONCAT = Operator(
+    "concat",
+    differentiable="query key value v score_bias?",
+    constant="mask? cu_seqlens_q? cu_seqlens_k? seed?",
+    options="str activation, int? left, int? right, float dropout_p",
+    choices="bool need_scores, bool in_blocks",
+    results="out lse scores?",
+    saved="out lse",
+    forward=_fwd,
+    backward=_bwd,
+    fake=_fake,
+    formula=reference.concat_attention,
 )
-_concat_bwd = raw_backward(
-    "concat_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool blocked, "
-    "bool[] needs)",
-    _bwd,
-    cotangents=3,
-    gradients=_GRADS,
-)
-
-
-class _ConcatAttention(torch.autograd.Function):
-    """(out, lse, scores) by the kernel or the blocked path, all three differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-        activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool, blocked: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor, Tensor]", _concat_fwd(
-            query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-            activation, left, right, dropout_p, need_scores, blocked,
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS], *output[:2])
-        ctx.options = inputs[_TENSORS:-2]
-        ctx.need_scores, ctx.blocked = inputs[-2:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        dscores = dscores if ctx.need_scores else None
-        grads = _concat_backward(dout, dlse, dscores, *saved, *ctx.options, ctx.blocked, needs)
-        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
-
-
-_concat_attention = differentiable(_ConcatAttention)
-
-
-class _ConcatBackward(torch.autograd.Function):
-    """The gradients of `_ConcatAttention`; their own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-        activation: str, left: int | None, right: int | None, dropout_p: float, blocked: bool,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_concat_bwd(
-            dout, dlse, dscores, query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse,
-            activation, left, right, dropout_p, blocked, list(needs),
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -2], inputs[-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:3], saved[3:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
-        return (*d_cotangents, *d_primals, *none)
-
-
-_concat_backward = differentiable(_ConcatBackward)
-
-
-def _reference(*args: Any, weights_only: bool = False) -> tuple[Tensor, ...]:
-    activation, left, right, dropout_p = args[_TENSORS:]
-    return reference.concat_attention(
-        *args[:_TENSORS], activation=activation, left=left, right=right, dropout_p=dropout_p,
-        weights_only=weights_only,
-    )  # fmt: skip
 
 
 @explicit
@@ -285,9 +175,9 @@ def concat_attention(
     v = v.expand(query.shape[1], -1) if v.dim() == 1 else v
     scores: Tensor | None = None
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    blocked = impl == "auto" and query.device.type != "cuda" and not forward_mode()
+    in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
-    if kernel or blocked:
+    if kernel or in_blocks:
         if activation == "identity":  # v · (q + k) is a number a query and a number a key
             if mask is not None:  # rows that may be NaN, before they meet a number
                 queries, keys = reference.used_rows(mask)
@@ -309,9 +199,9 @@ def concat_attention(
         if query.shape[1:3] == (1, 1) and window is None and not packed:
             out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
         else:
-            out, lse, scores = _concat_attention(query, key, value, v, score_bias, *tail, return_weights, blocked)
+            out, lse, scores = _CONCAT(query, key, value, v, score_bias, *tail, return_weights, in_blocks)
     else:
-        out, weights = _reference(query, key, value, v, score_bias, *tail, weights_only=True)
+        out, weights = _CONCAT.formula(query, key, value, v, score_bias, *tail, weights_only=True)
     out = out.to(value.dtype)
     out = out[0].transpose(0, 1) if packed else out
     out = out if heads else out.squeeze(1)
@@ -339,7 +229,7 @@ def _pooled(
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
     if not kernel:
         query, key, v = reference.widened(query, key, v)
-    run = location._location_attention if kernel else location._reference
+    run = LOCATION if kernel else LOCATION.formula
     out, lse, scores = run(
         key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
         activation, "sigmoid", float(dropout_p), False,

@@ -26,27 +26,9 @@ from ._checks import (
     pairs_table,
 )
 from ._habits import explicit
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    forward_mode,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    vjp,
-    weights_from,
-)
+from ._operators import Operator, launcher, vjp
+from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
 
-_TENSORS = 8  # tensor arguments of the raw forward
-_GRADS = 4  # the leading ones of them that have gradients
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor? value, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? seed"
-)
-_OPTIONS = "str activation, float scale, int? left, int? right, float dropout_p"
 _TABLES = {
     (packed, heads, weighted): pairs_table(
         packed=packed, heads=heads, query="Dq" if weighted else "D", key="Dk" if weighted else "D",
@@ -83,12 +65,10 @@ def _sdpa(
 
 
 def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, need_scores, sdpa = args  # type: ignore[assignment]
+    *args, sdpa = args  # type: ignore[assignment]
     if not sdpa:
-        from .kernels.general import general_fwd
-
-        return general_fwd(*args, need_scores)
-    query, key, value, _, mask, *_, scale, _, right, _ = args
+        return cast("tuple[Tensor, Tensor, Tensor]", launcher("general.general_fwd")(*args))
+    query, key, value, _, mask, *_, scale, _, right, _, _ = args
     out = _sdpa(mask, right == 0, scale, query, key, value)
     if out.device.type == "cpu":
         # Rows that are not finite: PyTorch's attention multiplies them by 0 where hidden, and gives 0 for a query.
@@ -96,14 +76,14 @@ def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         if mask is not None:
             lost &= reference.used_rows(mask)[0][:, None]
         if lost.any() or (reference.in_parts(mask, None, None, right) and not out.isfinite().all()):
-            out = _reference(query, key, value, *args[3:])[0]
+            out = _GENERAL.formula(*args)[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
     # Some of its backends lay the output out as the query is; the compiler was told otherwise.
     out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
     return out, lse, out.new_zeros(0, dtype=torch.float32)
 
 
-def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_scores = args[-2]
     batch, heads, length, _ = query.shape
     value = key if value is None else value
@@ -115,131 +95,35 @@ def _fwd_fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> t
 
 
 def _bwd(*args: Any) -> list[Tensor | None]:
-    *args, natural, sdpa, needs = args  # type: ignore[assignment]
-    if sdpa:
-        dout, (query, key, value, _, mask), scale, right = args[0], args[3:8], args[-4], args[-2]
-        rows = (query, key) if value is None else (query, key, value)
+    *args, sdpa, needs = args  # type: ignore[assignment]
+    if not sdpa:
+        return cast("list[Tensor | None]", launcher("general_bwd.general_bwd")(*args, needs))
+    dout, (query, key, value, *constant), options = args[0], args[3:11], args[13:]
+    (_, mask, *_), (_, scale, _, right, *_) = constant, options
+    rows = (query, key) if value is None else (query, key, value)
 
-        def pull(formula: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-            return vjp(lambda *rows: (formula(*rows),), rows, (dout.to(query.dtype),))
+    def pull(formula: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return vjp(lambda *rows: (formula(*rows),), rows, (dout.to(query.dtype),))
 
-        made = pull(functools.partial(_sdpa, mask, right == 0, scale))
-        if reference.in_parts(mask, None, None, right) and not all(g.isfinite().all() for g in made):  # as in `_fwd`
-            made = pull(lambda q, k, v=None: _reference(q, k, v, *args[6:11], *args[13:])[0])
-        grads = [g if need else None for g, need in zip((*made, None, None), needs, strict=False)]
-    else:
-        from .kernels.general_bwd import general_bwd
-
-        grads = general_bwd(*args, natural, needs)
-    return grads
+    made = pull(functools.partial(_sdpa, mask, right == 0, scale))
+    if reference.in_parts(mask, None, None, right) and not all(g.isfinite().all() for g in made):  # as in `_fwd`
+        made = pull(lambda q, k, v=None: _GENERAL.formula(q, k, v, *constant, *options)[0])
+    return [g if need else None for g, need in zip((*made, None, None), needs, strict=False)]
 
 
-_general_fwd = raw_op(
-    "general_fwd",
-    f"({_INPUTS}, {_OPTIONS}, bool need_scores, bool sdpa) -> (Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
+_GENERAL = Operator(
+    "general",
+    differentiable="query key value? score_bias?",
+    constant="mask? cu_seqlens_q? cu_seqlens_k? seed?",
+    options="str activation, float scale, int? left, int? right, float dropout_p",
+    choices="bool need_scores, bool sdpa",
+    results="out lse scores?",
+    saved="out lse",
+    forward=_fwd,
+    backward=_bwd,
+    fake=_fake,
+    formula=reference.general_attention,
 )
-_general_bwd = raw_backward(
-    "general_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool natural, "
-    "bool sdpa, bool[] needs)",
-    _bwd,
-    cotangents=3,
-    gradients=_GRADS,
-)
-
-
-class _GeneralAttention(torch.autograd.Function):
-    """(out, lse, scores) by the kernel, all three differentiable; with `sdpa` out alone, by PyTorch's attention."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-        activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
-        need_scores: bool, sdpa: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor, Tensor]", _general_fwd(
-            query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-            activation, scale, left, right, dropout_p, need_scores, sdpa,
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS], *output[:2])
-        ctx.options = inputs[_TENSORS:-2]
-        ctx.need_scores, ctx.sdpa = inputs[-2:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        dscores = dscores if ctx.need_scores else None
-        grads = _general_backward(dout, dlse, dscores, *saved, *ctx.options, ctx.need_scores, ctx.sdpa, needs)
-        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
-
-
-_general_attention = differentiable(_GeneralAttention)
-
-
-class _GeneralBackward(torch.autograd.Function):
-    """The gradients of `_GeneralAttention`; their own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-        activation: str, scale: float, left: int | None, right: int | None, dropout_p: float,
-        natural: bool, sdpa: bool, needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_general_bwd(
-            dout, dlse, dscores, query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse,
-            activation, scale, left, right, dropout_p, natural, sdpa, list(needs),
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.options, ctx.needs = inputs[3 + _TENSORS + 2 : -3], inputs[-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:3], saved[3:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
-        return (*d_cotangents, *d_primals, *none)
-
-
-_general_backward = differentiable(_GeneralBackward)
-
-
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    *args: Any,
-    weight: Tensor | None = None,
-    weights_only: bool = False,
-) -> tuple[Tensor, ...]:
-    activation, scale, left, right, dropout_p = args[_TENSORS - 3 :]
-    return reference.general_attention(
-        query, key, value, weight, *args[: _TENSORS - 3],
-        activation=activation, scale=scale, left=left, right=right, dropout_p=dropout_p, weights_only=weights_only,
-    )  # fmt: skip
 
 
 @explicit
@@ -368,9 +252,9 @@ def general_attention(
                 query, key, value, weight = reference.widened(query, key, value, weight)
             query = query @ weight
             query = query if bad is None else query.masked_fill(bad, torch.nan)
-        out, lse, scores = _general_attention(query, key, value, *tail, return_weights, sdpa)
+        out, lse, scores = _GENERAL(query, key, value, *tail, return_weights, sdpa)
     else:
-        out, weights = _reference(query, key, value, *tail, weight=weight, weights_only=True)
+        out, weights = _GENERAL.formula(query, key, value, *tail, weight=weight, weights_only=True)
     out = out.to(dtype)
     out = out[0].transpose(0, 1) if packed else out
     out = out if heads else out.squeeze(1)

@@ -22,29 +22,12 @@ from ._checks import (
     check_values,
 )
 from ._habits import explicit
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    weights_from,
-)
+from ._operators import Operator, launcher
+from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
 _INDEX = (torch.int32, torch.int64)
-
-_TENSORS = 11  # tensor arguments of the raw forward
-_GRADS = 5  # the leading ones of them that have gradients
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor v, Tensor? value, Tensor? edge, Tensor indptr, Tensor indices, "
-    "Tensor? indptr_t, Tensor? indices_t, Tensor? perm, Tensor? seed"
-)
-_OPTIONS = "str activation, float dropout_p"
 
 
 def _table(h: str) -> Table:
@@ -138,13 +121,7 @@ def _transpose(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
     return indptr_t, reference.segment_ids(indptr, indices.shape[0])[perm].to(indices.dtype), perm
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.graph import graph_fwd
-
-    return graph_fwd(*args[:7], *args[10:])
-
-
-def _fwd_fake(
+def _fake(
     query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
     indices: Tensor, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -157,106 +134,36 @@ def _fwd_fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    from .kernels.graph_bwd import graph_bwd
+def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernel: it has no use for the transposed structure."""
+    return cast("tuple[Tensor, Tensor, Tensor]", launcher("graph.graph_fwd")(*args[:7], *args[10:]))
 
+
+def _bwd(*args: Any) -> list[Tensor | None]:
     key, indptr, indices, *transposed = args[4], *args[8:13]
     needs = args[-1]
     structure = None
     if needs[1] or needs[3]:
         structure = _transpose(indptr, indices, key.shape[0]) if transposed[0] is None else tuple(transposed)
-    return graph_bwd(*args[:10], structure, *args[13:])
+    return cast("list[Tensor | None]", launcher("graph_bwd.graph_bwd")(*args[:10], structure, *args[13:]))
 
 
-_graph_fwd = raw_op("graph_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-_graph_bwd = raw_backward(
-    "graph_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, {_OPTIONS}, "
-    "bool[] needs)",
-    _bwd,
-    cotangents=3,
-    gradients=_GRADS,
+def _formula(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.graph_attention(*args[:7], *args[10:], **options)
+
+
+_GRAPH = Operator(
+    "graph",
+    differentiable="query key v value? edge?",
+    constant="indptr indices indptr_t? indices_t? perm? seed?",
+    options="str activation, float dropout_p",
+    results="out lse scores",
+    saved="out lse scores",
+    forward=_fwd,
+    backward=_bwd,
+    fake=_fake,
+    formula=_formula,
 )
-
-
-class _GraphAttention(torch.autograd.Function):
-    """(out, lse, scores) by the kernel, all three differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-        indices: Tensor, indptr_t: Tensor | None, indices_t: Tensor | None, perm: Tensor | None,
-        seed: Tensor | None, activation: str, dropout_p: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor, Tensor]", _graph_fwd(
-            query, key, v, value, edge, indptr, indices, indptr_t, indices_t, perm, seed, activation, dropout_p,
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS], *output)
-        ctx.options = inputs[_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = _graph_backward(dout, dlse, dscores, *saved, *ctx.options, needs)
-        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
-
-
-_graph_attention = differentiable(_GraphAttention)
-
-
-class _GraphBackward(torch.autograd.Function):
-    """The gradients of `_GraphAttention`; their own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-        indices: Tensor, indptr_t: Tensor | None, indices_t: Tensor | None, perm: Tensor | None,
-        seed: Tensor | None, out: Tensor, lse: Tensor, scores: Tensor, activation: str, dropout_p: float,
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_graph_bwd(
-            dout, dlse, dscores, query, key, v, value, edge, indptr, indices, indptr_t, indices_t, perm, seed,
-            out, lse, scores, activation, dropout_p, list(needs),
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        ctx.options, ctx.needs = inputs[3 + _TENSORS + 3 : -1], inputs[-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:3], saved[3:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
-        return (*d_cotangents, *d_primals, *none)
-
-
-_graph_backward = differentiable(_GraphBackward)
-
-
-def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, v, value, edge, indptr, indices, _, _, _, seed, activation, dropout_p = args
-    return reference.graph_attention(
-        query, key, v, value, edge, indptr, indices, seed, activation=activation, dropout_p=dropout_p
-    )
 
 
 @explicit
@@ -345,7 +252,7 @@ def graph_attention(
     rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
     more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
-    run = _graph_attention if kernel else _reference
+    run = _GRAPH if kernel else _GRAPH.formula
     out, lse, scores = run(
         *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
     )

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._ops import Impl, differentiable, exports_from_one, raw_op, under_autocast, use_triton, weights_from
-from .location import _location_attention, _location_backward, _split_gate, _table, check_context, check_score
+from ._operators import left_to_autograd, raw_op
+from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from .location import LOCATION, _split_gate, _table, check_context, check_score
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -106,22 +107,8 @@ class _HierarchicalAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        h: Tensor,
-        w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-        context: Tensor | None,
-        outer_w: Tensor | None, outer_b: Tensor | None, outer_v: Tensor | None, outer_gate_w: Tensor | None,
-        outer_gate_b: Tensor | None, outer_context: Tensor | None,
-        mask: Tensor | None, inner_offsets: Tensor, outer_offsets: Tensor,
-        activation: str, gate_activation: str, context_per_row: bool,
-        outer_activation: str, outer_gate_activation: str, outer_context_per_row: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return cast("tuple[Tensor, ...]", _hierarchical_fwd(
-            h, w, b, v, gate_w, gate_b, context,
-            outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context, mask, inner_offsets, outer_offsets,
-            activation, gate_activation, context_per_row,
-            outer_activation, outer_gate_activation, outer_context_per_row,
-        ))  # fmt: skip
+    def forward(*args: Any) -> Any:
+        return _hierarchical_fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +132,7 @@ class _HierarchicalAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
 
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
-            through, *parameters = _location_backward(
+            through, *parameters = LOCATION.backward(
                 torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
                 *score[_SCORE:], None, None, lse[:, 0, 0] != -torch.inf, outer_offsets, None,
                 out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
@@ -156,19 +143,19 @@ class _HierarchicalAttention(torch.autograd.Function):
                 dsegments = through if dsegments is None else dsegments + through
         if any(inner_needs):
             dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
-            grads[: 1 + _SCORE] = _location_backward(
+            grads[: 1 + _SCORE] = LOCATION.backward(
                 dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
                 pooled, lse, scores, activation, gate_activation, 0.0, per_row, (*inner_needs, False, False),
             )[: 1 + _SCORE]  # fmt: skip
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-_hierarchical_attention = differentiable(_HierarchicalAttention)
+_hierarchical_attention = left_to_autograd(_HierarchicalAttention)
 
 
 def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One level by the kernel of location attention, with the signature of `reference.location_attention`."""
-    return cast("tuple[Tensor, Tensor, Tensor]", _location_attention(*tensors, *options.values()))
+    return cast("tuple[Tensor, Tensor, Tensor]", LOCATION(*tensors, *options.values()))
 
 
 @explicit
@@ -329,7 +316,7 @@ def _level(
         context = context.reshape(rows.shape[0] if per_row else seqs, context.shape[-1] if v is not None else 1)
     return (
         w if w is None or w.dim() == 2 else w[:, None],
-        None if b is None else b.reshape(-1),
+        b if b is None or b.dim() == 1 else b[None],
         None if v is None else v[:, None],
         gate_w, gate_b, context, score.activation, score.gate_activation, per_row,
     )  # fmt: skip

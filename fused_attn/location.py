@@ -26,27 +26,9 @@ from ._checks import (
     show,
 )
 from ._habits import explicit
-from ._location_windowed import _windowed_attention
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    forward_mode,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    weights_from,
-)
-
-_TENSORS = 12  # tensor arguments of the raw forward
-_GRADS = 9  # the leading ones of them that have gradients
-_INPUTS = (
-    "Tensor h, Tensor? w, Tensor? b, Tensor? v, Tensor? gate_w, Tensor? gate_b, Tensor? context, "
-    "Tensor? values, Tensor? score_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? seed"
-)
-_OPTIONS = "str activation, str gate_activation, float dropout_p, bool context_per_row"
+from ._location_windowed import WINDOW
+from ._operators import Operator, launcher
+from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
 
 
 def _table(rows: str, seq: str, inner: str) -> Table:
@@ -74,13 +56,7 @@ _TABLES = {
 }
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.location import location_fwd
-
-    return location_fwd(*args)
-
-
-def _fwd_fake(
+def _fake(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
     context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, *rest: Any,
@@ -95,104 +71,18 @@ def _fwd_fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    from .kernels.location_bwd import location_bwd
-
-    return location_bwd(*args)
-
-
-_location_fwd = raw_op("location_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-_location_bwd = raw_backward(
-    "location_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor out, Tensor lse, Tensor scores, "
-    f"{_OPTIONS}, bool[] needs)",
-    _bwd,
-    cotangents=3,
-    gradients=_GRADS,
+LOCATION = Operator(
+    "location",
+    differentiable="h w? b? v? gate_w? gate_b? context? values? score_bias?",
+    constant="mask? cu_seqlens? seed?",
+    options="str activation, str gate_activation, float dropout_p, bool context_per_row",
+    results="out lse scores",
+    saved="out lse scores",
+    forward=launcher("location.location_fwd"),
+    backward=launcher("location_bwd.location_bwd"),
+    fake=_fake,
+    formula=reference.location_attention,
 )
-
-
-class _LocationAttention(torch.autograd.Function):
-    """(out, lse, scores) by the kernel, all three differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-        context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens: Tensor | None, seed: Tensor | None,
-        activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor, Tensor]", _location_fwd(
-            h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
-            activation, gate_activation, dropout_p, context_per_row,
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS], *output)
-        ctx.options = inputs[_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dscores: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        grads = _location_backward(dout, dlse, dscores, *saved, *ctx.options, needs)
-        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
-
-
-_location_attention = differentiable(_LocationAttention)
-
-
-class _LocationBackward(torch.autograd.Function):
-    """The gradients of `_LocationAttention` by the kernels; its own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-        context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, scores: Tensor,
-        activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_location_bwd(
-            dout, dlse, dscores, h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
-            out, lse, scores, activation, gate_activation, dropout_p, context_per_row, list(needs),
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: 3 + _TENSORS])
-        *ctx.options, ctx.needs = inputs[3 + _TENSORS + 3 :]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:3], saved[3:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: _reference(*p, *tensors[_GRADS:], *ctx.options),
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        none = [None] * (len(ctx.needs_input_grad) - 3 - _GRADS)
-        return (*d_cotangents, *d_primals, *none)
-
-
-_location_backward = differentiable(_LocationBackward)
-
-
-def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    activation, gate_activation, dropout_p, context_per_row = args[_TENSORS:]
-    return reference.location_attention(
-        *args[:_TENSORS], activation=activation, gate_activation=gate_activation, dropout_p=dropout_p,
-        context_per_row=context_per_row,
-    )  # fmt: skip
 
 
 @explicit
@@ -324,7 +214,7 @@ def location_attention(
     args = (
         h,
         w if w is None or w.dim() == 2 else w[:, None],
-        b if b is None else b.reshape(-1),
+        b if b is None or b.dim() == 1 else b[None],
         v if v is None or v.dim() == 2 else v[:, None],
         gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
         activation, gate_activation, float(dropout_p), context_per_row,
@@ -335,7 +225,7 @@ def location_attention(
     elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
     kernel = use_triton(impl, h.device, unsupported)
-    run = _location_attention if kernel else _reference
+    run = LOCATION if kernel else LOCATION.formula
     if window is not None:
         scores = _row_scores(run, args, kernel)
         tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
@@ -386,7 +276,7 @@ def _windowed(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )
     else:
-        out, lse = _windowed_attention(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
+        out, lse = WINDOW(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
     out = out.to(dtype)
     out = out if hop_axis else out.squeeze(-2)
     if offsets is not None:

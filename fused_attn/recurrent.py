@@ -26,26 +26,10 @@ from ._checks import (
     offsets_of,
 )
 from ._habits import explicit
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    forward_mode,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    vjp,
-)
+from ._operators import Operator, launcher, vjp
+from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton
 from .concat import concat_attention
 
-_TENSORS = 10  # tensor arguments of the raw forward
-_GRADS = 7  # the leading ones of them that have gradients
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor w, Tensor w_r, Tensor w_t, Tensor? state, Tensor? mask, "
-    "Tensor? cu_seqlens_premise, Tensor? cu_seqlens_hypothesis"
-)
 _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
 
 
@@ -80,34 +64,27 @@ _LOCATION_AWARE = {
 }
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    from .kernels.recurrent import recurrent_fwd
-
-    return recurrent_fwd(*args)
-
-
-def _fwd_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    need_weights = args[-1]
+def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    need_weights = args[-2]
     shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(*query.shape[:-1], value.shape[-1], dtype=dtype), query.new_empty(shape, dtype=dtype)
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    from .kernels.recurrent_bwd import recurrent_bwd
-
-    return recurrent_bwd(*args)
-
-
-def _plain_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, need_weights = args
+def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, need_weights, plain = args
+    if not plain:
+        return cast("tuple[Tensor, Tensor]", launcher("recurrent.recurrent_fwd")(*inputs, need_weights))
     out, weights = reference.word_by_word_attention(*inputs)
     wide = torch.promote_types(out.dtype, torch.float32)
     return out.to(wide, copy=True), weights if need_weights else weights.new_empty(0)  # no word: out is an input's
 
 
-def _plain_bwd(*args: Any) -> list[Tensor | None]:
-    dout, dweights, *inputs, _, needs = args
+def _bwd(*args: Any) -> list[Tensor | None]:
+    *args, _, plain, needs = args  # type: ignore[assignment]
+    if not plain:
+        return cast("list[Tensor | None]", launcher("recurrent_bwd.recurrent_bwd")(*args, needs))
+    dout, dweights, *inputs, _ = args
     at = [i for i, need in enumerate(needs) if need]
 
     def fn(*live: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,89 +92,22 @@ def _plain_bwd(*args: Any) -> list[Tensor | None]:
         return reference.word_by_word_attention(*(full.get(i, x) for i, x in enumerate(inputs)))
 
     made = dict(zip(at, vjp(fn, [inputs[i] for i in at], (dout, dweights)), strict=True)) if at else {}
-    return [made.get(i) for i in range(_GRADS)]
+    return [made.get(i) for i in range(len(needs))]
 
 
-_FWD_SCHEMA = f"({_INPUTS}, bool need_weights) -> (Tensor, Tensor)"
-_BWD_SCHEMA = f"(Tensor dout, Tensor? dweights, {_INPUTS}, Tensor out, bool[] needs)"
-_word_fwd = raw_op("word_by_word_fwd", _FWD_SCHEMA, _fwd, _fwd_fake)
-_word_bwd = raw_backward("word_by_word_bwd", _BWD_SCHEMA, _bwd, cotangents=2, gradients=_GRADS)
-# The reference as an operator: its loop over the words is not the compiler's to unroll, a graph a length.
-_word_plain_fwd = raw_op("word_by_word_plain_fwd", _FWD_SCHEMA, _plain_fwd, _fwd_fake)
-_word_plain_bwd = raw_backward("word_by_word_plain_bwd", _BWD_SCHEMA, _plain_bwd, cotangents=2, gradients=_GRADS)
-
-
-class _WordByWord(torch.autograd.Function):
-    """(out, weights) by the kernel, or `plain` by the reference, both differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
-        mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None,
-        need_weights: bool, plain: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return cast("tuple[Tensor, Tensor]", (_word_plain_fwd if plain else _word_fwd)(
-            query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis, need_weights
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS], output[0])
-        ctx.need_weights, ctx.plain = inputs[-2:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dout = torch.zeros_like(saved[_TENSORS]) if dout is None else dout
-        dweights = dweights if ctx.need_weights else None
-        grads = _word_by_word_backward(dout, dweights, *saved, ctx.plain, needs)
-        none = [None] * (len(ctx.needs_input_grad) - _GRADS)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
-
-
-_word_by_word = differentiable(_WordByWord)
-
-
-class _WordByWordBackward(torch.autograd.Function):
-    """The gradients of `_WordByWord`; their own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dout: Tensor, dweights: Tensor | None,
-        query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
-        mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
-        plain: bool, needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple((_word_plain_bwd if plain else _word_bwd)(
-            dout, dweights, query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
-            out, list(needs),
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[: 2 + _TENSORS])
-        ctx.needs = inputs[-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:2], saved[2:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: reference.word_by_word_attention(*p, *tensors[_GRADS:]),
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        none = [None] * (len(ctx.needs_input_grad) - 2 - _GRADS)
-        return (*d_cotangents, *d_primals, *none)
-
-
-_word_by_word_backward = differentiable(_WordByWordBackward)
+_WORD_BY_WORD = Operator(
+    "word_by_word",
+    differentiable="query key value w w_r w_t state?",
+    constant="mask? cu_seqlens_premise? cu_seqlens_hypothesis?",
+    options="",
+    choices="bool need_weights, bool plain",  # plain: by the reference, whose loop is not the compiler's to unroll
+    results="out weights?",
+    saved="out",
+    forward=_fwd,
+    backward=_bwd,
+    fake=_fake,
+    formula=reference.word_by_word_attention,
+)
 
 
 @explicit
@@ -290,7 +200,7 @@ def word_by_word_attention(
         wide = torch.promote_types(premise.dtype, torch.float32)
         query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        out, weights = _word_by_word(query, key, *more, return_weights, not kernel)
+        out, weights = _WORD_BY_WORD(query, key, *more, return_weights, not kernel)
     else:
         out, weights = reference.word_by_word_attention(query, key, *more)
     out = out.to(premise.dtype)

@@ -282,7 +282,6 @@ def general_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    weight: Tensor | None,
     score_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
@@ -294,6 +293,7 @@ def general_attention(
     left: int | None,
     right: int | None,
     dropout_p: float,
+    weight: Tensor | None = None,
     weights_only: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.

@@ -6,6 +6,7 @@ scores where a frame has one, and makes the softmax and both moments.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, cast
 
@@ -15,22 +16,11 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_activation, check_flag, check_number
 from ._habits import explicit
-from ._ops import (
-    Impl,
-    differentiable,
-    exports_from_one,
-    raw_backward,
-    raw_op,
-    second_order,
-    under_autocast,
-    use_triton,
-    weights_from,
-)
+from ._operators import Operator, launcher
+from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
 
-_INPUTS = "Tensor x, Tensor? v, Tensor values, Tensor? mask, Tensor? cu_seqlens"
-_GRADS = 3  # the leading ones of the inputs, that have gradients
 _TABLES = {
     packed: {
         **_SCORES[packed, "A"],
@@ -41,14 +31,8 @@ _TABLES = {
 }
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .kernels.statistics import statistics_fwd
-
-    return statistics_fwd(*args)
-
-
-def _fwd_fake(
-    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_scores: bool
+def _fake(
+    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, need_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels = values.shape[-1]
@@ -56,97 +40,29 @@ def _fwd_fake(
         values.new_empty(seqs, channels, dtype=torch.float64),
         values.new_empty(seqs, channels, dtype=torch.float32),
         values.new_empty(seqs, 1 if v is None else channels, 2, dtype=torch.float32),
-        values.new_empty(values.shape if return_scores else 0, dtype=torch.float32),
+        values.new_empty(values.shape if need_scores else 0, dtype=torch.float32),
     )
 
 
 def _bwd(*args: Any) -> list[Tensor | None]:
-    from .kernels.statistics_bwd import statistics_bwd
+    *args, _, needs = args  # type: ignore[assignment]
+    return cast("list[Tensor | None]", launcher("statistics_bwd.statistics_bwd")(*args, needs))
 
-    return statistics_bwd(*args)
 
-
-_statistics_fwd = raw_op(
-    "statistics_fwd", f"({_INPUTS}, bool return_scores) -> (Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake
+_STATISTICS = Operator(
+    "statistics",
+    differentiable="x v? values",
+    constant="mask? cu_seqlens?",
+    options="",
+    choices="bool need_scores",
+    results="mean var lse scores?",
+    saved="mean var lse scores",
+    dense=2,
+    forward=launcher("statistics.statistics_fwd"),
+    backward=_bwd,
+    fake=_fake,
+    formula=functools.partial(reference.statistics_pooling, return_scores=True),
 )
-_statistics_bwd = raw_backward(
-    "statistics_bwd",
-    f"(Tensor dmean, Tensor dvar, Tensor? dlse, Tensor? dscores, {_INPUTS}, Tensor mean, Tensor var, Tensor lse, "
-    "Tensor scores, bool[] needs)",
-    _bwd,
-    cotangents=4,
-    gradients=_GRADS,
-)
-
-
-class _StatisticsPooling(torch.autograd.Function):
-    """(mean, var, lse, scores) by the kernel, all of them differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out: torch.compile tells whether there is a ctx from the number of parameters
-        x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-        return_scores: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return cast(
-            "tuple[Tensor, Tensor, Tensor, Tensor]", _statistics_fwd(x, v, values, mask, cu_seqlens, return_scores)
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:5], *output)
-        ctx.scores_returned = inputs[5]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        needs = ctx.needs_input_grad[:_GRADS]
-        dmean, dvar, dlse, dscores = cotangents
-        dmean = torch.zeros_like(saved[5]) if dmean is None else dmean
-        dvar = torch.zeros_like(saved[6]) if dvar is None else dvar
-        dscores = dscores if ctx.scores_returned else None
-        grads = _statistics_backward(dmean, dvar, dlse, dscores, *saved, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
-
-
-_statistics_pooling = differentiable(_StatisticsPooling)
-
-
-class _StatisticsBackward(torch.autograd.Function):
-    """The gradients of `_StatisticsPooling` by the kernels; its own backward is the reference's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # spelled out, as above
-        dmean: Tensor, dvar: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-        x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-        mean: Tensor, var: Tensor, lse: Tensor, scores: Tensor, needs: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(_statistics_bwd(
-            dmean, dvar, dlse, dscores, x, v, values, mask, cu_seqlens, mean, var, lse, scores, list(needs)
-        ))  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:9])
-        ctx.needs = inputs[-1]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        cotangents, tensors = saved[:4], saved[4:]
-        d_primals, d_cotangents = second_order(
-            lambda *p: reference.statistics_pooling(*p, *tensors[_GRADS:], return_scores=True),  # type: ignore[misc]
-            tensors[:_GRADS], cotangents, ctx.needs, grads,
-        )  # fmt: skip
-        return (*d_cotangents, *d_primals, *[None] * 7)
-
-
-_statistics_backward = differentiable(_StatisticsBackward)
 
 
 @explicit
@@ -239,7 +155,7 @@ def statistics_pooling(
         h, w, b, v, context, values, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    run = _statistics_pooling if kernel else reference.statistics_pooling
+    run = _STATISTICS if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
     if w is None or v is None:
         x = h.new_zeros(h.shape[:-1], dtype=wide)
@@ -281,7 +197,7 @@ def _features(
     if context is not None and context_per_row:
         z = z + context.reshape(z.shape)
     elif context is not None:
-        context = context.reshape(-1, w.shape[1])
+        context = context.reshape(context.shape[0], w.shape[1])
         z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
     if mask is not None:  # a context may be NaN where it meets masked frames alone
         z = z.masked_fill(~mask[..., None], 0)

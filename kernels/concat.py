@@ -153,9 +153,10 @@ def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.c
         b1 = tl.load(ak_ptr + (d + 1) * BLOCK_N + n)[None, :]
         v0 = tl.load(v_ptr + d)
         v1 = tl.load(v_ptr + d + 1)
-        x0 = 1.0 + a0 * b0
-        x1 = 1.0 + a1 * b1
-        acc += (v0 * x1 + v1 * x0) * reciprocal(x0 * x1, FAST)
+        # Which of two products goes into their sum unrounded is said, not left to each kernel's compilation.
+        x0 = tl.fma(a0, b0, 1.0)
+        x1 = tl.fma(a1, b1, 1.0)
+        acc = tl.fma(tl.fma(v0, x1, v1 * x0), reciprocal(x0 * x1, FAST), acc)
     return acc
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
-from .general import LOG2E, Blocks, power, prepare, product, widths
+from .general import LOG2E, Blocks, power, prepare, product, score, widths
 from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
 
 
@@ -71,18 +71,15 @@ def _general_gradient(
 ):  # fmt: skip
     """(gradient of scale q · k, weight after dropout); 0 where a key is not visible."""
     rate: tl.constexpr = 1.0 if NATURAL else LOG2E
-    if ACT == "identity":
-        s = x * (scale * rate)
-    else:
-        y = activate(x * scale, ACT, FAST)
-        s = y * rate
+    y = x if ACT == "identity" else activate(x * scale, ACT, FAST)
+    bias = 0.0
     i = i.to(tl.int64)
     if EDGE:
         shown = visible_pairs(i, j, inside, mask_ptr, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
         if bias_ptr is not None:
             at = i * stride_sq + j.to(tl.int64) * stride_sk
-            s += tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
-    p = power(s - top, NATURAL, FMA) * inv
+            bias = tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
+    p = power(score(y, bias, scale, rate, ACT) - top, NATURAL, FMA) * inv
     if EXACT:
         g = p * (dp - delta)
     else:

@@ -27,24 +27,30 @@ from fused_attn import (
     word_by_word_attention,
 )
 
+CPU = torch.device("cpu")
+
 
 @dataclasses.dataclass
 class Row:
-    """call: from `impl` and tensors to a tensor or several. make: from batch and length to the tensors."""
+    """call: from `impl` and tensors to a tensor or several. make: from batch and length to the tensors.
+
+    columns: those that it has a cell in, all where None.
+    """
 
     name: str
     call: Callable
     make: Callable[[int, int], dict[str, Tensor]]
     module: nn.Module | None = None
-    impls: tuple[str, ...] = ("auto", "triton")
+    columns: tuple[str, ...] | None = None
+    device: torch.device = CPU
 
     def tensors(self, impl: str, batch: int = 2, length: int = 5) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        made = self.make(batch, length)
+        made = {name: x.to(self.device) for name, x in self.make(batch, length).items()}
         if impl != "triton":
             made = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
         if self.module is not None:
-            self.module.to(torch.float32 if impl == "triton" else torch.float64)
+            self.module.to(self.device, torch.float32 if impl == "triton" else torch.float64)
         return made
 
     def run(self, impl: str, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -53,8 +59,10 @@ class Row:
         return [x for x in results if x is not None]
 
     def loss(self, impl: str, tensors: dict[str, Tensor]) -> Tensor:
-        return sum((torch.cos(torch.arange(x.numel()).view(x.shape) + i) * x + x * x).sum()
-                   for i, x in enumerate(self.run(impl, tensors)))  # fmt: skip
+        def one(x: Tensor, i: int) -> Tensor:
+            return (torch.cos(torch.arange(x.numel(), device=x.device).view(x.shape) + i) * x + x * x).sum()
+
+        return torch.stack([one(x, i) for i, x in enumerate(self.run(impl, tensors))]).sum()
 
     def parameters(self) -> dict[str, Tensor]:
         return {} if self.module is None else {f"module.{n}": x for n, x in self.module.named_parameters()}
@@ -75,6 +83,9 @@ def _rows() -> list[Row]:
 
     def seen(*shape: int) -> Tensor:
         return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
+
+    def widens(x: Tensor, _: Tensor) -> Tensor:  # as a normalisation does
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
 
     def score(t: dict[str, Tensor], p: str) -> Score:
         gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
@@ -305,6 +316,72 @@ def _rows() -> list[Row]:
             "score_bias": r(B, T),
         },
     )
+    drops = (
+        "compile",
+        "inference_mode",
+        "checkpoint",
+        "checkpoint, reentrant",
+        "saved-tensor hooks",
+        "double backward",
+    )
+    add(
+        "location packed, dropout",
+        lambda i, c, **t: location_attention(**t, cu_seqlens=c, dropout_p=0.5, return_weights=True, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "w": r(4, 2), "c": offsets(B * T, B)},
+        columns=drops,
+    )
+    add(
+        "location padded, window, dropout",
+        lambda i, **t: location_attention(**t, window=(1, 1), dropout_p=0.5, impl=i),
+        lambda B, T: {"h": r(B, T, 4), "w": r(4, 2)},
+        columns=drops,
+    )
+    add(
+        "concat padded, dropout",
+        lambda i, **t: concat_attention(**t, dropout_p=0.5, return_weights=True, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4), "value": r(B, T, 4), "v": r(4)},
+        columns=drops,
+    )
+    add(
+        "general padded, dropout",
+        lambda i, **t: general_attention(**t, dropout_p=0.5, return_weights=True, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
+        columns=drops,
+    )
+    add(
+        "graph, dropout",
+        lambda i, **t: graph_attention(**t, dropout_p=0.5, return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(T, 4),
+            "key": r(T, 4),
+            "v": r(4),
+            "indptr": torch.arange(T + 1) * 2,
+            "indices": torch.arange(2 * T) % T,
+        },
+        columns=drops,
+    )
+    add(
+        "location jagged",
+        lambda i, h, c, **t: location_attention(torch.nested.nested_tensor_from_jagged(h, c.long()), **t, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3, 2), "c": offsets(B * T, B)},
+        columns=("compile", "inference_mode", "saved-tensor hooks"),
+    )
+    add(
+        "hierarchical, a layer between that widens",
+        lambda i, h, a, b, **t: hierarchical_attention(
+            h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i
+        ),
+        lambda B, T: {
+            "h": r(B * T, 4),
+            "a": offsets(B * T, 2 * B),
+            "b": offsets(2 * B, B),
+            "iw": r(4, 3),
+            "iv": r(3),
+            "ow": r(4, 3),
+            "ov": r(3),
+        },
+        columns=("compile", "autocast"),
+    )  # fmt: skip
     torch.manual_seed(1)
     m: nn.Module
     m = LocationAttention(4, 3, hops=2, gated=True, context_dim=2)

@@ -1,12 +1,14 @@
 """Every operator and module composes with every transform: see `_compositions`, which also prints the table."""
 
+import dataclasses
 import shutil
 
 import _compositions as table
 import pytest
+import torch
 
-# By default every column meets a padded and a packed row, by PyTorch and by the kernel, and every row of the two
-# columns whose failures would say nothing; all cells with --long.
+# By default every column meets a padded and a packed row, by PyTorch and by the kernel, every row of the two columns
+# whose failures would say nothing, and opcheck every raw operator; all cells with --long.
 EVERY_DAY = ("location padded, all options", "concat packed")
 SILENT = ("compile(grad)", "one tensor twice")
 
@@ -14,17 +16,17 @@ SILENT = ("compile(grad)", "one tensor twice")
 def cells(impl):
     for column in table.COLUMNS:
         for name, row in table.ROWS.items():
-            if not table.applies(row, column):
+            if not table.applies(row, column, impl):
                 continue
             often = column not in ("Inductor", *SILENT) and (name in EVERY_DAY or column in table.OF_MODULES)
+            if column == "raw operators" and row.module is None:
+                often = impl == "auto" or any(word in name for word in ("packed", "options"))
             marks = [] if often and (impl == "auto" or "compile" not in column) else [pytest.mark.long]
             yield pytest.param(column, name, marks=marks, id=f"{column}-{name}")
 
 
 def check(name, column, impl, device):
-    if device.type != "cpu":
-        pytest.skip("the table is of a CPU")
-    table.cell(table.ROWS[name], column, impl)
+    table.cell(table.ROWS[name], column, impl, device)
 
 
 @pytest.mark.parametrize(("column", "name"), list(cells("auto")))
@@ -54,3 +56,34 @@ def test_a_compiled_gradient_is_not_zero_where_something_captured_is_live(name, 
 @pytest.mark.parametrize("name", [name for name in PLAIN if "packed" in name] + ["GraphAttention"])
 def test_one_tensor_in_several_arguments_compiles(name, device):
     check(name, "one tensor twice", "auto", device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", [name for name, row in table.ROWS.items() if row.module is None])
+def test_a_cuda_graph_replays_forward_and_backward(name, device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    row = dataclasses.replace(table.ROWS[name], device=device)
+    tensors = table.live(row, row.tensors("triton"))
+    live = [x for x in tensors.values() if x.requires_grad]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def step():
+        results = row.run("triton", tensors)
+        cotangents = [torch.ones_like(x) for x in results]
+        return [*results, *torch.autograd.grad(results, live, cotangents, materialize_grads=True)]
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for x in live:
+            x.mul_(0.5)
+    graph.replay()
+    assert all(x.isfinite().all() for x in replayed)
+    if "dropout" not in name:
+        for got, want in zip(replayed, step(), strict=True):
+            torch.testing.assert_close(got, want)

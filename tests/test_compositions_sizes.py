@@ -1,5 +1,6 @@
 """Sizes that change under the compiler and the exporter, and sizes of 0."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn as f
 
-PACKED = [name for name in table.ROWS if "packed" in name or name.startswith("hierarchical")]
-PADDED = [name for name in table.ROWS if "padded" in name]
+ROWS = {name: row for name, row in table.ROWS.items() if row.columns is None}
+PACKED = [name for name in ROWS if "packed" in name or name.startswith("hierarchical")]
+PADDED = [name for name in ROWS if "padded" in name]
+EVERY_DAY = ("location padded, all options", "concat packed", "general packed")  # by the kernel
 
 
 @pytest.fixture(autouse=True)
@@ -21,19 +24,18 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def lengths_compile_once(name, device):
-    if device.type != "cpu":
-        pytest.skip("the tensors are a CPU's")
-    row, graphs = table.ROWS[name], torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(lambda t: row.run("auto", t), backend=graphs, fullgraph=True)
+def lengths_compile_once(name, device, impl="auto"):
+    row = dataclasses.replace(ROWS[name], device=device)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda t: row.run(impl, t), backend=graphs, fullgraph=True)
     for length in range(3, 15):
-        tensors = row.tensors("auto", 2, length)
+        tensors = row.tensors(impl, 2, length)
         for got, want in zip(compiled(tensors), row.run("reference", tensors), strict=True):
             torch.testing.assert_close(got, want)
     assert graphs.frame_count <= 3
 
 
-WORDS = [name for name in table.ROWS if name.startswith("word")]
+WORDS = [name for name in ROWS if name.startswith("word")]
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -42,22 +44,29 @@ def test_a_hypothesis_of_any_length_is_one_graph(name, device):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in table.ROWS if name not in WORDS and "RNN" not in name])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in WORDS and "RNN" not in name])
 def test_any_length_is_one_graph(name, device):
     lengths_compile_once(name, device)
 
 
-def exported(row, batch, length, sizes):
-    """The program of a batch has the results of batches of other sizes."""
-    module, tensors = table.Exported(row, "auto"), row.tensors("auto", batch, length)
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", EVERY_DAY)
+def test_any_length_is_one_graph_by_the_kernel(name, device):
+    lengths_compile_once(name, device, "triton")
+
+
+def exported(name, device, impl="auto"):
+    """The program of a batch of three has the results of batches of other sizes."""
+    row = dataclasses.replace(ROWS[name], device=device)
+    module, tensors = table.Exported(row, impl), row.tensors(impl, 3, 5)
     auto = torch.export.Dim.AUTO
-    other = row.tensors("auto", batch + 1, length + 1)
+    other = row.tensors(impl, 4, 6)
     shapes = tuple(
         {i: auto for i, n in enumerate(x.shape) if other[name].shape[i] != n} for name, x in tensors.items()
     )
     program = torch.export.export(module, tuple(tensors.values()), dynamic_shapes=(shapes,)).module()
-    for size in sizes:
-        given = row.tensors("auto", *size)
+    for size in ((3, 5), (1, 5), (2, 7), (1, 2)):
+        given = row.tensors(impl, *size)
         got = program(*given.values())
         got = [x for x in (got if isinstance(got, tuple) else (got,)) if x is not None]
         for x, want in zip(got, row.run("reference", given), strict=True):
@@ -98,24 +107,24 @@ def test_an_exported_program_takes_no_keys(name):
 @pytest.mark.parametrize("name", [name for name in PACKED if name != "location packed, all options"
                                   and not name.startswith("word")])  # fmt: skip
 def test_a_packed_batch_exports_from_one_sequence_up(name, device):
-    if device.type != "cpu":
-        pytest.skip("the tensors are a CPU's")
-    exported(table.ROWS[name], 3, 5, [(3, 5), (1, 5), (2, 7), (1, 2)])
+    exported(name, device)
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_a_padded_batch_exports_from_one_sequence_up(name, device):
-    if device.type != "cpu":
-        pytest.skip("the tensors are a CPU's")
-    exported(table.ROWS[name], 3, 5, [(3, 5), (1, 5), (2, 7), (1, 2)])
+    exported(name, device)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", EVERY_DAY)
+def test_a_batch_by_the_kernel_exports_from_one_sequence_up(name, device):
+    exported(name, device, "triton")
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_a_saved_program_gives_the_same_numbers_in_a_fresh_process(impl, device, tmp_path):
-    if device.type != "cpu":
-        pytest.skip("the tensors are a CPU's")
-    row = table.ROWS["word by word packed"]
+    row = dataclasses.replace(table.ROWS["word by word packed"], device=device)
     tensors = row.tensors(impl)
     torch.export.save(
         torch.export.export(table.Exported(row, impl), tuple(tensors.values())), tmp_path / "program.pt2"

@@ -13,7 +13,8 @@ from _concat import ACTIVATIONS, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_attn import _concat_blocked, concat_attention
+from fused_attn import concat_attention
+from fused_attn.blocked import concat as in_blocks
 
 
 class Recorder(TorchDispatchMode):
@@ -39,8 +40,8 @@ def recorded(monkeypatch, device):
 
     def record(case: Case) -> Recorder:
         recorder = Recorder()
-        for name in ("blocked_fwd", "blocked_bwd"):
-            monkeypatch.setattr(_concat_blocked, name, inside(recorder, getattr(_concat_blocked, name)))
+        for name in ("concat_fwd", "concat_bwd"):
+            monkeypatch.setattr(in_blocks, name, inside(recorder, getattr(in_blocks, name)))
         tensors = case.tensors(device)
         with recorder:
             evaluate(case.op, tensors, "auto")
@@ -100,14 +101,14 @@ def two_threads():
 
 def counted(monkeypatch, seconds: list[float]) -> list[int]:
     """Let blocks take so many seconds, the last ever after; how many threads are set, each time one sets them."""
-    monkeypatch.setattr(_concat_blocked, "BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(in_blocks, "BUFFER_BYTES", 2**16)
     now, left = [0.0], [*seconds]
 
     def clock() -> float:
         now[0] += (left.pop(0) if len(left) > 1 else left[0]) / 2  # read before and after
         return now[0]
 
-    monkeypatch.setattr(_concat_blocked, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(in_blocks, "time", SimpleNamespace(perf_counter=clock))
     calls: list[int] = []
     set_num_threads = torch.set_num_threads
     monkeypatch.setattr(torch, "set_num_threads", lambda n: (calls.append(n), set_num_threads(n)))
@@ -127,7 +128,7 @@ def counted(monkeypatch, seconds: list[float]) -> list[int]:
 def test_blocks_that_come_late_take_one_thread(activation, seconds, calls, monkeypatch, two_threads):
     case = dataclasses.replace(MANY_BLOCKS, activation=activation)
     tensors = case.tensors(torch.device("cpu"))
-    monkeypatch.setattr(_concat_blocked, "BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(in_blocks, "BUFFER_BYTES", 2**16)
     want = evaluate(case.op, tensors, "auto")
     seen = counted(monkeypatch, seconds)
     got = evaluate(case.op, tensors, "auto")
@@ -149,7 +150,7 @@ def test_an_error_leaves_the_number_of_threads(monkeypatch, two_threads):
             raise RuntimeError("out of memory")
         torch.ops.aten.gelu.out(z, out=out)
 
-    monkeypatch.setitem(_concat_blocked._FORWARD, "gelu", fails)
+    monkeypatch.setitem(in_blocks._FORWARD, "gelu", fails)
     case = dataclasses.replace(MANY_BLOCKS, activation="gelu")
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(case.op, case.tensors(torch.device("cpu")), "auto")

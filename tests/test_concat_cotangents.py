@@ -30,9 +30,7 @@ def derivatives(case: Case, tensors, impl: str, through) -> Result:
             *inputs, activation=activation, left=left, right=right, dropout_p=dropout_p
         )
     else:
-        results = concat._ConcatAttention.apply(
-            *inputs, activation, left, right, dropout_p, "scores" in through, impl == "blocked"
-        )
+        results = concat._CONCAT(*inputs, activation, left, right, dropout_p, "scores" in through, impl == "blocked")
     named = dict(zip(RESULTS, results, strict=True))
     # Rows that see nothing and pairs that are hidden have random gradients too: no input may feel them.
     cotangents = [projection(named[name], RESULTS.index(name)) for name in through]

@@ -14,7 +14,8 @@ from _compare import (
 )
 from _concat import ALL, IMPLS, ROWS, Case, check, compare, hide, offsets, operator
 
-from fused_attn import _concat_blocked, concat_attention
+from fused_attn import concat_attention
+from fused_attn.blocked import concat as in_blocks
 from fused_attn.kernels import chip as chips
 from fused_attn.kernels import concat_bwd as kernels
 
@@ -68,9 +69,9 @@ def test_small_tiles_and_blocks_of_the_blocked_path_change_nothing(monkeypatch, 
     """A few queries a tile and a few keys a block, where the sizes here would be one of each."""
     if device.type != "cpu":
         pytest.skip("the blocked path is for CPUs")
-    monkeypatch.setattr(_concat_blocked, "ROWS", rows)
-    monkeypatch.setattr(_concat_blocked, "LEAST_ROWS", 1)
-    monkeypatch.setattr(_concat_blocked, "BUFFER_BYTES", 4 * 11 * rows * case.attn_dim)
+    monkeypatch.setattr(in_blocks, "ROWS", rows)
+    monkeypatch.setattr(in_blocks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(in_blocks, "BUFFER_BYTES", 4 * 11 * rows * case.attn_dim)
     check(case, device, "auto")
 
 

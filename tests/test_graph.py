@@ -344,3 +344,33 @@ def test_dropout_is_the_same_for_every_implementation(device):
     without = evaluate(dataclasses.replace(case, dropout_p=0.0).op, tensors, "reference")
     torch.testing.assert_close(kernel.outputs["weights"], without.outputs["weights"])
     assert not torch.allclose(kernel.outputs["output"], without.outputs["output"])
+
+
+@pytest.mark.kernel
+def test_raw_backward_without_edges_passes_opcheck_in_any_layout(device):
+    query = torch.randn(3, 5, 4, device=device).transpose(0, 1)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    forward = (query, query, torch.randn(3, 4, device=device), None, None, none.new_zeros(6), none, None, None, None)
+    out, lse, scores = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0)
+    backward = (out, lse, scores, *forward, None, out, lse, scores, "tanh", 0.0, [True, True, True, False, False])
+    torch.library.opcheck(torch.ops.fused_attn.graph_bwd, backward)
+
+
+def test_structures_compile_as_one_graph(device):
+    index = torch.tensor([[3, 1, 0, 3], [1, 1, 0, 2]], device=device)
+
+    def build(index):
+        indptr, indices, perm = csr_from_edges(index, 3)
+        return indptr, indices, perm, *transpose_csr(indptr, indices, 4)
+
+    compiled = torch.compile(build, backend="aot_eager", fullgraph=True)
+    for x, y in zip(compiled(index), build(index), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_float64_is_an_error_for_the_kernel_only(device):
+    t = in_double(Case().tensors(device))
+    arguments = [t[name] for name in ("query", "key", "v", "indptr", "indices")]
+    with pytest.raises(ValueError, match=r"^impl: 'triton' has no float64"):
+        graph_attention(*arguments, impl="triton")
+    assert graph_attention(*arguments, impl="auto").dtype == torch.float64

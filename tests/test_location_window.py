@@ -23,8 +23,9 @@ from _location import Case, offsets, operator, pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_attn import LocationAttention, _location_blocked, location_attention, reference
-from fused_attn._location_windowed import WindowedAttention
+from fused_attn import LocationAttention, location_attention, reference
+from fused_attn._location_windowed import WINDOW
+from fused_attn.blocked import location as in_blocks
 
 WINDOWS = (
     (None, 0), (None, -1), (None, 5), (None, -3), (None, 40), (0, None), (3, None), (-2, None), (40, None), (2, 2),
@@ -57,8 +58,8 @@ both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ra
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     """Several levels of chunks in few rows."""
-    monkeypatch.setattr(_location_blocked, "CHUNK", 4)
-    monkeypatch.setattr(_location_blocked, "WIDE", 8)
+    monkeypatch.setattr(in_blocks, "CHUNK", 4)
+    monkeypatch.setattr(in_blocks, "WIDE", 8)
 
 
 def windowed(case: Case, window, return_weights: bool = True):
@@ -156,7 +157,7 @@ def raw(scores, values, cu, seed, window, dropout_p, impl):
             scores, values, cu, seed, left=window[0], right=window[1], dropout_p=dropout_p
         )
         return out, lse
-    return WindowedAttention.apply(scores, values, cu, seed, *window, dropout_p, impl == "blocked")
+    return WINDOW(scores, values, cu, seed, *window, dropout_p, impl == "blocked")
 
 
 @pytest.mark.parametrize("through", [("output", "lse"), ("lse",)], ids="+".join)
@@ -427,27 +428,6 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("blocked", [False, True], ids=["kernel", "blocked"])
-@each_form
-@pytest.mark.kernel
-def test_raw_operators_pass_opcheck(case, window, blocked, device):
-    tensors = case.tensors(device)
-    lead = tensors["h"].shape[:-1]
-    inputs = (
-        torch.randn(*lead, 2, device=device), tensors["h"], tensors.get("cu_seqlens"),
-        torch.tensor([5], device=device) if case.dropout_p else None,
-    )  # fmt: skip
-    options = (*window, case.dropout_p, blocked)
-    torch.library.opcheck(torch.ops.fused_attn.location_window_fwd, (*inputs, *options))
-    out, lse = torch.ops.fused_attn.location_window_fwd(*inputs, *options)
-    for dlse, needs in ((projection(lse, 1), [True, True]), (None, [False, True])):
-        arguments = (projection(out, 0), dlse, *inputs, out, lse, *options, needs)
-        # The others of opcheck's tests read storages, which the wrappers inside the blocked path's vjp do not have.
-        # That its fake tells the truth is what the compiled graphs below show.
-        more = {"test_utils": "test_autograd_registration"} if blocked else {}
-        torch.library.opcheck(torch.ops.fused_attn.location_window_bwd, arguments, **more)
-
-
 @pytest.mark.usefixtures("_fresh_compiler")
 @each_form
 @each_impl
@@ -585,8 +565,8 @@ def test_blocked_path_is_linear_in_the_rows(ragged, window, device):
         cu = torch.tensor([0, 10, 10, rows], dtype=torch.int32)
         inputs = (scores, values, cu, None) if ragged else (scores[None], values[None], None, None)
         with Recorder() as seen:
-            out, lse = _location_blocked.blocked_fwd(*inputs, *window, 0.0)
-            _location_blocked.blocked_bwd(out, lse, *inputs, lse, *window, 0.0, [True, True])
+            out, lse = in_blocks.window_fwd(*inputs, *window, 0.0)
+            in_blocks.window_bwd(out, lse, *inputs, lse, *window, 0.0, [True, True])
         counts.append((seen.largest, seen.work))
     for (before, work), (after, more) in itertools.pairwise(counts):
         assert after <= 2.1 * before

@@ -267,9 +267,9 @@ def raw(case, t):
         "w_r": t["w_r"], "w_t": t["w_t"], "state": t["state"], "mask": t["mask"],
     }  # fmt: skip
     made |= {name: t[name] for name in ("key", "value") if name in t}
-    out, weights = torch.ops.fused_attn.word_by_word_fwd(*made.values(), None, None, True)
+    out, weights = torch.ops.fused_attn.word_by_word_fwd(*made.values(), None, None, True, False)
     needs = [True] * 7
-    grads = torch.ops.fused_attn.word_by_word_bwd(out, weights, *made.values(), None, None, out, needs)
+    grads = torch.ops.fused_attn.word_by_word_bwd(out, weights, *made.values(), None, None, out, True, False, needs)
     return made, [out, weights, *grads]
 
 

@@ -18,29 +18,29 @@ _PAIRS = "pairs_weights pairs_hidden pairs_layouts pairs_wide"
 _LAST = "inputs no_host_wait variants compositions"  # of every family, and slow to see what its own tests see
 TESTS = {
     "_checks": _tests("inputs location_errors concat_errors general_errors graph_errors statistics_errors "
-                      "hierarchical_errors word_by_word_compose location_aware inputs_drawn"),
+                      "hierarchical_errors word_by_word_errors location_aware inputs_drawn"),
     "_habits": _tests("inputs"),
-    "_ops": _tests("location_reference location_compose concat_compose general_compose graph_compose inputs "
-                   "compositions"),
+    "_ops": _tests("location_reference inputs chips compositions"),
+    "_operators": _tests("compositions inputs"),
     "reference": _tests("location_reference concat_reference three_families location_numbers general "
                         "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
                         f"{_PAIRS} location_hidden concat_structure concat_exactness"),
-    "_ragged_rnn": _tests("hierarchical_errors location_hidden compositions"),
+    "_ragged_rnn": _tests("hierarchical_errors location_hidden compositions_sizes compositions"),
     "location_window": _tests("location_window location_window_memory location_numbers location_layouts "
                               f"location_hidden {_LAST}"),
-    "location_blocked": _tests("location_window location_numbers location_layouts location_hidden compositions"),
+    "blocked/location": _tests("location_window location_numbers location_layouts location_hidden compositions"),
     "location": _tests("modules location location_structure location_dropout location_numbers location_layouts "
-                       "location_hidden location_errors location_memory location_window location_compose "
+                       "location_hidden location_errors location_memory location_window "
                        f"hierarchical {_LAST}"),
     "concat": _tests("concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
-                     f"concat_blocked {_PAIRS} concat_errors concat_memory concat_compose {_LAST}"),
+                     f"concat_blocked {_PAIRS} concat_errors concat_memory {_LAST}"),
     "general": _tests("general general_structure general_sdpa general_errors "
-                      f"{_PAIRS} general_compose {_LAST}"),
+                      f"{_PAIRS} {_LAST}"),
     "hierarchical": _tests("hierarchical hierarchical_structure hierarchical_errors location_numbers "
-                           f"location_layouts location_hidden location_memory hierarchical_compose {_LAST}"),
-    "recurrent": _tests(f"word_by_word location_aware three_families word_by_word_compose {_LAST}"),
-    "statistics": _tests(f"statistics three_families statistics_errors statistics_compose {_LAST}"),
-    "graph": _tests(f"graph three_families graph_errors graph_compose {_LAST}"),
+                           f"location_layouts location_hidden location_memory {_LAST}"),
+    "recurrent": _tests(f"word_by_word location_aware three_families {_LAST}"),
+    "statistics": _tests(f"statistics three_families statistics_errors {_LAST}"),
+    "graph": _tests(f"graph three_families graph_errors {_LAST}"),
     "": _tests("softmax location concat_structure general graph statistics location_dropout location_window "
                "location_structure"),
 }  # fmt: skip
@@ -62,7 +62,7 @@ _OPERATORS = {  # how each is written, and what it becomes
 
 def tests_of(path: Path) -> tuple[str, ...]:
     """The tests that should see a change of the file."""
-    return next(tests for part, tests in TESTS.items() if part in path.name)
+    return next(tests for part, tests in TESTS.items() if part in path.as_posix())
 
 
 def _speed_only(node: ast.AST) -> bool:
@@ -125,9 +125,8 @@ def _changes(source: str) -> Iterator[tuple[int, str, str, str]]:
 def draw(root: Path, count: int, seed: int) -> list[Mutant]:
     """That many changes of the kernels and the families' Python, each line at most once."""
     skip = ("__init__.py", "chip.py")
-    files = [
-        p for folder in ("kernels", "fused_attn", "fused_attn/modules") for p in sorted((root / folder).glob("*.py"))
-    ]
+    folders = ("kernels", "fused_attn", "fused_attn/blocked", "fused_attn/modules")
+    files = [p for folder in folders for p in sorted((root / folder).glob("*.py"))]
     found: dict[tuple[str, int], list[Mutant]] = {}
     for path in files:
         if path.name in skip:
@@ -135,7 +134,7 @@ def draw(root: Path, count: int, seed: int) -> list[Mutant]:
         source, name = path.read_text(), str(path.relative_to(root))
         for place, old, new, why in _changes(source):
             line = source.encode()[:place].count(b"\n") + 1
-            mutant = Mutant(name, old, new, tests_of(path), f"line {line}: {why}", at=place)
+            mutant = Mutant(name, old, new, tests_of(Path(name)), f"line {line}: {why}", at=place)
             found.setdefault((name, line), []).append(mutant)
     chosen = random.Random(seed)
     lines = chosen.sample(sorted(found), min(count, len(found)))

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import vjp
-from .reference import dropout_scale, in_window, normaliser
+from .._operators import vjp
+from ..reference import dropout_scale, in_window, normaliser
 
 CHUNK = 64
 """Rows of a chunk; of windows bounded on both sides up to `WIDE`, so that a chunk has not many times as many keys."""
@@ -153,7 +153,7 @@ def clip_window(left: int | None, right: int | None, length: int) -> tuple[int |
     return left, right
 
 
-def blocked_fwd(
+def window_fwd(
     scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
     left: int | None, right: int | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -209,7 +209,7 @@ def _sees_any(rows: Tensor, cu: Tensor, left: int | None, right: int | None) -> 
     return until[hi] > until[lo]
 
 
-def blocked_bwd(
+def window_bwd(
     dout: Tensor, dlse: Tensor | None,
     scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, lse: Tensor,
     left: int | None, right: int | None, dropout_p: float, needs: list[bool],

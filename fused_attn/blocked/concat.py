@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import dropout_scale, in_parts, normaliser, readable, sound
+from ..reference import dropout_scale, in_parts, normaliser, readable, sound
 
 T = TypeVar("T")
 
@@ -301,7 +301,7 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, pivot, p.sum(-1, keepdim=True)
 
 
-def blocked_fwd(
+def concat_fwd(
     query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
     activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
@@ -344,7 +344,7 @@ def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, scores
 
 
-def blocked_bwd(
+def concat_bwd(
     dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
     query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
@@ -370,7 +370,7 @@ def _backward(
     call: _Call, dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, score_bias: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """What `blocked_bwd` returns, wide, all made or not."""
+    """What `concat_bwd` returns, wide, all made or not."""
     activation = call.act
     need_q, need_k, need_value, need_v, need_bias = needs
     dq, dk, dvalue = (x.new_zeros(x.shape) for x in (call.q, call.k, call.value))

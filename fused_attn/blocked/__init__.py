@@ -1,0 +1,1 @@
+"""The PyTorch paths in blocks, for CPUs."""
