@@ -71,7 +71,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 # ends in a product, a bias after it.
 ROUNDED = CASES | {
     f"{family}, {activation}, {'bias' if bias else 'plain'}": module.Case(
-        batch=1, queries=5, keys=21, attn_dim=4, value_dim=6, activation=activation, score_bias=bias
+        batch=2, queries=19, keys=40, attn_dim=8, value_dim=8, activation=activation, score_bias=bias
     )
     for family, module in (("concat", _concat), ("general", _general))
     for activation in ("identity", "silu", "gelu", "leaky_relu")
