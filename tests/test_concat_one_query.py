@@ -81,7 +81,7 @@ def test_heads_windows_and_packed_rows_go_the_usual_way(case, impl, pooled, devi
 
 @each_impl
 def test_ragged_keys_of_one_query_a_sequence_by_the_location_family(impl, device):
-    """What the README says: projected keys are `w=None`, the queries a context, the lengths may differ."""
+    """What docs/concat.md says: projected keys are `w=None`, the queries a context, the lengths may differ."""
     lengths = [5, 0, 33, 12]
     rng = torch.Generator().manual_seed(0)
     key, value = (torch.randn(sum(lengths), n, generator=rng).to(device) for n in (8, 6))
