@@ -1,9 +1,10 @@
-"""`LocationAttention`: parameters, shapes, and what it hands to the function."""
+"""`LocationAttention`: parameters, shapes, what it hands to the function. What modules share with those of torch."""
 
 import pytest
 import torch
 from torch import nn
 
+import fused_attn
 from fused_attn import LocationAttention, location_attention
 
 DIM, ATTN_DIM, HOPS = 6, 5, 3
@@ -168,3 +169,57 @@ def test_repr_shows_the_options():
     assert "hops=2, activation='relu', dropout=0.25" in shown
     assert f"in_features={DIM}, out_features={ATTN_DIM}" in shown
     assert "gate_activation='silu'" in repr(LocationAttention(DIM, ATTN_DIM, gated=True, gate_activation="silu"))
+
+
+# --- What every module has, as those of torch have it --------------------------------------------------------------
+
+MODULES = {
+    "location": lambda **made: fused_attn.LocationAttention(4, 3, hops=2, gated=True, context_dim=5, **made),
+    "concat": lambda **made: fused_attn.ConcatAttention(4, 5, 3, context_dims=(2,), num_heads=2, bias=True, **made),
+    "general": lambda **made: fused_attn.GeneralAttention(4, 5, num_heads=2, **made),
+    "hierarchical": lambda **made: fused_attn.HierarchicalAttention(4, 3, gated=True, inner_context_dim=2, **made),
+    "word by word": lambda **made: fused_attn.WordByWordAttention(4, 5, 3, **made),
+    "location-aware": lambda **made: fused_attn.LocationAwareAttention(4, 5, 3, channels=2, width=3, **made),
+    "statistics": lambda **made: fused_attn.StatisticsPooling(4, 3, global_context=True, **made),
+    "graph": lambda **made: fused_attn.GraphAttention(4, 3, edge_dim=2, **made),
+    "graph, shared": lambda **made: fused_attn.GraphAttention(4, 3, share_weights=True, bias=False, **made),
+}
+each_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
+
+
+@each_module
+def test_parameters_are_made_on_a_device_and_of_a_dtype(make):
+    module = make(device="meta", dtype=torch.bfloat16)
+    assert {(x.device.type, x.dtype) for x in module.parameters()} == {("meta", torch.bfloat16)}
+    assert {(x.device.type, x.dtype) for x in make(device=torch.device("cpu")).parameters()} == {
+        ("cpu", torch.float32)
+    }
+
+
+@each_module
+def test_reset_parameters_draws_as_the_constructor_does(make):
+    torch.manual_seed(3)
+    module = make()
+    first = {name: x.clone() for name, x in module.state_dict().items()}
+    torch.manual_seed(3)
+    later = make(device="meta").to_empty(device="cpu")
+    later.reset_parameters()
+    for name, x in later.state_dict().items():
+        assert torch.equal(x, first[name]), name
+    later.reset_parameters()
+    assert not all(torch.equal(x, first[name]) for name, x in later.state_dict().items())
+
+
+@each_module
+@pytest.mark.parametrize(
+    "bad", [{"dtype": torch.int64}, {"dtype": "float32"}, {"device": "nowhere"}, {"device": 1.5}]
+)
+def test_a_bad_device_or_dtype_is_named(make, bad):
+    with pytest.raises((TypeError, ValueError), match=rf"^{next(iter(bad))}: expected .*; got "):
+        make(**bad)
+
+
+def test_every_module_is_in_the_table():
+    made = {type(make()).__name__ for make in MODULES.values()}
+    public = {name for name in fused_attn.__all__ if isinstance(getattr(fused_attn, name), type)}
+    assert public - made == {"HierarchicalOutput", "RaggedRNN", "Score"}

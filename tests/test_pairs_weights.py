@@ -153,3 +153,20 @@ def test_gradients_of_scores_of_any_size_are_exact(case, size, dtype, impl, devi
     exact = evaluate(op, in_double(tensors), "")
     rough = [evaluate(op, tensors, ""), *(evaluate(op, nudged(tensors, i), "") for i in range(1, 9))]
     assert_as_exact(evaluate(case.op, tensors, impl), rough, exact, dtype=dtype)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("seed", [4, 6, 14, 16, 24, 31])
+def test_gradients_of_a_row_that_one_key_almost_has_are_exact(seed, device):
+    """A gap is the difference of a value and the output, whose rounding all gaps of a row have alike."""
+    case = _general.Case(
+        batch=1, queries=5, keys=21, attn_dim=4, value_dim=6, scale=50.0, return_weights=False, layout="contiguous"
+    )
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {n: torch.randn(x.shape, generator=rng).to(device) for n, x in case.tensors(device).items()}
+
+    def op(**arguments):
+        return textbook(case)(**arguments)[0]
+
+    rough = [evaluate(op, tensors, ""), *(evaluate(op, nudged(tensors, i), "") for i in range(1, 9))]
+    assert_as_exact(evaluate(case.op, tensors, "triton"), rough, evaluate(op, in_double(tensors), ""))

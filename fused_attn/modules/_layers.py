@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import show
+
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv1d)
+
+
+def factory(device: Any, dtype: Any) -> dict[str, Any]:
+    """A constructor's `device` and `dtype`, checked, as layers take them."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if dtype is not None and dtype not in floats:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32, float64 or None; got {show(dtype)}")
+    try:
+        return {"device": None if device is None else torch.device(device), "dtype": dtype}
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(device, str) else TypeError
+        raise kind(f"device: expected a torch.device, its name or None; got {show(device)}") from error
+
+
+def reset_layers(module: nn.Module) -> None:
+    """``reset_parameters`` of the layers in a module, in the order in which they were made."""
+    for child in module.children():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        else:
+            reset_layers(child)
 
 
 def read(name: str, layer: _Layer) -> _Layer:

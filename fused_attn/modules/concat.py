@@ -23,7 +23,7 @@ from .._habits import explicit
 from .._ops import Impl
 from ..concat import concat_attention
 from ..reference import sound
-from ._layers import read
+from ._layers import factory, read, reset_layers
 
 _INPUTS = {
     "query": argument("B Tq query_dim"),
@@ -58,6 +58,8 @@ class ConcatAttention(nn.Module):
         The bias b, on the query projection.
     dropout
         Probability that a weight is dropped, in training only.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
@@ -77,8 +79,11 @@ class ConcatAttention(nn.Module):
         activation: str = "tanh",
         bias: bool = False,
         dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         query_dim = check_count("query_dim", query_dim, 1)
         key_dim = check_count("key_dim", key_dim, 1)
         attn_dim = check_count("attn_dim", attn_dim, 1)
@@ -91,10 +96,14 @@ class ConcatAttention(nn.Module):
         dropout = check_dropout("dropout", dropout)
         self.num_heads, self.activation, self.dropout = num_heads, activation, dropout
         width = num_heads * attn_dim
-        self.query_proj = nn.Linear(query_dim, width, bias=bias)
-        self.key_proj = nn.Linear(key_dim, width, bias=False)
-        self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False) for n in context_dims)
-        self.score = nn.Linear(attn_dim, num_heads, bias=False)
+        self.query_proj = nn.Linear(query_dim, width, bias=bias, **made)
+        self.key_proj = nn.Linear(key_dim, width, bias=False, **made)
+        self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False, **made) for n in context_dims)
+        self.score = nn.Linear(attn_dim, num_heads, bias=False, **made)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
 
     @explicit
     def forward(

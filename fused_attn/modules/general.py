@@ -11,6 +11,7 @@ from .._checks import FINITE, argument, check_activation, check_count, check_dro
 from .._habits import explicit
 from .._ops import Impl
 from ..general import general_attention
+from ._layers import factory
 
 _INPUTS = {
     packed: {
@@ -44,6 +45,8 @@ class GeneralAttention(nn.Module):
         identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
     dropout
         Probability that a weight is dropped, in training only.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Attributes
     ----------
@@ -67,8 +70,11 @@ class GeneralAttention(nn.Module):
         scale: float = 1.0,
         activation: str = "identity",
         dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         query_dim = check_count("query_dim", query_dim, 1)
         key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
         num_heads = check_count("num_heads", num_heads, 1)
@@ -77,8 +83,13 @@ class GeneralAttention(nn.Module):
         dropout = check_dropout("dropout", dropout)
         self.num_heads, self.scale, self.activation, self.dropout = num_heads, scale, activation, dropout
         heads = (num_heads,) if num_heads > 1 else ()
-        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim))
-        nn.init.uniform_(self.weight, -1 / math.sqrt(query_dim), 1 / math.sqrt(query_dim))
+        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim, **made))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, as the constructor does."""
+        bound = 1 / math.sqrt(self.weight.shape[-2])
+        nn.init.uniform_(self.weight, -bound, bound)
 
     @explicit
     def forward(

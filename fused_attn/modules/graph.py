@@ -20,7 +20,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..graph import Transposed, graph_attention
-from ._layers import read
+from ._layers import factory, read, reset_layers
 
 _INPUTS = {
     "x": argument("N query_dim"),
@@ -61,6 +61,8 @@ class GraphAttention(nn.Module):
         Probability that a weight is dropped, in training only.
     activation
         identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Attributes
     ----------
@@ -89,8 +91,11 @@ class GraphAttention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         activation: str = "leaky_relu",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         query_dim, head_dim = check_count("query_dim", query_dim, 1), check_count("head_dim", head_dim, 1)
         num_heads = check_count("num_heads", num_heads, 1)
         key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
@@ -103,12 +108,12 @@ class GraphAttention(nn.Module):
         dropout = check_dropout("dropout", dropout)
         self.num_heads, self.concat, self.activation, self.dropout = num_heads, concat, activation, dropout
         width = num_heads * head_dim
-        self.key_proj = nn.Linear(key_dim, width, bias=bias)
+        self.key_proj = nn.Linear(key_dim, width, bias=bias, **made)
         if not share_weights:
-            self._modules["query_proj"] = nn.Linear(query_dim, width, bias=bias)
-        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, bias=False)
-        self.score = nn.Linear(head_dim, num_heads, bias=False)
-        self.bias = nn.Parameter(torch.zeros(width if concat else head_dim)) if bias else None
+            self._modules["query_proj"] = nn.Linear(query_dim, width, bias=bias, **made)
+        self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, bias=False, **made)
+        self.score = nn.Linear(head_dim, num_heads, bias=False, **made)
+        self.bias = nn.Parameter(torch.zeros(width if concat else head_dim, **made)) if bias else None
 
     @property
     def query_proj(self) -> nn.Linear:
@@ -117,6 +122,12 @@ class GraphAttention(nn.Module):
         Then it is a module under one name: `torch.func.functional_call` does not restore one that has two.
         """
         return cast("nn.Linear", self._modules.get("query_proj", self.key_proj))
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @explicit
     def forward(

@@ -23,7 +23,7 @@ from .._ops import Impl, exports_from_one, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
-from ._layers import project, read
+from ._layers import factory, project, read, reset_layers
 from .location import LocationAttention, gate_of
 
 _CONTEXT = "{1} {0} | {2} {0} | {1} 1 {0} | 1 {2} {0}"
@@ -112,6 +112,8 @@ class HierarchicalAttention(nn.Module):
         identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
     bias
         Biases b and g.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
@@ -135,8 +137,11 @@ class HierarchicalAttention(nn.Module):
         outer_context_dim: int | None = None,
         activation: str = "tanh",
         bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory(device, dtype)
         outer_dim = inner_dim if outer_dim is None else outer_dim
         sizes = {
             "dim": dim, "inner_dim": inner_dim, "outer_dim": outer_dim, "between_dim": between_dim,
@@ -153,12 +158,17 @@ class HierarchicalAttention(nn.Module):
 
         def level(width: int, attn_dim: int, context_dim: int | None) -> LocationAttention:
             return LocationAttention(
-                width, attn_dim, gated=gated, activation=activation, bias=bias, context_dim=context_dim
-            )
+                width, attn_dim, gated=gated, activation=activation, bias=bias, context_dim=context_dim,
+                device=device, dtype=dtype,
+            )  # fmt: skip
 
         self.inner = level(dim, inner_dim, inner_context_dim)
         self.between = between
         self.outer = level(between_dim or dim, outer_dim, outer_context_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does, and those of the layer between."""
+        reset_layers(self)
 
     @explicit
     def forward(

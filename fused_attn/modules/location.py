@@ -21,7 +21,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..location import _a_sequence, check_context, location_attention
-from ._layers import project, read
+from ._layers import factory, project, read, reset_layers
 
 _INPUTS = {
     packed: {
@@ -60,6 +60,8 @@ class LocationAttention(nn.Module):
         Width of a context that is projected without bias and added into the score; None for no context.
     dropout
         Probability that a weight is dropped, in training only.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
@@ -80,8 +82,11 @@ class LocationAttention(nn.Module):
         bias: bool = True,
         context_dim: int | None = None,
         dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         dim = check_count("dim", dim, 1)
         attn_dim = None if attn_dim is None else check_count("attn_dim", attn_dim, 1)
         hops = None if hops is None else check_count("hops", hops, 1)
@@ -94,10 +99,14 @@ class LocationAttention(nn.Module):
         dropout = check_dropout("dropout", dropout)
         self.hops, self.activation, self.gate_activation, self.dropout = hops, activation, gate_activation, dropout
         width = attn_dim or hops or 1
-        self.proj = nn.Linear(dim, width, bias=bias)
-        self.gate = nn.Linear(dim, width, bias=bias) if gated else None
-        self.score = nn.Linear(width, hops or 1, bias=False) if attn_dim is not None else None
-        self.context = nn.Linear(context_dim, width, bias=False) if context_dim is not None else None
+        self.proj = nn.Linear(dim, width, bias=bias, **made)
+        self.gate = nn.Linear(dim, width, bias=bias, **made) if gated else None
+        self.score = nn.Linear(width, hops or 1, bias=False, **made) if attn_dim is not None else None
+        self.context = nn.Linear(context_dim, width, bias=False, **made) if context_dim is not None else None
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
 
     @explicit
     def forward(

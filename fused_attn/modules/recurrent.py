@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import (
@@ -18,7 +19,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
-from ._layers import project, read
+from ._layers import factory, project, read, reset_layers
 
 _WORDS = {
     packed: {
@@ -46,6 +47,8 @@ class WordByWordAttention(nn.Module):
     ----------
     premise_dim, hypothesis_dim, attn_dim
         Widths D of the premise and of r, of the hypothesis, and A of the score.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Attributes
     ----------
@@ -59,16 +62,29 @@ class WordByWordAttention(nn.Module):
 
     """
 
-    def __init__(self, premise_dim: int, hypothesis_dim: int, attn_dim: int) -> None:
+    def __init__(
+        self,
+        premise_dim: int,
+        hypothesis_dim: int,
+        attn_dim: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         premise_dim = check_count("premise_dim", premise_dim, 1)
         hypothesis_dim = check_count("hypothesis_dim", hypothesis_dim, 1)
         attn_dim = check_count("attn_dim", attn_dim, 1)
-        self.premise_proj = nn.Linear(premise_dim, attn_dim, bias=False)
-        self.hypothesis_proj = nn.Linear(hypothesis_dim, attn_dim, bias=False)
-        self.state_proj = nn.Linear(premise_dim, attn_dim, bias=False)
-        self.score = nn.Linear(attn_dim, 1, bias=False)
-        self.carry = nn.Linear(premise_dim, premise_dim, bias=False)
+        self.premise_proj = nn.Linear(premise_dim, attn_dim, bias=False, **made)
+        self.hypothesis_proj = nn.Linear(hypothesis_dim, attn_dim, bias=False, **made)
+        self.state_proj = nn.Linear(premise_dim, attn_dim, bias=False, **made)
+        self.score = nn.Linear(attn_dim, 1, bias=False, **made)
+        self.carry = nn.Linear(premise_dim, premise_dim, bias=False, **made)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
 
     @explicit
     def forward(
@@ -120,6 +136,8 @@ class LocationAwareAttention(nn.Module):
         The bias b, on the query projection.
     dropout
         Probability that a weight is dropped, in training only.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
@@ -139,8 +157,11 @@ class LocationAwareAttention(nn.Module):
         activation: str = "tanh",
         bias: bool = True,
         dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         query_dim, key_dim = check_count("query_dim", query_dim, 1), check_count("key_dim", key_dim, 1)
         attn_dim, channels = check_count("attn_dim", attn_dim, 1), check_count("channels", channels, 1)
         width, bias = check_count("width", width, 1), check_flag("bias", bias)
@@ -149,11 +170,15 @@ class LocationAwareAttention(nn.Module):
         check_activation("activation", activation)
         dropout = check_dropout("dropout", dropout)
         self.activation, self.dropout = activation, dropout
-        self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias)
-        self.key_proj = nn.Linear(key_dim, attn_dim, bias=False)
-        self.conv = nn.Conv1d(1, channels, width, padding=width // 2, bias=False)
-        self.location_proj = nn.Linear(channels, attn_dim, bias=False)
-        self.score = nn.Linear(attn_dim, 1, bias=False)
+        self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias, **made)
+        self.key_proj = nn.Linear(key_dim, attn_dim, bias=False, **made)
+        self.conv = nn.Conv1d(1, channels, width, padding=width // 2, bias=False, **made)
+        self.location_proj = nn.Linear(channels, attn_dim, bias=False, **made)
+        self.score = nn.Linear(attn_dim, 1, bias=False, **made)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
 
     def project_keys(self, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once.

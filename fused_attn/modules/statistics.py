@@ -9,7 +9,7 @@ from .._checks import check_activation, check_count, check_flag, weight_of, widt
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
 from ..statistics import statistics_pooling
-from ._layers import read
+from ._layers import factory, read, reset_layers
 from .location import check_module_inputs
 
 
@@ -34,6 +34,8 @@ class StatisticsPooling(nn.Module):
         and a batch norm before the tanh: that is not in this module.
     bias
         The bias b.
+    device, dtype
+        Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
@@ -51,16 +53,23 @@ class StatisticsPooling(nn.Module):
         global_context: bool = False,
         activation: str = "tanh",
         bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made = factory(device, dtype)
         dim, attn_dim = check_count("dim", dim, 1), check_count("attn_dim", attn_dim, 1)
         per_channel, bias = check_flag("per_channel", per_channel), check_flag("bias", bias)
         global_context = check_flag("global_context", global_context)
         check_activation("activation", activation)
         self.per_channel, self.activation = per_channel, activation
-        self.proj = nn.Linear(dim, attn_dim, bias=bias)
-        self.context = nn.Linear(2 * dim, attn_dim, bias=False) if global_context else None
-        self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False)
+        self.proj = nn.Linear(dim, attn_dim, bias=bias, **made)
+        self.context = nn.Linear(2 * dim, attn_dim, bias=False, **made) if global_context else None
+        self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False, **made)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
 
     @explicit
     @exports_from_one
