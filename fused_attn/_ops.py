@@ -7,10 +7,13 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+
+from ._operators import left_to_autograd
+from .reference import segment_ids
 
 Impl = Literal["auto", "triton", "reference"]
 P = ParamSpec("P")
@@ -172,11 +175,67 @@ def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
     return function
 
 
-def weights_from(scores: Tensor, lse: Tensor) -> Tensor:
-    """Softmax weights ``exp(scores - m) / l``, 0 where no key is visible; `lse` is (m, l), and broadcasts but for it.
+def weights_from(scores: Tensor, lse: Tensor, *, dim: int = 0, offsets: Tensor | None = None) -> Tensor:
+    """Softmax weights ``exp(scores - m) / l``, 0 where no key is visible.
 
-    m is a constant to autograd: no weight depends on it.
+    Parameters
+    ----------
+    scores
+        Of the keys, along `dim`.
+    lse
+        (m, l), one a row: with an axis of 1 at `dim`, or with `offsets` one a segment. m is a constant to autograd:
+        no weight depends on it.
+    dim
+        The axis of the keys.
+    offsets
+        Of packed keys, which are along the first axis.
+
     """
-    top, total = lse.unbind(-1)
+    index = None if offsets is None else segment_ids(offsets, scores.shape[0])
+    if forward_mode():
+        return _weights(scores, lse, index)
+    return cast("Tensor", _weights_of(scores, lse, index, dim))
+
+
+def _weights(scores: Tensor, lse: Tensor, index: Tensor | None) -> Tensor:
+    top, total = (lse if index is None else lse[index]).unbind(-1)
     top = top.detach()
     return torch.exp(scores - top.masked_fill(top == -torch.inf, 0)) / total.masked_fill(total == 0, 1)
+
+
+class _Weights(torch.autograd.Function):
+    """`weights_from`, whose gradient is that of a softmax: a weight times what its cotangent has over the mean.
+
+    By the formula's own derivative the weight times its cotangent would go to the scores, and their sum to l. Where
+    one key has all the weight these are equal and large, and what is left of them is their rounding.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor, lse: Tensor, index: Tensor | None, dim: int) -> Tensor:
+        return _weights(scores, lse, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, lse, index, ctx.dim = inputs
+        ctx.save_for_backward(lse, index, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        lse, index, weights = ctx.saved_tensors
+        of_row = lse[..., 1]
+
+        def total(x: Tensor) -> Tensor:
+            if index is None:
+                return x.sum(ctx.dim, keepdim=True)
+            return torch.zeros_like(of_row, dtype=x.dtype).index_put((index,), x, accumulate=True)
+
+        mean = total(weights * grad)
+        d_scores = weights * (grad - (mean if index is None else mean[index]))
+        # 0 but for rounding: l is the sum of what the weights are of.
+        d_total = -total(d_scores) / of_row.masked_fill(of_row == 0, 1)
+        return d_scores, torch.stack([torch.zeros_like(d_total), d_total], -1), None, None
+
+
+_weights_of = left_to_autograd(_Weights)

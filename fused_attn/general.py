@@ -260,7 +260,7 @@ def general_attention(
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = (weights if scores is None else weights_from(scores, lse[..., None, :])).to(out.dtype)
+    weights = (weights if scores is None else weights_from(scores, lse[..., None, :], dim=-1)).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

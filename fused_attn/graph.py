@@ -260,7 +260,7 @@ def graph_attention(
     out = out if heads else out.squeeze(1)
     if not return_weights:
         return out
-    weights = weights_from(scores, lse[reference.segment_ids(indptr, indices.shape[0])]).to(out.dtype)
+    weights = weights_from(scores, lse, offsets=indptr).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

@@ -272,8 +272,7 @@ def hierarchical_attention(
         return out
 
     def weights(raw: Tensor, lse: Tensor, offsets: Tensor) -> Tensor | None:
-        of_row = lse[reference.segment_ids(offsets, raw.shape[0])]
-        return weights_from(raw, of_row).squeeze(1).to(out.dtype) if return_weights else None
+        return weights_from(raw, lse, offsets=offsets).squeeze(1).to(out.dtype) if return_weights else None
 
     return HierarchicalOutput(
         out,

@@ -237,9 +237,9 @@ def location_attention(
         return out
 
     if cu_seqlens is None:
-        weights = weights_from(scores, lse[:, None]).mT
+        weights = weights_from(scores, lse[:, None], dim=1).mT
     else:
-        weights = weights_from(scores, lse[reference.segment_ids(cu_seqlens, h.shape[0])])
+        weights = weights_from(scores, lse, offsets=cu_seqlens)
     weights = weights if hop_axis else weights.squeeze(1)
     weights = weights.to(out.dtype)
     if offsets is not None:
@@ -291,7 +291,7 @@ def _windowed(
     spoilt = lse[..., 1].isnan()
     pairs = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).mT[:, :, None]
     pairs = pairs.masked_fill(spoilt | ~shown, -torch.inf)  # (B, R, T, T), of positions and keys
-    weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1))
+    weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1), dim=-1)
     weights = reference.spoil(weights, spoilt & shown).to(dtype)
     return out, weights if hop_axis else weights.squeeze(1)
 

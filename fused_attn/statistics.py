@@ -176,8 +176,10 @@ def statistics_pooling(
 
     if per_channel is None:
         scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
-    of_row = lse[:, None] if cu_seqlens is None else lse[reference.segment_ids(cu_seqlens, h.shape[0])]
-    weights = weights_from(scores, of_row).to(h.dtype)
+    if cu_seqlens is None:
+        weights = weights_from(scores, lse[:, None], dim=1).to(h.dtype)
+    else:
+        weights = weights_from(scores, lse, offsets=cu_seqlens).to(h.dtype)
     weights = weights.squeeze(-1) if per_channel is None else weights
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
