@@ -12,6 +12,7 @@ from _concat import ALL
 from torch.nn import functional as F
 
 every_impl = pytest.mark.parametrize("impl", ALL)
+each_size = pytest.mark.parametrize("size", [1, 30, 1e3, 1e6])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 LEAST = torch.finfo(torch.float32).min
 
@@ -69,7 +70,7 @@ CASES = {
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 # What a product meets before the softmax, which forward and backward have to round alike: nothing, an activation that
 # ends in a product, a bias after it.
-ROUNDED = CASES | {
+ROUNDED = {
     f"{family}, {activation}, {'bias' if bias else 'plain'}": module.Case(
         batch=2, queries=19, keys=40, attn_dim=8, value_dim=8, activation=activation, score_bias=bias
     )
@@ -137,10 +138,22 @@ def test_the_weight_of_a_single_visible_key_is_exactly_one(case, dtype, impl, de
 
 @every_impl
 @each_dtype
-@pytest.mark.parametrize("size", [1, 30, 1e3, 1e6])
-@pytest.mark.parametrize("case", ROUNDED.values(), ids=ROUNDED.keys())
+@each_size
+@each_case
 def test_gradients_of_scores_of_any_size_are_exact(case, size, dtype, impl, device):
     """The allowance is the oracle's own error in float32, and what rounding to 16 bits costs."""
+    check_gradients(case, size, dtype, impl, device)
+
+
+@pytest.mark.kernel
+@each_dtype
+@each_size
+@pytest.mark.parametrize("case", ROUNDED.values(), ids=ROUNDED.keys())
+def test_forward_and_backward_round_a_score_alike(case, size, dtype, device):
+    check_gradients(case, size, dtype, "triton", device)
+
+
+def check_gradients(case, size, dtype, impl, device):
     case = with_dtype(case, dtype)
     tensors = case.tensors(device)
     if "v" in tensors:
