@@ -229,9 +229,8 @@ class Operator:
         made = results.split()
         self.name, self.dense, self._formula = name, dense, formula
         self.tensors, self.gradients, self.results = len(tensors), len(differentiable.split()), len(made)
-        options = ", ".join(filter(None, (options, choices)))
-        names = [option.split()[1] for option in options.split(", ")]
-        self.options = names[: len(names) - len(choices.split(", ") if choices else ())]
+        self.options, chosen = ([x.split()[1] for x in some.split(", ") if x] for some in (options, choices))
+        names, options = self.options + chosen, ", ".join(filter(None, (options, choices)))
         self.saved = [[x.rstrip("?") for x in made].index(x) for x in saved.split()]
         self.optional = {i: names.index(f"need_{x[:-1]}") for i, x in enumerate(made) if x.endswith("?")}
         cotangents = [f"d{x.rstrip('?')}{'' if i < dense else '?'}" for i, x in enumerate(made)]
@@ -330,9 +329,8 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         op = _OPERATORS[ctx.name]
         saved = ctx.saved_tensors
-        cotangents, primals, constant = (
-            saved[: op.results], saved[op.results : op.results + op.gradients], saved[op.results + op.gradients :]
-        )  # fmt: skip
+        cotangents, tensors = saved[: op.results], saved[op.results :]
+        primals, constant = tensors[: op.gradients], tensors[op.gradients :]
         d_primals, d_cotangents = _second_order(
             lambda *p: op.formula(*p, *constant, *ctx.options), primals, cotangents, ctx.needs, grads
         )

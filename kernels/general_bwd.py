@@ -545,18 +545,21 @@ def general_bwd(
         parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"], busy, parts)
         with torch.cuda.device_of(query):
-            made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq
-            items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
-            of_queries = {
-                "q_seq_ptr": items.seq, "q_first_ptr": items.first, "q_per_seq": items.per_seq,
-                "dq_ptr": made, **strides("db dh dt", made, (0, 1, 2), packed=packed),
-            }  # fmt: skip
-            if exact:
-                unused = {"dscores_ptr": None, "dbias_ptr": None}
-                launch(_general_bwd_dq_kernel, (items.count, H, 1), for_q, GAP=True, **of_queries, **unused)
+            gap = exact and (need_q or need_k or need_bias)  # the gradient of the values needs no δ
+            if gap or need_q or need_bias:
+                items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
+                of_queries = {"q_seq_ptr": items.seq, "q_first_ptr": items.first, "q_per_seq": items.per_seq}
+            if gap:
+                launch(
+                    _general_bwd_dq_kernel, (items.count, H, 1), for_q, GAP=True, **of_queries, dscores_ptr=None,
+                    dbias_ptr=None, dq_ptr=None, **strides("db dh dt", None, (0, 1, 2), packed=packed),
+                )  # fmt: skip
             if need_q or need_bias:
-                grid = (items.count, H, triton.cdiv(D, for_q.D))
-                launch(_general_bwd_dq_kernel, grid, for_q, GAP=False, **of_queries)
+                made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq
+                launch(
+                    _general_bwd_dq_kernel, (items.count, H, triton.cdiv(D, for_q.D)), for_q, GAP=False,
+                    **of_queries, dq_ptr=made, **strides("db dh dt", made, (0, 1, 2), packed=packed),
+                )  # fmt: skip
             if need_k or need_value:
                 items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
                 launch(
