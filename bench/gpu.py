@@ -244,7 +244,7 @@ def steps(
         Step("peers", 30, bench("--case", "bfloat16", *providers(*peers)), report=True),
         Step("float32", 40, bench("--case", "float32", *providers("fused", "reference")), report=True),
         Step("counters", 25, [[
-            ncu or "ncu", "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS),
+            ncu or "ncu", "--csv", "--page", "raw", "--clock-control", "none", "--metrics", ",".join(COUNTERS),
             "--kernel-name", f"regex:^({'|'.join(COUNTED_KERNELS)})$", python, "-m", "bench.one", *COUNTED_CASES,
         ]], missing="" if ncu else "ncu is not installed"),
         Step("sanitizer", 45, [
