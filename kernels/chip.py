@@ -151,11 +151,11 @@ def strides(names: str, x: Tensor | None, axes: tuple[int, ...], *, packed: bool
 
 
 LENGTHS = (
-    "T", "Tq", "Tk", "Th", "Ty", "num_seqs", "nodes", "count", "items", "item0", "q_item0", "q_items", "k_tiles",
-    "rows", "rows_per_split", "per_seq", "q_per_seq", "k_per_seq", "rows_per_item", "items_per_split", "splits",
-    "limit", "left", "right", "threshold", "stride_mb", "stride_mq", "stride_sb", "stride_sh", "stride_sq",
-    "stride_lb", "stride_lh", "stride_qrb", "stride_krb", "stride_qrh", "stride_krh",
-    "stride_cb", "stride_ch",
+    "T", "Tq", "Tk", "Th", "Ty", "num_seqs", "nodes", "edges", "steps", "count", "items", "item0", "q_item0",
+    "q_items", "all_q_items", "k_tiles", "rows", "rows_per_split", "per_seq", "q_per_seq", "k_per_seq",
+    "rows_per_item", "items_per_split", "splits", "limit", "left", "right", "threshold", "stride_dp", "stride_mb",
+    "stride_mq", "stride_sb", "stride_sh", "stride_sq", "stride_lb", "stride_lh", "stride_qrb", "stride_krb",
+    "stride_qrh", "stride_krh", "stride_cb", "stride_ch",
 )  # fmt: skip
 """Parameters that vary with a length, in all kernels: `do_not_specialize`, or 1 and multiples of 16 are variants.
 

@@ -126,9 +126,11 @@ def _concat_bwd_dq_kernel(
     q_cu_ptr, q_seq_ptr, q_first_ptr,
     k_cu_ptr, k_first_ptr,
     g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
-    dq_ptr,  # (B, H, Tq, A), contiguous
-    dv_ptr,  # (q items, H, AP) float32: one sum a program
-    stride_db, stride_dh,  # of dq
+    dq_ptr,  # (splits, B, H, Tq, A), contiguous; float32 where the keys are split
+    dv_ptr,  # (splits, q items, H, AP) float32: one sum a program
+    stride_dp, stride_db, stride_dh,  # of dq
+    splits,
+    all_q_items,  # of all launches
     q_item0,
     k_tiles,
     num_seqs,
@@ -154,7 +156,8 @@ def _concat_bwd_dq_kernel(
 ):  # fmt: skip
     local = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(2) % splits
+    d = (tl.program_id(2) // splits) * BLOCK_D + tl.arange(0, BLOCK_D)
     q_item = q_item0 + local
     seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
     k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
@@ -170,8 +173,9 @@ def _concat_bwd_dq_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
     tile0 = first // BLOCK_N
-    tile1 = tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK_N), tile0)
-    for tile in range(tile0, tile1):
+    tiles = tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK_N) - tile0, 0)
+    each = tl.cdiv(tiles, splits)
+    for tile in range(tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)):
         k_tile = (k_item0 + tile).to(tl.int64) * H + head
         g_tile = g_ptr + ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
         row0 = (k_start + tile * BLOCK_N).to(tl.int64)
@@ -196,12 +200,13 @@ def _concat_bwd_dq_kernel(
         s2 *= 4.0
         if not EXACT:
             s1 = total[:, None] - 2.0 * s1
+    part = split.to(tl.int64)
     tl.store(
-        dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * A + d[None, :],
+        dq_ptr + part * stride_dp + seq * stride_db + head * stride_dh + q_rows[:, None] * A + d[None, :],
         (v * s2).to(dq_ptr.dtype.element_ty),
         mask=(lo + m < hi)[:, None] & (d < A)[None, :],
     )
-    tl.store(dv_ptr + q_tile * AP + d, tl.sum(s1, axis=0), mask=d < AP)
+    tl.store(dv_ptr + (part * all_q_items * H + q_tile) * AP + d, tl.sum(s1, axis=0), mask=d < AP)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -420,8 +425,9 @@ def concat_bwd(
         with torch.cuda.device_of(query):
             q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation, transposed=True)
             k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation, transposed=True)
+            chunk, splits = (1, 1) if ragged else _parts(call, q.items.count, blocks, walk)
             # A program of packed rows adds to its sum of dv.
-            dv_parts = (torch.zeros if ragged else torch.empty)(q.items.count, H, A + A % 2, **f32)
+            dv_parts = (torch.zeros if ragged else torch.empty)(splits * q.items.count, H, A + A % 2, **f32)
             args = {**call.tensors, **call.sizes, **call.flags}
             args |= {
                 "aq_ptr": q.tiles, "ak_ptr": k.tiles, "rq_ptr": q.rows, "rk_ptr": k.rows,
@@ -442,7 +448,8 @@ def concat_bwd(
 
                 packed_gradients(call, q.items.count, k.items.count, blocks, args, *wanted)
             else:
-                _padded_gradients(call, q.items.count, k.items.count, blocks, walk, args, *wanted)
+                tiles = q.items.count, k.items.count, chunk, splits
+                _padded_gradients(call, *tiles, blocks, walk, args, *wanted)
             dv = dv_parts.sum(0)[:, :A]
     return [
         dq.to(query.dtype) if need_q else None,
@@ -453,22 +460,41 @@ def concat_bwd(
     ]
 
 
+def _parts(call: Call, q_items: int, blocks: Blocks, walk: Walk) -> tuple[int, int]:
+    """How many tiles of queries a launch has, and into how many parts dq's loop over the keys is split.
+
+    The tiles are as many as the workspace holds, too few to fill a chip where keys are many: a program a tile took
+    116 of 129 ms on an H200 (B 2, Tq 128, Tk 65,536, A 128). Parts are bounded as the workspace is.
+    """
+    H, A, Tq = (call.sizes[name] for name in ("H", "A", "Tq"))
+    k_tiles = triton.cdiv(call.sizes["Tk"], blocks.N)
+    slot = k_tiles * H * blocks.M * blocks.N * (8 + _compute(call).itemsize)
+    chunk = max(1, min(q_items, WORKSPACE_BYTES // max(1, slot)))
+    programs = chunk * H * triton.cdiv(A, walk.features)
+    bound = WORKSPACE_BYTES // (4 * call.seqs * H * Tq * A)
+    return chunk, max(1, min(4 * call.chip.cores // programs, triton.cdiv(k_tiles, 2), bound))
+
+
+def _compute(call: Call) -> torch.dtype:
+    """What the weights are stored in for their product with dO."""
+    return torch.float32 if call.chip.backend == "interpreter" else call.tensors["val_ptr"].dtype
+
+
 def _padded_gradients(
-    call: Call, q_items: int, k_items: int, blocks: Blocks, walk: Walk, args: dict[str, object],
-    dq: Tensor | None, dk: Tensor | None, dvalue: Tensor | None,
+    call: Call, q_items: int, k_items: int, chunk: int, splits: int, blocks: Blocks, walk: Walk,
+    args: dict[str, object], dq: Tensor | None, dk: Tensor | None, dvalue: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dq, and add to dk and dvalue, which are zeros; None where one is not wanted."""
     H, A, DV, device = call.sizes["H"], call.sizes["A"], call.sizes["DV"], call.v.device
     k_tiles = triton.cdiv(call.sizes["Tk"], blocks.N)
-    compute = torch.float32 if call.chip.backend == "interpreter" else call.tensors["val_ptr"].dtype
-    pair = blocks.M * blocks.N
-    slot = k_tiles * H * pair * (8 + compute.itemsize)
-    chunk = max(1, min(q_items, WORKSPACE_BYTES // max(1, slot)))
-    g = torch.empty(chunk, H, k_tiles, pair, dtype=torch.float32, device=device)
-    p = torch.empty(chunk, H, k_tiles, pair, dtype=compute, device=device)
+    g = torch.empty(chunk, H, k_tiles, blocks.M * blocks.N, dtype=torch.float32, device=device)
+    parts = dq
+    if dq is not None and splits > 1:
+        parts = torch.empty(splits, *dq.shape, dtype=torch.float32, device=device)
     args = {
-        **args, "g_ptr": g, "gt_ptr": torch.empty_like(g), "p_ptr": p, "k_tiles": k_tiles,
-        "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue,
+        **args, "g_ptr": g, "gt_ptr": torch.empty_like(g), "p_ptr": torch.empty_like(g, dtype=_compute(call)),
+        "k_tiles": k_tiles, "dq_ptr": parts, "dk_ptr": dk, "dvalue_ptr": dvalue, "splits": splits,
+        "all_q_items": q_items, "stride_dp": call.seqs * H * call.sizes["Tq"] * A,
     }  # fmt: skip
 
     registers = unpressed(call.chip, A, DV)
@@ -487,9 +513,11 @@ def _padded_gradients(
         part = {"q_item0": q_item0, "q_items": count}
         launch(_concat_bwd_g_kernel, (count, H, k_tiles), **part, num_warps=blocks.warps)
         if dq is not None:
-            launch(_concat_bwd_dq_kernel, (count, H, features), **part, **of_rows(dq))
+            launch(_concat_bwd_dq_kernel, (count, H, features * splits), **part, **of_rows(dq))
         if dk is not None:
             launch(_concat_bwd_dk_kernel, (keys, H, features), **part, **of_rows(dk))
         if dvalue is not None:
             grid = (keys, H, triton.cdiv(DV, blocks.DV))
             launch(_concat_bwd_dvalue_kernel, grid, **part, **of_rows(dvalue), num_warps=8)
+    if parts is not dq:
+        torch.sum(parts, 0, out=dq) if dq.dtype == parts.dtype else dq.copy_(parts.sum(0))

@@ -12,7 +12,7 @@ written: the returned weights and the backward begin with them.
 - Where the values are the keys (`SHARED`) one gathered tile serves the score and the sum.
 - A tile holds widths up to 256. Wider rows (`WIDE`) are loaded in parts for the score, and the values' width is
   divided among programs, each of which makes the scores again.
-- A node is not divided: the edges of a hub are one program's.
+- A node of many edges is divided among programs (graph_hubs.py).
 
 The backward is in graph_bwd.py.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .activations import activate
 from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit, unpressed
+from .graph_hubs import Hubs, edges_of
 from .masks import dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
 
@@ -58,6 +59,11 @@ def _graph_fwd_kernel(
     out_ptr,  # (Nq, H, DV) float32
     lse_ptr,  # (Nq, H, 2) float32: (m, l), see softmax.py
     scores_ptr,  # (E, H) float32
+    part_ptr,  # (slots, H, DV) float32: sums of a hub's pieces, not divided by l, or None
+    part_lse_ptr,  # (slots, H, 2) float32
+    nodes,
+    edges,
+    steps,
     H,
     A,
     DV,
@@ -68,17 +74,18 @@ def _graph_fwd_kernel(
     FMA: tl.constexpr,
     SHARED: tl.constexpr,
     WIDE: tl.constexpr,
+    PIECE: tl.constexpr,
+    HUBS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    node = tl.program_id(0).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     a = tl.arange(0, BLOCK_A)
-    lo = tl.load(indptr_ptr + node).to(tl.int64)
-    hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
     q_ptr += node * stride_qn
     if not WIDE:
         q = load_heads(q_ptr, stride_qh, h, a, H, A)
@@ -115,20 +122,26 @@ def _graph_fwd_kernel(
         alpha = exp(m - shift, FMA)
         l = l * alpha + tl.sum(p, axis=0)
         if seed_ptr is not None:
-            p *= dropout_scale(seed_ptr, (e - lo)[:, None], node, h[None, :], threshold, keep_scale)
+            p *= dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
         if SHARED and not WIDE:
             values = k
         else:
             values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, dv, H, DV)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * values, axis=0)
         m = m_new
-    inv = finish(l)
+    whole = (h < H) & (slot == -1)
     rows = node * H + h
     if tl.program_id(2) == 0:
-        store_lse(lse_ptr + rows * 2, m, l, h < H)
+        store_lse(lse_ptr + rows * 2, m, l, whole)
     tl.store(
-        out_ptr + rows[:, None] * DV + dv[None, :], acc * inv[:, None], mask=(h < H)[:, None] & (dv < DV)[None, :]
+        out_ptr + rows[:, None] * DV + dv[None, :], acc * finish(l)[:, None], mask=whole[:, None] & (dv < DV)[None, :]
     )
+    if HUBS:
+        piece = (h < H) & (slot >= 0)
+        rows = slot * H + h
+        if tl.program_id(2) == 0:
+            store_lse(part_lse_ptr + rows * 2, m, l, piece)
+        tl.store(part_ptr + rows[:, None] * DV + dv[None, :], acc, mask=piece[:, None] & (dv < DV)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,6 +157,7 @@ class Blocks(NamedTuple):
     A: int
     DV: int
     warps: int
+    piece: int = 256  # edges of a node from which on it is divided
 
 
 def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) -> Blocks:
@@ -154,7 +168,7 @@ def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) ->
     on the stack. Chosen by the compile report; speed on a GPU not yet measured.
     """
     if chip.backend == "interpreter":
-        return Blocks(4, pow2(H, 1, 2), pow2(A, 4, 16), pow2(DV, 4, 16), 4)
+        return Blocks(4, pow2(H, 1, 2), pow2(A, 4, 16), pow2(DV, 4, 16), 4, 8)
     width, value_width = (pow2(n, 4, 256 if max(A, DV) <= 256 else 64) for n in (A, DV))
     heads = pow2(H, 1, min(8, 256 // max(width, value_width)))
     row = heads * max(width, value_width)
@@ -213,12 +227,15 @@ def graph_fwd(
     if out.numel() == 0 or edges == 0:
         return out.zero_(), no_key(lse), scores
     blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
+    hubs = Hubs(nodes, edges, blocks.piece, indptr.contiguous())
+    part, part_lse = hubs.parts(H, DV), hubs.parts(H, 2)
     with torch.cuda.device_of(query):
-        _graph_fwd_kernel[(nodes, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](
-            **call.tensors, **call.sizes, **call.flags,
-            indptr_ptr=indptr.contiguous(), indices_ptr=indices.contiguous(),
-            out_ptr=out, lse_ptr=lse, scores_ptr=scores, WIDE=blocks.A < A or blocks.DV < DV,
+        _graph_fwd_kernel[(hubs.items, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](
+            **call.tensors, **call.sizes, **call.flags, **hubs.args, indices_ptr=indices.contiguous(),
+            out_ptr=out, lse_ptr=lse, scores_ptr=scores, part_ptr=part, part_lse_ptr=part_lse,
+            WIDE=blocks.A < A or blocks.DV < DV,
             BLOCK_E=blocks.E, BLOCK_H=blocks.H, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV, num_warps=blocks.warps,
             **unpressed(call.chip, A, DV),
         )  # fmt: skip
+        hubs.join(part, out, part_lse, lse)
     return out, lse, scores

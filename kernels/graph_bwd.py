@@ -8,9 +8,10 @@ With a_e = exp(s_e - m_i) / l_i, κ_e the dropout factor, and i the node that ed
     dv = Σ_e g_e act(z_e)           dedge_e = g_e v act'(z_e)
 
 The first kernel has a program a node, and makes g_e and κ_e a_e, a number each an edge and head. It meets the edges
-twice, since g needs δ. The second walks CSR again, a program for every so many nodes, for dq, dedge and a partial sum
-of dv; the third walks the transposed structure, a program a key node, for dk and dvalue. Neither needs a score, and
-nothing is added to by two programs.
+twice, since g needs δ: where a node is divided, its pieces leave their gaps and parts of δ to a launch after it. The
+second walks CSR again, a program for every so many nodes, for dq, dedge and a partial sum of dv; the third walks the
+transposed structure, a program a key node, for dk and dvalue. Neither needs a score, and nothing is added to by two
+programs.
 
 Σ_e a_e gap_e is 0 but for rounding, that of o above all, which every gap of a node has alike: taken out, it is not
 left in every g, and one edge with all the weight has a g of 0. In float32, over random nodes of six edges, the error
@@ -25,6 +26,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, all_registers, unpressed
 from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
+from .graph_hubs import Hubs, edges_of, slots_of
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
 
@@ -43,19 +45,24 @@ def _graph_bwd_scores_kernel(
     dscores_ptr,  # (E, H) float32 or None
     g_ptr,  # (E, H) float32: gradients of the scores
     p_ptr,  # (E, H) float32: weights after dropout
+    delta_ptr,  # (slots, H) float32: of a hub's pieces, or None
+    nodes,
+    edges,
+    steps,
     H,
     DV,
     threshold,
     keep_scale,
     FMA: tl.constexpr,
+    PIECE: tl.constexpr,
+    HUBS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    node = tl.program_id(0).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    lo = tl.load(indptr_ptr + node).to(tl.int64)
-    hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
     row = node * H + h
     top, inv = load_lse(lse_ptr + row * 2, h < H)
     delta = tl.zeros([BLOCK_H], tl.float32)
@@ -67,7 +74,7 @@ def _graph_bwd_scores_kernel(
         inside = keep[:, None] & (h < H)[None, :]
         kappa = tl.full([BLOCK_E, BLOCK_H], 1.0, tl.float32)
         if seed_ptr is not None:
-            kappa = dropout_scale(seed_ptr, (e - lo)[:, None], node, h[None, :], threshold, keep_scale)
+            kappa = dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
         gap = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
         for d0 in range(0, DV, BLOCK_DV):
             d = d0 + tl.arange(0, BLOCK_DV)
@@ -80,9 +87,20 @@ def _graph_bwd_scores_kernel(
         delta += tl.sum(p * gap, axis=0)
         tl.store(g_ptr + at, gap, mask=inside)
         tl.store(p_ptr + at, p * kappa, mask=inside)
+    if HUBS:
+        tl.store(delta_ptr + slot * H + h, delta, mask=(h < H) & (slot >= 0))
+        hi = tl.where(slot >= 0, lo, hi)
     if dlse_ptr is not None:
         delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
     tl.debug_barrier()  # other threads than wrote them may load the gaps
+    _take_delta(lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA, BLOCK_E)
+
+
+@triton.jit
+def _take_delta(
+    lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Make g of the gaps of the edges lo to hi."""
     for e0 in range(lo, hi, BLOCK_E):
         e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
         at = e[:, None] * H + h[None, :]
@@ -92,6 +110,43 @@ def _graph_bwd_scores_kernel(
         if dscores_ptr is not None:
             g += tl.load(dscores_ptr + at, mask=inside, other=0.0)
         tl.store(g_ptr + at, g, mask=inside)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _graph_bwd_pieces_kernel(
+    indptr_ptr,  # (Nq + 1,)
+    lse_ptr,  # (Nq, H, 2) float32: (m, l)
+    dlse_ptr,  # the same, or None
+    scores_ptr,  # (E, H) float32
+    dscores_ptr,  # (E, H) float32 or None
+    g_ptr,  # (E, H) float32: gaps, which become gradients of the scores
+    delta_ptr,  # (slots, H) float32
+    nodes,
+    edges,
+    steps,
+    H,
+    FMA: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The second half of the kernel above for one piece of a hub."""
+    item = nodes + tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, True)
+    if slot >= 0:
+        last = tl.load(indptr_ptr + node + 1).to(tl.int64)
+        count = (last - 1) // PIECE - first // PIECE + 1
+        delta = tl.zeros([BLOCK_H], tl.float32)
+        for i0 in range(0, count, BLOCK_E):
+            i = i0 + tl.arange(0, BLOCK_E)
+            at = slots_of(i, first, PIECE)[:, None] * H + h[None, :]
+            delta += tl.sum(tl.load(delta_ptr + at, mask=(i < count)[:, None] & (h < H)[None, :], other=0.0), axis=0)
+        row = node * H + h
+        top, inv = load_lse(lse_ptr + row * 2, h < H)
+        if dlse_ptr is not None:
+            delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
+        _take_delta(lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -106,11 +161,17 @@ def _graph_bwd_dq_kernel(
     dq_ptr,  # (Nq, H, A)
     dv_ptr,  # (programs, H, A) float32
     dedge_ptr,  # (E, H, A) or None
+    part_ptr,  # (slots, H, A) float32: dq of a hub's pieces, or None
+    items,  # nodes, then pieces
     nodes,
+    edges,
+    steps,
     H,
     A,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
+    PIECE: tl.constexpr,
+    HUBS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -121,10 +182,9 @@ def _graph_bwd_dq_kernel(
     v = load_heads(v_ptr, stride_vh, h, a, H, A)
     grad_v = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
     start = tl.program_id(0).to(tl.int64)
-    for n in range(0, tl.cdiv(nodes - start, tl.num_programs(0))):
-        node = start + n * tl.num_programs(0)
-        lo = tl.load(indptr_ptr + node).to(tl.int64)
-        hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    for n in range(0, tl.cdiv(items - start, tl.num_programs(0))):
+        item = start + n * tl.num_programs(0)
+        node, _, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
         q = load_heads(q_ptr + node * stride_qn, stride_qh, h, a, H, A)
         grad_q = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
         for e0 in range(lo, hi, BLOCK_E):
@@ -147,7 +207,10 @@ def _graph_bwd_dq_kernel(
                     mask=keep[:, None, None] & feature[None, :, :],
                 )
         rows = (node * H + h)[:, None] * A + a[None, :]
-        tl.store(dq_ptr + rows, grad_q.to(dq_ptr.dtype.element_ty), mask=feature)
+        tl.store(dq_ptr + rows, grad_q.to(dq_ptr.dtype.element_ty), mask=feature & (slot == -1))
+        if HUBS:
+            rows = (slot * H + h)[:, None] * A + a[None, :]
+            tl.store(part_ptr + rows, grad_q, mask=feature & (slot >= 0))
     rows = (start * H + h)[:, None] * A + a[None, :]
     tl.store(dv_ptr + rows, grad_v, mask=feature)
 
@@ -166,23 +229,29 @@ def _graph_bwd_dk_kernel(
     p_ptr,  # (E, H) float32: weights after dropout
     dk_ptr,  # (Nk, H, A) or None; with SHARED of both terms
     dval_ptr,  # (Nk, H, DV) or None
+    part_ptr,  # (slots, H, A) float32: dk of a hub's pieces, or None
+    part_val_ptr,  # (slots, H, DV) float32
+    nodes,  # key nodes
+    edges,
+    steps,
     H,
     A,
     DV,
     ACT: tl.constexpr,
     FAST: tl.constexpr,
     SHARED: tl.constexpr,
+    PIECE: tl.constexpr,
+    HUBS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    node = tl.program_id(0).to(tl.int64)
+    item = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     a = tl.program_id(2) * BLOCK_A + tl.arange(0, BLOCK_A)
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    lo = tl.load(indptr_ptr + node).to(tl.int64)
-    hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    node, _, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
     if dk_ptr is not None:
         k = load_heads(k_ptr + node * stride_kn, stride_kh, h, a, H, A)
         v = load_heads(v_ptr, stride_vh, h, a, H, A)
@@ -209,11 +278,19 @@ def _graph_bwd_dk_kernel(
     if dk_ptr is not None:
         if SHARED:
             grad_k += grad_val
+        keep = (h < H)[:, None] & (a < A)[None, :]
         rows = (node * H + h)[:, None] * A + a[None, :]
-        tl.store(dk_ptr + rows, grad_k.to(dk_ptr.dtype.element_ty), mask=(h < H)[:, None] & (a < A)[None, :])
+        tl.store(dk_ptr + rows, grad_k.to(dk_ptr.dtype.element_ty), mask=keep & (slot == -1))
+        if HUBS:
+            rows = (slot * H + h)[:, None] * A + a[None, :]
+            tl.store(part_ptr + rows, grad_k, mask=keep & (slot >= 0))
     if dval_ptr is not None:
+        keep = (h < H)[:, None] & (dv < DV)[None, :]
         rows = (node * H + h)[:, None] * DV + dv[None, :]
-        tl.store(dval_ptr + rows, grad_val.to(dval_ptr.dtype.element_ty), mask=(h < H)[:, None] & (dv < DV)[None, :])
+        tl.store(dval_ptr + rows, grad_val.to(dval_ptr.dtype.element_ty), mask=keep & (slot == -1))
+        if HUBS:
+            rows = (slot * H + h)[:, None] * DV + dv[None, :]
+            tl.store(part_val_ptr + rows, grad_val, mask=keep & (slot >= 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,7 +320,7 @@ def graph_bwd(
         for x, need in ((query, True), (key, need_k), (value, need_value), (edge, need_edge))
     )
     args = {
-        **call.tensors, **call.sizes, **call.flags, "nodes": nodes, "out_ptr": out.contiguous(),
+        **call.tensors, **call.sizes, **call.flags, "out_ptr": out.contiguous(),
         "do_ptr": dout.to(key.dtype).contiguous(), "lse_ptr": lse.contiguous(), "scores_ptr": scores,
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "dscores_ptr": None if dscores is None else dscores.contiguous(),
@@ -258,25 +335,36 @@ def graph_bwd(
         options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
         kernel[grid](**named, num_warps=blocks.warps, **options)
 
-    structure = {"indptr_ptr": indptr.contiguous(), "indices_ptr": indices.contiguous()}
     with torch.cuda.device_of(query):
         blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
         heads = triton.cdiv(H, blocks.H)
+        hubs = Hubs(nodes, edges, blocks.piece, indptr.contiguous())
+        args |= {"indices_ptr": indices.contiguous(), "delta_ptr": hubs.parts(H)}
         # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
-        launch(_graph_bwd_scores_kernel, (nodes, heads), blocks._replace(warps=2 * blocks.warps), **structure)
+        wider = blocks._replace(warps=2 * blocks.warps)
+        launch(_graph_bwd_scores_kernel, (hubs.items, heads), wider, **hubs.args)
+        if hubs.slots:
+            launch(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, **hubs.args)
         # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
-        programs = min(nodes, 16 * call.chip.cores)
+        programs = min(hubs.items, 16 * call.chip.cores)
         dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
         if need_q or need_v or need_edge:
-            grid = (programs, heads, triton.cdiv(A, blocks.A))
-            launch(_graph_bwd_dq_kernel, grid, blocks, **structure, dv_ptr=dv)
+            grid, part = (programs, heads, triton.cdiv(A, blocks.A)), hubs.parts(H, A)
+            launch(_graph_bwd_dq_kernel, grid, blocks, **hubs.args, items=hubs.items, dv_ptr=dv, part_ptr=part)
+            hubs.join(part, dq)
         if need_k or need_value:
             indptr_t, indices_t, perm = (x.contiguous() for x in transposed)
             blocks = graph_blocks(call.chip, key.shape[0], edges, H, A, DV)
-            parts = max(triton.cdiv(A, blocks.A), triton.cdiv(DV, blocks.DV))
+            hubs = Hubs(key.shape[0], edges, blocks.piece, indptr_t)
+            part, part_val = hubs.parts(H, A), hubs.parts(H, DV)
             launch(
-                _graph_bwd_dk_kernel, (key.shape[0], heads, parts), blocks,
-                indptr_ptr=indptr_t, indices_ptr=indices_t, perm_ptr=perm,
+                _graph_bwd_dk_kernel,
+                (hubs.items, heads, max(triton.cdiv(A, blocks.A), triton.cdiv(DV, blocks.DV))), blocks, **hubs.args,
+                indices_ptr=indices_t, perm_ptr=perm, part_ptr=part, part_val_ptr=part_val,
             )  # fmt: skip
+            if need_k:
+                hubs.join(part, dk)
+            if need_value:
+                hubs.join(part_val, dvalue)
     grads = (dq, dk, dv.sum(0).to(v.dtype), dvalue, dedge)
     return [g if need else None for g, need in zip(grads, needs, strict=True)]

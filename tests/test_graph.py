@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from test_location_reference import BY_HAND
 
 from fused_attn import csr_from_edges, graph, graph_attention, location_attention, transpose_csr
+from fused_attn.kernels import graph as kernels
+from fused_attn.kernels.chip import chip_of
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 both_values = pytest.mark.parametrize("value_dim", [5, None], ids=["values", "keys"])
@@ -71,6 +73,28 @@ def test_rows_wider_than_a_tile_match_the_reference(dims, dropout_p, device):
 def test_more_nodes_than_programs_of_the_backward_match_the_reference(device):
     """A program then walks several nodes: 64 programs in the interpreter."""
     check(Case(queries=75, keys=3, edges=70, attn_dim=2, value_dim=None, heads=None, edge=False), device)
+
+
+HUBS = {  # degrees in edges of a piece, and edges: where hubs begin and end in a chunk of edges
+    "one node has all": [(3, 1)],
+    "at the first edge of a chunk": [(1, 0), (2, 0), (1, 1), (0, 1), (4, 3)],
+    "one after another": [(0, 3), (1, 1), (2, -5), (1, 4), (1, 2)],
+    "almost": [(1, 0), (1, 0), (0, 1), (1, -1), (1, 0)],
+    "the last edge is the last of a chunk": [(0, 1), (0, 0), (3, -1)],
+    "one edge in its last chunk": [(0, 2), (2, -1), (1, 1)],
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.4, "value_dim": None}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("name", HUBS)
+def test_nodes_of_many_edges_are_divided_and_match_the_reference(name, options, device):
+    piece = kernels.graph_blocks(chip_of(device), 1, 1, 2, 7, 5).piece
+    degrees = torch.tensor([pieces * piece + more for pieces, more in HUBS[name]])
+    case = Case(queries=len(degrees), edges=int(degrees.sum()), **options)
+    tensors = case.tensors(device)  # of four keys that have edges: in the transposed structure all are hubs
+    tensors["indptr"] = torch.cat([degrees.new_zeros(1), degrees.cumsum(0)]).to(device)
+    assert_matches_reference(case.op, tensors, dtype=case.dtype)
 
 
 @pytest.mark.kernel

@@ -50,7 +50,9 @@ def elements(kernel: str, constants: dict[str, Any]) -> int:
     if kernel.startswith("_general"):
         return constants["BLOCK_M"] * constants["BLOCK_N"]
     if kernel.startswith("_graph"):
-        return constants["BLOCK_E"] * constants["BLOCK_H"] * constants.get("BLOCK_A", constants.get("BLOCK_DV"))
+        if kernel == "_graph_join_kernel":
+            return constants["BLOCK_I"] * constants["BLOCK_D"]
+        return constants["BLOCK_E"] * constants["BLOCK_H"] * constants.get("BLOCK_A", constants.get("BLOCK_DV", 1))
     if kernel.startswith("_location_window"):
         return constants["BLOCK"] ** 2
     if kernel.startswith("_recurrent"):
