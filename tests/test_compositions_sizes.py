@@ -339,14 +339,14 @@ VARYING = {
     "general": (lambda x, cu, **o: f.general_attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
     "statistics": (lambda x, cu, **o: torch.cat(f.statistics_pooling(x, cu_seqlens=cu, **o)), CU),
     "hierarchical": (
-        lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE, f.Score(x[0]), f.Score(x[1]), **o), CU
+        lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE.to(x.device), f.Score(x[0]), f.Score(x[1]), **o), CU
     ),
     "words": (
         lambda x, cu, **o: f.word_by_word_attention(
             x, x, x[:4], x[:4], x[:4], x[0], x[:4], cu_seqlens_premise=cu, cu_seqlens_hypothesis=cu, **o
         ), CU,
     ),
-    "graph": (lambda x, i, **o: f.graph_attention(x, x, x[0], STARTS, i, **o), SOURCES),
+    "graph": (lambda x, i, **o: f.graph_attention(x, x, x[0], STARTS.to(x.device), i, **o), SOURCES),
 }  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def test_vmap_takes_offsets_of_each_sample(call, numbers, impl, device):
     want = torch.stack([torch.func.grad(loss)(*sample) for sample in zip(x, numbers, strict=True)])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x, numbers), want)
     if device.type == "cpu":
-        wrong = numbers + torch.tensor([[0], [0], [1]]) * 9
+        wrong = numbers + torch.tensor([[0], [0], [1]], device=device) * 9
         with pytest.raises(ValueError, match=r"^(cu_seqlens\w*|inner_offsets|indices): expected non-.*; got \[\["):
             torch.func.vmap(one)(x, wrong.to(numbers.dtype))
 

@@ -118,8 +118,9 @@ def test_the_reference_is_within_its_own_bounds(device, small_check):
 
 
 @pytest.mark.kernel
-def test_the_kernel_is_within_its_bounds(run_main):
+def test_the_kernel_is_within_its_bounds(run_main, device):
     status, printed = run_main()
+    assert ("on the CPU" in printed) == (device.type == "cpu")
     assert "OK" in printed
     assert status == 0
 

@@ -54,7 +54,11 @@ def test_hidden_rows_change_no_gradient_of_the_module(module, ragged, context, f
     tensors = {"h": torch.randn(*lead, 6), "values": torch.randn(*lead, 2), "score_bias": torch.randn(lead),
                "context": torch.randn(*entries, 3)}  # fmt: skip
     tensors = {n: x.to(device) for n, x in tensors.items()}
-    unread = ~mask if context == "row" else torch.tensor([0, 1, 1, 0] if ragged else [0, 1, 0], dtype=torch.bool)
+    unread = (
+        ~mask
+        if context == "row"
+        else torch.tensor([0, 1, 1, 0] if ragged else [0, 1, 0], dtype=torch.bool).to(device)
+    )
     extra = {"cu_seqlens": offsets(lengths, device)} if ragged else {}
     if ragged and context == "sequence":
         tensors["context"] = tensors["context"][:, None]
@@ -78,7 +82,7 @@ def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, betwee
     torch.manual_seed(0)
     layer = None
     if between == "linear":
-        linear = torch.nn.Linear(6, 4)
+        linear = torch.nn.Linear(6, 4).to(device)
 
         def layer(x, offsets):
             return linear(x)
@@ -111,9 +115,9 @@ def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, betwee
 # --- Past a window -----------------------------------------------------------------------------------------------
 
 
-def seen_from(window, rows: int, of: int) -> torch.Tensor:
+def seen_from(window, rows: int, of: int, device: torch.device) -> torch.Tensor:
     """Which positions see row `of`."""
-    i = torch.arange(rows)
+    i = torch.arange(rows, device=device)
     left, right = window
     return (True if left is None else i - left <= of) & (True if right is None else of <= i + right) & (i >= 0)
 
@@ -168,7 +172,7 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         grads = torch.autograd.grad(out, list(named.values()), dout, materialize_grads=True)
         return out, dict(zip(named, grads, strict=True))
 
-    blind = seen_from(window, rows, at)
+    blind = seen_from(window, rows, at, device)
     clean, want = run(tensors, blind)
     spoilt = dict(tensors)
     spoilt[name] = tensors[name].clone()

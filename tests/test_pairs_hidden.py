@@ -41,23 +41,24 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def visible(case, tensors):
     """Which rows of keys (last axis) the rows of queries see, without heads: (B, rows, rows), packed B = 1."""
     left, right = case.window
+    device = tensors["key"].device
     if case.ragged:
         places = []
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             starts = tensors[name].long()
             seq = torch.repeat_interleave(starts.diff())
-            places.append((seq, torch.arange(len(seq)) - starts[seq]))
+            places.append((seq, torch.arange(len(seq), device=device) - starts[seq]))
         (q_seq, i), (k_seq, j) = places
         shown = (q_seq[:, None] == k_seq)[None]
     else:
-        i, j = torch.arange(case.queries), torch.arange(case.keys)
-        shown = torch.ones(case.batch, len(i), len(j), dtype=torch.bool)
+        i, j = (torch.arange(n, device=device) for n in (case.queries, case.keys))
+        shown = torch.ones(case.batch, len(i), len(j), dtype=torch.bool, device=device)
     if left is not None:
         shown = shown & (j >= i[:, None] - left)
     if right is not None:
         shown = shown & (j <= i[:, None] + right)
     mask = tensors.get("mask")
-    return shown if mask is None else shown & (mask[:, None] if mask.dim() == 2 else mask).cpu()
+    return shown if mask is None else shown & (mask[:, None] if mask.dim() == 2 else mask)
 
 
 def rows(case, x):
@@ -69,7 +70,7 @@ def rows(case, x):
 
 def filled(case, tensors, name, which, fill):
     x = tensors[name].clone()
-    rows(case, x)[which.to(x.device)] = fill
+    rows(case, x)[which] = fill
     return x
 
 
@@ -88,7 +89,7 @@ def test_rows_that_no_query_sees_may_hold_anything(case, fill, impl, device):
     assert_close(result, clean)
     for name, which in unused.items():
         if name in tensors:
-            assert largest(rows(case, result.gradients[name])[which.to(device)]) == 0, name
+            assert largest(rows(case, result.gradients[name])[which]) == 0, name
 
 
 @every_impl
@@ -101,7 +102,7 @@ def test_a_row_that_is_not_finite_reaches_only_what_sees_it(case, name, impl, de
     shown = visible(case, tensors)
     used = shown.any(2 if name == "query" else 1).nonzero()
     batch, row = used[len(used) // 2].tolist()
-    spoilt = torch.zeros(shown.shape[0], shown.shape[1 if name == "query" else 2], dtype=torch.bool)
+    spoilt = torch.zeros(shown.shape[0], shown.shape[1 if name == "query" else 2], dtype=torch.bool, device=device)
     spoilt[batch, row] = True
     hit = spoilt if name == "query" else (shown & spoilt[:, None]).any(2)  # queries
     touched = (shown & hit[..., None]).any(1)  # keys
@@ -114,10 +115,9 @@ def test_a_row_that_is_not_finite_reaches_only_what_sees_it(case, name, impl, de
     for got, want in zip(result, clean, strict=True):
         for at, x in got.items():
             if at in reach:
-                where = reach[at].to(device)
-                torch.testing.assert_close(rows(case, x)[~where], rows(case, want[at])[~where], msg=at)
+                torch.testing.assert_close(rows(case, x)[~reach[at]], rows(case, want[at])[~reach[at]], msg=at)
     if case.dropout_p == 0:
-        assert rows(case, result.outputs["output"])[hit.to(device)].isnan().flatten(1).any(1).all()
+        assert rows(case, result.outputs["output"])[hit].isnan().flatten(1).any(1).all()
 
 
 # --- Parameters of the modules --------------------------------------------------------------------------------------
@@ -125,7 +125,8 @@ def test_a_row_that_is_not_finite_reaches_only_what_sees_it(case, name, impl, de
 
 def parameter_gradients(module, *args, **kwargs):
     out = module(*args, **kwargs)
-    return torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1])).sum(), list(module.parameters())), out
+    along = torch.linspace(-1, 1, out.shape[-1], device=out.device)
+    return torch.autograd.grad((out * along).sum(), list(module.parameters())), out
 
 
 STRUCTURES = {
@@ -137,16 +138,25 @@ STRUCTURES = {
 }
 
 
+def structure_on(device, structure):
+    return {name: x.to(device) if name == "mask" else x for name, x in structure.items()}
+
+
+def random(device, *shapes):
+    """The same on every device."""
+    return [torch.randn(shape).to(device) for shape in shapes]
+
+
 def spoil(x, seen, fill):
     """`fill` in the rows that are not seen."""
     return torch.where(seen.expand(x.shape[:-1])[..., None], x, fill)
 
 
-def seen_by(structure):
-    mask = structure.get("mask", torch.ones(2, 4, 7, dtype=torch.bool))
+def seen_by(structure, device):
+    mask = structure.get("mask", torch.ones(2, 4, 7, dtype=torch.bool, device=device))
     mask = mask[:, None] if mask.dim() == 2 else mask
     left, right = structure.get("window", (None, None))
-    i, j = torch.arange(4)[:, None], torch.arange(7)
+    i, j = torch.arange(4, device=device)[:, None], torch.arange(7, device=device)
     left, right = 9 if left is None else left, 9 if right is None else right
     shown = mask & (i - left <= j) & (j <= i + right)
     return shown.any(2), shown.any(1)
@@ -156,12 +166,13 @@ def seen_by(structure):
 @each_fill
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
-def test_hidden_rows_leave_the_parameters_of_concat_attention_alone(structure, activation, fill, impl):
+def test_hidden_rows_leave_the_parameters_of_concat_attention_alone(structure, activation, fill, impl, device):
     torch.manual_seed(0)
     module = ConcatAttention(6, 5, 4, context_dims=(3, 2, 3), num_heads=2, activation=activation, bias=True)
-    query, key = torch.randn(2, 4, 6), torch.randn(2, 7, 5)
-    of_key, of_sequence, of_query = torch.randn(2, 7, 3), torch.randn(2, 2), torch.randn(2, 4, 3)
-    q_seen, k_seen = seen_by(structure)
+    module, structure = module.to(device), structure_on(device, structure)
+    query, key = random(device, (2, 4, 6), (2, 7, 5))
+    of_key, of_sequence, of_query = random(device, (2, 7, 3), (2, 2), (2, 4, 3))
+    q_seen, k_seen = seen_by(structure, device)
 
     def run(query, key, *contexts):
         return parameter_gradients(module, query, key, contexts=contexts, impl=impl, **structure)
@@ -178,11 +189,11 @@ def test_hidden_rows_leave_the_parameters_of_concat_attention_alone(structure, a
 @each_fill
 @pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
-def test_hidden_rows_leave_the_weight_of_general_attention_alone(structure, num_heads, fill, impl):
+def test_hidden_rows_leave_the_weight_of_general_attention_alone(structure, num_heads, fill, impl, device):
     torch.manual_seed(0)
-    module = GeneralAttention(6, 5, num_heads=num_heads)
-    query, key = torch.randn(2, 4, 6), torch.randn(2, 7, 5)
-    q_seen, k_seen = seen_by(structure)
+    module, structure = GeneralAttention(6, 5, num_heads=num_heads).to(device), structure_on(device, structure)
+    query, key = random(device, (2, 4, 6), (2, 7, 5))
+    q_seen, k_seen = seen_by(structure, device)
     clean = parameter_gradients(module, query, key, impl=impl, **structure)
     spoilt = parameter_gradients(module, spoil(query, q_seen, fill), spoil(key, k_seen, fill), impl=impl, **structure)
     torch.testing.assert_close(spoilt, clean)

@@ -43,7 +43,8 @@ def textbook(case):
         else:
             scores = act(case.scale * (query if weight is None else query @ weight) @ key.mT)
         scores = scores + score_bias
-        i, j = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+        i, j = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        i = i[:, None]
         left, right = case.window or (None, None)
         shown = torch.ones_like(i == j)
         shown = shown if left is None else shown & (j >= i - left)

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 on a CPU: products that they cannot hold are scores that they can, by every way of a call."""
+"""float16 and bfloat16: products that they cannot hold are scores that they can, by every way of a call."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], i
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
-def large(rows, width, dtype, seed):
-    return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype) * 100
+def large(rows, width, dtype, seed, device="cpu"):
+    return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(seed)).to(device, dtype) * 100
 
 
 def ways(call):
@@ -33,9 +33,10 @@ def assert_all_like(call, want, dtype):
 @pytest.mark.kernel
 @each_dtype
 @pytest.mark.parametrize("masked", [False, True])
-def test_products_of_general_attention_past_float16(masked, dtype):
-    query, key, value = large(3, 64, dtype, 0), large(5, 64, dtype, 1), large(5, 64, dtype, 2) / 100
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2]) if masked else None
+def test_products_of_general_attention_past_float16(masked, dtype, device):
+    query, key, value = (large(rows, 64, dtype, i, device) for i, rows in enumerate((3, 5, 5)))
+    value = value / 100
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=device) if masked else None
     scores = query.double() @ key.double().mT
     assert scores.abs().max() > 65504
     scores = 1e-5 * scores if mask is None else (1e-5 * scores).masked_fill(~mask[:, None], -torch.inf)
@@ -47,16 +48,16 @@ def test_products_of_general_attention_past_float16(masked, dtype):
 @each_dtype
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("activation", ["relu", "identity", "tanh"])
-def test_sums_of_concat_attention_past_float16(activation, queries, dtype):
+def test_sums_of_concat_attention_past_float16(activation, queries, dtype, device):
     """Two halves of v that cancel: each alone is past what float16 holds. Of integers, that float32 sums exactly."""
     query, key, value = (
-        large(queries, 8, dtype, 0).round(),
-        large(5, 8, dtype, 1).round(),
-        large(5, 6, dtype, 2) / 100,
+        large(queries, 8, dtype, 0, device).round(),
+        large(5, 8, dtype, 1, device).round(),
+        large(5, 6, dtype, 2, device) / 100,
     )
     key[..., 4:], query[..., 4:] = key[..., :4], query[..., :4]
     key[:, 1:3, 4:] = key[:, 1:3, :4].flip(-1)
-    v = torch.tensor([1000.0] * 4 + [-1000.0] * 4).to(dtype)
+    v = torch.tensor([1000.0] * 4 + [-1000.0] * 4, dtype=dtype, device=device)
     act = {"relu": torch.relu, "identity": lambda x: x, "tanh": torch.tanh}[activation]
     pairs = act(query.double()[:, :, None] + key.double()[:, None]) * v.double()
     if activation != "tanh":
