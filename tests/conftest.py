@@ -56,6 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Which tests run, and in which order: both by a hash of their names, the same on every machine."""
     which, of = config.getoption("sample")
+    bare = {
+        item.nodeid.split("[")[0]
+        for item in items
+        if item.get_closest_marker("kernel") is not None and "device" not in item.fixturenames
+    }
+    if bare:  # on a GPU its tensors would be the CPU's
+        raise pytest.UsageError(f"marked `kernel`, without the fixture `device`: {', '.join(sorted(bare))}")
 
     def digest(item: pytest.Item) -> int:
         return int.from_bytes(hashlib.md5(item.nodeid.encode()).digest(), "big")

@@ -18,7 +18,7 @@ SKIPPED = """
 import pytest
 
 @pytest.mark.kernel
-def test_skipped():
+def test_skipped(device):
     pytest.skip("no reason at all")
 
 def test_without_a_kernel():
@@ -28,7 +28,7 @@ ONE_RUNS = (
     SKIPPED
     + """
 @pytest.mark.kernel
-def test_runs():
+def test_runs(device):
     pass
 """
 )
@@ -70,6 +70,12 @@ def test_session_fails_iff_every_kernel_test_was_skipped(tests, options, status,
     assert ("all 1 selected kernel tests were skipped" in done.stdout) == bool(status)
 
 
+def test_a_kernel_test_that_takes_no_device_is_refused(tmp_path):
+    done = run(tmp_path, test_it=ONE_RUNS.replace("test_runs(device)", "test_runs()"))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.strip().endswith("without the fixture `device`: test_it.py::test_runs")
+
+
 def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list[str]:
     """Which of the tests `names` a run with these options has, in its order."""
     options = {"sample": (1, 1), "fair": False, "long": False} | options
@@ -79,6 +85,7 @@ def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list
     items = [
         SimpleNamespace(
             nodeid=name,
+            fixturenames=("device",),
             get_closest_marker=lambda _, name=name: True if name in long else None,
             add_marker=lambda marker, name=name: long.add(name),
         )
