@@ -10,7 +10,7 @@ MINUTES ?= 9
 DRAWN ?= 0
 SEED ?= 0
 
-.PHONY: demo test test-fast test-long test-gpu gpu mutants bench lint clean
+.PHONY: demo test test-fast test-long test-devices test-gpu gpu mutants bench lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ test-fast: $(VENV)/.installed # a fair eighth of the tests of every file, for ev
 
 test-long: $(VENV)/.installed # what is too long for every day
 	$(BIN)/python -m pytest -n $(JOBS) --long -m long
+
+test-devices: $(VENV)/.installed # on a CPU: which kernel tests make tensors that a GPU's kernel would not take
+	$(BIN)/python -m pytest -n $(JOBS) --devices -m kernel
 
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .

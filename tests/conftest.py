@@ -45,6 +45,7 @@ def part(text: str) -> tuple[int, int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run on cuda; without it, on the CPU in Triton's interpreter")
+    parser.addoption("--devices", action="store_true", help="on a CPU: tensors made elsewhere fail (`_devices.py`)")
     parser.addoption("--long", action="store_true", help="run tests marked `long` too; -m long: these alone")
     parser.addoption("--tables", action="store_true", help=f"run tables of more than {CASES} cases whole")
     parser.addoption("--sample", type=part, default=(1, 1), metavar="I/N",
@@ -99,6 +100,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton")
     # Inductor's cache knows a graph by the names of its operators, not by what they return in this tree.
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    if config.getoption("devices"):
+        if config.getoption("gpu"):
+            raise pytest.UsageError("--devices is for the CPU: a GPU sees what it sees")
+        import _devices
+
+        _devices.separate(pytest.MonkeyPatch())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # what is this small loses by a second, and under xdist each core has a process
     if not hasattr(config, "workerinput"):
@@ -133,6 +140,8 @@ class KernelTests:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.config.getoption("devices"):
+        return torch.device("cpu", 0)
     return torch.device("cuda" if request.config.getoption("gpu") else "cpu")
 
 

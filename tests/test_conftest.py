@@ -32,6 +32,48 @@ def test_runs(device):
     pass
 """
 )
+TWO_DEVICES = """
+import pytest
+import torch
+from fused_attn import general_attention
+
+pytestmark = pytest.mark.kernel
+MASK = torch.ones(3, dtype=torch.bool)
+
+def x(device=None):
+    return torch.randn(2, 3, 4, device=device)
+
+def test_kernel(device):
+    general_attention(x(), x(), impl="triton")
+
+def test_validation(device):
+    general_attention(x(device), x(), impl="triton")
+
+def test_operation(device):
+    x(device) + torch.arange(4)
+
+def test_constant(device):
+    x(device).masked_fill(MASK[:, None], 0)
+
+def test_module(device):
+    torch.nn.Linear(4, 4)(x(device))
+
+def test_moved(device):
+    module = torch.nn.Linear(4, 4).to(device)
+    module(x().to(device) + torch.arange(4, device=x(device).device)).sum().backward()
+    assert module.weight.grad.device == device
+    module.weight.grad + module.weight * x(device)[0, 0] * torch.tensor(2.0)
+
+def test_indices(device):
+    assert x(device)[:, MASK].cpu().numpy().shape == x().numpy().shape
+
+def test_gradients(device):
+    leaves = [x(device).requires_grad_() for _ in range(2)]
+    torch.autograd.grad(general_attention(*leaves, impl="triton").sum(), leaves)[0] + x(device)
+
+def test_of_the_host(device):
+    assert (x() + torch.arange(4)).device != x(device).device or device.index is None
+"""
 needs_xdist = pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
 NAMES = [f"{file}.py::test_{i}" for file in "ab" for i in range(200)]
 LONG = """
@@ -48,7 +90,8 @@ def test_short():
 
 def run(folder: Path, *options: str, **files: str) -> subprocess.CompletedProcess[str]:
     """pytest in `folder` on these files, with the conftest beside this one."""
-    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    for name in ("conftest.py", "_devices.py"):
+        shutil.copy(Path(__file__).with_name(name), folder)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = kernel\n    long\n")
@@ -74,6 +117,14 @@ def test_a_kernel_test_that_takes_no_device_is_refused(tmp_path):
     done = run(tmp_path, test_it=ONE_RUNS.replace("test_runs(device)", "test_runs()"))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stderr.strip().endswith("without the fixture `device`: test_it.py::test_runs")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need Triton")
+def test_tensors_of_two_devices_do_not_meet(tmp_path):
+    done = run(tmp_path, "--devices", "-rA", test_it=TWO_DEVICES)
+    failed = sorted(re.findall(r"^FAILED test_it.py::test_(\w+)", done.stdout, re.MULTILINE))
+    assert failed == ["constant", "kernel", "module", "operation", "validation"], done.stdout + done.stderr
+    assert "4 passed" in done.stdout
 
 
 def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list[str]:
