@@ -18,7 +18,8 @@ DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 COPIES = {
     "copy_", "__getitem__", "__setitem__", "__set__", "to", "type_as", "set_", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
-RNNS = {"gru", "lstm", "rnn_tanh", "rnn_relu"}  # their sizes of batches are on the host
+# Their lengths and sizes of batches are on the host.
+RNNS = {"gru", "lstm", "rnn_tanh", "rnn_relu", "_pack_padded_sequence", "_pad_packed_sequence"}
 
 
 def place(x: Tensor) -> torch.device | None:
@@ -54,7 +55,7 @@ class Devices(TorchFunctionMode):
         if name in ("to", "cpu", "as_tensor") and any(result is x for x in given) and after != {place(result)}:
             result = result.clone()  # as it would be
         for x in tree_leaves(result) if name != "__set__" else given[:1]:
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and (x.is_floating_point() or name not in RNNS):
                 x.place = DEVICE if DEVICE in after else HOST if after == {HOST} else None
         return result
 
