@@ -285,15 +285,15 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.name, *args = inputs
-        op = _OPERATORS[ctx.name]
+        ctx.operator, *args = inputs  # not `ctx.name`, a method of the node, which anomaly mode calls
+        op = _OPERATORS[ctx.operator]
         ctx.save_for_backward(*args[: op.tensors], *(output[i] for i in op.saved))
         ctx.options = args[op.tensors :]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        op = _OPERATORS[ctx.name]
+        op = _OPERATORS[ctx.operator]
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         needs = ctx.needs_input_grad[1 : 1 + op.gradients]
         starts = list(cotangents)
@@ -318,8 +318,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.name, *args, ctx.needs = inputs
-        op = _OPERATORS[ctx.name]
+        ctx.operator, *args, ctx.needs = inputs
+        op = _OPERATORS[ctx.operator]
         tensors = op.results + op.tensors
         ctx.save_for_backward(*args[:tensors])
         ctx.options = args[tensors + len(op.saved) :]
@@ -327,7 +327,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        op = _OPERATORS[ctx.name]
+        op = _OPERATORS[ctx.operator]
         saved = ctx.saved_tensors
         cotangents, tensors = saved[: op.results], saved[op.results :]
         primals, constant = tensors[: op.gradients], tensors[op.gradients :]

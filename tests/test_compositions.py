@@ -55,6 +55,20 @@ def test_a_compiled_gradient_is_not_zero_where_something_captured_is_live(name, 
     check(name, "compile(grad)", "triton", device)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_node_of_the_graph_says_its_name(name, device):
+    """Anomaly mode asks for it, to say which call an error comes from; what a context holds may hide the method."""
+    row = dataclasses.replace(table.ROWS[name], device=device)
+    nodes = {x.grad_fn for x in table.gradients(row, "triton", table.live(row, row.tensors("triton")))}
+    seen = set()
+    while nodes:
+        seen |= nodes
+        nodes = {n for node in nodes if node for n, _ in node.next_functions} - seen
+    names = [node.name() for node in seen if node]
+    assert any("Gradients" in name for name in names)
+
+
 @pytest.mark.parametrize("name", [name for name in PLAIN if "packed" in name] + ["GraphAttention"])
 def test_one_tensor_in_several_arguments_compiles(name, device):
     check(name, "one tensor twice", "auto", device)
