@@ -49,7 +49,7 @@ def _formula(
     left: int | None, right: int | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What second derivatives are taken of: in blocks; to the compiler, which must know all sizes, of all pairs."""
-    if torch.compiler.is_compiling():
+    if reference.in_graph():
         return reference.windowed_attention(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )

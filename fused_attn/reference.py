@@ -481,13 +481,21 @@ def every_sample(x: Tensor) -> Tensor:
     return x
 
 
+def in_graph() -> bool:
+    """Whether a compiled graph is being made, so that no number of a tensor can be read.
+
+    In a backward, which autograd traces after Dynamo, PyTorch 2.11 says so by the context only.
+    """
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     """Packed rows ``(N, width)`` as ``(S, T, width)``, zeros past a sequence's end; True in ``(S, T)`` up to there.
 
     T is the length of the longest sequence, or in a compiled graph, which must know it, N.
     """
     lengths = cu_seqlens.diff()
-    known = torch.compiler.is_compiling() or lengths.numel() == 0 or lengths.device.type == "meta"
+    known = in_graph() or lengths.numel() == 0 or lengths.device.type == "meta"
     t = torch.arange(packed[0].shape[0] if known else int(every_sample(lengths).max()), device=cu_seqlens.device)
     inside = t < lengths[:, None]
     rows = (cu_seqlens[:-1, None] + t).masked_fill(~inside, 0)
