@@ -196,7 +196,7 @@ def concat_attention(
 
             query, key = score(query), score(key)
             v = v.new_ones(v.shape[0], 1, dtype=wide)
-        if query.shape[1:3] == (1, 1) and window is None and not packed:
+        if query.shape[1:3] == (1, 1) and left is None and right is None and not packed:
             out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
         else:
             out, lse, scores = _CONCAT(query, key, value, v, score_bias, *tail, return_weights, in_blocks)

@@ -103,12 +103,12 @@ def _location_bwd_dz_kernel(
     hop = (r < R) & (seq < num_seqs)
 
     # gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
-    # are in float32. Then a key with all the weight gets 0, not the difference of two roundings.
+    # are in float32. Then a key with all the weight gets 0, not the difference of two roundings. With dropout and
+    # more hops they are not: k o_0 is far from o_r, and would be taken out of large numbers again.
     if seed_ptr is not None:
         k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
     gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    delta = tl.zeros([BLOCK_R], tl.float32)  # dO_r · o_r
-    offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0)
+    offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0), or dO_r · o_r
     cotangent = tl.zeros([BLOCK_R], tl.float32)  # 0 where all of dO_r and dlse_r is 0
     for d0 in range(0, DV, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
@@ -118,16 +118,16 @@ def _location_bwd_dz_kernel(
         do = tl.load(do_ptr + at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
         out = tl.load(out_ptr + at, mask=some, other=0.0)
         cotangent += tl.sum(tl.abs(do), axis=0)
-        if BLOCK_R > 1 and seed_ptr is not None:
-            delta += tl.sum(do * out, axis=0)
         if BLOCK_R == 1 and seed_ptr is not None:
             values = values.to(tl.float32) * k
-        if BLOCK_R == 1 or tl.float32 == COMPUTE:
+        if BLOCK_R == 1 or (tl.float32 == COMPUTE and seed_ptr is None):
             centre = tl.load(out_ptr + seq * R * DV + d, mask=(d < DV) & (seq < num_seqs), other=0.0)
             values = values.to(tl.float32) - centre[None, :]
             out -= centre[:, None]
         offset += tl.sum(do * out, axis=0)
         gap = matmul(values, do, gap, COMPUTE, PRECISION)
+    if BLOCK_R > 1 and seed_ptr is not None:
+        gap *= k
     gap -= offset[None, :]
 
     at = (seq * T + rows)[:, None] * R + r[None, :]
@@ -138,8 +138,6 @@ def _location_bwd_dz_kernel(
     a_w = tl.exp(s - top[None, :]) * inv[None, :]
     p = a_w
     if seed_ptr is not None:
-        if BLOCK_R > 1:
-            gap += (k - 1.0) * (gap + delta[None, :])
         p *= k
     if dlse_ptr is not None:
         dlse = load_dlse(dlse_ptr + lse_at, lse_ptr + lse_at, hop)

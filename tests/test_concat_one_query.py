@@ -36,6 +36,7 @@ CASES = [
     Case(**ONE, layout="strided", score_bias="1", return_weights=False),
     Case(**ONE, layout="transposed", value_dim=70, dropout_p=0.5),
     Case(queries=1, keys=300, attn_dim=3, batch=1),
+    Case(**ONE, window=(None, None)),  # hides nothing
 ]
 
 
