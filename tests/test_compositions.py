@@ -60,8 +60,8 @@ def test_a_compiled_gradient_is_not_zero_where_something_captured_is_live(name, 
 def test_every_node_of_the_graph_says_its_name(name, device):
     """Anomaly mode asks for it, to say which call an error comes from; what a context holds may hide the method."""
     row = dataclasses.replace(table.ROWS[name], device=device)
-    nodes = {x.grad_fn for x in table.gradients(row, "triton", table.live(row, row.tensors("triton")))}
-    seen = set()
+    gradients = table.gradients(row, "triton", table.live(row, row.tensors("triton")))  # held: they hold the graph
+    nodes, seen = {x.grad_fn for x in gradients}, set()
     while nodes:
         seen |= nodes
         nodes = {n for node in nodes if node for n, _ in node.next_functions} - seen
