@@ -46,6 +46,11 @@ class Chip(NamedTuple):
         return self.backend == "cuda" and self.arch // 10 == 9
 
     @property
+    def hopper(self) -> bool:
+        """Whether it is the chip that blocks were timed on, an H200: bench/results/nvidia-h200-2026-11-26."""
+        return self.backend == "cuda" and self.arch == 90
+
+    @property
     def from_registers(self) -> bool:
         """Whether matrix units take operands from registers (mma.sync), not from shared memory (sm_90, sm_100).
 

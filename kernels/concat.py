@@ -51,6 +51,7 @@ from .chip import (
     unpressed,
 )
 from .masks import Items, dropout_scale, finite, key_range, locate, partition, row_codes, sequence_of, visible
+from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 SAFE, SAFE_EXACT = 42.0, 80.0
@@ -392,7 +393,7 @@ def _concat_fwd_kernel(
             mask=v_keep[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
-        acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
+        acc = add_product(p, values, acc * alpha[:, None], COMPUTE, PRECISION)
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
     out_ptrs = out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :]
@@ -442,6 +443,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
+    if chip.hopper and even(DV) and not busy and Tq > 16:  # 4 warps, and two programs a core
+        return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 128), pow2(DV, 16, 128), 4)
     block_n = (64 if even(DV) else 32) if busy else 64 if Tk <= 128 else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 

@@ -35,6 +35,7 @@ from .chip import LENGTHS, LONG, Chip, fitted, pow2, strides, tile_rows, unpress
 from .concat import Blocks, Call, factors, prepare
 from .concat_walk import gradient_tile, walk_tile
 from .masks import key_range, locate, sequence_of
+from .products import add_product
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -363,7 +364,7 @@ def _concat_bwd_dvalue_kernel(
                 mask=q_keep[:, None] & (d < DV)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(p.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
+            acc = add_product(p, do, acc, COMPUTE, PRECISION)
     rows = (k_start + j).to(tl.int64)
     at = dvalue_ptr + seq * stride_db + head * stride_dh + rows[:, None] * DV + d[None, :]
     some = (j < k_hi)[:, None] & (d < DV)[None, :]
@@ -392,7 +393,8 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, 
     hip = chip.backend == "hip"
     most = 32 if packed and hip and busy else 64 if packed or (hip and busy) or chip.arch == 100 else 128
     tiles = Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 8)
-    return tiles, Walk(32, *((pow2(A, 16, 128), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
+    features = 64 if chip.hopper else 128  # half the registers, so that more programs share a core
+    return tiles, Walk(32, *((pow2(A, 16, features), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)))
 
 
 def concat_bwd(

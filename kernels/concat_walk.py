@@ -6,6 +6,7 @@ import triton.language as tl
 from .activations import activate, activate_grad
 from .concat import concat_scores, reciprocal
 from .masks import dropout_scale, key_range, visible
+from .products import add_product
 from .softmax import exp, load_lse
 
 
@@ -114,7 +115,7 @@ def gradient_tile(
                     do_ptr + o_rows[:, None] + d[None, :], mask=q_keep[:, None] & (d < DV)[None, :], other=0.0
                 )
                 values = tl.load(val_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < DV)[None, :], other=0.0)
-                dp = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), dp, input_precision=PRECISION)
+                dp = add_product(do, tl.trans(values), dp, COMPUTE, PRECISION)
             if seed_ptr is not None:
                 dp *= k
         g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN

@@ -28,7 +28,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, even, fitted, matmul_flags, pow2, strides, unit, unpressed
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    chip_of,
+    even,
+    fitted,
+    matmul_flags,
+    pow2,
+    strides,
+    unit,
+    unpressed,
+)
 from .masks import (
     Items,
     dropout_scale,
@@ -40,6 +53,7 @@ from .masks import (
     visible_pairs,
     whole_range,
 )
+from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -85,7 +99,7 @@ def product(
             some = (d < width)[None, :]
             a_part = tl.load(a_ptrs[:, None] + d[None, :], mask=a_keep[:, None] & some, other=0.0)
             b_part = tl.load(b_ptrs[:, None] + d[None, :], mask=b_keep[:, None] & some, other=0.0)
-            acc = tl.dot(a_part.to(COMPUTE), tl.trans(b_part.to(COMPUTE)), acc, input_precision=PRECISION)
+            acc = add_product(a_part, tl.trans(b_part), acc, COMPUTE, PRECISION)
     else:
         acc = tl.dot(a.to(COMPUTE), tl.trans(b.to(COMPUTE)), input_precision=PRECISION)
     return acc
@@ -241,7 +255,7 @@ def _general_fwd_kernel(
                 )
             if EDGE and not SHARED and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
                 p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
-            acc = tl.dot(p.to(COMPUTE), values.to(COMPUTE), acc * alpha[:, None], input_precision=PRECISION)
+            acc = add_product(p, values, acc * alpha[:, None], COMPUTE, PRECISION)
             m = m_new
 
     rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
@@ -292,7 +306,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
     if itemsize == 4:  # without matrix units a product is unrolled over its width
         part, warps = (32, 4) if Tq <= 16 else (64, 8)
-        return Blocks(pow2(Tq, 16, 32), 32, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
+        block_n = 128 if chip.hopper and plain and Tq <= 16 else 32
+        return Blocks(pow2(Tq, 16, 32), block_n, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
     size = max(width, value_width)
@@ -308,9 +323,12 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     # Which keys a window hides from which queries takes registers too.
     block_n = 64 if plain and (roomy or (narrow and not (parts and size == 128))) and not hip else 32
     warps = 8 if block_m >= 64 else 4
+    stages = 2 if roomy or max(D, DV) <= 256 else 1
+    if chip.hopper and plain and narrow and block_m == 128:
+        stages, block_n = 3, 128 if size == 128 and not parts else block_n
     if busy and size >= 128:
         block_m = min(block_m, 32)
-    return Blocks(block_m, block_n, width, value_width, warps, 2 if roomy or max(D, DV) <= 256 else 1)
+    return Blocks(block_m, block_n, width, value_width, warps, stages)
 
 
 class Call(NamedTuple):
@@ -431,7 +449,7 @@ def general_fwd(
             scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
             WIDE=blocks.D < D, PLAIN=plain, BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_D=blocks.D,
             BLOCK_DV=blocks.DV, num_warps=blocks.warps, num_stages=blocks.stages,
-            **unpressed(call.chip, D, DV),
+            **(all_registers(call.chip) if query.element_size() == 4 else unpressed(call.chip, D, DV)),
         )  # fmt: skip
         if splits > 1:
             parts = Items(B * H * Tq * splits, 0, splits, None, None)

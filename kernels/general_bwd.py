@@ -25,6 +25,7 @@ from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, score, widths
 from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
+from .products import add_product
 
 
 @triton.jit
@@ -257,7 +258,7 @@ def _general_bwd_dq_kernel(
                     k = tl.load(
                         k_ptrs[:, None] + d_out[None, :], mask=k_keep[:, None] & (d_out < D)[None, :], other=0.0
                     )
-                acc = tl.dot(g.to(COMPUTE), k.to(COMPUTE), acc, input_precision=PRECISION)
+                acc = add_product(g, k, acc, COMPUTE, PRECISION)
     if GAP:
         tl.store(delta_ptr + rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
     else:
@@ -419,7 +420,7 @@ def _general_bwd_dkv_kernel(
                     q = tl.load(
                         q_ptrs[:, None] + d_out[None, :], mask=q_good[:, None] & (d_out < D)[None, :], other=0.0
                     )
-                dk = tl.dot((g * scale).to(COMPUTE), q.to(COMPUTE), dk, input_precision=PRECISION)
+                dk = add_product(g * scale, q, dk, COMPUTE, PRECISION)
             if dval_ptr is not None or SHARED:
                 if WIDE_V:
                     do = tl.load(
@@ -428,9 +429,9 @@ def _general_bwd_dkv_kernel(
                         other=0.0,
                     )
                 if SHARED:
-                    dk = tl.dot(p.to(COMPUTE), do.to(COMPUTE), dk, input_precision=PRECISION)
+                    dk = add_product(p, do, dk, COMPUTE, PRECISION)
                 else:
-                    dval = tl.dot(p.to(COMPUTE), do.to(COMPUTE), dval, input_precision=PRECISION)
+                    dval = add_product(p, do, dval, COMPUTE, PRECISION)
     if dk_ptr is not None:
         tl.store(
             dk_ptr + seq * stride_db + head * stride_dh + k_rows[:, None] * stride_dt + d_out[None, :],
@@ -465,6 +466,8 @@ def bwd_blocks(
     hip, roomy = chip.backend == "hip", chip.shared > 200_000
     if itemsize == 4:  # without matrix units a product is unrolled over its width
         width, value_width = pow2(D, 16, 32), pow2(DV, 16, 32)
+        if chip.hopper and plain and Tq <= 16:
+            return Blocks(16, 32, width, value_width, 4, 1), Blocks(16, 128, width, value_width, 8, 1)
         for_q = Blocks(32, 32 if plain else 16, width, value_width, 8, 1)
         return for_q, Blocks(32, 32, width, value_width, 4 if hip else 8, 1)
     width, value_width = widths(D, DV)
@@ -486,6 +489,10 @@ def bwd_blocks(
         few = 16 if size > 128 and parts and not roomy else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
+    if chip.hopper and size > 128 and Tq <= 16:
+        return Blocks(16, 128, width, value_width, 4, 2), Blocks(16, 128, width, value_width, 8, 3)
+    if chip.hopper and size == 128 and Tq > 64 and not parts:
+        return Blocks(128, n, width, value_width, 8, 3), Blocks(m, tile_rows(Tk, 128), width, value_width, 8, 2)
     if size > 128:
         for_q = Blocks(m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)

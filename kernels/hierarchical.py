@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, unpressed
+from .chip import LENGTHS, LONG, Chip, chip_of, pow2, unpressed
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -212,7 +212,9 @@ def blocks_of(
             blocks = fwd_blocks(chip, itemsize, n, D, width, SEGMENTS, D, False)
         part = 32 if chip.from_registers else 64
         rows = min(blocks.T, 16 if gated and chip.from_registers and itemsize == 2 and D > 128 else 64)
-        return blocks._replace(T=rows, D=min(blocks.D, part), A=min(blocks.A, 32), DV=min(blocks.DV, 256))
+        block_a = pow2(width, 16, 128) if chip.hopper and itemsize == 2 and not gated and n == LONG else 32
+        block_a = min(blocks.A, 32) if is_linear or block_a == 32 else block_a
+        return blocks._replace(T=rows, D=min(blocks.D, part), A=block_a, DV=min(blocks.DV, 256), stages=2)
 
     return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)
 

@@ -34,6 +34,7 @@ from .chip import (
     unpressed,
 )
 from .masks import Items, dropout_scale, locate, partition
+from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 MAX_HOPS = 128
@@ -68,7 +69,7 @@ def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
         # + 0: a product that is fused into a sum across threads leaves them with different last bits, and then the
         # largest score is not that of the key that has it, nor the weight of a key alone 1.
         return acc + tl.sum(x.to(tl.float32) * tl.trans(y.to(tl.float32)) + 0.0, axis=1)[:, None]
-    return tl.dot(x.to(COMPUTE), y.to(COMPUTE), acc, input_precision=PRECISION)
+    return add_product(x, y, acc, COMPUTE, PRECISION)
 
 
 @triton.jit
@@ -301,9 +302,12 @@ def hop_block(hops: int) -> int:
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
     """Tiles of the forward. `blocks.D >= D` keeps a tile of H on chip from the projection to the weighted sum.
 
-    Chosen by the compile report (no spills, shared memory within the chip); speed on a GPU not yet measured.
+    Chosen by the compile report (no spills, shared memory within the chip), and for sm_90 on an H200: see
+    `bench/NOTES.md`. Where W is read in parts, four stages of them; linear scores have only the tile to wait for, so
+    it is as long as an item, or in float32 as wide; hops of odd widths take 128 features of the score at once.
     """
     hop = hop_block(R)
+    hopper = chip.hopper
     wide = max(16, hop)  # columns of the accumulator: 8192 elements of it are 32 registers a thread of 8 warps
     whole = even(D, DV, A)
     warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
@@ -314,18 +318,18 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
             if linear
             else pow2(A, 16, 64 if hop == 1 and whole and chip.backend != "hip" else 32 if hop <= 32 else 16)
         )
-        return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, pow2(DV, 16, 4096 // wide), warps)
+        block_d = pow2(D, 16, 128) if hopper and linear and hop == 1 else 16
+        return Blocks(tile_rows(T, 32 if hop == 1 else 16), block_d, block_a, pow2(DV, 16, 4096 // wide), warps)
     if not whole:
-        return Blocks(
-            tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), pow2(DV, 16, 2048 // wide),
-            warps,
-        )  # fmt: skip
+        block_a = hop if linear else pow2(A, 16, 128 if hopper and hop > 1 else 32)
+        return Blocks(tile_rows(T, 32), pow2(D, 16, 64), block_a, pow2(DV, 16, 2048 // wide), warps)
     block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)
     # mma.sync takes operands from registers where wgmma reads shared memory: half the rows.
     hip, wgmma = chip.backend == "hip", chip.backend == "cuda" and not chip.from_registers
-    block_t = tile_rows(T, 64 if hip or (wgmma and hop <= 32) else 32)
-    return Blocks(block_t, block_d, hop if linear else pow2(A, 16, 64), block_dv, warps)
+    block_t = 128 if hopper and linear and hop == 1 else 64 if hip or (wgmma and hop <= 32) else 32
+    stages = 4 if hopper and hop == 1 and block_d < D <= 512 else 2
+    return Blocks(tile_rows(T, block_t), block_d, hop if linear else pow2(A, 16, 64), block_dv, warps, stages)
 
 
 class Call(NamedTuple):

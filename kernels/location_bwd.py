@@ -27,6 +27,7 @@ from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows, unpressed
 from .location import WORKSPACE_BYTES, Blocks, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition, sequence_of
+from .products import add_product
 from .softmax import load_dlse, load_lse
 
 
@@ -248,7 +249,7 @@ def _location_bwd_rows_kernel(
                 mask=(k < K)[:, None] & (d < D)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(dz.to(COMPUTE), w.to(COMPUTE), acc, input_precision=PRECISION)
+            acc = add_product(dz, w, acc, COMPUTE, PRECISION)
     if p_ptr is not None:
         r = tl.arange(0, BLOCK_R)
         p = tl.load(p_ptr + slot[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
@@ -260,7 +261,7 @@ def _location_bwd_rows_kernel(
         if BLOCK_R == 1:
             acc += p * do.to(tl.float32)
         else:
-            acc = tl.dot(p.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
+            acc = add_product(p, do, acc, COMPUTE, PRECISION)
     rows = seq * T + start + t
     tl.store(
         grad_ptr + rows[:, None] * D + d[None, :],
@@ -306,7 +307,7 @@ def _location_bwd_dw_kernel(
         live = tl.load(live_ptr + slot) != 0
         h = load_rows(h_ptr + seq * stride_hb + rows * stride_ht, live, d, D)
         dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(h.to(COMPUTE)), dz.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = add_product(tl.trans(h), dz, acc, COMPUTE, PRECISION)
     at = dw_ptr + (split.to(tl.int64) * D + d[:, None]) * K + k[None, :]
     some = (d < D)[:, None] & (k < K)[None, :]
     tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
@@ -338,7 +339,7 @@ def _location_bwd_dv_kernel(
         row = row0 + tl.arange(0, BLOCK_T)
         u = load_rows(u_ptr + row.to(tl.int64) * A, row < last, a, A)
         ds = load_rows(ds_ptr + row.to(tl.int64) * R, row < last, r, R)
-        acc = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = add_product(tl.trans(u), ds, acc, COMPUTE, PRECISION)
     at = dv_ptr + (split.to(tl.int64) * A + a[:, None]) * R + r[None, :]
     some = (a < A)[:, None] & (r < R)[None, :]
     tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
@@ -379,12 +380,18 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     """Tiles of the three backward kernels; T is also the rows of an item. Chosen as the forward's are."""
     hop = hop_block(R)
     whole = even(D, DV, A)
+    hopper = chip.hopper
     if itemsize == 4:
         block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
+        if hopper and hop == 1 and linear:
+            return Blocks(tile_rows(T, 32), pow2(D, 16, 128), block_a, warps=4)
+        if hopper and hop == 1 and whole:
+            return Blocks(tile_rows(T, 64), pow2(D, 16, 32), block_a, warps=8)
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8)
-    if not whole or chip.from_registers:
+    if (not whole and not (hopper and 1 < hop <= 32)) or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
-    return Blocks(tile_rows(T, 64), pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
+    block_t = tile_rows(T, 128 if hopper and hop == 1 else 64)
+    return Blocks(block_t, pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
 
 
 def location_bwd(
@@ -456,7 +463,9 @@ def location_bwd(
     tile = {**dot, **run, "BLOCK_T": blocks.T, "BLOCK_D": blocks.D}
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
-    exact = {"enable_fp_fusion": h.element_size() == 2}
+    exact: dict[str, object] = {"enable_fp_fusion": h.element_size() == 2}
+    if h.element_size() == 4 and call.tensors["v_ptr"] is not None:
+        exact["BLOCK_D"] = min(16, blocks.D)  # beside the score's features a wider part of W spilled
     dout = dout.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
     dscores = dscores if dscores is None else dscores.contiguous()

@@ -39,6 +39,7 @@ from .chip import (
 )
 from .location import load_rows
 from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
+from .products import add_product
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def _location_window_fwd_kernel(
             values = tl.where(finite, values, 0.0)
             spoils = tl.max((finite == 0).to(tl.int32), axis=1) != 0
             p = tl.where(shown & spoils[None, :], float("nan"), p)
-        acc = acc * alpha[:, None] + tl.dot(p.to(COMPUTE), values.to(COMPUTE), input_precision=PRECISION)
+        acc = add_product(p, values, acc * alpha[:, None], COMPUTE, PRECISION)
 
     at = (seq * T + start + i) * R + r
     inv = finish(l)

@@ -27,6 +27,7 @@ from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, locate, sequence_of, visible_pairs
+from .products import add_product
 from .softmax import exp, load_dlse, load_lse, store_lse
 
 
@@ -154,7 +155,7 @@ def _location_window_bwd_scores_kernel(
                 d = d0 + tl.arange(0, BLOCK_DV)
                 do = load_rows(do_ptr + at * DV, inside, d, DV)
                 values = load_rows(val_ptrs, keep, d, DV)
-                gap = tl.dot(do.to(COMPUTE), tl.trans(values.to(COMPUTE)), gap, input_precision=PRECISION)
+                gap = add_product(do, tl.trans(values), gap, COMPUTE, PRECISION)
             if seed_ptr is not None:
                 gap *= k
             gap -= tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -220,7 +221,7 @@ def _location_window_bwd_values_kernel(
             if seed_ptr is not None:
                 a *= dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
             do = load_rows(do_ptr + at * DV, inside, d, DV)
-            acc = tl.dot(a.to(COMPUTE), do.to(COMPUTE), acc, input_precision=PRECISION)
+            acc = add_product(a, do, acc, COMPUTE, PRECISION)
     tl.store(
         dvalue_ptr + k_rows[:, None] * DV + d[None, :],
         acc.to(dvalue_ptr.dtype.element_ty),

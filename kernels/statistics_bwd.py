@@ -21,6 +21,7 @@ from torch import Tensor
 from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows
 from .location import item_args, load_rows
 from .masks import Items, locate, partition
+from .products import add_product
 from .softmax import exp, load_dlse, load_lse
 from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
 
@@ -185,7 +186,7 @@ def _statistics_bwd_values_kernel(
             ds = alpha * factor
             if dscores_ptr is not None:
                 ds += load_rows(dscores_ptr + at, keep, c, C)
-            dv = tl.dot(tl.trans(u).to(COMPUTE), ds.to(COMPUTE), dv, input_precision=PRECISION)
+            dv = add_product(tl.trans(u), ds, dv, COMPUTE, PRECISION)
     if dv_ptr is not None:
         at = (part.to(tl.int64) * A + a[:, None]) * C + c[None, :]
         tl.store(dv_ptr + at, dv, mask=(a < A)[:, None] & (c < C)[None, :])
@@ -255,9 +256,9 @@ def _statistics_bwd_features_kernel(
         if dscores_ptr is not None:
             ds += load_rows(dscores_ptr + at, keep, c, C)
         if ACROSS:
-            du = tl.dot(v.to(COMPUTE), tl.trans(ds).to(COMPUTE), du, input_precision=PRECISION)
+            du = add_product(v, tl.trans(ds), du, COMPUTE, PRECISION)
         else:
-            du = tl.dot(ds.to(COMPUTE), tl.trans(v).to(COMPUTE), du, input_precision=PRECISION)
+            du = add_product(ds, tl.trans(v), du, COMPUTE, PRECISION)
     if ACROSS:
         du = tl.trans(du)
     at = (seq * T + rows)[:, None] * A + a[None, :]
@@ -268,7 +269,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the backward kernels; T is also the frames of an item. Chosen as the forward's are."""
     if A == 0:
         return Blocks(tile_rows(T, 32), pow2(C, 16, 128 if even(C) else 64), 16, 4)
-    warps = product_warps(chip)
+    warps = product_warps(chip, itemsize, C, A)
     if itemsize == 4:
         return Blocks(tile_rows(T, 32), pow2(C, 16, 32 if chip.small else 64), 16, warps)
     # Registers are short: dv or du is kept beside a tile of everything else. Where rows are no whole vectors, each
