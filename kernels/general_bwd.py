@@ -458,7 +458,7 @@ def bwd_blocks(
 
     parts: a key may be hidden from some queries only, which costs registers too.
 
-    Chosen by the compile report (no spills; wgmma on sm_90 from 64 rows on); speed on a GPU not yet measured.
+    Chosen by the compile report (no spills; wgmma on sm_90 from 64 rows on); for sm_90 timed on an H200.
     """
     if chip.backend == "interpreter":
         blocks = Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)

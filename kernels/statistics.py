@@ -285,7 +285,7 @@ class Blocks(NamedTuple):
 def fwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the forward; A is 0 for one weight a frame. 8192 elements a tile are 32 registers of 8 warps.
 
-    Chosen by the compile report (no spills, shared memory within the chip); speed on a GPU not yet measured.
+    Chosen by the compile report (no spills, shared memory within the chip); for sm_90 timed on an H200.
     """
     if A == 0:
         rows, warps = (32, 4) if chip.hopper else (64, 8)
