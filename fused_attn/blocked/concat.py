@@ -55,6 +55,8 @@ SAFE = 30.0
 """Largest |exponent of a| for a block of pairs: the products stay under e^60 |v| = 1e26 |v|."""
 SMALL = 4.0
 """A tanh whose exponents stay under this is taken as it is: a - 1 would lose the relative precision of small ones."""
+FEW = 16
+"""Features under which each is activated: a pair has the rounding of three, which is that of a score of few."""
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 
 _ATEN = torch.ops.aten
@@ -157,7 +159,7 @@ class _Call:
         self.factor = FACTOR.get(activation, 0.0)
         if self.factor and self.q.numel() and self.k.numel():
             self.bound = self._bound(self.q, self.k)
-            if activation == "sigmoid" or not self.bound < SMALL:
+            if self.A >= FEW and (activation == "sigmoid" or not self.bound < SMALL):
                 self.left_side = self._basis(self.q)
                 self.right_side = self._basis(self.k).permute(0, 1, 3, 4, 2).contiguous()
                 v0, v1 = F.pad(self.v, (0, self.A % 2)).unflatten(-1, (-1, 2)).unbind(-1)
@@ -393,8 +395,11 @@ def _backward(
         g = call.reached(t, do @ call.value[t.b, t.h, t.cols].mT, hidden)
         if kept is not None:
             g *= kept
-        delta = (p * g).sum(-1, keepdim=True)
-        g.sub_(delta).mul_(p)
+        # Twice: the second is what rounding leaves of the first, which all of a row have alike. Where one key has
+        # almost all the weight its gradient is no more than that.
+        for _ in range(2):
+            g.sub_((p * g).sum(-1, keepdim=True))
+        g.mul_(p)
         if call.bad_q is not None and hidden is not None:
             g.masked_fill_(hidden, 0)
         # These two cancel where one key has all the weight, so they are added up by themselves.
