@@ -25,123 +25,111 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, Chip, chip_of, pow2, strides, unit, unpressed
-from .graph_hubs import Hubs, edges_of
+from .arguments import constants, rows
+from .chip import LENGTHS, Chip, chip_of, pow2, unit, unpressed
+from .graph_hubs import Csr, Hubs, edges_of
 from .masks import dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
 
 
 @triton.jit
-def load_heads(ptr, stride_h, h, d, H, D):
-    """One node's rows of the heads h, the features d: [BLOCK_H, BLOCK_D] float32."""
+def load_heads(x, node, h, d, H, D):
+    """A node's rows of the heads h, the features d: [BLOCK_H, BLOCK_D] float32."""
     keep = (h < H)[:, None] & (d < D)[None, :]
-    return tl.load(ptr + h[:, None] * stride_h + d[None, :], mask=keep, other=0.0).to(tl.float32)
+    at = x.ptr + node * x.stride_n + h[:, None] * x.stride_h + d[None, :]
+    return tl.load(at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_edges(ptr, stride_n, stride_h, rows, keep, h, d, H, D):
-    """Gathered rows [BLOCK_E] of the heads h, the features d: [BLOCK_E, BLOCK_H, BLOCK_D] float32."""
-    at = rows[:, None, None] * stride_n + h[None, :, None] * stride_h + d[None, None, :]
+def load_edges(x, nodes, keep, h, d, H, D):
+    """Gathered rows of the nodes [BLOCK_E], their heads h, the features d: [BLOCK_E, BLOCK_H, BLOCK_D] float32."""
+    at = nodes[:, None, None] * x.stride_n + h[None, :, None] * x.stride_h + d[None, None, :]
     keep = keep[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
-    return tl.load(ptr + at, mask=keep, other=0.0).to(tl.float32)
+    return tl.load(x.ptr + at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _graph_fwd_kernel(
-    q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
-    k_ptr, stride_kn, stride_kh,  # (Nk, H, A)
-    v_ptr, stride_vh,  # (H, A)
-    val_ptr, stride_un, stride_uh,  # (Nk, H, DV); the keys again where SHARED
-    edge_ptr, stride_en, stride_eh,  # (E, H, A) or None
-    indptr_ptr,  # (Nq + 1,)
-    indices_ptr,  # (E,)
+    q,  # (Nq, H, A)
+    k,  # (Nk, H, A)
+    v,  # (H, A)
+    value,  # (Nk, H, DV); the keys again where SHARED
+    edge,  # (E, H, A) or None
+    csr,
     seed_ptr,
-    out_ptr,  # (Nq, H, DV) float32
-    lse_ptr,  # (Nq, H, 2) float32: (m, l), see softmax.py
-    scores_ptr,  # (E, H) float32
-    part_ptr,  # (slots, H, DV) float32: sums of a hub's pieces, not divided by l, or None
-    part_lse_ptr,  # (slots, H, 2) float32
+    result,
+    part,  # of a hub's pieces: sums that are not divided by l, or None
     nodes,
     edges,
     steps,
-    H,
-    A,
-    DV,
+    size,
     threshold,
     keep_scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    SHARED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PIECE: tl.constexpr,
-    HUBS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    flags,
+    blocks,
+):
     item = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    a = tl.arange(0, BLOCK_A)
-    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
-    q_ptr += node * stride_qn
-    if not WIDE:
-        q = load_heads(q_ptr, stride_qh, h, a, H, A)
-        v = load_heads(v_ptr, stride_vh, h, a, H, A)
-    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-    for e0 in range(lo, hi, BLOCK_E):
-        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    dv = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
+    a = tl.arange(0, blocks.A)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
+    if not flags.WIDE:
+        q_row = load_heads(q, node, h, a, size.H, size.A)
+        v_row = load_heads(v, node, h, a, size.H, size.A)
+    m = tl.full([blocks.H], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.H], tl.float32)
+    acc = tl.zeros([blocks.H, blocks.DV], tl.float32)
+    for e0 in range(lo, hi, blocks.E):
+        e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
         keep = e < hi
-        j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
-        if WIDE:
-            s = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
-            for a0 in range(0, A, BLOCK_A):
-                a = a0 + tl.arange(0, BLOCK_A)
-                z = load_heads(q_ptr, stride_qh, h, a, H, A)[None, :, :]
-                z += load_edges(k_ptr, stride_kn, stride_kh, j, keep, h, a, H, A)
-                if edge_ptr is not None:
-                    z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-                v = load_heads(v_ptr, stride_vh, h, a, H, A)
-                s += tl.sum(rounded_product(v[None, :, :], activate(z, ACT, FAST)), axis=2)
+        j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+        if flags.WIDE:
+            s = tl.zeros([blocks.E, blocks.H], tl.float32)
+            for a0 in range(0, size.A, blocks.A):
+                a = a0 + tl.arange(0, blocks.A)
+                z = load_heads(q, node, h, a, size.H, size.A)[None, :, :]
+                z += load_edges(k, j, keep, h, a, size.H, size.A)
+                if edge.ptr is not None:
+                    z += load_edges(edge, e, keep, h, a, size.H, size.A)
+                v_row = load_heads(v, node, h, a, size.H, size.A)
+                s += tl.sum(rounded_product(v_row[None, :, :], activate(z, flags.ACT, flags.FAST)), axis=2)
         else:
-            k = load_edges(k_ptr, stride_kn, stride_kh, j, keep, h, a, H, A)
-            z = q[None, :, :] + k
-            if edge_ptr is not None:
-                z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-            s = tl.sum(rounded_product(v[None, :, :], activate(z, ACT, FAST)), axis=2)
+            k_rows = load_edges(k, j, keep, h, a, size.H, size.A)
+            z = q_row[None, :, :] + k_rows
+            if edge.ptr is not None:
+                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            s = tl.sum(rounded_product(v_row[None, :, :], activate(z, flags.ACT, flags.FAST)), axis=2)
         if tl.program_id(2) == 0:
-            tl.store(scores_ptr + e[:, None] * H + h[None, :], s, mask=keep[:, None] & (h < H)[None, :])
+            at = result.scores + e[:, None] * size.H + h[None, :]
+            tl.store(at, s, mask=keep[:, None] & (h < size.H)[None, :])
         s = tl.where(keep[:, None], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=0))
         shift = pivot(m_new)
-        p = exp(s - shift[None, :], FMA)  # [BLOCK_E, BLOCK_H]
-        alpha = exp(m - shift, FMA)
+        p = exp(s - shift[None, :], flags.FMA)  # [BLOCK_E, BLOCK_H]
+        alpha = exp(m - shift, flags.FMA)
         l = l * alpha + tl.sum(p, axis=0)
         if seed_ptr is not None:
             p *= dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
-        if SHARED and not WIDE:
-            values = k
+        if flags.SHARED and not flags.WIDE:
+            values = k_rows
         else:
-            values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, dv, H, DV)
+            values = load_edges(value, j, keep, h, dv, size.H, size.DV)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * values, axis=0)
         m = m_new
-    whole = (h < H) & (slot == -1)
-    rows = node * H + h
+    inside = (dv < size.DV)[None, :]
+    whole = (h < size.H) & (slot == -1)
+    row = node * size.H + h
     if tl.program_id(2) == 0:
-        store_lse(lse_ptr + rows * 2, m, l, whole)
+        store_lse(result.lse + row * 2, m, l, whole)
     tl.store(
-        out_ptr + rows[:, None] * DV + dv[None, :], acc * finish(l)[:, None], mask=whole[:, None] & (dv < DV)[None, :]
+        result.out + row[:, None] * size.DV + dv[None, :], acc * finish(l)[:, None], mask=whole[:, None] & inside
     )
-    if HUBS:
-        piece = (h < H) & (slot >= 0)
-        rows = slot * H + h
+    if flags.HUBS:
+        piece = (h < size.H) & (slot >= 0)
+        row = slot * size.H + h
         if tl.program_id(2) == 0:
-            store_lse(part_lse_ptr + rows * 2, m, l, piece)
-        tl.store(part_ptr + rows[:, None] * DV + dv[None, :], acc, mask=piece[:, None] & (dv < DV)[None, :])
+            store_lse(part.lse + row * 2, m, l, piece)
+        tl.store(part.out + row[:, None] * size.DV + dv[None, :], acc, mask=piece[:, None] & inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -176,42 +164,63 @@ def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) ->
     return Blocks(tile, heads, width, value_width, pow2(tile * row // 128, 1, 4))
 
 
+class Size(NamedTuple):
+    """Heads, width of the score, width of the values."""
+
+    H: int
+    A: int
+    DV: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    ACT: str
+    FAST: bool
+    FMA: bool
+    SHARED: bool  # the values are the keys
+    WIDE: bool  # the widths are walked in parts
+    HUBS: bool  # nodes may be divided
+
+
+class State(NamedTuple):
+    """What the forward leaves, float32: of a node, or of a hub's pieces."""
+
+    out: Tensor | None  # (nodes, H, DV)
+    lse: Tensor | None  # (nodes, H, 2): (m, l), see softmax.py
+    scores: Tensor | None  # (edges, H)
+
+
 class Call(NamedTuple):
-    """What the launches of one call share."""
+    """What the launches of one call share, by the kernels' names."""
 
     chip: Chip
-    tensors: dict[str, Tensor | int | None]
-    sizes: dict[str, int | float]
-    flags: dict[str, object]
+    blocks: Blocks
+    hubs: Hubs
+    args: dict[str, object]
 
 
 def prepare(
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, seed: Tensor | None,
-    activation: str, dropout_p: float,
+    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor, indices: Tensor,
+    seed: Tensor | None, activation: str, dropout_p: float,
 ) -> Call:  # fmt: skip
-    """Arguments by the kernels' names; shapes as `fused_attn.reference.graph_attention` has them."""
+    """Shapes as `fused_attn.reference.graph_attention` has them."""
     chip = chip_of(query.device)
     query, key, v, edge = unit(query), unit(key), unit(v), unit(edge)
     values = key if value is None else unit(value)
-    return Call(
-        chip,
-        {
-            "q_ptr": query, **strides("qn qh", query, (0, 1), packed=False),
-            "k_ptr": key, **strides("kn kh", key, (0, 1), packed=False),
-            "v_ptr": v, **strides("vh", v, (0,), packed=False),
-            "val_ptr": values, **strides("un uh", values, (0, 1), packed=False),
-            "edge_ptr": edge, **strides("en eh", edge, (0, 1), packed=False),
-            "seed_ptr": seed,
-        },
-        {
-            "H": query.shape[1], "A": query.shape[2], "DV": values.shape[2],
-            "threshold": round(dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - dropout_p),
-        },
-        {
-            "ACT": activation, "FAST": chip.backend == "cuda" and key.element_size() == 2,
-            "FMA": chip.backend != "interpreter", "SHARED": value is None,
-        },
+    (nodes, H, A), DV, edges = query.shape, values.shape[2], indices.numel()
+    blocks = graph_blocks(chip, nodes, edges, H, A, DV)
+    hubs = Hubs(nodes, edges, blocks.piece, Csr(indptr.contiguous(), indices.contiguous()))
+    flags = Flags(
+        activation, chip.backend == "cuda" and key.element_size() == 2, chip.backend != "interpreter", value is None,
+        blocks.A < A or blocks.DV < DV, hubs.slots > 0,
     )  # fmt: skip
+    args = {
+        "q": rows(query), "k": rows(key), "v": rows(v), "value": rows(values), "edge": rows(edge), "seed_ptr": seed,
+        "csr": hubs.csr, "size": Size(H, A, DV),
+        "threshold": round(dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - dropout_p), "flags": constants(flags),
+    }  # fmt: skip
+    return Call(chip, blocks, hubs, args)
 
 
 def graph_fwd(
@@ -219,23 +228,20 @@ def graph_fwd(
     indices: Tensor, seed: Tensor | None, activation: str, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, scores); arguments as `fused_attn.reference.graph_attention` has them."""
-    call = prepare(query, key, v, value, edge, seed, activation, dropout_p)
-    (nodes, H, A), DV, edges = query.shape, call.sizes["DV"], indices.numel()
+    (nodes, H, A), edges = query.shape, indices.numel()
+    DV = (key if value is None else value).shape[2]
     out = query.new_empty(nodes, H, DV, dtype=torch.float32)
     lse = new_lse(nodes, H, device=query.device)
     scores = torch.empty(edges, H, dtype=torch.float32, device=query.device)
     if out.numel() == 0 or edges == 0:
         return out.zero_(), no_key(lse), scores
-    blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
-    hubs = Hubs(nodes, edges, blocks.piece, indptr.contiguous())
-    part, part_lse = hubs.parts(H, DV), hubs.parts(H, 2)
+    call = prepare(query, key, v, value, edge, indptr, indices, seed, activation, dropout_p)
+    blocks, hubs = call.blocks, call.hubs
+    part = State(hubs.parts(H, DV), hubs.parts(H, 2), None)
     with torch.cuda.device_of(query):
         _graph_fwd_kernel[(hubs.items, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](
-            **call.tensors, **call.sizes, **call.flags, **hubs.args, indices_ptr=indices.contiguous(),
-            out_ptr=out, lse_ptr=lse, scores_ptr=scores, part_ptr=part, part_lse_ptr=part_lse,
-            WIDE=blocks.A < A or blocks.DV < DV,
-            BLOCK_E=blocks.E, BLOCK_H=blocks.H, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV, num_warps=blocks.warps,
-            **unpressed(call.chip, A, DV),
+            **call.args, **hubs.lengths, result=State(out, lse, scores), part=part, blocks=constants(blocks),
+            num_warps=blocks.warps, **unpressed(call.chip, A, DV),
         )  # fmt: skip
-        hubs.join(part, out, part_lse, lse)
+        hubs.join(part.out, out, part.lse, lse)
     return out, lse, scores

@@ -18,146 +18,136 @@ left in every g, and one edge with all the weight has a g of 0. In float32, over
 of Σ g, which dq is where act' is the same, is 3 to 14 times smaller than with the gap alone.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
+from .arguments import Rows, constants, rows
 from .chip import LENGTHS, all_registers, unpressed
-from .graph import Blocks, graph_blocks, load_edges, load_heads, prepare
-from .graph_hubs import Hubs, edges_of, slots_of
+from .graph import Blocks, State, graph_blocks, load_edges, load_heads, prepare
+from .graph_hubs import Csr, Hubs, edges_of, slots_of
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
 
 
+class Cotangents(NamedTuple):
+    """Of the forward's three results; None where there is none."""
+
+    out: Rows  # (Nq, H, DV)
+    lse: Tensor | None
+    scores: Tensor | None
+
+
+class Scores(NamedTuple):
+    """What the first kernel makes of the scores, (E, H) float32."""
+
+    g: Tensor  # their gradients
+    p: Tensor  # the weights after dropout
+    delta: Tensor | None  # (slots, H) float32: δ of a hub's pieces
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_scores_kernel(
-    val_ptr, stride_un, stride_uh,  # (Nk, H, DV)
-    indptr_ptr,  # (Nq + 1,)
-    indices_ptr,  # (E,)
+    value,  # (Nk, H, DV)
+    csr,
     seed_ptr,
-    out_ptr,  # (Nq, H, DV) float32
-    do_ptr,  # (Nq, H, DV)
-    lse_ptr,  # (Nq, H, 2) float32: (m, l)
-    dlse_ptr,  # the same, or None
-    scores_ptr,  # (E, H) float32
-    dscores_ptr,  # (E, H) float32 or None
-    g_ptr,  # (E, H) float32: gradients of the scores
-    p_ptr,  # (E, H) float32: weights after dropout
-    delta_ptr,  # (slots, H) float32: of a hub's pieces, or None
+    out,  # (Nq, H, DV) float32
+    result,
+    cotangent,
+    made,
     nodes,
     edges,
     steps,
-    H,
-    DV,
+    size,
     threshold,
     keep_scale,
-    FMA: tl.constexpr,
-    PIECE: tl.constexpr,
-    HUBS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    flags,
+    blocks,
+):
     item = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
-    row = node * H + h
-    top, inv = load_lse(lse_ptr + row * 2, h < H)
-    delta = tl.zeros([BLOCK_H], tl.float32)
-    for e0 in range(lo, hi, BLOCK_E):
-        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
+    row = (node * size.H + h) * 2
+    top, inv = load_lse(result.lse + row, h < size.H)
+    delta = tl.zeros([blocks.H], tl.float32)
+    for e0 in range(lo, hi, blocks.E):
+        e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
         keep = e < hi
-        j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
-        at = e[:, None] * H + h[None, :]
-        inside = keep[:, None] & (h < H)[None, :]
-        kappa = tl.full([BLOCK_E, BLOCK_H], 1.0, tl.float32)
+        j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+        at = e[:, None] * size.H + h[None, :]
+        inside = keep[:, None] & (h < size.H)[None, :]
+        kappa = tl.full([blocks.E, blocks.H], 1.0, tl.float32)
         if seed_ptr is not None:
             kappa = dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
-        gap = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
-        for d0 in range(0, DV, BLOCK_DV):
-            d = d0 + tl.arange(0, BLOCK_DV)
-            do = load_heads(do_ptr + node * H * DV, DV, h, d, H, DV)
-            out = load_heads(out_ptr + node * H * DV, DV, h, d, H, DV)
-            values = load_edges(val_ptr, stride_un, stride_uh, j, keep, h, d, H, DV)
-            apart = kappa[:, :, None] * values - out[None, :, :]
+        gap = tl.zeros([blocks.E, blocks.H], tl.float32)
+        for d0 in range(0, size.DV, blocks.DV):
+            d = d0 + tl.arange(0, blocks.DV)
+            do = load_heads(cotangent.out, node, h, d, size.H, size.DV)
+            centre = load_heads(out, node, h, d, size.H, size.DV)
+            values = load_edges(value, j, keep, h, d, size.H, size.DV)
+            apart = kappa[:, :, None] * values - centre[None, :, :]
             gap += tl.sum(rounded_product(do[None, :, :], apart), axis=2)
-        p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
+        p = exp(tl.load(result.scores + at, mask=inside, other=float("-inf")) - top, flags.FMA) * inv
         delta += tl.sum(p * gap, axis=0)
-        tl.store(g_ptr + at, gap, mask=inside)
-        tl.store(p_ptr + at, p * kappa, mask=inside)
-    if HUBS:
-        tl.store(delta_ptr + slot * H + h, delta, mask=(h < H) & (slot >= 0))
+        tl.store(made.g + at, gap, mask=inside)
+        tl.store(made.p + at, p * kappa, mask=inside)
+    if flags.HUBS:
+        tl.store(made.delta + slot * size.H + h, delta, mask=(h < size.H) & (slot >= 0))
         hi = tl.where(slot >= 0, lo, hi)
-    if dlse_ptr is not None:
-        delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
+    if cotangent.lse is not None:
+        delta -= load_dlse(cotangent.lse + row, result.lse + row, h < size.H)
     tl.debug_barrier()  # other threads than wrote them may load the gaps
-    _take_delta(lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA, BLOCK_E)
+    _take_delta(lo, hi, delta, top, inv, result, cotangent, made, h, size, flags, blocks)
 
 
 @triton.jit
-def _take_delta(
-    lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def _take_delta(lo, hi, delta, top, inv, result, cotangent, made, h, size, flags, blocks):
     """Make g of the gaps of the edges lo to hi."""
-    for e0 in range(lo, hi, BLOCK_E):
-        e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
-        at = e[:, None] * H + h[None, :]
-        inside = (e < hi)[:, None] & (h < H)[None, :]
-        p = exp(tl.load(scores_ptr + at, mask=inside, other=float("-inf")) - top, FMA) * inv
-        g = p * (tl.load(g_ptr + at, mask=inside, other=0.0) - delta)
-        if dscores_ptr is not None:
-            g += tl.load(dscores_ptr + at, mask=inside, other=0.0)
-        tl.store(g_ptr + at, g, mask=inside)
+    for e0 in range(lo, hi, blocks.E):
+        e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
+        at = e[:, None] * size.H + h[None, :]
+        inside = (e < hi)[:, None] & (h < size.H)[None, :]
+        p = exp(tl.load(result.scores + at, mask=inside, other=float("-inf")) - top, flags.FMA) * inv
+        g = p * (tl.load(made.g + at, mask=inside, other=0.0) - delta)
+        if cotangent.scores is not None:
+            g += tl.load(cotangent.scores + at, mask=inside, other=0.0)
+        tl.store(made.g + at, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _graph_bwd_pieces_kernel(
-    indptr_ptr,  # (Nq + 1,)
-    lse_ptr,  # (Nq, H, 2) float32: (m, l)
-    dlse_ptr,  # the same, or None
-    scores_ptr,  # (E, H) float32
-    dscores_ptr,  # (E, H) float32 or None
-    g_ptr,  # (E, H) float32: gaps, which become gradients of the scores
-    delta_ptr,  # (slots, H) float32
-    nodes,
-    edges,
-    steps,
-    H,
-    FMA: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _graph_bwd_pieces_kernel(csr, result, cotangent, made, nodes, edges, steps, size, flags, blocks):
     """The second half of the kernel above for one piece of a hub."""
     item = nodes + tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    node, first, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, True)
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    node, first, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
     if slot >= 0:
-        last = tl.load(indptr_ptr + node + 1).to(tl.int64)
-        count = (last - 1) // PIECE - first // PIECE + 1
-        delta = tl.zeros([BLOCK_H], tl.float32)
-        for i0 in range(0, count, BLOCK_E):
-            i = i0 + tl.arange(0, BLOCK_E)
-            at = slots_of(i, first, PIECE)[:, None] * H + h[None, :]
-            delta += tl.sum(tl.load(delta_ptr + at, mask=(i < count)[:, None] & (h < H)[None, :], other=0.0), axis=0)
-        row = node * H + h
-        top, inv = load_lse(lse_ptr + row * 2, h < H)
-        if dlse_ptr is not None:
-            delta -= load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, h < H)
-        _take_delta(lo, hi, delta, top, inv, scores_ptr, dscores_ptr, g_ptr, h, H, FMA, BLOCK_E)
+        last = tl.load(csr.indptr + node + 1).to(tl.int64)
+        count = (last - 1) // blocks.piece - first // blocks.piece + 1
+        delta = tl.zeros([blocks.H], tl.float32)
+        for i0 in range(0, count, blocks.E):
+            i = i0 + tl.arange(0, blocks.E)
+            at = slots_of(i, first, blocks.piece)[:, None] * size.H + h[None, :]
+            some = (i < count)[:, None] & (h < size.H)[None, :]
+            delta += tl.sum(tl.load(made.delta + at, mask=some, other=0.0), axis=0)
+        row = (node * size.H + h) * 2
+        top, inv = load_lse(result.lse + row, h < size.H)
+        if cotangent.lse is not None:
+            delta -= load_dlse(cotangent.lse + row, result.lse + row, h < size.H)
+        _take_delta(lo, hi, delta, top, inv, result, cotangent, made, h, size, flags, blocks)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_dq_kernel(
-    q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
-    k_ptr, stride_kn, stride_kh,  # (Nk, H, A)
-    v_ptr, stride_vh,  # (H, A)
-    edge_ptr, stride_en, stride_eh,  # (E, H, A) or None
-    indptr_ptr,  # (Nq + 1,)
-    indices_ptr,  # (E,)
-    g_ptr,  # (E, H) float32
+    q,  # (Nq, H, A)
+    k,  # (Nk, H, A)
+    v,  # (H, A)
+    edge,  # (E, H, A) or None
+    csr,
+    made,
     dq_ptr,  # (Nq, H, A)
     dv_ptr,  # (programs, H, A) float32
     dedge_ptr,  # (E, H, A) or None
@@ -166,131 +156,115 @@ def _graph_bwd_dq_kernel(
     nodes,
     edges,
     steps,
-    H,
-    A,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    PIECE: tl.constexpr,
-    HUBS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    a = tl.program_id(2) * BLOCK_A + tl.arange(0, BLOCK_A)
-    feature = (h < H)[:, None] & (a < A)[None, :]
-    v = load_heads(v_ptr, stride_vh, h, a, H, A)
-    grad_v = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
+    size,
+    flags,
+    blocks,
+):
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    a = tl.program_id(2) * blocks.A + tl.arange(0, blocks.A)
+    feature = (h < size.H)[:, None] & (a < size.A)[None, :]
+    v_row = load_heads(v, 0, h, a, size.H, size.A)
+    grad_v = tl.zeros([blocks.H, blocks.A], tl.float32)
     start = tl.program_id(0).to(tl.int64)
     for n in range(0, tl.cdiv(items - start, tl.num_programs(0))):
         item = start + n * tl.num_programs(0)
-        node, _, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
-        q = load_heads(q_ptr + node * stride_qn, stride_qh, h, a, H, A)
-        grad_q = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
-        for e0 in range(lo, hi, BLOCK_E):
-            e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
+        node, _, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
+        q_row = load_heads(q, node, h, a, size.H, size.A)
+        grad_q = tl.zeros([blocks.H, blocks.A], tl.float32)
+        for e0 in range(lo, hi, blocks.E):
+            e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
             keep = e < hi
-            j = tl.load(indices_ptr + e, mask=keep, other=0).to(tl.int64)
-            at = e[:, None] * H + h[None, :]
-            g = tl.load(g_ptr + at, mask=keep[:, None] & (h < H)[None, :], other=0.0)
-            z = q[None, :, :] + load_edges(k_ptr, stride_kn, stride_kh, j, keep, h, a, H, A)
-            if edge_ptr is not None:
-                z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-            y = activate(z, ACT, FAST)
+            j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+            at = e[:, None] * size.H + h[None, :]
+            g = tl.load(made.g + at, mask=keep[:, None] & (h < size.H)[None, :], other=0.0)
+            z = q_row[None, :, :] + load_edges(k, j, keep, h, a, size.H, size.A)
+            if edge.ptr is not None:
+                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            y = activate(z, flags.ACT, flags.FAST)
             grad_v += tl.sum(g[:, :, None] * y, axis=0)
-            dz = g[:, :, None] * (v[None, :, :] * activate_grad(z, y, ACT, FAST))  # [BLOCK_E, BLOCK_H, BLOCK_A]
+            slope = activate_grad(z, y, flags.ACT, flags.FAST)
+            dz = g[:, :, None] * (v_row[None, :, :] * slope)  # [BLOCK_E, BLOCK_H, BLOCK_A]
             grad_q += tl.sum(dz, axis=0)
             if dedge_ptr is not None:
                 tl.store(
-                    dedge_ptr + at[:, :, None] * A + a[None, None, :],
+                    dedge_ptr + at[:, :, None] * size.A + a[None, None, :],
                     dz.to(dedge_ptr.dtype.element_ty),
                     mask=keep[:, None, None] & feature[None, :, :],
                 )
-        rows = (node * H + h)[:, None] * A + a[None, :]
-        tl.store(dq_ptr + rows, grad_q.to(dq_ptr.dtype.element_ty), mask=feature & (slot == -1))
-        if HUBS:
-            rows = (slot * H + h)[:, None] * A + a[None, :]
-            tl.store(part_ptr + rows, grad_q, mask=feature & (slot >= 0))
-    rows = (start * H + h)[:, None] * A + a[None, :]
-    tl.store(dv_ptr + rows, grad_v, mask=feature)
+        row = (node * size.H + h)[:, None] * size.A + a[None, :]
+        tl.store(dq_ptr + row, grad_q.to(dq_ptr.dtype.element_ty), mask=feature & (slot == -1))
+        if flags.HUBS:
+            row = (slot * size.H + h)[:, None] * size.A + a[None, :]
+            tl.store(part_ptr + row, grad_q, mask=feature & (slot >= 0))
+    row = (start * size.H + h)[:, None] * size.A + a[None, :]
+    tl.store(dv_ptr + row, grad_v, mask=feature)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_dk_kernel(
-    q_ptr, stride_qn, stride_qh,  # (Nq, H, A)
-    k_ptr, stride_kn, stride_kh,  # (Nk, H, A)
-    v_ptr, stride_vh,  # (H, A)
-    edge_ptr, stride_en, stride_eh,  # (E, H, A) or None
-    indptr_ptr,  # (Nk + 1,), of the transposed structure
-    indices_ptr,  # (E,), of the transposed structure: query nodes
+    q,  # (Nq, H, A)
+    k,  # (Nk, H, A)
+    v,  # (H, A)
+    edge,  # (E, H, A) or None
+    csr,  # of the transposed structure
     perm_ptr,  # (E,): where in CSR an edge of the transposed structure is
-    do_ptr,  # (Nq, H, DV)
-    g_ptr,  # (E, H) float32
-    p_ptr,  # (E, H) float32: weights after dropout
+    do,  # (Nq, H, DV)
+    made,
     dk_ptr,  # (Nk, H, A) or None; with SHARED of both terms
-    dval_ptr,  # (Nk, H, DV) or None
+    dvalue_ptr,  # (Nk, H, DV) or None
     part_ptr,  # (slots, H, A) float32: dk of a hub's pieces, or None
-    part_val_ptr,  # (slots, H, DV) float32
+    part_value_ptr,  # (slots, H, DV) float32
     nodes,  # key nodes
     edges,
     steps,
-    H,
-    A,
-    DV,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    SHARED: tl.constexpr,
-    PIECE: tl.constexpr,
-    HUBS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    size,
+    flags,
+    blocks,
+):
     item = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    a = tl.program_id(2) * BLOCK_A + tl.arange(0, BLOCK_A)
-    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    node, _, lo, hi, slot = edges_of(item, nodes, edges, indptr_ptr, steps, PIECE, HUBS)
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    a = tl.program_id(2) * blocks.A + tl.arange(0, blocks.A)
+    dv = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
+    node, _, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
     if dk_ptr is not None:
-        k = load_heads(k_ptr + node * stride_kn, stride_kh, h, a, H, A)
-        v = load_heads(v_ptr, stride_vh, h, a, H, A)
-    grad_k = tl.zeros([BLOCK_H, BLOCK_A], tl.float32)
-    grad_val = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-    for t0 in range(lo, hi, BLOCK_E):
-        t = t0 + tl.arange(0, BLOCK_E)
+        k_row = load_heads(k, node, h, a, size.H, size.A)
+        v_row = load_heads(v, 0, h, a, size.H, size.A)
+    grad_k = tl.zeros([blocks.H, blocks.A], tl.float32)
+    grad_value = tl.zeros([blocks.H, blocks.DV], tl.float32)
+    for t0 in range(lo, hi, blocks.E):
+        t = t0 + tl.arange(0, blocks.E)
         keep = t < hi
-        i = tl.load(indices_ptr + t, mask=keep, other=0).to(tl.int64)
+        i = tl.load(csr.indices + t, mask=keep, other=0).to(tl.int64)
         e = tl.load(perm_ptr + t, mask=keep, other=0).to(tl.int64)
-        at = e[:, None] * H + h[None, :]
-        inside = keep[:, None] & (h < H)[None, :]
+        at = e[:, None] * size.H + h[None, :]
+        inside = keep[:, None] & (h < size.H)[None, :]
         if dk_ptr is not None:
-            g = tl.load(g_ptr + at, mask=inside, other=0.0)
-            z = load_edges(q_ptr, stride_qn, stride_qh, i, keep, h, a, H, A) + k[None, :, :]
-            if edge_ptr is not None:
-                z += load_edges(edge_ptr, stride_en, stride_eh, e, keep, h, a, H, A)
-            slope = activate_grad(z, activate(z, ACT, FAST), ACT, FAST)
-            grad_k += tl.sum(g[:, :, None] * (v[None, :, :] * slope), axis=0)
-        if dval_ptr is not None or SHARED:
-            p = tl.load(p_ptr + at, mask=inside, other=0.0)
-            do = load_edges(do_ptr, H * DV, DV, i, keep, h, dv, H, DV)
-            grad_val += tl.sum(p[:, :, None] * do, axis=0)
+            g = tl.load(made.g + at, mask=inside, other=0.0)
+            z = load_edges(q, i, keep, h, a, size.H, size.A) + k_row[None, :, :]
+            if edge.ptr is not None:
+                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            slope = activate_grad(z, activate(z, flags.ACT, flags.FAST), flags.ACT, flags.FAST)
+            grad_k += tl.sum(g[:, :, None] * (v_row[None, :, :] * slope), axis=0)
+        if dvalue_ptr is not None or flags.SHARED:
+            p = tl.load(made.p + at, mask=inside, other=0.0)
+            do_rows = load_edges(do, i, keep, h, dv, size.H, size.DV)
+            grad_value += tl.sum(p[:, :, None] * do_rows, axis=0)
     if dk_ptr is not None:
-        if SHARED:
-            grad_k += grad_val
-        keep = (h < H)[:, None] & (a < A)[None, :]
-        rows = (node * H + h)[:, None] * A + a[None, :]
-        tl.store(dk_ptr + rows, grad_k.to(dk_ptr.dtype.element_ty), mask=keep & (slot == -1))
-        if HUBS:
-            rows = (slot * H + h)[:, None] * A + a[None, :]
-            tl.store(part_ptr + rows, grad_k, mask=keep & (slot >= 0))
-    if dval_ptr is not None:
-        keep = (h < H)[:, None] & (dv < DV)[None, :]
-        rows = (node * H + h)[:, None] * DV + dv[None, :]
-        tl.store(dval_ptr + rows, grad_val.to(dval_ptr.dtype.element_ty), mask=keep & (slot == -1))
-        if HUBS:
-            rows = (slot * H + h)[:, None] * DV + dv[None, :]
-            tl.store(part_val_ptr + rows, grad_val, mask=keep & (slot >= 0))
+        if flags.SHARED:
+            grad_k += grad_value
+        keep = (h < size.H)[:, None] & (a < size.A)[None, :]
+        row = (node * size.H + h)[:, None] * size.A + a[None, :]
+        tl.store(dk_ptr + row, grad_k.to(dk_ptr.dtype.element_ty), mask=keep & (slot == -1))
+        if flags.HUBS:
+            row = (slot * size.H + h)[:, None] * size.A + a[None, :]
+            tl.store(part_ptr + row, grad_k, mask=keep & (slot >= 0))
+    if dvalue_ptr is not None:
+        keep = (h < size.H)[:, None] & (dv < size.DV)[None, :]
+        row = (node * size.H + h)[:, None] * size.DV + dv[None, :]
+        tl.store(dvalue_ptr + row, grad_value.to(dvalue_ptr.dtype.element_ty), mask=keep & (slot == -1))
+        if flags.HUBS:
+            row = (slot * size.H + h)[:, None] * size.DV + dv[None, :]
+            tl.store(part_value_ptr + row, grad_value, mask=keep & (slot >= 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -308,63 +282,57 @@ def graph_bwd(
 
     transposed: (indptr, indices, permutation) of the transposed structure, where key or value needs a gradient.
     """
-    call = prepare(query, key, v, value, edge, seed, activation, dropout_p)
-    (nodes, H, A), DV, edges = query.shape, call.sizes["DV"], indices.numel()
-    if query.numel() == 0 or edges == 0:
-        inputs = (query, key, v, value, edge)
+    inputs = (query, key, v, value, edge)
+    if query.numel() == 0 or indices.numel() == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+    call = prepare(*inputs, indptr, indices, seed, activation, dropout_p)
+    hubs, (H, A, DV) = call.hubs, call.args["size"]
     need_q, need_k, need_v, need_value, need_edge = needs
-    scores = scores.contiguous()
     dq, dk, dvalue, dedge = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in ((query, True), (key, need_k), (value, need_value), (edge, need_edge))
     )
+    do = rows(dout.to(key.dtype).contiguous())
+    scores = scores.contiguous()
     args = {
-        **call.tensors, **call.sizes, **call.flags, "out_ptr": out.contiguous(),
-        "do_ptr": dout.to(key.dtype).contiguous(), "lse_ptr": lse.contiguous(), "scores_ptr": scores,
-        "dlse_ptr": None if dlse is None else dlse.contiguous(),
-        "dscores_ptr": None if dscores is None else dscores.contiguous(),
-        "g_ptr": torch.empty_like(scores), "p_ptr": torch.empty_like(scores),
-        "dq_ptr": dq, "dk_ptr": dk, "dval_ptr": dvalue, "dedge_ptr": dedge,
+        **call.args, "out": rows(out.contiguous()), "do": do, "result": State(None, lse.contiguous(), scores),
+        "cotangent": Cotangents(do, *(x if x is None else x.contiguous() for x in (dlse, dscores))),
+        "made": Scores(torch.empty_like(scores), torch.empty_like(scores), hubs.parts(H)),
+        "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue, "dedge_ptr": dedge,
     }  # fmt: skip
 
-    def launch(kernel, grid: tuple[int, ...], blocks: Blocks, **more: object) -> None:
-        more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("E", "H", "A", "DV")}
-        named = {name: {**args, **more}[name] for name in kernel.arg_names}
-        pressed = kernel is _graph_bwd_scores_kernel
+    def launch(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
+        every = {**args, **hubs.lengths, "csr": hubs.csr, "blocks": constants(blocks), **more}
+        pressed = kernel is _graph_bwd_scores_kernel or blocks.H * max(blocks.A, blocks.DV) <= 64
         options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
-        kernel[grid](**named, num_warps=blocks.warps, **options)
+        kernel[grid](**{name: every[name] for name in kernel.arg_names}, num_warps=blocks.warps, **options)
 
     with torch.cuda.device_of(query):
-        blocks = graph_blocks(call.chip, nodes, edges, H, A, DV)
+        blocks = call.blocks
         heads = triton.cdiv(H, blocks.H)
-        hubs = Hubs(nodes, edges, blocks.piece, indptr.contiguous())
-        args |= {"indices_ptr": indices.contiguous(), "delta_ptr": hubs.parts(H)}
         # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
         wider = blocks._replace(warps=2 * blocks.warps)
-        launch(_graph_bwd_scores_kernel, (hubs.items, heads), wider, **hubs.args)
+        launch(_graph_bwd_scores_kernel, (hubs.items, heads), wider, hubs)
         if hubs.slots:
-            launch(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, **hubs.args)
+            launch(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, hubs)
         # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
         programs = min(hubs.items, 16 * call.chip.cores)
         dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
         if need_q or need_v or need_edge:
             grid, part = (programs, heads, triton.cdiv(A, blocks.A)), hubs.parts(H, A)
-            launch(_graph_bwd_dq_kernel, grid, blocks, **hubs.args, items=hubs.items, dv_ptr=dv, part_ptr=part)
+            launch(_graph_bwd_dq_kernel, grid, blocks, hubs, items=hubs.items, dv_ptr=dv, part_ptr=part)
             hubs.join(part, dq)
         if need_k or need_value:
             indptr_t, indices_t, perm = (x.contiguous() for x in transposed)
-            blocks = graph_blocks(call.chip, key.shape[0], edges, H, A, DV)
-            hubs = Hubs(key.shape[0], edges, blocks.piece, indptr_t)
-            part, part_val = hubs.parts(H, A), hubs.parts(H, DV)
-            launch(
-                _graph_bwd_dk_kernel,
-                (hubs.items, heads, max(triton.cdiv(A, blocks.A), triton.cdiv(DV, blocks.DV))), blocks, **hubs.args,
-                indices_ptr=indices_t, perm_ptr=perm, part_ptr=part, part_val_ptr=part_val,
-            )  # fmt: skip
+            blocks = graph_blocks(call.chip, key.shape[0], hubs.edges, H, A, DV)
+            hubs = Hubs(key.shape[0], hubs.edges, blocks.piece, Csr(indptr_t, indices_t))
+            part, part_value = hubs.parts(H, A), hubs.parts(H, DV)
+            grid = hubs.items, heads, max(triton.cdiv(A, blocks.A), triton.cdiv(DV, blocks.DV))
+            more = {"perm_ptr": perm, "part_ptr": part, "part_value_ptr": part_value}
+            launch(_graph_bwd_dk_kernel, grid, blocks, hubs, **more)
             if need_k:
                 hubs.join(part, dk)
             if need_value:
-                hubs.join(part_val, dvalue)
+                hubs.join(part_value, dvalue)
     grads = (dq, dk, dv.sum(0).to(v.dtype), dvalue, dedge)
     return [g if need else None for g, need in zip(grads, needs, strict=True)]

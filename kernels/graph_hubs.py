@@ -23,20 +23,20 @@ from .softmax import exp, finish, pivot, store_lse
 
 
 @triton.jit
-def node_of(edge, nodes, indptr_ptr, steps):
+def node_of(edge, nodes, csr, steps):
     """The node that an edge belongs to; `steps` halve the nodes to one."""
     left = edge * 0
     right = left + nodes
     for _ in range(0, steps):
         middle = (left + right) // 2
-        before = tl.load(indptr_ptr + middle).to(tl.int64) <= edge
+        before = tl.load(csr.indptr + middle).to(tl.int64) <= edge
         left = tl.where(before, middle, left)
         right = tl.where(before, right, middle)
     return left
 
 
 @triton.jit
-def edges_of(item, nodes, edges, indptr_ptr, steps, PIECE: tl.constexpr, HUBS: tl.constexpr):
+def edges_of(item, nodes, edges, csr, steps, PIECE: tl.constexpr, HUBS: tl.constexpr):
     """(node, its first edge, the edges lo to hi of this program, its slot).
 
     Items from `nodes` on are pieces. The slot is -1 of a node that is whole; where a program has nothing to do, for
@@ -47,10 +47,10 @@ def edges_of(item, nodes, edges, indptr_ptr, steps, PIECE: tl.constexpr, HUBS: t
     if HUBS:  # noqa: SIM102 — the one is known to the compiler, the other is not
         if item >= nodes:
             slot = item - nodes
-            node = node_of(tl.minimum((slot + 1) // 2 * PIECE, edges - 1), nodes, indptr_ptr, steps)
-    first = tl.load(indptr_ptr + node).to(tl.int64)
+            node = node_of(tl.minimum((slot + 1) // 2 * PIECE, edges - 1), nodes, csr, steps)
+    first = tl.load(csr.indptr + node).to(tl.int64)
     lo = first
-    hi = tl.load(indptr_ptr + node + 1).to(tl.int64)
+    hi = tl.load(csr.indptr + node + 1).to(tl.int64)
     if HUBS:
         hub = hi - first > PIECE
         if slot < 0:
@@ -76,7 +76,7 @@ def slots_of(i, first, PIECE: tl.constexpr):
 def _graph_join_kernel(
     part_ptr,  # (slots, H, D) float32
     part_lse_ptr,  # (slots, H, 2) float32: (m, l), see softmax.py; None: parts of a sum
-    indptr_ptr,  # (nodes + 1,)
+    csr,
     out_ptr,  # (nodes, H, D)
     lse_ptr,  # (nodes, H, 2) float32 or None
     nodes,
@@ -94,9 +94,9 @@ def _graph_join_kernel(
     head = tl.program_id(1)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     if begin + PIECE < edges:
-        node = node_of(begin + PIECE, nodes, indptr_ptr, steps)
-        first = tl.load(indptr_ptr + node).to(tl.int64)
-        last = tl.load(indptr_ptr + node + 1).to(tl.int64)
+        node = node_of(begin + PIECE, nodes, csr, steps)
+        first = tl.load(csr.indptr + node).to(tl.int64)
+        last = tl.load(csr.indptr + node + 1).to(tl.int64)
         if (last - first > PIECE) & (first >= begin) & (first < begin + PIECE):
             count = (last - 1) // PIECE - first // PIECE + 1
             m = tl.full([1], float("-inf"), tl.float32)
@@ -127,13 +127,20 @@ def _graph_join_kernel(
             tl.store(out_ptr + row * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
+class Csr(NamedTuple):
+    """For each node its edges, and the node that each is from."""
+
+    indptr: Tensor  # (nodes + 1,)
+    indices: Tensor  # (edges,)
+
+
 class Hubs(NamedTuple):
     """The programs that a structure's hubs may need."""
 
     nodes: int
     edges: int
     piece: int
-    indptr: Tensor
+    csr: Csr
 
     @property
     def slots(self) -> int:
@@ -146,16 +153,15 @@ class Hubs(NamedTuple):
         return self.nodes + self.slots
 
     @property
-    def args(self) -> dict[str, object]:
+    def lengths(self) -> dict[str, int]:
         """Of every kernel that walks the structure."""
-        return {
-            "nodes": self.nodes, "edges": self.edges, "steps": self.nodes.bit_length(), "indptr_ptr": self.indptr,
-            "PIECE": self.piece, "HUBS": self.slots > 0,
-        }  # fmt: skip
+        return {"nodes": self.nodes, "edges": self.edges, "steps": self.nodes.bit_length()}
 
     def parts(self, *shape: int) -> Tensor | None:
         """Room for what the pieces leave, ``(slots,) + shape``."""
-        return torch.empty(self.slots, *shape, dtype=torch.float32, device=self.indptr.device) if self.slots else None
+        if not self.slots:
+            return None
+        return torch.empty(self.slots, *shape, dtype=torch.float32, device=self.csr.indptr.device)
 
     def join(
         self, parts: Tensor | None, out: Tensor, part_lse: Tensor | None = None, lse: Tensor | None = None
@@ -165,8 +171,7 @@ class Hubs(NamedTuple):
             return
         _, H, D = parts.shape
         block = min(128, triton.next_power_of_2(D))
-        args = {name: x for name, x in self.args.items() if name != "HUBS"}
         _graph_join_kernel[(self.slots // 2, H, triton.cdiv(D, block))](
-            **args, part_ptr=parts, part_lse_ptr=part_lse, out_ptr=out, lse_ptr=lse, H=H, D=D, FMA=not INTERPRET,
+            parts, part_lse, self.csr, out, lse, **self.lengths, H=H, D=D, FMA=not INTERPRET, PIECE=self.piece,
             BLOCK_I=16, BLOCK_D=block, num_warps=4,
         )  # fmt: skip

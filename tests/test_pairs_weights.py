@@ -169,6 +169,17 @@ def check_gradients(case, size, dtype, impl, device):
     assert_as_exact(evaluate(case.op, tensors, impl), rough, exact, dtype=dtype)
 
 
+@pytest.mark.parametrize("keys", [29, 35, 36])
+def test_gradients_of_a_row_that_one_key_almost_has_are_exact_by_the_blocked_path(keys, device):
+    check_gradients(
+        _concat.Case(queries=5, keys=keys, attn_dim=16, value_dim=6, score_bias="qk"),
+        30,
+        torch.float32,
+        "auto",
+        device,
+    )
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("seed", [4, 6, 14, 16, 24, 31])
 def test_gradients_of_a_row_that_one_key_almost_has_are_exact(seed, device):
