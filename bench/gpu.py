@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ LOG_BYTES = 12 * 2**20
 SAVE_SECONDS = 10.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 9  # exit status of compute-sanitizer that means a finding
+OURS = re.compile(r"_\w+_kernel")  # names of the package's kernels
 COUNTED_CASES = ("location/gated-batch/bfloat16", "concat/square/bfloat16", "general/dot-128/bfloat16")
 COUNTED_KERNELS = (
     "_location_fwd_kernel", "_location_bwd_dz_kernel", "_concat_fwd_kernel", "_concat_bwd_dq_kernel",
@@ -248,7 +250,9 @@ def steps(
             "--kernel-name", f"regex:^({'|'.join(COUNTED_KERNELS)})$", python, "-m", "bench.one", *COUNTED_CASES,
         ]], missing="" if ncu else "ncu is not installed"),
         Step("sanitizer", 45, [
-            [sanitizer or "", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", *small]
+            # The prefix of its lines tells in the log which of the four has found what.
+            [sanitizer or "", "--tool", tool, "--prefix", tool, "--error-exitcode", str(FOUND), "--print-limit", "20",
+             *small, *(["--host-products"] if tool == "initcheck" else [])]
             for tool in TOOLS
         ], missing="" if sanitizer else "compute-sanitizer is not installed"),
     ]  # fmt: skip
@@ -269,11 +273,30 @@ def counters(printed: str) -> list[dict[str, Any]]:
 
 
 def sanitized(statuses: Sequence[int], printed: str) -> dict[str, str]:
-    """What each tool said: "clean", "found", or that it did not run to its end."""
+    """What each tool said of the package's kernels: "clean", "FOUND ...", or that it did not run to its end."""
     refused = re.search(r"(?i)(not supported|unable to|permission|insufficient)[^\n]*", printed)
     why = f"did not finish{': ' + refused[0][:100] if refused else ''}"
-    words = {0: "clean", FOUND: "FOUND SOMETHING, see log.txt"}
-    return {tool: words.get(status, why) for tool, status in zip(TOOLS, statuses, strict=False)}
+    return {
+        tool: {0: "clean", FOUND: findings(tool, printed)}.get(status, why)
+        for tool, status in zip(TOOLS, statuses, strict=False)
+    }
+
+
+def findings(tool: str, printed: str) -> str:
+    """What a tool found in the package's kernels. What it found in others, as in cuBLAS's, is counted and ignored."""
+    lines = [x.removeprefix(tool).rstrip() for x in printed.splitlines() if x.split(" ")[0] == tool]
+    ours: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for block in "\n".join(lines).split("\n\n"):
+        if names := re.findall(r" at (.+?)\+0x", block):
+            own = [name for name in names if OURS.fullmatch(name)]
+            (ours if own else others)[(own or names)[0]] += 1
+    counted = re.search(r"SUMMARY: (\d+)", "\n".join(lines))
+    known = counted is not None and int(counted[1]) == others.total()  # all were printed, and each names a kernel
+    word = "clean" if known else "FOUND SOMETHING, see log.txt"
+    if ours:
+        word = f"FOUND {ours.total()} in {', '.join(ours)}, see log.txt"
+    return word + (f"; ignored {others.total()} in {', '.join(others)}" if others else "")
 
 
 def install(day: Day, python: str, environment: dict[str, str]) -> Path | None:

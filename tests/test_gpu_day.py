@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu, gpu_table, one, run
 from bench.gpu import Day, Step
@@ -305,6 +306,61 @@ def test_the_sanitizer_is_clean_found_something_or_did_not_finish():
     assert list(found) == list(gpu.TOOLS)
     assert [word.split()[0] for word in found.values()] == ["clean", "FOUND", "did", "did"]
     assert "not supported by the tool" in found["synccheck"]
+
+
+# What they printed of an H200, in lines that began with "=========", and without the host's frames but one.
+RACES = """\
+TOOL COMPUTE-SANITIZER
+statistics/okabe/bfloat16: _statistics_bwd_frame_kernel _statistics_fwd_kernel
+TOOL Error: Race reported between Read access at nvjet_sm90_tst_32x64_64x16_2x1_v_bz_NTN+0xb00
+TOOL     and Write access at nvjet_sm90_tst_32x64_64x16_2x1_v_bz_NTN+0x29e0 [8 hazards]
+TOOL
+statistics/okabe-recording/bfloat16: _statistics_merge_kernel
+TOOL Error: Race reported between Read access at nvjet_sm90_tst_32x64_64x16_2x1_v_bz_NTN+0xb00
+TOOL     and Write access at nvjet_sm90_tst_32x64_64x16_2x1_v_bz_NTN+0x29e0 [8 hazards]
+TOOL
+TOOL RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+READS = """\
+TOOL Uninitialized __global__ memory read of size 2 bytes
+TOOL     at _recurrent_fwd_kernel+0x550 in location.py:51
+TOOL     by thread (64,0,0) in block (0,0,0)
+TOOL     Address 0x7f64e9d25850
+TOOL     Saved host backtrace up to driver entry point at kernel launch time
+TOOL         Host Frame: launch in recurrent.py:305
+TOOL
+TOOL ERROR SUMMARY: 15904 errors
+TOOL ERROR SUMMARY: 15884 errors were not printed. Use --print-limit option to adjust the number of printed errors
+"""
+
+
+def test_the_sanitizer_is_asked_of_the_kernels_of_the_package_only():
+    """What it says of cuBLAS's is ignored where it is all that it says."""
+    assert all(gpu.OURS.fullmatch(name) for name in one.package_kernels())
+    races, reads, cublas = RACES.replace("TOOL", "racecheck"), READS.replace("TOOL", "initcheck"), "nvjet_sm90_"
+    printed = races + reads + "memcheck ERROR SUMMARY: 0 errors\n"
+    found = gpu.sanitized([0, gpu.FOUND, 0, gpu.FOUND], printed)
+    assert found["memcheck"] == found["synccheck"] == "clean"
+    assert found["racecheck"] == "clean; ignored 2 in nvjet_sm90_tst_32x64_64x16_2x1_v_bz_NTN"
+    assert found["initcheck"] == "FOUND 1 in _recurrent_fwd_kernel, see log.txt"
+    mixed = races.replace(f"Write access at {cublas}", "Write access at _a_kernel+0x10 or ", 1)
+    assert gpu.findings("racecheck", mixed).startswith(f"FOUND 1 in _a_kernel, see log.txt; ignored 1 in {cublas}")
+    for unsure in (
+        reads.replace("_recurrent_fwd_kernel", "void at::add_kernel<int>(int*)"),  # what was not printed may be ours
+        "initcheck Program hit an error on CUDA API call to cudaLaunchKernel\ninitcheck ERROR SUMMARY: 1 error\n",
+        "initcheck COMPUTE-SANITIZER\n",
+    ):
+        assert gpu.findings("initcheck", unsure).startswith("FOUND SOMETHING, see log.txt")
+
+
+def test_products_on_the_host_are_those_of_the_device():
+    """And stand in for all that make one on a GPU."""
+    a, b, x = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
+    aten = torch.ops.aten
+    assert torch.equal(one.on_host(aten.mm.default, a, b), a @ b)
+    assert torch.equal(one.on_host(aten.addmm.default, x, a, b, beta=2), torch.addmm(x, a, b, beta=2))
+    library = one.host_products()
+    assert library._op_impls == {f"aten/{name}/CUDA" for name in one.PRODUCTS}
 
 
 ITEMS = """
