@@ -1,5 +1,7 @@
 """One call, forward and backward, of a few cases: what a profiler or `compute-sanitizer` is put around.
 
+Or of all cases of the benchmark in parts, so that as many processes compile their kernels into Triton's cache.
+
 Prints the kernels that were launched, and at the end those of the package that were not.
 """
 
@@ -57,6 +59,14 @@ def chosen(wanted: Sequence[str]) -> Iterator[tuple[Op, Case]]:
             yield op, case
 
 
+def part(which: int, of: int) -> Iterator[tuple[Op, Case, Sizes]]:
+    """A part of the benchmark's cases for a GPU, counted from 0: each as it is timed and as it is checked."""
+    for op, case in list(select("cuda"))[which::of]:
+        yield op, case, case.sizes
+        if case.check:
+            yield op, case, {**case.sizes, **case.check}
+
+
 def package_kernels() -> set[str]:
     """Names of the kernels of the package."""
     package = importlib.import_module("fused_attn.kernels")
@@ -92,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.one", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", help="family/name/dtype; default: a few that launch every kernel")
     parser.add_argument("--small", action="store_true", help="a small problem of the same kind")
+    parser.add_argument("--part", nargs=2, type=int, metavar=("I", "N"), help="the I-th, from 0, of N parts of all")
     parser.add_argument("--host-products", action="store_true", help="without cuBLAS, whose TMA initcheck can't see")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
     args = parser.parse_args(argv)
@@ -100,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from triton import knobs
 
+    cases = chosen(args.cases or EVERY_KERNEL)
+    problems = ((op, case, small(case) if args.small else case.sizes) for op, case in cases)
     launched: set[str] = set()
 
     def note(metadata: Any) -> None:
@@ -108,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     knobs.runtime.launch_enter_hook.add(note)
     status = 0
     try:
-        for op, case in chosen(args.cases or EVERY_KERNEL):
+        for op, case, sizes in part(*args.part) if args.part else problems:
             before = set(launched)
-            inputs = op.inputs(small(case) if args.small else case.sizes, case.dtype, device, 0)
             call = call_of(op, case, "fused", torch.device("cuda"))  # impl="triton", in the interpreter too
             try:
+                inputs = op.inputs(sizes, case.dtype, device, 0)
                 torch.manual_seed(0)
                 dout = torch.randn_like(runner(call, inputs, "forward")()["out"])
                 runner(call, inputs, "forward+backward", dout)()

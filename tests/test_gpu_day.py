@@ -14,6 +14,7 @@ import torch
 
 from bench import gpu, gpu_table, one, run
 from bench.gpu import Day, Step
+from bench.registry import Case, Cost, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"device": "NVIDIA Made Up", "torch": "2.11.0", "triton": "3.6.0"}
@@ -92,7 +93,7 @@ def test_the_day_keeps_what_was_made_and_goes_on_after_failures_and_cut_offs(mad
         Step("bfloat16", 2, [stubborn(REPORTS["rows"])], report=True),
         Step("broken", 1, [python(FAILS)]),
         Step("absent", 1, [["no-such-program"]], missing="no-such-program is not installed"),
-        Step("compile", 2, [stubborn([row("compile", 3.0)])], report=True),
+        Step("torch.compile", 2, [stubborn([row("compile", 3.0)])], report=True),
         minutes=0.3,
     )
     assert status == 0
@@ -103,7 +104,7 @@ def test_the_day_keeps_what_was_made_and_goes_on_after_failures_and_cut_offs(mad
     assert steps["bfloat16"]["last_line"] == "measuring"
     assert steps["broken"]["statuses"] == [3]
     assert steps["absent"]["skipped"] == "no-such-program is not installed"
-    assert steps["compile"]["statuses"] == [-signal.SIGKILL]
+    assert steps["torch.compile"]["statuses"] == [-signal.SIGKILL]
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
         "bench.json", "log.txt", "machine.json", "table.txt", "tests.jsonl"
     ]  # fmt: skip
@@ -210,7 +211,7 @@ def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
 def test_every_step_is_a_command_that_its_program_understands(monkeypatch, capsys):
     steps = gpu.steps("python3", "abc", lambda name: True, lambda name: f"/usr/bin/{name}")
     assert [step.name for step in steps] == [
-        "tests", "bfloat16", "graph", "compile", "peers", "float32", "counters", "sanitizer"
+        "compile", "tests", "bfloat16", "graph", "torch.compile", "peers", "float32", "counters", "sanitizer"
     ]  # fmt: skip
     for step in steps:
         for command in step.commands:
@@ -218,13 +219,34 @@ def test_every_step_is_a_command_that_its_program_understands(monkeypatch, capsy
                 assert command[-2:] == ["--output", gpu.REPORT]
                 assert run.main([*command[3:-2], "--list"]) == 0
     assert [command[2] for command in steps[-1].commands] == list(gpu.TOOLS)
+    compiled = [command[2:] for command in steps[0].commands]
+    assert compiled == [["bench.one", "--part", str(i), str(len(compiled))] for i in range(len(compiled))]
     for labels in (gpu.COUNTED_CASES, one.EVERY_KERNEL):
         assert {run.label(*case) for case in one.chosen(labels)} == set(labels)
     assert set(gpu.COUNTED_KERNELS) <= one.package_kernels()
     bare = gpu.steps("python3", None, lambda name: False, lambda name: None)
-    assert [bool(step.missing) for step in bare] == [False] * 6 + [True] * 2
-    assert "-n" not in bare[0].commands[0]
+    assert [bool(step.missing) for step in bare] == [False] * 7 + [True] * 2
+    assert "-n" not in bare[1].commands[0]
     assert not {"--commit", "keops"} & {word for step in bare for command in step.commands for word in command}
+
+
+def test_parts_are_of_every_case_as_it_is_timed_and_as_it_is_checked(monkeypatch):
+    parts = [list(one.part(i, 15)) for i in range(15)]
+    assert {run.label(op, case) for part in parts for op, case, _ in part} == {
+        run.label(*found) for found in run.select("cuda")
+    }
+    pytest.importorskip("triton")
+    seen = []
+
+    def double(x, *, impl):
+        seen.append(len(x))
+        return 2 * x
+
+    cases = tuple(Case(name, {"n": n}, check={"n": 1} if n > 5 else {}) for n, name in enumerate("abcdefgh"))
+    op = Op("made", lambda sizes, *_: {"x": torch.ones(sizes["n"])}, double, lambda *_: (Cost(0, 0),) * 2, cases)
+    monkeypatch.setattr(one, "select", lambda device: [(op, case) for case in op.cases])
+    assert one.main(["--part", "1", "3", "--device", "cpu"]) == 0
+    assert seen == [n for n in (1, 4, 7, 1) for _ in ("forward", "forward+backward")]
 
 
 def test_the_table_says_passed_and_failed_and_every_case(tmp_path):
@@ -242,7 +264,7 @@ def test_the_table_says_passed_and_failed_and_every_case(tmp_path):
             row("fused", 2.0), row("reference", 9.0),
             row("fused", 4.0, "forward+backward"), row("reference", 6.0, "forward+backward"),
         ]},
-        "graph": graph, "compile": {"rows": [row("compile", 3.0)]}, "peers": {"rows": [row("flex", 5.0)]},
+        "graph": graph, "torch.compile": {"rows": [row("compile", 3.0)]}, "peers": {"rows": [row("flex", 5.0)]},
         "float32": {"rows": [row("fused", None, dtype="float32"), row("reference", 1.0, dtype="float32")]},
     }  # fmt: skip
     facts = {
