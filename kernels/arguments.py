@@ -3,7 +3,7 @@
 A field is read as an attribute inside the kernel. Numbers in a tuple are told to the compiler where they are 1 or a
 multiple of 16, which is a variant each: strides of rows, widths and counts of heads may be there. Numbers that vary
 with a length stay parameters of their own, by the names of `chip.LENGTHS`. Flags and blocks are tuples of
-`constants`.
+`constants`. A tuple is not part of another: Triton 3.6 forgets there that a stride is 1.
 """
 
 from __future__ import annotations

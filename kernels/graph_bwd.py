@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import Rows, constants, rows
+from .arguments import constants, rows
 from .chip import LENGTHS, all_registers, unpressed
 from .graph import Blocks, State, graph_blocks, load_edges, load_heads, prepare
 from .graph_hubs import Csr, Hubs, edges_of, slots_of
@@ -35,9 +35,8 @@ from .softmax import exp, load_dlse, load_lse, rounded_product
 
 
 class Cotangents(NamedTuple):
-    """Of the forward's three results; None where there is none."""
+    """Of what the forward leaves beside its output; None where there is none."""
 
-    out: Rows  # (Nq, H, DV)
     lse: Tensor | None
     scores: Tensor | None
 
@@ -56,6 +55,7 @@ def _graph_bwd_scores_kernel(
     csr,
     seed_ptr,
     out,  # (Nq, H, DV) float32
+    do,  # (Nq, H, DV)
     result,
     cotangent,
     made,
@@ -86,11 +86,11 @@ def _graph_bwd_scores_kernel(
         gap = tl.zeros([blocks.E, blocks.H], tl.float32)
         for d0 in range(0, size.DV, blocks.DV):
             d = d0 + tl.arange(0, blocks.DV)
-            do = load_heads(cotangent.out, node, h, d, size.H, size.DV)
+            do_row = load_heads(do, node, h, d, size.H, size.DV)
             centre = load_heads(out, node, h, d, size.H, size.DV)
             values = load_edges(value, j, keep, h, d, size.H, size.DV)
             apart = kappa[:, :, None] * values - centre[None, :, :]
-            gap += tl.sum(rounded_product(do[None, :, :], apart), axis=2)
+            gap += tl.sum(rounded_product(do_row[None, :, :], apart), axis=2)
         p = exp(tl.load(result.scores + at, mask=inside, other=float("-inf")) - top, flags.FMA) * inv
         delta += tl.sum(p * gap, axis=0)
         tl.store(made.g + at, gap, mask=inside)
@@ -292,11 +292,11 @@ def graph_bwd(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in ((query, True), (key, need_k), (value, need_value), (edge, need_edge))
     )
-    do = rows(dout.to(key.dtype).contiguous())
     scores = scores.contiguous()
     args = {
-        **call.args, "out": rows(out.contiguous()), "do": do, "result": State(None, lse.contiguous(), scores),
-        "cotangent": Cotangents(do, *(x if x is None else x.contiguous() for x in (dlse, dscores))),
+        **call.args, "out": rows(out.contiguous()), "do": rows(dout.to(key.dtype).contiguous()),
+        "result": State(None, lse.contiguous(), scores),
+        "cotangent": Cotangents(*(x if x is None else x.contiguous() for x in (dlse, dscores))),
         "made": Scores(torch.empty_like(scores), torch.empty_like(scores), hubs.parts(H)),
         "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue, "dedge_ptr": dedge,
     }  # fmt: skip
