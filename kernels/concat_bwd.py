@@ -127,7 +127,7 @@ def _concat_bwd_dq_kernel(
     q_cu_ptr, q_seq_ptr, q_first_ptr,
     k_cu_ptr, k_first_ptr,
     g_ptr,  # (q items of this launch, H, k tiles, BLOCK_N, BLOCK_M) float32
-    dq_ptr,  # (splits, B, H, Tq, A), contiguous; float32 where the keys are split
+    dq_ptr,  # (splits, B, H, Tq, A) float32, contiguous
     dv_ptr,  # (splits, q items, H, AP) float32: one sum a program
     stride_dp, stride_db, stride_dh,  # of dq
     splits,
@@ -204,7 +204,7 @@ def _concat_bwd_dq_kernel(
     part = split.to(tl.int64)
     tl.store(
         dq_ptr + part * stride_dp + seq * stride_db + head * stride_dh + q_rows[:, None] * A + d[None, :],
-        (v * s2).to(dq_ptr.dtype.element_ty),
+        v * s2,
         mask=(lo + m < hi)[:, None] & (d < A)[None, :],
     )
     tl.store(dv_ptr + (part * all_q_items * H + q_tile) * AP + d, tl.sum(s1, axis=0), mask=d < AP)
@@ -491,9 +491,7 @@ def _padded_gradients(
     H, A, DV, device = call.sizes["H"], call.sizes["A"], call.sizes["DV"], call.v.device
     k_tiles = triton.cdiv(call.sizes["Tk"], blocks.N)
     g = torch.empty(chunk, H, k_tiles, blocks.M * blocks.N, dtype=torch.float32, device=device)
-    parts = dq
-    if dq is not None and splits > 1:
-        parts = torch.empty(splits, *dq.shape, dtype=torch.float32, device=device)
+    parts = None if dq is None else torch.empty(splits, *dq.shape, dtype=torch.float32, device=device)
     args = {
         **args, "g_ptr": g, "gt_ptr": torch.empty_like(g), "p_ptr": torch.empty_like(g, dtype=_compute(call)),
         "k_tiles": k_tiles, "dq_ptr": parts, "dk_ptr": dk, "dvalue_ptr": dvalue, "splits": splits,
@@ -522,5 +520,5 @@ def _padded_gradients(
         if dvalue is not None:
             grid = (keys, H, triton.cdiv(DV, blocks.DV))
             launch(_concat_bwd_dvalue_kernel, grid, **part, **of_rows(dvalue), num_warps=8)
-    if parts is not dq:
-        torch.sum(parts, 0, out=dq) if dq.dtype == parts.dtype else dq.copy_(parts.sum(0))
+    if dq is not None:
+        dq.copy_(parts.sum(0) if splits > 1 else parts[0])

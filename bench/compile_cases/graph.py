@@ -73,4 +73,5 @@ GRAPH = [
     GraphCase(BF16, 10_000, 80_000, 2, 600, edge=True),
     GraphCase(F32, 10_000, 80_000, 2, 40, 1000, activation="silu"),
     GraphCase(F32, 10_000, 80_000, 20, 3, 1, edge=True),
+    GraphCase(BF16, 100, 300, 1, 1, 1, edge=True, weights=True),  # all strides are 1
 ]
