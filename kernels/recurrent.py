@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
+from .arguments import constants, matrix, sequence_ptr, sequences
 from .chip import LENGTHS, Chip, all_registers, chip_of, fitted, pow2, strides, unit
 from .location import load_rows
 from .masks import sequence_of
@@ -38,12 +39,12 @@ from .softmax import exp, finish, pivot, rounded_product
 def vector_matrix(
     x_ptr,  # (K,) float32
     gate_ptr,  # (K,) float32 to multiply x with, or None
-    w_ptr, stride_w,  # (K, width)
+    w,  # (K, width)
     cols,  # [BLOCK]
     K,
     width,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Columns of x W, [BLOCK] float32; one reduction over threads, after all rows."""
     acc = tl.zeros([BLOCK_K, cols.shape[0]], tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -51,7 +52,7 @@ def vector_matrix(
         x = tl.load(x_ptr + k, mask=k < K, other=0.0)
         if gate_ptr is not None:
             x *= tl.load(gate_ptr + k, mask=k < K, other=0.0)
-        acc += x[:, None] * load_rows(w_ptr + k.to(tl.int64) * stride_w, k < K, cols, width).to(tl.float32)
+        acc += x[:, None] * load_rows(w.ptr + k.to(tl.int64) * w.stride, k < K, cols, width).to(tl.float32)
     return tl.sum(acc, axis=0)
 
 
@@ -76,113 +77,105 @@ def softmax_step(s, m, l, FMA: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_fwd_kernel(
-    q_ptr, stride_qb, stride_qt,  # (B, Th, A), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kt,  # (B, Ty, A)
-    val_ptr, stride_ub, stride_ut,  # (B, Ty, D)
+    q,  # (B, Th, A), or packed
+    k,  # (B, Ty, A)
+    value,  # (B, Ty, D)
     w_ptr,  # (A,)
-    wr_ptr, stride_r,  # (D, A)
-    wt_ptr, stride_t,  # (D, D)
+    w_r,  # (D, A)
+    w_t,  # (D, D)
     mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
-    q_cu_ptr,  # (S + 1,) or None
-    k_cu_ptr,
+    cu,
     state_ptr,  # (S, 2, D) float32: r_{t-1} and r_t in turn
-    c_ptr,  # (S, A) float32 scratch, without HELD
-    s_ptr,  # (B, Ty) float32 scratch, without HELD
-    out_ptr,  # (B, Th, D) float32
-    weights_ptr,  # (B, Th, Ty) float32, or None
+    scratch,
+    result,
     num_seqs,
     Th,
     Ty,
-    A,
-    D,
-    limit,  # longest premise that HELD takes
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    size,
+    limit,  # longest premise that is held
+    flags,
+    blocks,
 ):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, q_cu_ptr, None, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Ty, num_seqs, 0)
-    steps = tl.where((length <= limit) == HELD, steps, 0)
-    q_ptr += seq * stride_qb + q_start.to(tl.int64) * stride_qt
-    k_ptr += seq * stride_kb + k_start.to(tl.int64) * stride_kt
-    val_ptr += seq * stride_ub + k_start.to(tl.int64) * stride_ut
-    out_ptr += (seq * Th + q_start) * D  # packed: Th = Ty = 0
+    q_start, steps, _ = sequence_of(seq, cu.q, None, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, cu.k, None, Ty, num_seqs, 0)
+    steps = tl.where((length <= limit) == flags.HELD, steps, 0)
+    q_ptr = sequence_ptr(q, seq, q_start)
+    k_ptr = sequence_ptr(k, seq, k_start)
+    value_ptr = sequence_ptr(value, seq, k_start)
+    out_ptr = result.out + (seq * Th + q_start) * size.D  # packed: Th = Ty = 0
+    weights_ptr = result.weights
     if mask_ptr is not None:
         mask_ptr += seq * stride_mb
     if weights_ptr is not None:
         weights_ptr += seq * Th * Ty
-    if HELD:
-        j = tl.arange(0, BLOCK_N)
-        a = tl.arange(0, BLOCK_A)
-        d = tl.arange(0, BLOCK_D)
+    if flags.HELD:
+        j = tl.arange(0, blocks.N)
+        a = tl.arange(0, blocks.A)
+        d = tl.arange(0, blocks.D)
         keep = premise_keys(j, length, mask_ptr, stride_mt)
-        key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A)
-        values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
-        w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
+        key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
+        values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
+        w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
     else:
-        c_ptr += seq * A
-        s_ptr += seq * Ty + k_start
+        c_ptr = scratch.c + seq * size.A
+        s_ptr = scratch.s + seq * Ty + k_start
 
-    state_ptr += seq * 2 * D
+    state_ptr += seq * 2 * size.D
     for t in range(0, steps):
-        last_ptr = state_ptr + t % 2 * D
-        next_ptr = state_ptr + (t + 1) % 2 * D
-        if HELD:
-            c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
-            c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
-            s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], FAST)), axis=1)
-            p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, FMA)
+        last_ptr = state_ptr + t % 2 * size.D
+        next_ptr = state_ptr + (t + 1) % 2 * size.D
+        if flags.HELD:
+            c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+            c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
+            s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], flags.FAST)), axis=1)
+            p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, flags.FMA)
             inv = finish(l)
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
             r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
-            # Not FAST: this term goes from step to step, and the backward makes it again with PyTorch.
-            r += tanh(vector_matrix(last_ptr, None, wt_ptr, stride_t, d, D, D, BLOCK_K), False)
-            tl.store(next_ptr + d, r, mask=d < D)
-            tl.store(out_ptr + d, r, mask=d < D)
+            # Not flags.FAST: this term goes from step to step, and the backward makes it again with PyTorch.
+            r += tanh(vector_matrix(last_ptr, None, w_t, d, size.D, size.D, blocks.K), False)
+            tl.store(next_ptr + d, r, mask=d < size.D)
+            tl.store(out_ptr + d, r, mask=d < size.D)
         else:
-            for a0 in range(0, A, BLOCK_A):
-                a = a0 + tl.arange(0, BLOCK_A)
-                c = tl.load(q_ptr + a, mask=a < A, other=0.0).to(tl.float32)
-                c += vector_matrix(last_ptr, None, wr_ptr, stride_r, a, D, A, BLOCK_K)
-                tl.store(c_ptr + a, c, mask=a < A)
+            for a0 in range(0, size.A, blocks.A):
+                a = a0 + tl.arange(0, blocks.A)
+                c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+                c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
+                tl.store(c_ptr + a, c, mask=a < size.A)
             tl.debug_barrier()
             m = tl.full([1], float("-inf"), tl.float32)
             l = tl.zeros([1], tl.float32)
-            for n0 in range(0, length, BLOCK_N):
-                j = n0 + tl.arange(0, BLOCK_N)
+            for n0 in range(0, length, blocks.N):
+                j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask_ptr, stride_mt)
-                s = score_tile(k_ptr + j.to(tl.int64) * stride_kt, keep, c_ptr, w_ptr, A, FAST, BLOCK_A)
+                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 tl.store(s_ptr + j, s, mask=j < length)
-                _p, _alpha, m, l = softmax_step(s, m, l, FMA)
+                _p, _alpha, m, l = softmax_step(s, m, l, flags.FMA)
             shift = pivot(m)
             inv = finish(l)
             tl.debug_barrier()
-            for d0 in range(0, D, BLOCK_D):
-                d = d0 + tl.arange(0, BLOCK_D)
-                r = tl.zeros([BLOCK_D], tl.float32)
-                for n0 in range(0, length, BLOCK_N):
-                    j = n0 + tl.arange(0, BLOCK_N)
+            for d0 in range(0, size.D, blocks.D):
+                d = d0 + tl.arange(0, blocks.D)
+                r = tl.zeros([blocks.D], tl.float32)
+                for n0 in range(0, length, blocks.N):
+                    j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask_ptr, stride_mt)
-                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, FMA)
-                    values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
+                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, flags.FMA)
+                    values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
                     r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
                 r *= inv
-                r += tanh(vector_matrix(last_ptr, None, wt_ptr, stride_t, d, D, D, BLOCK_K), False)  # as above
-                tl.store(next_ptr + d, r, mask=d < D)
-                tl.store(out_ptr + d, r, mask=d < D)
+                r += tanh(vector_matrix(last_ptr, None, w_t, d, size.D, size.D, blocks.K), False)  # as above
+                tl.store(next_ptr + d, r, mask=d < size.D)
+                tl.store(out_ptr + d, r, mask=d < size.D)
             if weights_ptr is not None:
-                for n0 in range(0, length, BLOCK_N):
-                    j = n0 + tl.arange(0, BLOCK_N)
-                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, FMA)
+                for n0 in range(0, length, blocks.N):
+                    j = n0 + tl.arange(0, blocks.N)
+                    p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, flags.FMA)
                     tl.store(weights_ptr + j, p * inv, mask=j < length)
-        out_ptr += D
-        q_ptr += stride_qt
+        out_ptr += size.D
+        q_ptr += q.stride_t
         if weights_ptr is not None:
             weights_ptr += Ty
         tl.debug_barrier()  # the next step reads r, and writes the scratch anew
@@ -239,14 +232,50 @@ def stream_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) ->
     return Blocks(pow2(longest, 16, 32), pow2(A, 16, 128), pow2(D, 16, 128), 32 if per_element == 1 else 16, 8)
 
 
+class Size(NamedTuple):
+    """Widths of the score and of the values."""
+
+    A: int
+    D: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    FAST: bool
+    FMA: bool
+    HELD: bool  # keys and values of a premise stay on chip
+
+
+class Offsets(NamedTuple):
+    """Of packed sequences, (S + 1,)."""
+
+    q: Tensor | None
+    k: Tensor | None
+
+
+class Scratch(NamedTuple):
+    """Float32, for what is not held."""
+
+    c: Tensor  # (S, A)
+    s: Tensor  # (B, Ty)
+
+
+class Result(NamedTuple):
+    """What the forward leaves, float32."""
+
+    out: Tensor  # (B, Th, D)
+    weights: Tensor | None  # (B, Th, Ty)
+
+
 class Call(NamedTuple):
-    """What the launches of one call share."""
+    """What the launches of one call share, by the kernels' names."""
 
     chip: Chip
     seqs: int
-    tensors: dict[str, Tensor | int | None]
-    sizes: dict[str, int]
-    flags: dict[str, object]
+    size: Size
+    flags: Flags
+    args: dict[str, object]
 
 
 def prepare(
@@ -258,30 +287,16 @@ def prepare(
     query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
     premise, hypothesis = (x if x is None else x.contiguous() for x in (cu_seqlens_premise, cu_seqlens_hypothesis))
     seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
-    D = value.shape[-1]
-    if packed:
-        query, key, value = query[None], key[None], value[None]
-    return Call(
-        chip,
-        seqs,
-        {
-            "q_ptr": query, **strides("qb qt", query, (0, 1), packed=packed),
-            "k_ptr": key, **strides("kb kt", key, (0, 1), packed=packed),
-            "val_ptr": value, **strides("ub ut", value, (0, 1), packed=packed),
-            "w_ptr": w.contiguous(),
-            "wr_ptr": w_r, "stride_r": w_r.stride(0), "wt_ptr": w_t, "stride_t": w_t.stride(0),
-            "mask_ptr": None if mask is None else mask.view(torch.uint8),
-            **strides("mb mt", mask, (0, 1), packed=packed),
-            "q_cu_ptr": hypothesis, "k_cu_ptr": premise,
-        },
-        {
-            "num_seqs": seqs, "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],
-            "A": query.shape[-1], "D": D,
-        },
-        {
-            "FAST": chip.backend == "cuda" and key.element_size() == 2, "FMA": chip.backend != "interpreter",
-        },
-    )  # fmt: skip
+    size = Size(query.shape[-1], value.shape[-1])
+    flags = Flags(chip.backend == "cuda" and key.element_size() == 2, chip.backend != "interpreter", False)
+    args = {
+        "q": sequences(query, packed=packed), "k": sequences(key, packed=packed),
+        "value": sequences(value, packed=packed), "w_ptr": w.contiguous(), "w_r": matrix(w_r), "w_t": matrix(w_t),
+        "mask_ptr": None if mask is None else mask.view(torch.uint8), **strides("mb mt", mask, (0, 1), packed=packed),
+        "cu": Offsets(hypothesis, premise), "size": size, "num_seqs": seqs,
+        "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],
+    }  # fmt: skip
+    return Call(chip, seqs, size, flags, args)
 
 
 def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **more: object) -> None:
@@ -289,7 +304,7 @@ def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **m
 
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
     """
-    A, D = call.sizes["A"], call.sizes["D"]
+    A, D = call.size
     usual = triton.cdiv(2 * longest, call.seqs) if packed else longest
     held = held_blocks(call.chip, per_element, usual, A, D)
     limit = -1 if held is None else held.N
@@ -297,12 +312,11 @@ def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **m
     if longest > limit:
         forms.append((False, stream_blocks(call.chip, per_element, longest, A, D)))
     limit = limit if forms[0][0] else -1
-    args = {**call.tensors, **call.sizes, **call.flags, **more, "limit": limit}
+    args = {**call.args, **more, "limit": limit}
     for is_held, blocks in forms:
-        named = {name: args[name] for name in kernel.arg_names if name in args}
-        named |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("N", "A", "D", "K")}
-        options = all_registers(call.chip)
-        fitted(kernel, named)[(call.seqs,)](**named, HELD=is_held, num_warps=blocks.warps, **options)
+        args |= {"flags": constants(call.flags._replace(HELD=is_held)), "blocks": constants(blocks)}
+        named = {name: args[name] for name in kernel.arg_names}
+        fitted(kernel, named)[(call.seqs,)](**named, num_warps=blocks.warps, **all_registers(call.chip))
 
 
 def recurrent_fwd(
@@ -324,8 +338,10 @@ def recurrent_fwd(
         with torch.cuda.device_of(query):
             launch(
                 _recurrent_fwd_kernel, call, 1, key.shape[-2], packed,
-                c_ptr=torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device),
-                s_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
-                state_ptr=states, out_ptr=out, weights_ptr=weights if need_weights else None,
+                scratch=Scratch(
+                    torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device),
+                    torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
+                ),
+                state_ptr=states, result=Result(out, weights if need_weights else None),
             )  # fmt: skip
     return out, weights

@@ -17,17 +17,46 @@ them in global memory, each number by the one program that has its sequence. All
 weights, so a key with all the weight has the weight 1, g - Σ α g is 0, and no lse is needed.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
+from .arguments import Matrix, sequence_ptr
 from .chip import LENGTHS
 from .location import load_rows
 from .masks import sequence_of
 from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
 from .softmax import exp, finish, made_once, pivot, rounded_product
+
+
+class Given(NamedTuple):
+    """What PyTorch has made, float32."""
+
+    c: Tensor  # (B, Th, A)
+    gate: Tensor  # (B, Th, D): 1 - u²
+    dweights: Tensor | None  # (B, Th, Ty)
+
+
+class Scratch(NamedTuple):
+    """Scores and their gradients, (B, Ty) float32, for what is not held."""
+
+    s: Tensor
+    g: Tensor
+
+
+class Made(NamedTuple):
+    """Gradients in float32; all but the first two are zeros."""
+
+    dr: Tensor  # (B, Th, D): dr, becomes δr
+    dc: Tensor  # (B, Th, A)
+    dk: Tensor  # (B, Ty, A)
+    dvalue: Tensor  # (B, Ty, D)
+    dw: Tensor  # (S, A)
+    dstate: Tensor  # (S, D)
 
 
 @triton.jit
@@ -44,85 +73,70 @@ def _weights(s_ptrs, g_ptrs, keep, shift, inv, FMA: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_bwd_kernel(
-    k_ptr, stride_kb, stride_kt,  # (B, Ty, A), or packed with stride_kb = 0
-    val_ptr, stride_ub, stride_ut,  # (B, Ty, D)
+    k,  # (B, Ty, A), or packed
+    value,  # (B, Ty, D)
     w_ptr,  # (A,)
-    wr_ptr, stride_r,  # (A, D): W_r transposed
-    wt_ptr, stride_t,  # (D, D): W_t transposed
+    w_r,  # (A, D): W_r transposed
+    w_t,  # (D, D): W_t transposed
     mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
-    q_cu_ptr,  # (S + 1,) or None
-    k_cu_ptr,
-    c_ptr,  # (B, Th, A) float32
-    gate_ptr,  # (B, Th, D) float32: 1 - u²
-    dweights_ptr,  # (B, Th, Ty) float32, or None
-    s_ptr,  # (B, Ty) float32 scratch, without HELD
-    g_ptr,  # the same
-    dr_ptr,  # (B, Th, D) float32: dr, becomes δr
-    dc_ptr,  # (B, Th, A) float32
-    dk_ptr,  # (B, Ty, A) float32, zeros
-    dval_ptr,  # (B, Ty, D) float32, zeros
-    dw_ptr,  # (S, A) float32, zeros
-    dstate_ptr,  # (S, D) float32, zeros
+    cu,
+    given,
+    scratch,
+    made,
     num_seqs,
     Th,
     Ty,
-    A,
-    D,
+    size,
     limit,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    HELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    flags,
+    blocks,
 ):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, q_cu_ptr, None, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Ty, num_seqs, 0)
-    steps = tl.where((length <= limit) == HELD, steps, 0)
-    k_ptr += seq * stride_kb + k_start.to(tl.int64) * stride_kt
-    val_ptr += seq * stride_ub + k_start.to(tl.int64) * stride_ut
+    q_start, steps, _ = sequence_of(seq, cu.q, None, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, cu.k, None, Ty, num_seqs, 0)
+    steps = tl.where((length <= limit) == flags.HELD, steps, 0)
+    k_ptr = sequence_ptr(k, seq, k_start)
+    value_ptr = sequence_ptr(value, seq, k_start)
     q_row0 = seq * Th + q_start  # packed: Th = Ty = 0
     k_row0 = seq * Ty + k_start
-    dk_ptr += k_row0 * A
-    dval_ptr += k_row0 * D
-    dw_ptr += seq * A
-    dstate_ptr += seq * D
+    dk_ptr = made.dk + k_row0 * size.A
+    dvalue_ptr = made.dvalue + k_row0 * size.D
+    dw_ptr = made.dw + seq * size.A
+    dstate_ptr = made.dstate + seq * size.D
     if mask_ptr is not None:
         mask_ptr += seq * stride_mb
-    if HELD:
-        j = tl.arange(0, BLOCK_N)
-        a = tl.arange(0, BLOCK_A)
-        d = tl.arange(0, BLOCK_D)
+    if flags.HELD:
+        j = tl.arange(0, blocks.N)
+        a = tl.arange(0, blocks.A)
+        d = tl.arange(0, blocks.D)
         keep = premise_keys(j, length, mask_ptr, stride_mt)
-        key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A)
-        values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D)
-        w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
-        dk = tl.zeros([BLOCK_N, BLOCK_A], tl.float32)
-        dval = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dw = tl.zeros([BLOCK_A], tl.float32)
+        key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
+        values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
+        w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+        dk = tl.zeros([blocks.N, blocks.A], tl.float32)
+        dval = tl.zeros([blocks.N, blocks.D], tl.float32)
+        dw = tl.zeros([blocks.A], tl.float32)
     else:
-        s_ptr += k_row0
-        g_ptr += k_row0
+        s_ptr = scratch.s + k_row0
+        g_ptr = scratch.g + k_row0
 
     for back in range(0, steps):
         t = steps - 1 - back
         row = q_row0 + t
-        c_row = c_ptr + row * A
-        dc_row = dc_ptr + row * A
-        dr_row = dr_ptr + row * D
+        c_row = given.c + row * size.A
+        dc_row = made.dc + row * size.A
+        dr_row = made.dr + row * size.D
         pairs = (seq * Th + t) * Ty
-        if HELD:
-            c = tl.load(c_row + a, mask=a < A, other=0.0)
-            dr = tl.load(dr_row + d, mask=d < D, other=0.0)
-            y = tanh(key.to(tl.float32) + c[None, :], FAST)
+        if flags.HELD:
+            c = tl.load(c_row + a, mask=a < size.A, other=0.0)
+            dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
+            y = tanh(key.to(tl.float32) + c[None, :], flags.FAST)
             s = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))
             s = made_once(s)
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
-            if dweights_ptr is not None:
-                g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
-            p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, FMA)
+            if given.dweights is not None:
+                g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
+            p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, flags.FMA)
             inv = finish(l)
             p *= inv
             ds = p * (g - tl.sum(p * g, axis=0))
@@ -130,74 +144,79 @@ def _recurrent_bwd_kernel(
             dk += dz
             dval += p[:, None] * dr[None, :]
             dw += tl.sum(ds[:, None] * y, axis=0)
-            tl.store(dc_row + a, tl.sum(dz, axis=0), mask=a < A)
+            tl.store(dc_row + a, tl.sum(dz, axis=0), mask=a < size.A)
         else:
             m = tl.full([1], float("-inf"), tl.float32)
             l = tl.zeros([1], tl.float32)
             mean = tl.zeros([1], tl.float32)  # Σ α g, times l
-            for n0 in range(0, length, BLOCK_N):
-                j = n0 + tl.arange(0, BLOCK_N)
+            for n0 in range(0, length, blocks.N):
+                j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask_ptr, stride_mt)
-                s = score_tile(k_ptr + j.to(tl.int64) * stride_kt, keep, c_row, w_ptr, A, FAST, BLOCK_A)
-                g = tl.zeros([BLOCK_N], tl.float32)
-                for d0 in range(0, D, BLOCK_D):
-                    d = d0 + tl.arange(0, BLOCK_D)
-                    values = load_rows(val_ptr + j.to(tl.int64) * stride_ut, keep, d, D).to(tl.float32)
-                    dr = tl.load(dr_row + d, mask=d < D, other=0.0)
+                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_row, w_ptr, size.A, flags.FAST, blocks.A)
+                g = tl.zeros([blocks.N], tl.float32)
+                for d0 in range(0, size.D, blocks.D):
+                    d = d0 + tl.arange(0, blocks.D)
+                    values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D).to(tl.float32)
+                    dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
                     g += tl.sum(rounded_product(dr[None, :], values), axis=1)
-                if dweights_ptr is not None:
-                    g += tl.load(dweights_ptr + pairs + j, mask=keep, other=0.0)
+                if given.dweights is not None:
+                    g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
                 tl.store(s_ptr + j, s, mask=j < length)
                 tl.store(g_ptr + j, g, mask=j < length)
-                p, alpha, m, l = softmax_step(s, m, l, FMA)
+                p, alpha, m, l = softmax_step(s, m, l, flags.FMA)
                 mean = mean * alpha + tl.sum(p * g, axis=0)
             inv = finish(l)
             mean *= inv
             shift = pivot(m)
             tl.debug_barrier()
-            for a0 in range(0, A, BLOCK_A):
-                a = a0 + tl.arange(0, BLOCK_A)
-                c = tl.load(c_row + a, mask=a < A, other=0.0)
-                w = tl.load(w_ptr + a, mask=a < A, other=0.0).to(tl.float32)
-                dc = tl.zeros([BLOCK_A], tl.float32)
-                dw = tl.zeros([BLOCK_A], tl.float32)
-                for n0 in range(0, length, BLOCK_N):
-                    j = n0 + tl.arange(0, BLOCK_N)
+            for a0 in range(0, size.A, blocks.A):
+                a = a0 + tl.arange(0, blocks.A)
+                c = tl.load(c_row + a, mask=a < size.A, other=0.0)
+                w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+                dc = tl.zeros([blocks.A], tl.float32)
+                dw = tl.zeros([blocks.A], tl.float32)
+                for n0 in range(0, length, blocks.N):
+                    j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask_ptr, stride_mt)
-                    p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, FMA)
+                    p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     ds = p * (g - mean)
-                    key = load_rows(k_ptr + j.to(tl.int64) * stride_kt, keep, a, A).to(tl.float32)
-                    y = tanh(key + c[None, :], FAST)
+                    key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A).to(tl.float32)
+                    y = tanh(key + c[None, :], flags.FAST)
                     dz = ds[:, None] * w[None, :] * (1.0 - y * y)
                     dc += tl.sum(dz, axis=0)
                     dw += tl.sum(ds[:, None] * y, axis=0)
-                    _add(dk_ptr + j.to(tl.int64)[:, None] * A + a[None, :], dz, keep[:, None] & (a < A)[None, :])
-                tl.store(dc_row + a, dc, mask=a < A)
-                _add(dw_ptr + a, dw, a < A)
-            for d0 in range(0, D, BLOCK_D):
-                d = d0 + tl.arange(0, BLOCK_D)
-                dr = tl.load(dr_row + d, mask=d < D, other=0.0)
-                for n0 in range(0, length, BLOCK_N):
-                    j = n0 + tl.arange(0, BLOCK_N)
+                    _add(
+                        dk_ptr + j.to(tl.int64)[:, None] * size.A + a[None, :],
+                        dz,
+                        keep[:, None] & (a < size.A)[None, :],
+                    )
+                tl.store(dc_row + a, dc, mask=a < size.A)
+                _add(dw_ptr + a, dw, a < size.A)
+            for d0 in range(0, size.D, blocks.D):
+                d = d0 + tl.arange(0, blocks.D)
+                dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
+                for n0 in range(0, length, blocks.N):
+                    j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask_ptr, stride_mt)
-                    p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, FMA)
-                    at = j.to(tl.int64)[:, None] * D + d[None, :]
-                    _add(dval_ptr + at, p[:, None] * dr[None, :], keep[:, None] & (d < D)[None, :])
+                    p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
+                    at = j.to(tl.int64)[:, None] * size.D + d[None, :]
+                    _add(dvalue_ptr + at, p[:, None] * dr[None, :], keep[:, None] & (d < size.D)[None, :])
         tl.debug_barrier()
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            from_c = vector_matrix(dc_row, None, wr_ptr, stride_r, d, A, D, BLOCK_K)
-            from_u = vector_matrix(dr_row, gate_ptr + row * D, wt_ptr, stride_t, d, D, D, BLOCK_K)
-            _add(dr_row - D + d, from_c + from_u, (d < D) & (t > 0))
-            tl.store(dstate_ptr + d, from_c + from_u, mask=(d < D) & (t == 0))
+        for d0 in range(0, size.D, blocks.D):
+            d = d0 + tl.arange(0, blocks.D)
+            from_c = vector_matrix(dc_row, None, w_r, d, size.A, size.D, blocks.K)
+            from_u = vector_matrix(dr_row, given.gate + row * size.D, w_t, d, size.D, size.D, blocks.K)
+            _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))
+            tl.store(dstate_ptr + d, from_c + from_u, mask=(d < size.D) & (t == 0))
         tl.debug_barrier()
 
-    if HELD:
+    if flags.HELD:
         mine = steps > 0
-        inside = (j < length) & mine
-        tl.store(dk_ptr + j.to(tl.int64)[:, None] * A + a[None, :], dk, mask=inside[:, None] & (a < A)[None, :])
-        tl.store(dval_ptr + j.to(tl.int64)[:, None] * D + d[None, :], dval, mask=inside[:, None] & (d < D)[None, :])
-        tl.store(dw_ptr + a, dw, mask=(a < A) & mine)
+        inside = ((j < length) & mine)[:, None]
+        row = j.to(tl.int64)[:, None]
+        tl.store(dk_ptr + row * size.A + a[None, :], dk, mask=inside & (a < size.A)[None, :])
+        tl.store(dvalue_ptr + row * size.D + d[None, :], dval, mask=inside & (d < size.D)[None, :])
+        tl.store(dw_ptr + a, dw, mask=(a < size.A) & mine)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,7 +243,7 @@ def recurrent_bwd(
     """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
     tensors = (query, key, value, w, w_r, w_t, state)
     call = prepare(*tensors[:-1], mask, cu_seqlens_premise, cu_seqlens_hypothesis)
-    A, D = call.sizes["A"], call.sizes["D"]
+    A, D = call.size
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=query.device)
@@ -238,14 +257,13 @@ def recurrent_bwd(
         gate = 1 - torch.tanh(before @ w_t.float()).square()
         dr = torch.empty(out.shape, dtype=torch.float32, device=query.device).copy_(dout)
         dc = torch.empty_like(c)
-        by_column = {"wr_ptr": w_r.t().contiguous(), "stride_r": D, "wt_ptr": w_t.t().contiguous(), "stride_t": D}
+        by_column = {"w_r": Matrix(w_r.t().contiguous(), D), "w_t": Matrix(w_t.t().contiguous(), D)}
+        scratch = (torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device) for _ in "sg")
         with torch.cuda.device_of(query):
             launch(
                 _recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **by_column,
-                c_ptr=c, gate_ptr=gate, dweights_ptr=None if dweights is None else dweights.float().contiguous(),
-                s_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
-                g_ptr=torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
-                dr_ptr=dr, dc_ptr=dc, dk_ptr=dk, dval_ptr=dval, dw_ptr=dw, dstate_ptr=dstate,
+                given=Given(c, gate, None if dweights is None else dweights.float().contiguous()),
+                scratch=Scratch(*scratch), made=Made(dr, dc, dk, dval, dw, dstate),
             )  # fmt: skip
         rows = before.flatten(0, -2).t()
         dw_r, dw_t = rows @ dc.flatten(0, -2), rows @ (dr * gate).flatten(0, -2)

@@ -118,7 +118,7 @@ def test_drawn_calls_are_the_same_for_a_seed_and_reach_every_family():
 def test_additive_inner_loops_keep_their_instruction_counts(rows):
     case = "bfloat16 B4 H1 Tq256 Tk512 A128 Dv128 tanh"
     found = {r["kernel"]: r for r in rows if r["target"] == "sm_90" and r["case"] == case}
-    # dq and dk: 6.6 and 5.6 with 128 features a program; with 64 more programs share a core: 1.3 times as fast (H200).
+    # dq and dk: 6.6 and 5.6 with 128 features a program; with 64 more programs share a core, 1.3 times as fast.
     bounds = {"_concat_fwd_kernel": 4.4, "_concat_bwd_dq_kernel": 7.3, "_concat_bwd_dk_kernel": 6.2}
     for kernel, most in bounds.items():
         row = found[kernel]

@@ -364,8 +364,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent.py",
-        "BLOCK_K), False)\n            tl.store(next_ptr",
-        "BLOCK_K), False) * 0.0\n            tl.store(next_ptr",
+        "blocks.K), False)\n            tl.store(next_ptr",
+        "blocks.K), False) * 0.0\n            tl.store(next_ptr",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
         "the carried state is missing",
     ),
@@ -392,8 +392,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent_bwd.py",
-        "            _add(dr_row - D + d, from_c + from_u, (d < D) & (t > 0))",
-        "            _add(dr_row - D + d, from_c, (d < D) & (t > 0))",
+        "            _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))",
+        "            _add(dr_row - size.D + d, from_c, (d < size.D) & (t > 0))",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
         "the state's gradient does not go through the carry",
     ),
