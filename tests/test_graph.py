@@ -98,6 +98,21 @@ def test_nodes_of_many_edges_are_divided_and_match_the_reference(name, options, 
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("edges", [4, 2000])
+def test_free_gradients_of_the_output_and_the_normaliser_match_the_reference(edges, device):
+    """By the raw operator, whose results may all have one: Σ exp(s - m), whose m is a constant."""
+    tensors = Case(edges=edges, queries=4, value_dim=5).tensors(device)
+
+    def op(*, impl, query, key, v, value, edge, indptr, indices):
+        rest = (indptr, indices, None, None, None, None, "leaky_relu", 0.0)
+        run = graph._GRAPH if impl == "triton" else graph._GRAPH.formula
+        out, lse, _ = run(query, key, v, value, edge, *rest)
+        return out, lse[..., 1].where(lse[..., 1] > 0, 1).log()  # no edge: 0
+
+    assert_matches_reference(op, tensors)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("name", TENSORS)
 def test_one_gradient_alone_is_that_of_the_reference(name, device):
     check(Case(edges=9), device, wrt=[name])
