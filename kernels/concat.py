@@ -445,7 +445,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
     if chip.hopper and even(DV) and not busy and Tq > 16:  # 4 warps, and two programs a core
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 128), pow2(DV, 16, 128), 4)
-    block_n = (64 if even(DV) else 32) if busy else 64 if Tk <= 128 else 256
+    block_n = (64 if even(DV) and Tq > 16 else 32) if busy else 64 if Tk <= 128 else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 

@@ -326,8 +326,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     stages = 2 if roomy or max(D, DV) <= 256 else 1
     if chip.hopper and plain and narrow and block_m == 128:
         stages, block_n = 3, 128 if size == 128 and not parts else block_n
-    if busy and size >= 128:
-        block_m = min(block_m, 32)
+    if busy:
+        block_m = min(block_m, 32 if size >= 128 else 64)
     return Blocks(block_m, block_n, width, value_width, warps, stages)
 
 

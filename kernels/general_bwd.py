@@ -481,7 +481,7 @@ def bwd_blocks(
         for_k = Blocks(few_m, n if roomy else few_n, width, value_width, 8, 2 if roomy else 1)
         return Blocks(m, few_n, width, value_width, 8, 2 if roomy else 1), for_k
     if not even(D, DV):
-        few = 4096 // max(size, 64)
+        few = 4096 // max(size, 128 if busy else 64)
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
     if not plain:

@@ -303,7 +303,9 @@ def graph_bwd(
 
     def launch(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
         every = {**args, **hubs.lengths, "csr": hubs.csr, "blocks": constants(blocks), **more}
-        pressed = kernel is _graph_bwd_scores_kernel or blocks.H * max(blocks.A, blocks.DV) <= 64
+        # Where the compiler put numbers on the stack: rows of many numbers, narrow ones, those walked in parts.
+        narrow, wide = blocks.H * max(blocks.A, blocks.DV) <= 64, blocks.A < A or blocks.DV < DV
+        pressed = kernel is _graph_bwd_scores_kernel or narrow or wide
         options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
         kernel[grid](**{name: every[name] for name in kernel.arg_names}, num_warps=blocks.warps, **options)
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, pow2, unpressed
+from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unpressed
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -202,7 +202,8 @@ def blocks_of(
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
     In 16 bits with parts of W of 64 × 32 and D at most 256: two levels have more to keep than one, and spilled.
-    Where operands come from registers, of 32 × 32, and 16 rows of h where a score is gated and D past 128.
+    Where operands come from registers, of 32 × 32, and 16 rows of h where a score is gated and D past 128, or rows
+    are no whole vectors.
     """
 
     def level(n: int, width: int, is_linear: bool) -> Blocks:
@@ -211,7 +212,8 @@ def blocks_of(
         else:
             blocks = fwd_blocks(chip, itemsize, n, D, width, SEGMENTS, D, False)
         part = 32 if chip.from_registers else 64
-        rows = min(blocks.T, 16 if gated and chip.from_registers and itemsize == 2 and D > 128 else 64)
+        short = (chip.from_registers and D > 128) or not even(D, width)
+        rows = min(blocks.T, 16 if gated and itemsize == 2 and short else 64)
         block_a = pow2(width, 16, 128) if chip.hopper and itemsize == 2 and not gated and n == LONG else 32
         block_a = min(blocks.A, 32) if is_linear or block_a == 32 else block_a
         return blocks._replace(T=rows, D=min(blocks.D, part), A=block_a, DV=min(blocks.DV, 256), stages=2)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, tile_rows, unpressed
 from .location import WORKSPACE_BYTES, Blocks, hop_block, item_args, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, partition, sequence_of
 from .products import add_product
@@ -459,7 +459,9 @@ def location_bwd(
         **item_args(items),
     }
     dot, u_dot = ({n: call.flags[prefix + n] for n in ("COMPUTE", "PRECISION")} for prefix in ("", "U_"))
-    run = {"num_warps": blocks.warps, "num_stages": blocks.stages, **unpressed(call.chip, D, DV, A)}
+    many = h.element_size() == 4 and R > 32  # hops, of products that are sums of their own
+    registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
+    run = {"num_warps": blocks.warps, "num_stages": blocks.stages, **registers}
     tile = {**dot, **run, "BLOCK_T": blocks.T, "BLOCK_D": blocks.D}
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
