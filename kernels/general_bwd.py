@@ -478,15 +478,16 @@ def bwd_blocks(
         for_k = Blocks(16 if size > 128 or not plain else few_m, few_n, width, value_width, 4, 1)
         return Blocks(few_m, few_n, width, value_width, 4, 1), for_k
     if max(D, DV) > 256:
-        for_k = Blocks(few_m, n if roomy else few_n, width, value_width, 8, 2 if roomy else 1)
-        return Blocks(m, few_n, width, value_width, 8, 2 if roomy else 1), for_k
+        stages = 2 if roomy else 1
+        for_k = Blocks(few_m, n if roomy and not busy else few_n, width, value_width, 8, stages)
+        return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     if not even(D, DV):
-        few = 4096 // max(size, 128 if busy else 64)
+        few = max(16, 4096 // (max(size, 64) * (1 + busy)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
     if not plain:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
-        few = 16 if size > 128 and parts and not roomy else few_m
+        few = 16 if size > 128 else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
     if chip.hopper and size > 128 and Tq <= 16:
