@@ -430,7 +430,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
 
     `busy`: a mask or bias a pair, a window or dropout, which need registers of their own, as addresses of rows do
     that are no whole vectors. Chosen by the compile report (no spills; 4.2 instructions an element on sm_90).
-    On an H200 128 keys on 4 warps are 1.07 times as fast as 256 on 8, and fewer keys or other rows slower.
+    On an H200 128 keys on 4 warps are 1.07 times as fast as 256 on 8, but sigmoid spills; all else tried was slower.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(DV, 16, 64), 4)
@@ -443,8 +443,6 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    if chip.hopper and even(DV) and not busy and Tq > 16:  # 4 warps, and two programs a core
-        return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 128), pow2(DV, 16, 128), 4)
     block_n = (64 if even(DV) and Tq > 16 else 32) if busy else 64 if Tk <= 128 else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 

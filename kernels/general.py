@@ -306,7 +306,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
     if itemsize == 4:  # without matrix units a product is unrolled over its width
         part, warps = (32, 4) if Tq <= 16 else (64, 8)
-        block_n = 128 if chip.hopper and plain and Tq <= 16 else 32
+        block_n = 128 if chip.hopper and plain and Tq <= 16 and even(D, DV) and not parts else 32
         return Blocks(pow2(Tq, 16, 32), block_n, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000

@@ -490,10 +490,10 @@ def bwd_blocks(
         few = 16 if size > 128 else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
-    if chip.hopper and size > 128 and Tq <= 16:
-        return Blocks(16, 128, width, value_width, 4, 2), Blocks(16, 128, width, value_width, 8, 3)
+    if chip.hopper and size > 128 and Tq <= 16 and not parts:
+        return Blocks(16, 128, width, value_width, 4, 2), Blocks(few_m, few_n, width, value_width, 8, 2)
     if chip.hopper and size == 128 and Tq > 64 and not parts:
-        return Blocks(128, n, width, value_width, 8, 3), Blocks(m, tile_rows(Tk, 128), width, value_width, 8, 2)
+        return Blocks(128, n, width, value_width, 8, 3), Blocks(few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
     if size > 128:
         for_q = Blocks(m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)

@@ -197,7 +197,15 @@ def _hierarchical_fwd_kernel(
 
 
 def blocks_of(
-    chip: Chip, itemsize: int, D: int, A: int, outer_A: int, linear: bool, outer_linear: bool, gated: bool
+    chip: Chip,
+    itemsize: int,
+    D: int,
+    A: int,
+    outer_A: int,
+    linear: bool,
+    outer_linear: bool,
+    gated: bool,
+    plain: bool,
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the inner and of the outer level: those of location attention with a hop a segment of the block.
 
@@ -214,7 +222,7 @@ def blocks_of(
         part = 32 if chip.from_registers else 64
         short = (chip.from_registers and D > 128) or not even(D, width)
         rows = min(blocks.T, 16 if gated and itemsize == 2 and short else 64)
-        block_a = pow2(width, 16, 128) if chip.hopper and itemsize == 2 and not gated and n == LONG else 32
+        block_a = pow2(width, 16, 128) if chip.hopper and itemsize == 2 and plain and n == LONG else 32
         block_a = min(blocks.A, 32) if is_linear or block_a == 32 else block_a
         return blocks._replace(T=rows, D=min(blocks.D, part), A=block_a, DV=min(blocks.DV, 256), stages=2)
 
@@ -250,7 +258,8 @@ def hierarchical_fwd(
     seqs, groups = inner_offsets.numel() - 1, outer_offsets.numel() - 1
     widths = [D if x is None else x.shape[1] for x in (w, outer_w)]
     gated = gate_w is not None or outer_gate_w is not None
-    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None, gated)
+    plain = not gated and context is None and outer_context is None
+    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None, gated, plain)
     inner = (w, b, v, gate_w, gate_b, context)
     outer = (outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context)
     options = (activation, gate_activation, 0.0, context_per_row)

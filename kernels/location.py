@@ -304,7 +304,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
 
     Chosen by the compile report (no spills, shared memory within the chip), and for sm_90 on an H200: see
     `bench/NOTES.md`. Where W is read in parts, four stages of them; linear scores have only the tile to wait for, so
-    it is as long as an item, or in float32 as wide; hops of odd widths take 128 features of the score at once.
+    it is as long as an item, or in float32 as wide.
     """
     hop = hop_block(R)
     hopper = chip.hopper
@@ -321,7 +321,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         block_d = pow2(D, 16, 128) if hopper and linear and hop == 1 else 16
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), block_d, block_a, pow2(DV, 16, 4096 // wide), warps)
     if not whole:
-        block_a = hop if linear else pow2(A, 16, 128 if hopper and hop > 1 and D != A else 32)
+        block_a = hop if linear else pow2(A, 16, 32)
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), block_a, pow2(DV, 16, 2048 // wide), warps)
     block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)

@@ -388,7 +388,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         if hopper and hop == 1 and whole:
             return Blocks(tile_rows(T, 64), pow2(D, 16, 32), block_a, warps=8)
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8)
-    if (not whole and not (hopper and 1 < hop <= 32)) or chip.from_registers:
+    if not whole or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8)
     block_t = tile_rows(T, 128 if hopper and hop == 1 else 64)
     return Blocks(block_t, pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8)
@@ -419,6 +419,8 @@ def location_bwd(
 
     longest = call.length if cu_seqlens is None else LONG
     blocks = bwd_blocks(call.chip, h.element_size(), longest, D, A, R, DV, v is None)
+    if gate_w is not None and context_per_row and activation in ("gelu", "silu"):
+        blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
     items = partition(call.seqs, call.length, blocks.T, cu_seqlens) if call.length else Items(0, 1, 0, None, None)
     ctx_a_row = need_ctx and context_per_row
     ctx_a_seq = need_ctx and not context_per_row
