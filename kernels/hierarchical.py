@@ -222,8 +222,8 @@ def blocks_of(
         part = 32 if chip.from_registers else 64
         short = (chip.from_registers and D > 128) or not even(D, width)
         rows = min(blocks.T, 16 if gated and itemsize == 2 and short else 64)
-        block_a = pow2(width, 16, 128) if chip.hopper and itemsize == 2 and plain and n == LONG else 32
-        block_a = min(blocks.A, 32) if is_linear or block_a == 32 else block_a
+        wide = chip.hopper and itemsize == 2 and plain and n == LONG and not is_linear
+        block_a = pow2(width, 16, 128) if wide else min(blocks.A, 32)
         return blocks._replace(T=rows, D=min(blocks.D, part), A=block_a, DV=min(blocks.DV, 256), stages=2)
 
     return level(LONG, A, linear), level(SEGMENTS, outer_A, outer_linear)

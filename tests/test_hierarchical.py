@@ -226,8 +226,12 @@ def test_returns_a_tensor_or_what_was_asked_for(impl, device):
 
 def test_one_launch_is_for_narrow_rows_and_many_or_short_documents():
     def fits(chip, D, rows, groups, itemsize=2, A=128):
-        blocks = kernels.blocks_of(chip, itemsize, D, A, A, False, False, False)
-        return kernels.fits(chip, min(b.DV for b in blocks), D, rows, groups)
+        found = []
+        for gated, plain in ((False, True), (False, False), (True, False)):
+            blocks = kernels.blocks_of(chip, itemsize, D, A, A, False, False, gated, plain)
+            found.append(kernels.fits(chip, min(b.DV for b in blocks), D, rows, groups))
+        assert len(set(found)) == 1  # the options that choose other tiles do not choose another way
+        return found[0]
 
     for chip in (A100, H200):
         assert fits(chip, 256, 51_200, 256)
