@@ -9,8 +9,10 @@ with a length stay parameters of their own, by the names of `chip.LENGTHS`. Flag
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,31 +38,133 @@ def rows(x: Tensor | None) -> Rows:
 class Sequences(NamedTuple):
     """A tensor (B, T, width), or packed rows (N, width), with unit stride on the last axis."""
 
-    ptr: Tensor
+    ptr: Tensor | None
     stride_b: int  # 0 for packed rows; see `sequence_ptr`
     stride_t: int
     EVEN: Any
 
 
-def sequences(x: Tensor, *, packed: bool) -> Sequences:
+class Heads(NamedTuple):
+    """A tensor (B, H, T, width), or packed rows (1, H, N, width), with unit stride on the last axis."""
+
+    ptr: Tensor | None
+    stride_b: int  # 0 for packed rows; see `head_ptr`
+    stride_h: int
+    stride_t: int
+    EVEN: Any
+
+
+class Entries(NamedTuple):
+    """One number a row, (B, T), or packed (N,)."""
+
+    ptr: Tensor | None
+    stride_b: int  # 4 n + 3; see `entry_ptr`
+    stride_t: int
+    PLAIN: Any
+
+
+class Pairs(NamedTuple):
+    """One number a query and key, (B, Tq, Tk) or (B, H, Tq, Tk)."""
+
+    ptr: Tensor | None
+    stride_b: int  # 4 n + 3; see `pair_ptr`
+    stride_h: int  # 4 n + 3
+    stride_q: int  # 4 n + 3
+    stride_k: int
+    PLAIN: Any
+
+
+def untold(n: int) -> int:
+    """A number that varies with a length, as 4 n + 3: never 1, never a multiple of 16, so that none is a variant."""
+    return 4 * n + 3
+
+
+def sequences(x: Tensor | None, *, packed: bool) -> Sequences:
     """Where rows are whole vectors, so are sequences, which loads of vectors must know, whatever the length.
 
-    Where not, sequences are so at some lengths: 4 n + 3 is never 1 nor a multiple of 16, so that no length is a
-    variant.
+    Where not, sequences are so at some lengths, to no use.
     """
+    if x is None:
+        return Sequences(None, 0, 0, tl.constexpr(True))
     stride_b, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 2)
     even = stride_b % 16 == 0 and stride_t % 16 == 0
-    return Sequences(x, stride_b if even else 4 * stride_b + 3, stride_t, tl.constexpr(even))
+    return Sequences(x, stride_b if even else untold(stride_b), stride_t, tl.constexpr(even))
+
+
+def heads(x: Tensor | None, *, packed: bool) -> Heads:
+    """As `sequences`, with an axis of heads between sequences and rows."""
+    if x is None:
+        return Heads(None, 0, 0, 0, tl.constexpr(True))
+    stride_b, stride_h, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)
+    even = all(n % 16 == 0 for n in (stride_b, stride_h, stride_t))
+    outer = (stride_b, stride_h) if even else (untold(stride_b), untold(stride_h))
+    return Heads(x, *outer, stride_t, tl.constexpr(even))
+
+
+def entries(x: Tensor | None, *, packed: bool) -> Entries:
+    """The last stride is 1, or 0 of a broadcast tensor; in a transposed view it is a length."""
+    if x is None:
+        return Entries(None, 0, 0, tl.constexpr(True))
+    stride_b, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 1)
+    plain = stride_t <= 1
+    return Entries(x, untold(stride_b), stride_t if plain else untold(stride_t), tl.constexpr(plain))
+
+
+def pairs(x: Tensor | None) -> Pairs:
+    """As `entries`; without an axis of heads all have the same numbers."""
+    if x is None:
+        return Pairs(None, 0, 0, 0, 0, tl.constexpr(True))
+    stride_b, stride_q, stride_k = stride_of(x, 0), stride_of(x, x.dim() - 2), stride_of(x, x.dim() - 1)
+    stride_h = 0 if x.dim() == 3 else stride_of(x, 1)
+    plain = stride_k <= 1
+    outer = untold(stride_b), untold(stride_h), untold(stride_q)
+    return Pairs(x, *outer, stride_k if plain else untold(stride_k), tl.constexpr(plain))
 
 
 @triton.jit
-def sequence_ptr(x, seq, start):
-    """The row `start` of a sequence; seq is an int64."""
+def sequence_ptr(x, seq, row):
+    """Rows of a sequence, one or a block of them; seq is an int64."""
     if x.EVEN:
         stride_b = x.stride_b
     else:
         stride_b = x.stride_b >> 2
-    return x.ptr + seq * stride_b + start.to(tl.int64) * x.stride_t
+    return x.ptr + seq * stride_b + row.to(tl.int64) * x.stride_t
+
+
+@triton.jit
+def head_ptr(x, seq, head):
+    """The first row of a head of a sequence, both int64; the next one is `stride_t` on."""
+    if x.EVEN:
+        at = seq * x.stride_b + head * x.stride_h
+    else:
+        at = seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
+    return x.ptr + at
+
+
+@triton.jit
+def entry_ptr(x, seq, row):
+    """The numbers of rows of a sequence; seq and row are int64."""
+    if x.PLAIN:
+        stride_t = x.stride_t
+    else:
+        stride_t = x.stride_t >> 2
+    return x.ptr + seq * (x.stride_b >> 2) + row * stride_t
+
+
+@triton.jit
+def pair_ptr(x, seq, head):
+    """The first number of a head of a sequence, both int64."""
+    return x.ptr + seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
+
+
+@triton.jit
+def pair_at(x, i, j):
+    """Offsets from there to the pairs of queries i and keys j, whose shapes broadcast."""
+    if x.PLAIN:
+        stride_k = x.stride_k
+    else:
+        stride_k = x.stride_k >> 2
+    return i.to(tl.int64) * (x.stride_q >> 2) + j.to(tl.int64) * stride_k
 
 
 class Matrix(NamedTuple):
@@ -75,7 +179,23 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x, x.stride(0))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)  # typed: tuples of equal numbers are equal, whatever their fields
 def constants(given: Any) -> Any:
     """A named tuple of flags or sizes, each known to the compiler."""
     return type(given)(*map(tl.constexpr, given))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], blocks: Any, **options: Any) -> None:
+    """Launch a kernel with those of `args` that it names, on the device of their first tensor.
+
+    blocks: a named tuple with `warps`, and where it has them `stages`; the kernel gets it as `blocks`. options: of
+    the compiler, by Triton's names.
+    """
+    named = {name: args[name] for name in kernel.arg_names if name != "blocks"}
+    if hasattr(blocks, "stages"):
+        options.setdefault("num_stages", blocks.stages)
+    near = next(
+        x for arg in named.values() for x in (arg if isinstance(arg, tuple) else (arg,)) if torch.is_tensor(x)
+    )
+    with torch.cuda.device_of(near):
+        kernel[grid](**named, blocks=constants(blocks), num_warps=blocks.warps, **options)

@@ -50,7 +50,17 @@ from .chip import (
     unit,
     unpressed,
 )
-from .masks import Items, dropout_scale, finite, key_range, locate, partition, row_codes, sequence_of, visible
+from .masks import (
+    Items,
+    finite,
+    key_range,
+    old_dropout_scale,
+    old_locate,
+    old_sequence_of,
+    partition,
+    row_codes,
+    visible,
+)
 from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -106,7 +116,7 @@ def _concat_factor_kernel(
     item = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     head = tl.program_id(1).to(tl.int64)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, tile_rows)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, tile_rows)
     i = part * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = lo + i < hi
     rows = (start + lo + i).to(tl.int64)
@@ -332,8 +342,8 @@ def _concat_fwd_kernel(
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
-    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    seq, q_start, lo, hi, _ = old_locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
     i = lo + tl.arange(0, BLOCK_M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
@@ -382,7 +392,7 @@ def _concat_fwd_kernel(
         l = l * alpha + tl.sum(p, axis=1)
         m = m_new
         if seed_ptr is not None:
-            p *= dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+            p *= old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
         v_keep = k_keep
         if code_ptr is not None:
             code = tl.load(code_ptr + seq * stride_cb + head * stride_ch + k_rows * stride_ct, mask=k_keep, other=0)

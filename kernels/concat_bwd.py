@@ -34,7 +34,7 @@ from torch import Tensor
 from .chip import LENGTHS, LONG, Chip, fitted, pow2, strides, tile_rows, unpressed
 from .concat import Blocks, Call, factors, prepare
 from .concat_walk import gradient_tile, walk_tile
-from .masks import key_range, locate, sequence_of
+from .masks import key_range, old_locate, old_sequence_of
 from .products import add_product
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -100,8 +100,8 @@ def _concat_bwd_g_kernel(
     head = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(2)
     q_item = q_item0 + local
-    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
-    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    seq, q_start, lo, hi, _ = old_locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
     slot = ((local.to(tl.int64) * H + head) * k_tiles + tile) * BLOCK_N * BLOCK_M
     gradient_tile(
         slot, q_item, head, tile, seq, q_start, lo, hi, k_start, k_length, k_item0, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
@@ -160,8 +160,8 @@ def _concat_bwd_dq_kernel(
     split = tl.program_id(2) % splits
     d = (tl.program_id(2) // splits) * BLOCK_D + tl.arange(0, BLOCK_D)
     q_item = q_item0 + local
-    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
-    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
+    seq, q_start, lo, hi, _ = old_locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
+    k_start, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
     m = tl.arange(0, BLOCK_M)
     q_rows = (q_start + lo + m).to(tl.int64)
     q_keep = lo + m < hi
@@ -255,8 +255,10 @@ def _concat_bwd_dk_kernel(
     offset = (tl.program_id(0) % parts) * BLOCK_R
     head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
-    q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
+    seq, k_start, k_lo, k_hi, _ = old_locate(
+        k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N
+    )
+    q_start, q_length, q_first = old_sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
     r = tl.arange(0, BLOCK_R)
     j = k_lo + offset + r
     k_rows = (k_start + j).to(tl.int64)
@@ -340,8 +342,10 @@ def _concat_bwd_dvalue_kernel(
     offset = (tl.program_id(0) % parts) * BLOCK_R
     head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N)
-    q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
+    seq, k_start, k_lo, k_hi, _ = old_locate(
+        k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N
+    )
+    q_start, q_length, q_first = old_sequence_of(seq, q_cu_ptr, q_first_ptr, Tq, num_seqs, q_per_seq)
     r = tl.arange(0, BLOCK_R)
     m = tl.arange(0, BLOCK_M)
     j = k_lo + offset + r

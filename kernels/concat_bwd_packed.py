@@ -20,7 +20,7 @@ from .chip import LENGTHS, all_registers, fitted, strides
 from .concat import Blocks, Call
 from .concat_bwd import WORKSPACE_BYTES
 from .concat_walk import gradient_tile, walk_tile
-from .masks import key_range, locate, sequence_of
+from .masks import key_range, old_locate, old_sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -70,8 +70,8 @@ def _concat_bwd_queries_kernel(
     head = tl.program_id(1).to(tl.int64)
     q_item = item0 + tl.program_id(0)
     slot = (tl.program_id(0).to(tl.int64) * H + head) * BLOCK_N * BLOCK_M
-    seq, q_start, lo, hi, _ = locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, 0, num_seqs, 0, BLOCK_M)
-    k_start, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, 0, num_seqs, 0)
+    seq, q_start, lo, hi, _ = old_locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, 0, num_seqs, 0, BLOCK_M)
+    k_start, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, 0, num_seqs, 0)
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     q_rows = (q_start + lo + m).to(tl.int64)
@@ -168,9 +168,9 @@ def _concat_bwd_keys_kernel(
     head = tl.program_id(1).to(tl.int64)
     k_item = item0 + tl.program_id(0)
     slot = (tl.program_id(0).to(tl.int64) * H + head) * BLOCK_N * BLOCK_M
-    seq, k_start, k_lo, k_hi, _ = locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, 0, num_seqs, 0, BLOCK_N)
-    _, k_length, k_item0 = sequence_of(seq, k_cu_ptr, k_first_ptr, 0, num_seqs, 0)
-    q_start, q_length, q_first = sequence_of(seq, q_cu_ptr, q_first_ptr, 0, num_seqs, 0)
+    seq, k_start, k_lo, k_hi, _ = old_locate(k_item, k_cu_ptr, k_seq_ptr, k_first_ptr, 0, num_seqs, 0, BLOCK_N)
+    _, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, 0, num_seqs, 0)
+    q_start, q_length, q_first = old_sequence_of(seq, q_cu_ptr, q_first_ptr, 0, num_seqs, 0)
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     k_tile = k_item.to(tl.int64) * H + head

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .activations import activate, activate_grad
 from .concat import concat_scores, reciprocal
-from .masks import dropout_scale, key_range, visible
+from .masks import key_range, old_dropout_scale, visible
 from .products import add_product
 from .softmax import exp, load_lse
 
@@ -95,7 +95,7 @@ def gradient_tile(
         p = tl.where(shown, exp(s - top[:, None], EXACT and FMA) * inv[:, None], 0.0)
         pk = p
         if seed_ptr is not None:
-            k = dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+            k = old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
             pk *= k
         dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         o_rows = seq * stride_ob + head * stride_oh + q_rows * stride_ot

@@ -44,12 +44,12 @@ from .chip import (
 )
 from .masks import (
     Items,
-    dropout_scale,
     key_range,
-    locate,
+    old_dropout_scale,
+    old_locate,
+    old_sequence_of,
     partition,
     row_codes,
-    sequence_of,
     visible_pairs,
     whole_range,
 )
@@ -155,10 +155,10 @@ def _general_fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = locate(
+    seq, q_start, lo, hi, _ = old_locate(
         tl.program_id(0), q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M
     )
-    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
+    k_start, length, _ = old_sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
     i = lo + tl.arange(0, BLOCK_M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
@@ -244,7 +244,7 @@ def _general_fwd_kernel(
             alpha = power(m - shift, NATURAL, FMA)
             l = l * alpha + tl.sum(p, axis=1)
             if seed_ptr is not None:
-                p *= dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
+                p *= old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
             if SHARED and not WIDE:
                 values = k
             else:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
 from .general import LOG2E, Blocks, power, prepare, product, score, widths
-from .masks import dropout_scale, key_range, locate, partition, sequence_of, visible_pairs, whole_range
+from .masks import key_range, old_dropout_scale, old_locate, old_sequence_of, partition, visible_pairs, whole_range
 from .products import add_product
 
 
@@ -155,10 +155,10 @@ def _general_bwd_dq_kernel(
     d = tl.arange(0, BLOCK_D)
     d_out = tl.program_id(2) * BLOCK_D + d
     dv = tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = locate(
+    seq, q_start, lo, hi, _ = old_locate(
         tl.program_id(0), q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M
     )
-    k_start, length, _ = sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
+    k_start, length, _ = old_sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
     i = lo + tl.arange(0, BLOCK_M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
@@ -228,7 +228,7 @@ def _general_bwd_dq_kernel(
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
             keep = 1.0
             if seed_ptr is not None:
-                keep = dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
+                keep = old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
             if EXACT:
                 dp = _general_gap(
                     (do_ptr + o_rows)[:, None], (out_ptr + o_rows)[:, None], q_keep[:, None],
@@ -321,10 +321,10 @@ def _general_bwd_dkv_kernel(
     dv = tl.arange(0, BLOCK_DV)
     d_out = tl.program_id(2) * BLOCK_D + d
     dv_out = tl.program_id(2) * BLOCK_DV + dv
-    seq, k_start, lo, hi, _ = locate(
+    seq, k_start, lo, hi, _ = old_locate(
         tl.program_id(0), k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N
     )
-    q_start, length, _ = sequence_of(seq, q_cu_ptr, None, Tq, num_seqs, 0)
+    q_start, length, _ = old_sequence_of(seq, q_cu_ptr, None, Tq, num_seqs, 0)
     j = lo + tl.arange(0, BLOCK_N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
@@ -391,7 +391,7 @@ def _general_bwd_dkv_kernel(
             x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
             keep = 1.0
             if seed_ptr is not None:
-                keep = dropout_scale(seed_ptr, j[:, None], seq * H + head, i[None, :], threshold, keep_scale)
+                keep = old_dropout_scale(seed_ptr, j[:, None], seq * H + head, i[None, :], threshold, keep_scale)
             do = 0.0
             if not WIDE_V:
                 do = tl.load(

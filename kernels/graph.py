@@ -28,7 +28,7 @@ from .activations import activate
 from .arguments import constants, rows
 from .chip import LENGTHS, Chip, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
-from .masks import dropout_scale
+from .masks import dropout, dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
 
 
@@ -56,15 +56,13 @@ def _graph_fwd_kernel(
     value,  # (Nk, H, DV); the keys again where SHARED
     edge,  # (E, H, A) or None
     csr,
-    seed_ptr,
+    dropout,
     result,
     part,  # of a hub's pieces: sums that are not divided by l, or None
     nodes,
     edges,
     steps,
     size,
-    threshold,
-    keep_scale,
     flags,
     blocks,
 ):
@@ -108,8 +106,8 @@ def _graph_fwd_kernel(
         p = exp(s - shift[None, :], flags.FMA)  # [BLOCK_E, BLOCK_H]
         alpha = exp(m - shift, flags.FMA)
         l = l * alpha + tl.sum(p, axis=0)
-        if seed_ptr is not None:
-            p *= dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
+        if dropout.seed is not None:
+            p *= dropout_scale(dropout, (e - first)[:, None], node, h[None, :])
         if flags.SHARED and not flags.WIDE:
             values = k_rows
         else:
@@ -216,9 +214,8 @@ def prepare(
         blocks.A < A or blocks.DV < DV, hubs.slots > 0,
     )  # fmt: skip
     args = {
-        "q": rows(query), "k": rows(key), "v": rows(v), "value": rows(values), "edge": rows(edge), "seed_ptr": seed,
-        "csr": hubs.csr, "size": Size(H, A, DV),
-        "threshold": round(dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - dropout_p), "flags": constants(flags),
+        "q": rows(query), "k": rows(key), "v": rows(v), "value": rows(values), "edge": rows(edge), "csr": hubs.csr,
+        "dropout": dropout(seed, dropout_p), "size": Size(H, A, DV), "flags": constants(flags),
     }  # fmt: skip
     return Call(chip, blocks, hubs, args)
 

@@ -53,7 +53,7 @@ class Scores(NamedTuple):
 def _graph_bwd_scores_kernel(
     value,  # (Nk, H, DV)
     csr,
-    seed_ptr,
+    dropout,
     out,  # (Nq, H, DV) float32
     do,  # (Nq, H, DV)
     result,
@@ -63,8 +63,6 @@ def _graph_bwd_scores_kernel(
     edges,
     steps,
     size,
-    threshold,
-    keep_scale,
     flags,
     blocks,
 ):
@@ -81,8 +79,8 @@ def _graph_bwd_scores_kernel(
         at = e[:, None] * size.H + h[None, :]
         inside = keep[:, None] & (h < size.H)[None, :]
         kappa = tl.full([blocks.E, blocks.H], 1.0, tl.float32)
-        if seed_ptr is not None:
-            kappa = dropout_scale(seed_ptr, (e - first)[:, None], node, h[None, :], threshold, keep_scale)
+        if dropout.seed is not None:
+            kappa = dropout_scale(dropout, (e - first)[:, None], node, h[None, :])
         gap = tl.zeros([blocks.E, blocks.H], tl.float32)
         for d0 in range(0, size.DV, blocks.DV):
             d = d0 + tl.arange(0, blocks.DV)

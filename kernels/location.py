@@ -33,7 +33,7 @@ from .chip import (
     unit,
     unpressed,
 )
-from .masks import Items, dropout_scale, locate, partition
+from .masks import Items, old_dropout_scale, old_locate, partition
 from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -192,7 +192,7 @@ def _location_fwd_kernel(
     BLOCK_P: tl.constexpr,  # columns of p in the weighted sum: 1 is a sum, more a matrix product
 ):  # fmt: skip
     item = tl.program_id(0)
-    seq, start, lo, hi, items = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
+    seq, start, lo, hi, items = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
     r = tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_P)
     dv = tl.arange(0, BLOCK_DV)
@@ -237,7 +237,7 @@ def _location_fwd_kernel(
 
         p, alpha, m, l = online_softmax(s, m, l)
         if seed_ptr is not None:
-            p *= dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
+            p *= old_dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
         if val_ptr is None:
             val_ptrs = h_ptrs
         else:

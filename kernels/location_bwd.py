@@ -26,7 +26,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, tile_rows, unpressed
 from .location import WORKSPACE_BYTES, Blocks, hop_block, item_args, load_rows, matmul, prepare, project
-from .masks import Items, dropout_scale, locate, partition, sequence_of
+from .masks import Items, old_dropout_scale, old_locate, old_sequence_of, partition
 from .products import add_product
 from .softmax import load_dlse, load_lse
 
@@ -87,7 +87,7 @@ def _location_bwd_dz_kernel(
 ):  # fmt: skip
     local = tl.program_id(0)
     item = local.to(tl.int64)
-    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    seq, start, lo, hi, _ = old_locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     i = tl.arange(0, BLOCK_T)
     t = lo + i
     inside = t < hi
@@ -107,7 +107,7 @@ def _location_bwd_dz_kernel(
     # are in float32. Then a key with all the weight gets 0, not the difference of two roundings. With dropout and
     # more hops they are not: k o_0 is far from o_r, and would be taken out of large numbers again.
     if seed_ptr is not None:
-        k = dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
+        k = old_dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
     gap = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     offset = tl.zeros([BLOCK_R], tl.float32)  # dO_r · (o_r - o_0), or dO_r · o_r
     cotangent = tl.zeros([BLOCK_R], tl.float32)  # 0 where all of dO_r and dlse_r is 0
@@ -233,7 +233,7 @@ def _location_bwd_rows_kernel(
     """Gradient of rows: [dz dg] [W G]ᵀ + p dO. Both terms where the values are H, one of them where they are not."""
     local = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    seq, start, lo, hi, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    seq, start, lo, hi, _ = old_locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     i = tl.arange(0, BLOCK_T)
     t = lo + i
     slot = (local * BLOCK_T + i).to(tl.int64)
@@ -301,7 +301,7 @@ def _location_bwd_dw_kernel(
     acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     first = split * items_per_split
     for local in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, _, _ = locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+        seq, start, lo, _, _ = old_locate(item0 + local, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
         rows = (start + lo + i).to(tl.int64)
         slot = (local * BLOCK_T + i).to(tl.int64)
         live = tl.load(live_ptr + slot) != 0
@@ -363,8 +363,8 @@ def _location_bwd_context_kernel(
     """Context a sequence: its gradient is the sum of dz over the items of the sequence, in their order."""
     item = item0 + tl.program_id(0)
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    seq, _, _, _, count = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, 1)
-    _, _, first = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    seq, _, _, _, count = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, 1)
+    _, _, first = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
     # The first item of a sequence in this launch sums them all; those past the last sequence have nothing to.
     last = tl.where(item == tl.maximum(first, item0), tl.minimum(first + count, item0 + items), item)
     last = tl.where(seq < num_seqs, last, item)

@@ -38,7 +38,7 @@ from .chip import (
     unit,
 )
 from .location import load_rows
-from .masks import Items, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
+from .masks import Items, key_range, old_dropout_scale, old_locate, old_sequence_of, partition, visible, whole_range
 from .products import add_product
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
@@ -110,7 +110,7 @@ def _location_window_totals_kernel(
     r = tl.program_id(1)
     R = tl.num_programs(1)
     d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
     t = lo + tl.arange(0, BLOCK)
     rows = (start + t).to(tl.int64)
     at = (seq * T + rows) * R + r
@@ -146,7 +146,7 @@ def _location_window_scan_kernel(
     R = tl.num_programs(1)
     d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     one = tl.arange(0, 1)
-    _, length, item0 = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
     tiles = tl.cdiv(length, BLOCK)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], l_ptr.dtype.element_ty)
@@ -201,8 +201,8 @@ def _location_window_fwd_kernel(
     r = tl.program_id(1)
     R = tl.num_programs(1)
     d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
-    _, length, item0 = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
+    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
     i = lo + tl.arange(0, BLOCK)
     inside = i < hi
     tile0, tile1, state = band(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT, SCAN, BLOCK)
@@ -229,7 +229,7 @@ def _location_window_fwd_kernel(
         l = l * alpha + tl.sum(p, axis=1)
         m = m_new
         if seed_ptr is not None:
-            p *= dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
+            p *= old_dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
         values = load_rows(val_ptr + seq * stride_vb + rows * stride_vt, keep, d, DV)
         if HAS_LEFT or HAS_RIGHT:
             # 0 * NaN is NaN: a value that is not finite is left out of the product, for those who see it to be NaN.

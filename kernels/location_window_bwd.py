@@ -26,7 +26,7 @@ from torch import Tensor
 from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
-from .masks import dropout_scale, locate, sequence_of, visible_pairs
+from .masks import old_dropout_scale, old_locate, old_sequence_of, visible_pairs
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse, store_lse
 
@@ -112,8 +112,8 @@ def _location_window_bwd_scores_kernel(
     item = tl.program_id(0)
     r = tl.program_id(1)
     R = tl.num_programs(1)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
-    _, length, item0 = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
+    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
     j = lo + tl.arange(0, BLOCK)
     k_rows = (start + j).to(tl.int64)
     s = tl.load(scores_ptr + (seq * T + k_rows) * R + r, mask=j < hi, other=float("-inf"))
@@ -138,7 +138,7 @@ def _location_window_bwd_scores_kernel(
         shown = shown & (inv != 0)[:, None]
         a = tl.where(shown, exp(s[None, :] - top[:, None], FMA) * inv[:, None], 0.0)
         if seed_ptr is not None:
-            k = dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
+            k = old_dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
         gap = tl.zeros([BLOCK, BLOCK], tl.float32)
         if EXACT:
             for d in range(0, DV):
@@ -193,8 +193,8 @@ def _location_window_bwd_values_kernel(
     """A tile of keys and a part of the width: dvalue, over all hops."""
     item = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
-    _, length, item0 = sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
+    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
     j = lo + tl.arange(0, BLOCK)
     k_rows = seq * T + start + j
     tile0, tile1, state = band(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT, SCAN, BLOCK)
@@ -219,7 +219,7 @@ def _location_window_bwd_values_kernel(
             shown = shown & (inv != 0)[None, :]
             a = tl.where(shown, exp(s[:, None] - top[None, :], FMA) * inv[None, :], 0.0)  # [keys, positions]
             if seed_ptr is not None:
-                a *= dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
+                a *= old_dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
             do = load_rows(do_ptr + at * DV, inside, d, DV)
             acc = add_product(a, do, acc, COMPUTE, PRECISION)
     tl.store(

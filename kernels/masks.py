@@ -13,15 +13,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import untold
+
+
+class Spans(NamedTuple):
+    """Which rows are a sequence's, and which items: of packed rows, for kernels that call `locate`."""
+
+    cu: Tensor | None  # (S + 1,): first row of each sequence; None: the batch is padded
+    seq: Tensor | None = (
+        None  # (count,) int32: sequence of each item, S for those past the end; None: item = sequence
+    )
+    first: Tensor | None = None  # (S + 1,) int32: first item of each sequence; None as above
+
 
 class Items(NamedTuple):
-    """The partition of a batch into items: what a launcher passes to kernels that call `locate`."""
+    """The partition of a batch into items."""
 
     count: int
     rows: int  # most rows an item has
     per_seq: int  # items of each sequence; 0 where that differs between sequences
-    seq: Tensor | None  # (count,) int32: sequence of each item, S for those past the end; None: item = sequence
-    first: Tensor | None  # (S + 1,) int32: first item of each sequence; None as above
+    seq: Tensor | None  # see Spans
+    first: Tensor | None
+
+    def spans(self, cu_seqlens: Tensor | None) -> Spans:
+        """What a launcher passes to kernels that call `locate`, beside `per_seq`."""
+        return Spans(cu_seqlens, self.seq, self.first)
+
+
+class Dropout(NamedTuple):
+    """What a kernel drops, see `dropout_scale`."""
+
+    seed: Tensor | None  # (1,) int64, or None: nothing is dropped
+    threshold: int  # of 24 bits of a word, as 4 n + 3: see arguments.untold
+    scale: float
+
+
+def dropout(seed: Tensor | None, p: float) -> Dropout:
+    """Weights are dropped with the probability p, where there is a seed."""
+    return Dropout(seed, untold(round(p * 2**24)), 1.0 / (1.0 - p))
 
 
 def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, always: bool = False) -> Items:
@@ -61,7 +90,63 @@ def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Te
 
 
 @triton.jit
-def locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
+def locate(item, spans, T, num_seqs, per_seq, rows):
+    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
+    if spans.cu is None:
+        seq = item // per_seq
+        part = item % per_seq
+        start = 0
+        length = T
+        items = per_seq
+    else:
+        if spans.seq is None:
+            seq = item
+            part = 0
+            items = 1
+        else:
+            seq = tl.load(spans.seq + item)
+            first = tl.load(spans.first + seq)
+            part = item - first
+            items = tl.load(spans.first + seq + 1, mask=seq < num_seqs, other=0) - first
+        start = tl.load(spans.cu + seq)
+        # An item past the end has seq == num_seqs: an empty range.
+        length = tl.load(spans.cu + seq + 1, mask=seq < num_seqs, other=0) - start
+    lo = part * rows
+    return seq.to(tl.int64), start, lo, tl.minimum(lo + rows, length), items
+
+
+@triton.jit
+def sequence_of(seq, spans, T, num_seqs, per_seq):
+    """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
+    if spans.cu is None:
+        start = seq * 0
+        length = T
+        item = seq * per_seq
+    else:
+        start = tl.load(spans.cu + seq)
+        length = tl.load(spans.cu + seq + 1, mask=seq < num_seqs, other=0) - start
+        if spans.first is None:
+            item = seq
+        else:
+            item = tl.load(spans.first + seq).to(tl.int64)
+    return start, length, item
+
+
+@triton.jit
+def dropout_scale(dropout, position, sequence, hop):
+    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
+
+    position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
+    """
+    seed = tl.load(dropout.seed)
+    c0, c2 = tl.broadcast(position.to(tl.uint32), hop.to(tl.uint32))
+    c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
+    return tl.where((word >> 8).to(tl.int32) >= dropout.threshold >> 2, dropout.scale, 0.0)
+
+
+@triton.jit
+def old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
     """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
     if cu_ptr is None:
         seq = item // per_seq
@@ -87,7 +172,7 @@ def locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
 
 
 @triton.jit
-def sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
+def old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
     """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
     if cu_ptr is None:
         start = seq * 0
@@ -104,7 +189,7 @@ def sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
 
 
 @triton.jit
-def dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
+def old_dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
     """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
 
     position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]

@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import constants, matrix, sequence_ptr, sequences
-from .chip import LENGTHS, Chip, all_registers, chip_of, fitted, pow2, strides, unit
+from .arguments import constants, entries, entry_ptr, launch, matrix, sequence_ptr, sequences
+from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit
 from .location import load_rows
-from .masks import sequence_of
+from .masks import Spans, sequence_of
 from .softmax import exp, finish, pivot, rounded_product
 
 
@@ -57,11 +57,11 @@ def vector_matrix(
 
 
 @triton.jit
-def premise_keys(j, length, mask_ptr, stride_mt):
-    """Which words j [BLOCK_N] of the premise may be read; mask_ptr is at this sequence, or None."""
+def premise_keys(j, length, mask, seq):
+    """Which words j [BLOCK_N] of the premise may be read."""
     keep = j < length
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + j.to(tl.int64) * stride_mt, mask=keep, other=0) != 0
+    if mask.ptr is not None:
+        keep = tl.load(entry_ptr(mask, seq, j.to(tl.int64)), mask=keep, other=0) != 0
     return keep
 
 
@@ -83,8 +83,9 @@ def _recurrent_fwd_kernel(
     w_ptr,  # (A,)
     w_r,  # (D, A)
     w_t,  # (D, D)
-    mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
-    cu,
+    mask,  # (B, Ty) or None
+    q_spans,
+    k_spans,
     state_ptr,  # (S, 2, D) float32: r_{t-1} and r_t in turn
     scratch,
     result,
@@ -97,23 +98,21 @@ def _recurrent_fwd_kernel(
     blocks,
 ):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, cu.q, None, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, cu.k, None, Ty, num_seqs, 0)
+    q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
     steps = tl.where((length <= limit) == flags.HELD, steps, 0)
     q_ptr = sequence_ptr(q, seq, q_start)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
     out_ptr = result.out + (seq * Th + q_start) * size.D  # packed: Th = Ty = 0
     weights_ptr = result.weights
-    if mask_ptr is not None:
-        mask_ptr += seq * stride_mb
     if weights_ptr is not None:
         weights_ptr += seq * Th * Ty
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
         d = tl.arange(0, blocks.D)
-        keep = premise_keys(j, length, mask_ptr, stride_mt)
+        keep = premise_keys(j, length, mask, seq)
         key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
         values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
         w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
@@ -149,7 +148,7 @@ def _recurrent_fwd_kernel(
             l = tl.zeros([1], tl.float32)
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
-                keep = premise_keys(j, length, mask_ptr, stride_mt)
+                keep = premise_keys(j, length, mask, seq)
                 s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 tl.store(s_ptr + j, s, mask=j < length)
                 _p, _alpha, m, l = softmax_step(s, m, l, flags.FMA)
@@ -161,7 +160,7 @@ def _recurrent_fwd_kernel(
                 r = tl.zeros([blocks.D], tl.float32)
                 for n0 in range(0, length, blocks.N):
                     j = n0 + tl.arange(0, blocks.N)
-                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    keep = premise_keys(j, length, mask, seq)
                     p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, flags.FMA)
                     values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
                     r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
@@ -247,13 +246,6 @@ class Flags(NamedTuple):
     HELD: bool  # keys and values of a premise stay on chip
 
 
-class Offsets(NamedTuple):
-    """Of packed sequences, (S + 1,)."""
-
-    q: Tensor | None
-    k: Tensor | None
-
-
 class Scratch(NamedTuple):
     """Float32, for what is not held."""
 
@@ -292,14 +284,14 @@ def prepare(
     args = {
         "q": sequences(query, packed=packed), "k": sequences(key, packed=packed),
         "value": sequences(value, packed=packed), "w_ptr": w.contiguous(), "w_r": matrix(w_r), "w_t": matrix(w_t),
-        "mask_ptr": None if mask is None else mask.view(torch.uint8), **strides("mb mt", mask, (0, 1), packed=packed),
-        "cu": Offsets(hypothesis, premise), "size": size, "num_seqs": seqs,
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
+        "q_spans": Spans(hypothesis), "k_spans": Spans(premise), "size": size, "num_seqs": seqs,
         "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],
     }  # fmt: skip
     return Call(chip, seqs, size, flags, args)
 
 
-def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **more: object) -> None:
+def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: bool, **more: object) -> None:
     """Launch the held form, the streamed one, or both, a program a sequence, so that each sequence has its own.
 
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
@@ -314,9 +306,8 @@ def launch(kernel, call: Call, per_element: int, longest: int, packed: bool, **m
     limit = limit if forms[0][0] else -1
     args = {**call.args, **more, "limit": limit}
     for is_held, blocks in forms:
-        args |= {"flags": constants(call.flags._replace(HELD=is_held)), "blocks": constants(blocks)}
-        named = {name: args[name] for name in kernel.arg_names}
-        fitted(kernel, named)[(call.seqs,)](**named, num_warps=blocks.warps, **all_registers(call.chip))
+        args["flags"] = constants(call.flags._replace(HELD=is_held))
+        launch(kernel, (call.seqs,), args, blocks, **all_registers(call.chip))
 
 
 def recurrent_fwd(
@@ -335,13 +326,9 @@ def recurrent_fwd(
     if out.numel():
         states = torch.empty(call.seqs, 2, out.shape[-1], dtype=torch.float32, device=query.device)
         states[:, 0] = 0 if state is None else state
-        with torch.cuda.device_of(query):
-            launch(
-                _recurrent_fwd_kernel, call, 1, key.shape[-2], packed,
-                scratch=Scratch(
-                    torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device),
-                    torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device),
-                ),
-                state_ptr=states, result=Result(out, weights if need_weights else None),
-            )  # fmt: skip
+        c = torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device)
+        s = torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device)
+        result = Result(out, weights if need_weights else None)
+        more = {"scratch": Scratch(c, s), "state_ptr": states, "result": result}
+        launch_forms(_recurrent_fwd_kernel, call, 1, key.shape[-2], packed, **more)
     return out, weights

@@ -29,7 +29,7 @@ from .arguments import Matrix, sequence_ptr
 from .chip import LENGTHS
 from .location import load_rows
 from .masks import sequence_of
-from .recurrent import launch, premise_keys, prepare, score_tile, softmax_step, vector_matrix
+from .recurrent import launch_forms, premise_keys, prepare, score_tile, softmax_step, vector_matrix
 from .softmax import exp, finish, made_once, pivot, rounded_product
 
 
@@ -78,8 +78,9 @@ def _recurrent_bwd_kernel(
     w_ptr,  # (A,)
     w_r,  # (A, D): W_r transposed
     w_t,  # (D, D): W_t transposed
-    mask_ptr, stride_mb, stride_mt,  # (B, Ty) or None
-    cu,
+    mask,  # (B, Ty) or None
+    q_spans,
+    k_spans,
     given,
     scratch,
     made,
@@ -92,8 +93,8 @@ def _recurrent_bwd_kernel(
     blocks,
 ):  # fmt: skip
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, cu.q, None, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, cu.k, None, Ty, num_seqs, 0)
+    q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
+    k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
     steps = tl.where((length <= limit) == flags.HELD, steps, 0)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
@@ -103,13 +104,11 @@ def _recurrent_bwd_kernel(
     dvalue_ptr = made.dvalue + k_row0 * size.D
     dw_ptr = made.dw + seq * size.A
     dstate_ptr = made.dstate + seq * size.D
-    if mask_ptr is not None:
-        mask_ptr += seq * stride_mb
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
         d = tl.arange(0, blocks.D)
-        keep = premise_keys(j, length, mask_ptr, stride_mt)
+        keep = premise_keys(j, length, mask, seq)
         key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
         values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
         w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
@@ -151,7 +150,7 @@ def _recurrent_bwd_kernel(
             mean = tl.zeros([1], tl.float32)  # Σ α g, times l
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
-                keep = premise_keys(j, length, mask_ptr, stride_mt)
+                keep = premise_keys(j, length, mask, seq)
                 s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_row, w_ptr, size.A, flags.FAST, blocks.A)
                 g = tl.zeros([blocks.N], tl.float32)
                 for d0 in range(0, size.D, blocks.D):
@@ -177,7 +176,7 @@ def _recurrent_bwd_kernel(
                 dw = tl.zeros([blocks.A], tl.float32)
                 for n0 in range(0, length, blocks.N):
                     j = n0 + tl.arange(0, blocks.N)
-                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    keep = premise_keys(j, length, mask, seq)
                     p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     ds = p * (g - mean)
                     key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A).to(tl.float32)
@@ -197,7 +196,7 @@ def _recurrent_bwd_kernel(
                 dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
                 for n0 in range(0, length, blocks.N):
                     j = n0 + tl.arange(0, blocks.N)
-                    keep = premise_keys(j, length, mask_ptr, stride_mt)
+                    keep = premise_keys(j, length, mask, seq)
                     p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     at = j.to(tl.int64)[:, None] * size.D + d[None, :]
                     _add(dvalue_ptr + at, p[:, None] * dr[None, :], keep[:, None] & (d < size.D)[None, :])
@@ -259,12 +258,9 @@ def recurrent_bwd(
         dc = torch.empty_like(c)
         by_column = {"w_r": Matrix(w_r.t().contiguous(), D), "w_t": Matrix(w_t.t().contiguous(), D)}
         scratch = (torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device) for _ in "sg")
-        with torch.cuda.device_of(query):
-            launch(
-                _recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **by_column,
-                given=Given(c, gate, None if dweights is None else dweights.float().contiguous()),
-                scratch=Scratch(*scratch), made=Made(dr, dc, dk, dval, dw, dstate),
-            )  # fmt: skip
+        given = Given(c, gate, None if dweights is None else dweights.float().contiguous())
+        more = {**by_column, "given": given, "scratch": Scratch(*scratch), "made": Made(dr, dc, dk, dval, dw, dstate)}
+        launch_forms(_recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **more)
         rows = before.flatten(0, -2).t()
         dw_r, dw_t = rows @ dc.flatten(0, -2), rows @ (dr * gate).flatten(0, -2)
         made = (dc, dk, dval, dw.sum(0), dw_r, dw_t, dstate)

@@ -43,7 +43,7 @@ from .chip import (
     unpressed,
 )
 from .location import item_args, load_rows, matmul, row_strides
-from .masks import locate, partition
+from .masks import old_locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _statistics_fwd_kernel(
     item = tl.program_id(0) // blocks  # the channels of a frame together: they share its features in L2
     block = tl.program_id(0) % blocks
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
+    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
     if PER_CHANNEL:
         r = c
         R = C

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows
 from .location import item_args, load_rows
-from .masks import Items, locate, partition
+from .masks import Items, old_locate, partition
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse
 from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
@@ -89,7 +89,7 @@ def _statistics_bwd_frame_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One weight a frame: an item of frames, all channels."""
-    seq, start, lo, hi, _ = locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    seq, start, lo, hi, _ = old_locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     t = lo + tl.arange(0, BLOCK_T)
     rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
     one = tl.arange(0, 1)
@@ -158,7 +158,7 @@ def _statistics_bwd_values_kernel(
     dv = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
     first = part * items_per_split
     for item in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, hi, _ = locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+        seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
         t = lo + tl.arange(0, BLOCK_T)
         rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
         x_ptrs = x_ptr + seq * stride_xb + rows * stride_xt
@@ -224,7 +224,7 @@ def _statistics_bwd_features_kernel(
     BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """A weight a channel: du of an item of frames and BLOCK_A features, over all channels."""
-    seq, start, lo, hi, _ = locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
+    seq, start, lo, hi, _ = old_locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
     t = lo + tl.arange(0, BLOCK_T)
     rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)

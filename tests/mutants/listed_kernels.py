@@ -224,8 +224,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_window_bwd.py",
-        "            a *= dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)",
-        "            a *= dropout_scale(seed_ptr, i[None, :], seq * R + r, j[:, None], threshold, scale)",
+        "            a *= old_dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)",
+        "            a *= old_dropout_scale(seed_ptr, i[None, :], seq * R + r, j[:, None], threshold, scale)",
         ("tests/test_location_window.py", "-k", "every_pair", "--long"),
         "dropout draws of the query where it drew of the key",
     ),
