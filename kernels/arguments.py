@@ -122,13 +122,19 @@ def pairs(x: Tensor | None) -> Pairs:
 
 
 @triton.jit
-def sequence_ptr(x, seq, row):
-    """Rows of a sequence, one or a block of them; seq is an int64."""
+def first_row(x, seq):
+    """The first row of a sequence; seq is an int64."""
     if x.EVEN:
         stride_b = x.stride_b
     else:
         stride_b = x.stride_b >> 2
-    return x.ptr + seq * stride_b + row.to(tl.int64) * x.stride_t
+    return x.ptr + seq * stride_b
+
+
+@triton.jit
+def sequence_ptr(x, seq, row):
+    """Rows of a sequence, one or a block of them."""
+    return first_row(x, seq) + row.to(tl.int64) * x.stride_t
 
 
 @triton.jit
@@ -170,7 +176,7 @@ def pair_at(x, i, j):
 class Matrix(NamedTuple):
     """A tensor of two axes, the last with unit stride."""
 
-    ptr: Tensor
+    ptr: Tensor | None
     stride: int
 
 

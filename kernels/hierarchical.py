@@ -17,6 +17,7 @@ vectors of its block of segments.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unpressed
+from .arguments import constants, entry_ptr, launch, sequence_ptr, sequences
+from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unit, unpressed
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -40,160 +42,159 @@ def _score(
     h,  # the tile [BLOCK, BLOCK_D] itself where RESIDENT
     at,  # [BLOCK] rows of the context
     keep,
-    w_ptr, stride_wd, stride_wa,
-    b_ptr,
-    v_ptr,
-    gw_ptr, stride_gd, stride_ga,
-    gb_ptr,
-    ctx_ptr, stride_ct,
+    weights,
+    context,
     D,
     A,
-    ACT: tl.constexpr,
-    GATE_ACT: tl.constexpr,
-    FAST: tl.constexpr,
+    flags,
     RESIDENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
-):  # fmt: skip
+):
     """The scores [BLOCK, 1] of rows, -inf where not `keep`."""
     s = tl.zeros([keep.shape[0], 1], tl.float32)
     for a0 in range(0, A, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
-        z, g = project(
-            h_ptrs, h, at, 0, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
-            ctx_ptr, 0, stride_ct, a, 0, D, A, True, RESIDENT, BLOCK_D, COMPUTE, PRECISION,
-        )  # fmt: skip
-        u = activate(z, ACT, FAST)
-        if gw_ptr is not None:
-            u *= activate(g, GATE_ACT, FAST)
-        if v_ptr is None:
+        z, g = project(h_ptrs, h, at, 0, keep, weights, context, a, 0, D, A, flags, RESIDENT, BLOCK_D)
+        u = activate(z, flags.ACT, flags.FAST)
+        if weights.gw is not None:
+            u *= activate(g, flags.GATE_ACT, flags.FAST)
+        if weights.v is None:
             s = u
         else:
-            s = matmul(u, tl.load(v_ptr + a, mask=a < A, other=0.0)[:, None], s, COMPUTE, PRECISION)
+            v = tl.load(weights.v + a, mask=a < A, other=0.0)[:, None]
+            s = matmul(u, v, s, flags.COMPUTE, flags.PRECISION)
     return tl.where(keep[:, None], s, float("-inf"))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _hierarchical_fwd_kernel(
-    h_ptr, stride_ht,  # (N, D)
-    w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
-    b_ptr,  # (A,) or None
-    v_ptr,  # (A,), or None: A = 1
-    gw_ptr, stride_gd, stride_ga,  # (D, A) or None
-    gb_ptr,  # (A,) or None
-    ctx_ptr, stride_ct,  # (S, A), (N, A) or None
-    outer_w_ptr, outer_stride_wd, outer_stride_wa,  # (D, A2), and so on
-    outer_b_ptr,
-    outer_v_ptr,
-    outer_gw_ptr, outer_stride_gd, outer_stride_ga,
-    outer_gb_ptr,
-    outer_ctx_ptr, outer_stride_ct,  # (G, A2), (S, A2) or None
-    mask_ptr, stride_mt,  # (N,) or None
+    h,  # (N, D)
+    weights,
+    context,  # (S, A), (N, A) or None
+    outer_weights,
+    outer_context,  # (G, A2), (S, A2) or None
+    mask,  # (N,) or None
     inner_ptr,  # (S + 1,)
     outer_ptr,  # (G + 1,)
-    out_ptr,  # (G, D) float32
-    outer_lse_ptr,  # (G, 2) float32: (m, l), see softmax.py
-    outer_scores_ptr,  # (S,) float32
-    segments_ptr,  # (S, D) in the dtype of H
-    inner_lse_ptr,  # (S, 2) float32
-    inner_scores_ptr,  # (N,) float32
-    pooled_ptr,  # (S, D) float32
-    D,
-    A,
-    OUTER_A,
-    ACT: tl.constexpr,
-    GATE_ACT: tl.constexpr,
-    CTX_PER_ROW: tl.constexpr,
-    OUTER_ACT: tl.constexpr,
-    OUTER_GATE_ACT: tl.constexpr,
-    OUTER_CTX_PER_ROW: tl.constexpr,
-    FAST: tl.constexpr,
-    RESIDENT: tl.constexpr,  # BLOCK_D >= D: a tile of H is loaded once and kept
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_OUTER_D: tl.constexpr,
-    BLOCK_OUTER_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,  # at least D
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    result,
+    size,
+    flags,
+    outer_flags,
+    levels,
+    blocks,
+):
     group = tl.program_id(0).to(tl.int64)
     first = tl.load(outer_ptr + group)
     last = tl.load(outer_ptr + group + 1)
-    r = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_DV)
+    r = tl.arange(0, blocks.S)
+    d = tl.arange(0, blocks.DV)
     outer_m = tl.full([1], float("-inf"), tl.float32)
     outer_l = tl.zeros([1], tl.float32)
-    outer_acc = tl.zeros([BLOCK_DV], tl.float32)
+    outer_acc = tl.zeros([blocks.DV], tl.float32)
 
-    for s0 in range(first, last, BLOCK_S):
+    for s0 in range(first, last, blocks.S):
         exists = s0 + r < last
         seg = (s0 + r).to(tl.int64)
         start = tl.load(inner_ptr + seg, mask=exists, other=0)
         end = tl.load(inner_ptr + seg + 1, mask=exists, other=0)  # past the last segment start = end: no row
         lo = tl.load(inner_ptr + s0)
-        hi = tl.load(inner_ptr + tl.minimum(s0 + BLOCK_S, last))
-        m = tl.full([BLOCK_S], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_S], tl.float32)
-        acc = tl.zeros([BLOCK_DV, BLOCK_S], tl.float32)
-        for t0 in range(lo, hi, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
+        hi = tl.load(inner_ptr + tl.minimum(s0 + blocks.S, last))
+        m = tl.full([blocks.S], float("-inf"), tl.float32)
+        l = tl.zeros([blocks.S], tl.float32)
+        acc = tl.zeros([blocks.DV, blocks.S], tl.float32)
+        for t0 in range(lo, hi, blocks.T):
+            t = t0 + tl.arange(0, blocks.T)
             rows = t.to(tl.int64)
             inside = t < hi
             keep = inside
-            if mask_ptr is not None:
-                keep = tl.load(mask_ptr + rows * stride_mt, mask=inside, other=0) != 0
+            if mask.ptr is not None:
+                keep = tl.load(entry_ptr(mask, 0, rows), mask=inside, other=0) != 0
             member = (t[:, None] >= start[None, :]) & (t[:, None] < end[None, :])  # [BLOCK_T, BLOCK_S]
             at = rows
-            if not CTX_PER_ROW:
+            if not levels.CTX_PER_ROW:
                 at = tl.sum(tl.where(member, seg[None, :], 0), axis=1)
-            h_ptrs = h_ptr + rows * stride_ht
-            if RESIDENT:
-                h = load_rows(h_ptrs, keep, tl.arange(0, BLOCK_D), D)
+            h_ptrs = sequence_ptr(h, 0, rows)
+            if levels.RESIDENT:
+                tile = load_rows(h_ptrs, keep, tl.arange(0, blocks.D), size.D)
             else:
-                h = h_ptrs
+                tile = h_ptrs
             s = _score(
-                h_ptrs, h, at, keep, w_ptr, stride_wd, stride_wa, b_ptr, v_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
-                ctx_ptr, stride_ct, D, A, ACT, GATE_ACT, FAST, RESIDENT, COMPUTE, PRECISION, BLOCK_D, BLOCK_A,
-            )  # fmt: skip
-            tl.store(inner_scores_ptr + rows[:, None], s, mask=inside[:, None])
+                h_ptrs, tile, at, keep, weights, context, size.D, size.A, flags, levels.RESIDENT, blocks.D, blocks.A
+            )
+            tl.store(result.inner_scores + rows[:, None], s, mask=inside[:, None])
             p, alpha, m, l = online_softmax(tl.where(member, s, float("-inf")), m, l)
-            if RESIDENT:
-                values = h
+            if levels.RESIDENT:
+                values = tile
             else:
-                values = load_rows(h_ptrs, keep, d, D)
-            acc = acc * alpha[None, :] + _weighted_sum(values, p, BLOCK_S, COMPUTE, PRECISION)
+                values = load_rows(h_ptrs, keep, d, size.D)
+            acc = acc * alpha[None, :] + _weighted_sum(values, p, blocks.S, flags.COMPUTE, flags.PRECISION)
 
-        inv = finish(l)
-        store_lse(inner_lse_ptr + seg * 2, m, l, exists)
-        x = acc * inv[None, :]
-        x_at = seg[None, :] * D + d[:, None]
-        write = (d < D)[:, None] & exists[None, :]
-        tl.store(pooled_ptr + x_at, x, mask=write)
-        tl.store(segments_ptr + x_at, x.to(segments_ptr.dtype.element_ty), mask=write)
+        store_lse(result.inner_lse + seg * 2, m, l, exists)
+        x = acc * finish(l)[None, :]
+        x_at = seg[None, :] * size.D + d[:, None]
+        write = (d < size.D)[:, None] & exists[None, :]
+        tl.store(result.pooled + x_at, x, mask=write)
+        tl.store(result.segments + x_at, x.to(result.segments.dtype.element_ty), mask=write)
         tl.debug_barrier()  # what follows loads x from cache, other parts of it than a thread has stored
 
         seen = exists & (l != 0)
         at = seg
-        if not OUTER_CTX_PER_ROW:
+        if not levels.OUTER_CTX_PER_ROW:
             at = seg * 0 + group
-        x_ptrs = segments_ptr + seg * D
+        x_ptrs = result.segments + seg * size.D
         s = _score(
-            x_ptrs, x_ptrs, at, seen, outer_w_ptr, outer_stride_wd, outer_stride_wa, outer_b_ptr, outer_v_ptr,
-            outer_gw_ptr, outer_stride_gd, outer_stride_ga, outer_gb_ptr, outer_ctx_ptr, outer_stride_ct, D, OUTER_A,
-            OUTER_ACT, OUTER_GATE_ACT, FAST, False, COMPUTE, PRECISION, BLOCK_OUTER_D, BLOCK_OUTER_A,
+            x_ptrs, x_ptrs, at, seen, outer_weights, outer_context, size.D, size.OUTER_A, outer_flags, False,
+            blocks.OUTER_D, blocks.OUTER_A,
         )  # fmt: skip
-        tl.store(outer_scores_ptr + seg[:, None], s, mask=exists[:, None])
+        tl.store(result.outer_scores + seg[:, None], s, mask=exists[:, None])
         p, alpha, outer_m, outer_l = online_softmax(s, outer_m, outer_l)
-        outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, D).to(tl.float32) * p, axis=0)
+        outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, size.D).to(tl.float32) * p, axis=0)
 
-    inv = finish(outer_l)
-    store_lse(outer_lse_ptr + group * 2 + tl.arange(0, 1), outer_m, outer_l, True)
-    tl.store(out_ptr + group * D + d, outer_acc * inv, mask=d < D)
+    store_lse(result.outer_lse + group * 2 + tl.arange(0, 1), outer_m, outer_l, True)
+    tl.store(result.out + group * size.D + d, outer_acc * finish(outer_l), mask=d < size.D)
+
+
+class Size(NamedTuple):
+    """Widths of H, and of the features of each level."""
+
+    D: int
+    A: int
+    OUTER_A: int
+
+
+class Levels(NamedTuple):
+    """What differs from the flags of location attention, by level."""
+
+    RESIDENT: bool  # blocks.D >= D: a tile of H is loaded once and kept
+    CTX_PER_ROW: bool
+    OUTER_CTX_PER_ROW: bool
+
+
+class Tiles(NamedTuple):
+    """Sizes of tiles of both levels: DV is at least D, S segments."""
+
+    T: int
+    D: int
+    A: int
+    OUTER_D: int
+    OUTER_A: int
+    DV: int
+    S: int
+    warps: int
+    stages: int
+
+
+class Result(NamedTuple):
+    """What the forward leaves, float32 but for `segments`."""
+
+    out: Tensor  # (G, 1, D)
+    outer_lse: Tensor  # (G, 1, 2): (m, l), see softmax.py
+    outer_scores: Tensor  # (S, 1)
+    segments: Tensor  # (S, D) in the dtype of H
+    inner_lse: Tensor  # (S, 1, 2)
+    inner_scores: Tensor  # (N, 1)
+    pooled: Tensor  # (S, 1, D)
 
 
 def blocks_of(
@@ -272,40 +273,26 @@ def hierarchical_fwd(
         return *level, segments, inner_lse, inner_scores, pooled
 
     new: Callable[..., Tensor] = h.new_empty
-    out, pooled = new(groups, 1, D, dtype=torch.float32), new(seqs, 1, D, dtype=torch.float32)
     outer_lse, inner_lse = (new_lse(n, 1, device=h.device) for n in (groups, seqs))
-    outer_scores, inner_scores = new(seqs, 1, dtype=torch.float32), new(rows, 1, dtype=torch.float32)
-    segments = new(seqs, D)
-    results = (out, outer_lse, outer_scores, segments, inner_lse, inner_scores, pooled)
+    outer_scores, inner_scores = (new(n, 1, dtype=torch.float32) for n in (seqs, rows))
+    out, pooled = (new(n, 1, D, dtype=torch.float32) for n in (groups, seqs))
+    result = Result(out, outer_lse, outer_scores, new(seqs, D), inner_lse, inner_scores, pooled)
     if groups == 0:
-        return results
+        return tuple(result)
     call = prepare(h, *inner, None, mask, inner_offsets, None, *options)
-    outer_call = prepare(segments, *outer, None, None, outer_offsets, None, *outer_options)
-    with torch.cuda.device_of(h):
-        _hierarchical_fwd_kernel[(groups,)](
-            h_ptr=call.tensors["h_ptr"], stride_ht=call.tensors["stride_ht"],
-            **_score_args("", call.tensors), **_score_args("outer_", outer_call.tensors),
-            mask_ptr=call.tensors["mask_ptr"], stride_mt=call.tensors["stride_mt"],
-            inner_ptr=call.tensors["cu_ptr"], outer_ptr=outer_call.tensors["cu_ptr"],
-            out_ptr=out, outer_lse_ptr=outer_lse, outer_scores_ptr=outer_scores, segments_ptr=segments,
-            inner_lse_ptr=inner_lse, inner_scores_ptr=inner_scores, pooled_ptr=pooled,
-            D=D, A=call.A, OUTER_A=outer_call.A,
-            ACT=activation, GATE_ACT=gate_activation, CTX_PER_ROW=context_per_row,
-            OUTER_ACT=outer_activation, OUTER_GATE_ACT=outer_gate_activation,
-            OUTER_CTX_PER_ROW=outer_context_per_row,
-            RESIDENT=w is not None and blocks.D >= D,
-            **{name: call.flags[name] for name in ("FAST", "COMPUTE", "PRECISION")},
-            BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A,
-            BLOCK_OUTER_D=outer_blocks.D, BLOCK_OUTER_A=outer_blocks.A, BLOCK_DV=blocks.DV, BLOCK_S=SEGMENTS,
-            num_warps=blocks.warps, num_stages=blocks.stages, **unpressed(chip, D, *widths),
-        )  # fmt: skip
-    return results
-
-
-def _score_args(prefix: str, tensors: dict[str, Tensor | int | None]) -> dict[str, Tensor | int | None]:
-    """Arguments of `_score` by the kernel's names."""
-    names = (
-        "w_ptr", "stride_wd", "stride_wa", "b_ptr", "v_ptr", "gw_ptr", "stride_gd", "stride_ga", "gb_ptr", "ctx_ptr",
-    )  # fmt: skip
-    found = {prefix + name: tensors[name] for name in names}
-    return {**found, f"{prefix}stride_ct": tensors["stride_ct"] or tensors["stride_cb"]}
+    outer_call = prepare(result.segments, *outer, None, None, outer_offsets, None, *outer_options)
+    args = call.args | {
+        "outer_weights": outer_call.args["weights"], "inner_ptr": call.cu_seqlens, "outer_ptr": outer_call.cu_seqlens,
+        # A context is found by its own rows, of whichever level.
+        "context": sequences(unit(context), packed=True),
+        "outer_context": sequences(unit(outer_context), packed=True),
+        "flags": constants(call.flags._replace(CTX_PER_ROW=True)),
+        "outer_flags": constants(outer_call.flags._replace(CTX_PER_ROW=True)),
+        "levels": constants(Levels(w is not None and blocks.D >= D, context_per_row, outer_context_per_row)),
+        "size": Size(D, call.size.A, outer_call.size.A), "result": result,
+    }  # fmt: skip
+    tiles = Tiles(
+        blocks.T, blocks.D, blocks.A, outer_blocks.D, outer_blocks.A, blocks.DV, SEGMENTS, blocks.warps, blocks.stages
+    )
+    launch(_hierarchical_fwd_kernel, (groups,), args, tiles, **unpressed(chip, D, *widths))
+    return tuple(result)

@@ -11,7 +11,7 @@ One sequence makes several items where there are too few sequences to fill the c
 The backward is in location_bwd.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,21 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import (
-    LENGTHS,
-    LONG,
-    Chip,
-    chip_of,
-    even,
-    fitted,
-    matmul_flags,
-    pow2,
-    stride_of,
-    tile_rows,
-    unit,
-    unpressed,
-)
-from .masks import Items, old_dropout_scale, old_locate, partition
+from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
+from .chip import LENGTHS, LONG, Chip, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .masks import Items, dropout, dropout_scale, locate, partition
 from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -53,12 +41,10 @@ def load_rows(ptrs, keep, cols, width):
 
 
 @triton.jit
-def _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A):
+def _load_weight(ptr, stride_d, stride_a, d, a, D, A):
     """Tile W[d, a]; 0 outside."""
     return tl.load(
-        w_ptr + d[:, None] * stride_wd + a[None, :] * stride_wa,
-        mask=(d < D)[:, None] & (a < A)[None, :],
-        other=0.0,
+        ptr + d[:, None] * stride_d + a[None, :] * stride_a, mask=(d < D)[:, None] & (a < A)[None, :], other=0.0
     )
 
 
@@ -73,53 +59,53 @@ def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _add_part(h, weights, d, a, D, A, z, g, flags):
+    """(z, g) and what the columns d of H add to them."""
+    w = _load_weight(weights.w, weights.stride_wd, weights.stride_wa, d, a, D, A)
+    z = matmul(h, w, z, flags.COMPUTE, flags.PRECISION)
+    if weights.gw is not None:
+        w = _load_weight(weights.gw, weights.stride_gd, weights.stride_ga, d, a, D, A)
+        g = matmul(h, w, g, flags.COMPUTE, flags.PRECISION)
+    return z, g
+
+
+@triton.jit
 def project(
     h_ptrs,  # [BLOCK_T] pointers to rows of H
     h,  # the tile [BLOCK_T, BLOCK_D] itself where RESIDENT
     rows,
     seq,
     keep,
-    w_ptr, stride_wd, stride_wa,
-    b_ptr,
-    gw_ptr, stride_gd, stride_ga,
-    gb_ptr,
-    ctx_ptr, stride_cb, stride_ct,
+    weights,
+    context,
     a,
     num_seqs,
     D,
     A,
-    CTX_PER_ROW: tl.constexpr,
+    flags,
     RESIDENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(H W + b + ctx, H G + g) for the features a, [BLOCK_T, BLOCK_A] each; H itself is projected where W is None."""
     z = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
     g = tl.zeros([keep.shape[0], a.shape[0]], tl.float32)
-    if w_ptr is None:
+    if weights.w is None:
         z = load_rows(h_ptrs, keep, a, A).to(tl.float32)
     elif RESIDENT:
-        d = tl.arange(0, BLOCK_D)
-        z = matmul(h, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
-        if gw_ptr is not None:
-            g = matmul(h, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
+        z, g = _add_part(h, weights, tl.arange(0, BLOCK_D), a, D, A, z, g, flags)
     else:
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            h_d = load_rows(h_ptrs, keep, d, D)
-            z = matmul(h_d, _load_weight(w_ptr, stride_wd, stride_wa, d, a, D, A), z, COMPUTE, PRECISION)
-            if gw_ptr is not None:
-                g = matmul(h_d, _load_weight(gw_ptr, stride_gd, stride_ga, d, a, D, A), g, COMPUTE, PRECISION)
-    if b_ptr is not None:
-        z += tl.load(b_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
-    if gb_ptr is not None:
-        g += tl.load(gb_ptr + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
-    if ctx_ptr is not None:
-        if CTX_PER_ROW:
-            z += load_rows(ctx_ptr + seq * stride_cb + rows * stride_ct, keep, a, A).to(tl.float32)
+            z, g = _add_part(load_rows(h_ptrs, keep, d, D), weights, d, a, D, A, z, g, flags)
+    if weights.b is not None:
+        z += tl.load(weights.b + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+    if weights.gb is not None:
+        g += tl.load(weights.gb + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
+    if context.ptr is not None:
+        if flags.CTX_PER_ROW:
+            z += load_rows(sequence_ptr(context, seq, rows), keep, a, A).to(tl.float32)
         else:
-            ctx = tl.load(ctx_ptr + seq * stride_cb + a, mask=(a < A) & (seq < num_seqs), other=0.0)
+            ctx = tl.load(first_row(context, seq) + a, mask=(a < A) & (seq < num_seqs), other=0.0)
             z += tl.where(keep[:, None], ctx.to(tl.float32)[None, :], 0.0)  # of a sequence that sees nothing: unread
     return z, g
 
@@ -144,138 +130,108 @@ def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECI
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_fwd_kernel(
-    h_ptr, stride_hb, stride_ht,  # (B, T, D), or (N, D) with stride_hb = 0
-    w_ptr, stride_wd, stride_wa,  # (D, A), or None: A = D
-    b_ptr,  # (A,) or None
-    v_ptr,  # (A, R) or None
-    gw_ptr, stride_gd, stride_ga,  # (D, A) or None
-    gb_ptr,  # (A,) or None
-    ctx_ptr, stride_cb, stride_ct,  # (S, A), (B, T, A), (N, A) or None
-    val_ptr, stride_ub, stride_ut,  # (B, T, DV), (N, DV), or None: H
-    bias_ptr, stride_sb, stride_st,  # (B, T), (N,) or None
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (S, R, DV) float32
-    lse_ptr,  # (S, R, 2) float32: (m, l), see softmax.py
-    scores_ptr,  # (B, T, R) or (N, R) float32
-    o_ptr,  # (items, R, DV) float32; where every sequence is one item, and ONE_DV, it is not written
-    m_ptr,  # (items, R) float32
-    l_ptr,  # (items, R) float32
+    h,  # (B, T, D) or (N, D)
+    weights,
+    context,  # (S, A), (B, T, A), (N, A) or None
+    values,  # (B, T, DV), (N, DV), or None: H
+    bias,  # (B, T), (N,) or None
+    mask,  # (B, T), (N,) or None
+    spans,
+    dropout,
+    result,
+    parts,
     num_seqs,
     per_seq,
     rows_per_item,
     T,  # 0 where the batch is ragged
-    D,
-    A,
-    R,
-    DV,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    GATE_ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    CTX_PER_ROW: tl.constexpr,
-    RESIDENT: tl.constexpr,  # BLOCK_D >= D: a tile of H is loaded once and kept
-    ONE_DV: tl.constexpr,  # BLOCK_DV >= DV: the sum is kept in registers, else in o_ptr
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    U_COMPUTE: tl.constexpr,  # of the product with v
-    U_PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # 1 for one hop, else at least 16
-    BLOCK_P: tl.constexpr,  # columns of p in the weighted sum: 1 is a sum, more a matrix product
-):  # fmt: skip
+    size,
+    flags,
+    blocks,
+):
     item = tl.program_id(0)
-    seq, start, lo, hi, items = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
-    r = tl.arange(0, BLOCK_R)
-    col = tl.arange(0, BLOCK_P)
-    dv = tl.arange(0, BLOCK_DV)
-    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_DV if ONE_DV else 1, BLOCK_P], tl.float32)
+    seq, start, lo, hi, items = locate(item, spans, T, num_seqs, per_seq, rows_per_item)
+    r = tl.arange(0, blocks.R)
+    col = tl.arange(0, blocks.P)
+    dv = tl.arange(0, blocks.DV)
+    m = tl.full([blocks.R], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.R], tl.float32)
+    acc = tl.zeros([blocks.DV if flags.ONE_DV else 1, blocks.P], tl.float32)
 
-    for t0 in range(lo, hi, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
         rows = (start + t).to(tl.int64)
         keep = inside
-        if mask_ptr is not None:
-            keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=inside, other=0) != 0
-        h_ptrs = h_ptr + seq * stride_hb + rows * stride_ht
-        if RESIDENT:
-            h = load_rows(h_ptrs, keep, tl.arange(0, BLOCK_D), D)
+        if mask.ptr is not None:
+            keep = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0
+        h_ptrs = sequence_ptr(h, seq, rows)
+        if flags.RESIDENT:
+            tile = load_rows(h_ptrs, keep, tl.arange(0, blocks.D), size.D)
         else:
-            h = h_ptrs
+            tile = h_ptrs
 
-        s = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-        for a0 in range(0, A, BLOCK_A):
-            a = a0 + tl.arange(0, BLOCK_A)
+        s = tl.zeros([blocks.T, blocks.R], tl.float32)
+        for a0 in range(0, size.A, blocks.A):
+            a = a0 + tl.arange(0, blocks.A)
             z, g = project(
-                h_ptrs, h, rows, seq, keep, w_ptr, stride_wd, stride_wa, b_ptr, gw_ptr, stride_gd, stride_ga, gb_ptr,
-                ctx_ptr, stride_cb, stride_ct, a, num_seqs, D, A, CTX_PER_ROW, RESIDENT, BLOCK_D, COMPUTE, PRECISION,
+                h_ptrs, tile, rows, seq, keep, weights, context, a, num_seqs, size.D, size.A, flags, flags.RESIDENT,
+                blocks.D,
             )  # fmt: skip
-            u = activate(z, ACT, FAST)
-            if gw_ptr is not None:
-                u *= activate(g, GATE_ACT, FAST)
-            if v_ptr is None:
+            u = activate(z, flags.ACT, flags.FAST)
+            if weights.gw is not None:
+                u *= activate(g, flags.GATE_ACT, flags.FAST)
+            if weights.v is None:
                 s = u
             else:
-                v = tl.load(v_ptr + a[:, None] * R + r[None, :], mask=(a < A)[:, None] & (r < R)[None, :], other=0.0)
-                s = matmul(u, v, s, U_COMPUTE, U_PRECISION)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + seq * stride_sb + rows * stride_st, mask=keep, other=0.0)
-            s += bias.to(tl.float32)[:, None]
+                v = load_rows(weights.v + a * size.R, a < size.A, r, size.R)
+                s = matmul(u, v, s, flags.U_COMPUTE, flags.U_PRECISION)
+        if bias.ptr is not None:
+            s += tl.load(entry_ptr(bias, seq, rows), mask=keep, other=0.0).to(tl.float32)[:, None]
         s = tl.where(keep[:, None], s, float("-inf"))
-        at = (seq * T + rows)[:, None] * R + r[None, :]
-        tl.store(scores_ptr + at, s, mask=inside[:, None] & (r < R)[None, :])
+        at = (seq * T + rows)[:, None] * size.R + r[None, :]
+        tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
 
         p, alpha, m, l = online_softmax(s, m, l)
-        if seed_ptr is not None:
-            p *= old_dropout_scale(seed_ptr, t[:, None], seq, r[None, :], threshold, scale)
-        if val_ptr is None:
+        if dropout.seed is not None:
+            p *= dropout_scale(dropout, t[:, None], seq, r[None, :])
+        if values.ptr is None:
             val_ptrs = h_ptrs
         else:
-            val_ptrs = val_ptr + seq * stride_ub + rows * stride_ut
-        if ONE_DV:
-            if RESIDENT and val_ptr is None:
-                values = h
+            val_ptrs = sequence_ptr(values, seq, rows)
+        if flags.ONE_DV:
+            if flags.RESIDENT and values.ptr is None:
+                x = tile
             else:
-                values = load_rows(val_ptrs, keep, dv, DV)
-            acc = acc * alpha[None, :] + _weighted_sum(values, p, BLOCK_P, COMPUTE, PRECISION)
+                x = load_rows(val_ptrs, keep, dv, size.DV)
+            acc = acc * alpha[None, :] + _weighted_sum(x, p, blocks.P, flags.COMPUTE, flags.PRECISION)
         else:
-            # Too wide for registers: the running sum lives in this item's slot of o_ptr, which stays in cache.
-            for d0 in range(0, DV, BLOCK_DV):
+            # Too wide for registers: the running sum lives in this item's slot of parts.o, which stays in cache.
+            for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + dv
-                values = load_rows(val_ptrs, keep, d, DV)
-                new = _weighted_sum(values, p, BLOCK_P, COMPUTE, PRECISION)
-                o_ptrs = o_ptr + (item.to(tl.int64) * R + col[None, :]) * DV + d[:, None]
-                write = (d < DV)[:, None] & (col < R)[None, :]
+                new = _weighted_sum(
+                    load_rows(val_ptrs, keep, d, size.DV), p, blocks.P, flags.COMPUTE, flags.PRECISION
+                )
+                o_ptrs = parts.o + (item.to(tl.int64) * size.R + col[None, :]) * size.DV + d[:, None]
+                write = (d < size.DV)[:, None] & (col < size.R)[None, :]
                 old = tl.load(o_ptrs, mask=write & (t0 > lo), other=0.0)
                 tl.store(o_ptrs, old * alpha[None, :] + new, mask=write)
             tl.debug_barrier()  # the next tile's load may belong to another thread
 
     valid = seq < num_seqs
-    if ONE_DV:
+    if flags.ONE_DV:
         single = valid & (items == 1)
     else:
         single = valid & False
-    at = item.to(tl.int64) * R + r
-    tl.store(m_ptr + at, m, mask=r < R)
-    tl.store(l_ptr + at, l, mask=r < R)
-    inv = finish(l)
-    store_lse(lse_ptr + (seq * R + r) * 2, m, l, (r < R) & single)
-    if ONE_DV:
-        write = (dv < DV)[:, None] & (col < R)[None, :]
-        offsets = col[None, :] * DV + dv[:, None]
-        out = (acc * inv[None, :]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + seq * R * DV + offsets, out, mask=write & single)
-        tl.store(o_ptr + item.to(tl.int64) * R * DV + offsets, acc, mask=write & (items != 1))
+    at = item.to(tl.int64) * size.R + r
+    tl.store(parts.m + at, m, mask=r < size.R)
+    tl.store(parts.l + at, l, mask=r < size.R)
+    store_lse(result.lse + (seq * size.R + r) * 2, m, l, (r < size.R) & single)
+    if flags.ONE_DV:
+        write = (dv < size.DV)[:, None] & (col < size.R)[None, :]
+        offsets = col[None, :] * size.DV + dv[:, None]
+        out = (acc * finish(l)[None, :]).to(result.out.dtype.element_ty)
+        tl.store(result.out + seq * size.R * size.DV + offsets, out, mask=write & single)
+        tl.store(parts.o + item.to(tl.int64) * size.R * size.DV + offsets, acc, mask=write & (items != 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,6 +248,9 @@ class Blocks(NamedTuple):
     DV: int = 0
     warps: int = 4
     stages: int = 2
+    R: int = 1  # 1 for one hop, else at least 16
+    P: int = 16  # columns of p in the weighted sum: 1 is a sum, more a matrix product
+    K: int = 0  # features of [dz dg], in the backward
 
 
 def hop_block(hops: int) -> int:
@@ -307,6 +266,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     it is as long as an item, or in float32 as wide.
     """
     hop = hop_block(R)
+    hops = {"R": hop, "P": 1 if R == 1 and itemsize == 4 else max(16, hop)}
     hopper = chip.hopper
     wide = max(16, hop)  # columns of the accumulator: 8192 elements of it are 32 registers a thread of 8 warps
     whole = even(D, DV, A)
@@ -319,17 +279,73 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
             else pow2(A, 16, 64 if hop == 1 and whole and chip.backend != "hip" else 32 if hop <= 32 else 16)
         )
         block_d = pow2(D, 16, 128) if hopper and linear and hop == 1 else 16
-        return Blocks(tile_rows(T, 32 if hop == 1 else 16), block_d, block_a, pow2(DV, 16, 4096 // wide), warps)
+        rows = tile_rows(T, 32 if hop == 1 else 16)
+        return Blocks(rows, block_d, block_a, pow2(DV, 16, 4096 // wide), warps, **hops)
     if not whole:
         block_a = hop if linear else pow2(A, 16, 32)
-        return Blocks(tile_rows(T, 32), pow2(D, 16, 64), block_a, pow2(DV, 16, 2048 // wide), warps)
+        return Blocks(tile_rows(T, 32), pow2(D, 16, 64), block_a, pow2(DV, 16, 2048 // wide), warps, **hops)
     block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)
     # mma.sync takes operands from registers where wgmma reads shared memory: half the rows.
     hip, wgmma = chip.backend == "hip", chip.backend == "cuda" and not chip.from_registers
     block_t = 128 if hopper and linear and hop == 1 else 64 if hip or (wgmma and hop <= 32) else 32
     stages = 4 if hopper and hop == 1 and block_d < D <= 512 else 2
-    return Blocks(tile_rows(T, block_t), block_d, hop if linear else pow2(A, 16, 64), block_dv, warps, stages)
+    block_a = hop if linear else pow2(A, 16, 64)
+    return Blocks(tile_rows(T, block_t), block_d, block_a, block_dv, warps, stages, **hops)
+
+
+class Weights(NamedTuple):
+    """What the score of a row is made with, see the top; None where there is none."""
+
+    w: Tensor | None  # (D, A), or None: A = D
+    stride_wd: int
+    stride_wa: int
+    b: Tensor | None  # (A,)
+    v: Tensor | None  # (A, R)
+    gw: Tensor | None  # (D, A)
+    stride_gd: int
+    stride_ga: int
+    gb: Tensor | None  # (A,)
+
+
+class Result(NamedTuple):
+    """What the forward leaves, float32."""
+
+    out: Tensor  # (S, R, DV)
+    lse: Tensor  # (S, R, 2): (m, l), see softmax.py
+    scores: Tensor  # (B, T, R) or (N, R)
+
+
+class Parts(NamedTuple):
+    """States of items, float32."""
+
+    o: Tensor  # (items, R, DV); where every sequence is one item, and ONE_DV, it is not written
+    m: Tensor  # (items, R)
+    l: Tensor
+
+
+class Size(NamedTuple):
+    """Widths of H, of the features and of the values, and hops."""
+
+    D: int
+    A: int
+    R: int
+    DV: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    ACT: str
+    GATE_ACT: str
+    FAST: bool
+    CTX_PER_ROW: bool
+    COMPUTE: object
+    PRECISION: str
+    U_COMPUTE: object  # of the product with v
+    U_PRECISION: str
+    RESIDENT: bool = False  # blocks.D >= D: a tile of H is loaded once and kept
+    ONE_DV: bool = False  # blocks.DV >= DV: the sum is kept in registers, else in parts.o
 
 
 class Call(NamedTuple):
@@ -337,20 +353,17 @@ class Call(NamedTuple):
 
     seqs: int
     length: int  # rows of a padded sequence, or all packed rows
-    A: int
-    R: int
-    DV: int
+    size: Size
+    flags: Flags
     chip: Chip
-    tensors: dict[str, Tensor | int | None]  # the kernels' arguments for the inputs, by name
-    sizes: dict[str, int | float]
-    flags: dict[str, object]
+    cu_seqlens: Tensor | None
+    args: dict[str, Any]  # the kernels' arguments by name
 
-
-def row_strides(x: Tensor | None, ragged: bool) -> tuple[int, int]:
-    """(sequence, row) strides of a tensor with one entry a row."""
-    if x is None:
-        return 0, 0
-    return (0, stride_of(x, 0)) if ragged else (stride_of(x, 0), stride_of(x, 1))
+    def items(self, rows: int) -> Items:
+        """The partition into items of `rows` rows, whose arguments join the others."""
+        items = partition(self.seqs, self.length, rows, self.cu_seqlens)
+        self.args.update(spans=items.spans(self.cu_seqlens), per_seq=items.per_seq)
+        return items
 
 
 def _near(x: Tensor | None) -> Tensor | None:
@@ -360,12 +373,11 @@ def _near(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
-def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> dict[str, object]:
+def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> tuple[object, str]:
     """How features are multiplied with v: float16 has no room for them past 65,504, so float32, in as many digits."""
-    flags = matmul_flags(chip, dtype)
     if dtype == torch.float16 and any(name not in ("tanh", "sigmoid") for name in activations):
-        flags = {"COMPUTE": tl.float32, "PRECISION": "tf32" if chip.backend == "cuda" else "ieee"}
-    return {f"U_{name}": flag for name, flag in flags.items()}
+        return tl.float32, "tf32" if chip.backend == "cuda" else "ieee"
+    return tuple(matmul_flags(chip, dtype).values())
 
 
 def prepare(
@@ -374,59 +386,33 @@ def prepare(
     seed: Tensor | None, activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
 ) -> Call:  # fmt: skip
     chip = chip_of(h.device)
-    ragged = cu_seqlens is not None
-    h, context, values = unit(h), unit(context), unit(values)
+    packed = cu_seqlens is not None
+    h, values, context = unit(h), unit(values), unit(context)
     w, gate_w = _near(w), _near(gate_w)
-    mask = None if mask is None else mask.view(torch.uint8)
-    h_strides, val_strides, mask_strides = (row_strides(x, ragged) for x in (h, values, mask))
-    if context is None or context_per_row:
-        ctx_strides = row_strides(context, ragged)
-    else:
-        ctx_strides = context.stride(0), 0
-    half = h.dtype.itemsize == 2
+    b, v, gate_b, cu_seqlens = (x if x is None else x.contiguous() for x in (b, v, gate_b, cu_seqlens))
     D, A = (h.shape[-1],) * 2 if w is None else w.shape
-    R = A if v is None else v.shape[1]
-    DV = (h if values is None else values).shape[-1]
-    return Call(
-        seqs=cu_seqlens.numel() - 1 if ragged else h.shape[0],
-        length=h.shape[0] if ragged else h.shape[1],
-        A=A,
-        R=R,
-        DV=DV,
-        chip=chip,
-        tensors={
-            "h_ptr": h, "stride_hb": h_strides[0], "stride_ht": h_strides[1],
-            "w_ptr": w, "stride_wd": 0 if w is None else w.stride(0), "stride_wa": 0 if w is None else w.stride(1),
-            "b_ptr": b if b is None else b.contiguous(),
-            "v_ptr": v if v is None else v.contiguous(),
-            "gw_ptr": gate_w,
-            "stride_gd": 0 if gate_w is None else gate_w.stride(0),
-            "stride_ga": 0 if gate_w is None else gate_w.stride(1),
-            "gb_ptr": gate_b if gate_b is None else gate_b.contiguous(),
-            "ctx_ptr": context, "stride_cb": ctx_strides[0], "stride_ct": ctx_strides[1],
-            "val_ptr": values, "stride_ub": val_strides[0], "stride_ut": val_strides[1],
-            "mask_ptr": mask, "stride_mb": mask_strides[0], "stride_mt": mask_strides[1],
-            "cu_ptr": cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous(),
-            "seed_ptr": seed,
-        },
-        sizes={
-            "T": 0 if ragged else h.shape[1], "D": D, "A": A, "R": R, "DV": DV,
-            "threshold": round(dropout_p * 2**24), "scale": 1.0 / (1.0 - dropout_p),
-        },
-        flags={
-            "ACT": activation,
-            "GATE_ACT": gate_activation,
-            "FAST": half and chip.backend == "cuda",
-            "CTX_PER_ROW": context_per_row,
-            **matmul_flags(chip, h.dtype),
-            **_u_flags(chip, h.dtype, (activation,) if gate_w is None else (activation, gate_activation)),
-            "BLOCK_R": hop_block(R),
-        },
+    size = Size(D, A, A if v is None else v.shape[1], (h if values is None else values).shape[-1])
+    activations = (activation,) if gate_w is None else (activation, gate_activation)
+    flags = Flags(
+        activation, gate_activation, h.dtype.itemsize == 2 and chip.backend == "cuda", context_per_row,
+        *matmul_flags(chip, h.dtype).values(), *_u_flags(chip, h.dtype, activations),
     )  # fmt: skip
-
-
-def item_args(items: Items) -> dict[str, Tensor | int | None]:
-    return {"seq_ptr": items.seq, "first_ptr": items.first, "per_seq": items.per_seq}
+    if context is not None and not context_per_row:
+        context = context[:, None]
+    strides = [(0, 0) if x is None else x.stride() for x in (w, gate_w)]
+    seqs, length = (cu_seqlens.numel() - 1, h.shape[0]) if packed else h.shape[:2]
+    args = {
+        "h": sequences(h, packed=packed),
+        "weights": Weights(w, *strides[0], b, v, gate_w, *strides[1], gate_b),
+        "context": sequences(context, packed=packed and context_per_row),
+        "values": sequences(values, packed=packed),
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
+        "dropout": dropout(seed, dropout_p),
+        "num_seqs": seqs,
+        "T": 0 if packed else length,
+        "size": size,
+    }
+    return Call(seqs, length, size, flags, chip, cu_seqlens, args)
 
 
 def location_fwd(
@@ -440,38 +426,30 @@ def location_fwd(
         h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
         activation, gate_activation, dropout_p, context_per_row,
     )  # fmt: skip
-    seqs, R, DV = call.seqs, call.R, call.DV
+    seqs, packed, (D, A, R, DV) = call.seqs, cu_seqlens is not None, call.size
     out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(seqs, R, device=h.device)
     scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
         return out.zero_(), no_key(lse), scores
 
-    longest = call.length if cu_seqlens is None else LONG
-    blocks = fwd_blocks(call.chip, h.element_size(), longest, h.shape[-1], call.A, R, DV, v is None)
+    blocks = fwd_blocks(call.chip, h.element_size(), LONG if packed else call.length, D, A, R, DV, v is None)
     one_dv = blocks.DV >= DV
-    rows = _rows_per_item(call, cu_seqlens is not None, blocks.T)
-    items = partition(seqs, call.length, rows, cu_seqlens)
-    direct = one_dv and items.first is None and items.per_seq == 1
+    rows = _rows_per_item(call, packed, blocks.T)
+    items = call.items(rows)
+    alone = items.first is None and items.per_seq == 1
     # One kernel for all: an item of its own only leaves (m, l) that nobody reads, and its running sum, where there is
     # one, lives where the result goes.
-    o = out if items.first is None and items.per_seq == 1 else h.new_empty(items.count, R, DV, dtype=torch.float32)
+    o = out if alone else h.new_empty(items.count, R, DV, dtype=torch.float32)
     m, l = (h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
-    bias_strides = row_strides(score_bias, cu_seqlens is not None)
-    with torch.cuda.device_of(h):
-        fitted(_location_fwd_kernel, call.tensors)[(items.count,)](
-            **call.tensors, **item_args(items), **call.sizes, **call.flags,
-            bias_ptr=score_bias, stride_sb=bias_strides[0], stride_st=bias_strides[1],
-            out_ptr=out, lse_ptr=lse, scores_ptr=scores, o_ptr=o, m_ptr=m, l_ptr=l,
-            num_seqs=seqs, rows_per_item=rows,
-            RESIDENT=w is not None and w.shape[0] <= blocks.D, ONE_DV=one_dv,
-            BLOCK_T=blocks.T, BLOCK_D=blocks.D, BLOCK_A=blocks.A, BLOCK_DV=blocks.DV,
-            BLOCK_P=1 if R == 1 and h.element_size() == 4 else max(16, hop_block(R)),
-            num_warps=blocks.warps, num_stages=blocks.stages,
-            **unpressed(call.chip, call.sizes["D"], DV, call.A),
-        )  # fmt: skip
-        if not direct:
-            merge(o, m, l, items, out, lse, skip_single=one_dv)
+    flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
+    args = {
+        **call.args, "bias": entries(score_bias, packed=packed), "result": Result(out, lse, scores),
+        "parts": Parts(o, m, l), "rows_per_item": rows, "flags": constants(flags),
+    }  # fmt: skip
+    launch(_location_fwd_kernel, (items.count,), args, blocks, **unpressed(call.chip, D, DV, A))
+    if not (one_dv and alone):
+        merge(o, m, l, items, out, lse, skip_single=one_dv)
     return out, lse, scores
 
 
@@ -480,7 +458,7 @@ def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
 
     Beside the workspace there is, at most, a sum for each sequence.
     """
-    want = max(1, min(4 * call.chip.cores, WORKSPACE_BYTES // max(1, 4 * call.R * call.DV)))
+    want = max(1, min(4 * call.chip.cores, WORKSPACE_BYTES // max(1, 4 * call.size.R * call.size.DV)))
     parts = triton.cdiv(want, 1 if ragged else call.seqs)
     rows = max(triton.cdiv(call.length, parts), 4 * block_t)
     return triton.cdiv(rows, block_t) * block_t

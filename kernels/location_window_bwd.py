@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import sequence_ptr
 from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
-from .masks import old_dropout_scale, old_locate, old_sequence_of, visible_pairs
+from .masks import dropout_scale, locate, sequence_of, visible_pairs
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse, store_lse
 
@@ -41,14 +42,13 @@ def _location_window_delta_kernel(
     seen_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l), (-inf, 0) where a position takes no part
     count,  # its numbers
     DV,
-    BLOCK: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    blocks,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    delta = tl.zeros([BLOCK], tl.float64)
-    cotangent = tl.zeros([BLOCK], tl.float64)
-    for d0 in range(0, DV, BLOCK_DV):
-        d = d0 + tl.arange(0, BLOCK_DV)
+    row = tl.program_id(0).to(tl.int64) * blocks.T + tl.arange(0, blocks.T)
+    delta = tl.zeros([blocks.T], tl.float64)
+    cotangent = tl.zeros([blocks.T], tl.float64)
+    for d0 in range(0, DV, blocks.DV):
+        d = d0 + tl.arange(0, blocks.DV)
         do = load_rows(do_ptr + row * DV, row < count, d, DV).to(tl.float64)
         cotangent += tl.sum(tl.abs(do), axis=1)
         delta += tl.sum(do * load_rows(out_ptr + row * DV, row < count, d, DV).to(tl.float64), axis=1)
@@ -64,15 +64,13 @@ def _location_window_delta_kernel(
 
 
 @triton.jit
-def _state_scores(
-    s, keep, val_ptrs, m_ptr, l_ptr, o_ptr, some, DV, FMA: tl.constexpr, BLOCK_DV: tl.constexpr
-):  # fmt: skip
+def _state_scores(s, keep, val_ptrs, scanned, slot, some, DV, FMA: tl.constexpr, BLOCK_DV: tl.constexpr):
     """What the positions of a state give to ds of the keys [BLOCK]: e^{s + m} (o · value - l)."""
-    m = tl.load(m_ptr, mask=some, other=float("-inf"))
-    gap = tl.zeros_like(s).to(l_ptr.dtype.element_ty) - tl.load(l_ptr, mask=some, other=0.0)
+    m = tl.load(scanned.m + slot, mask=some, other=float("-inf"))
+    gap = tl.zeros_like(s).to(scanned.l.dtype.element_ty) - tl.load(scanned.l + slot, mask=some, other=0.0)
     for d0 in range(0, DV, BLOCK_DV):
         d = d0 + tl.arange(0, BLOCK_DV)
-        o = tl.load(o_ptr + d, mask=some & (d < DV), other=0.0)
+        o = tl.load(scanned.o + slot * DV + d, mask=some & (d < DV), other=0.0)
         gap += tl.sum(load_rows(val_ptrs, keep, d, DV).to(o.dtype) * o[None, :], axis=1)
     return tl.where(m == float("-inf"), 0.0, exp(s + m, FMA) * gap.to(tl.float32))
 
@@ -80,83 +78,71 @@ def _state_scores(
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_window_bwd_scores_kernel(
     scores_ptr,  # (B, T, R) or (N, R) float32
-    val_ptr, stride_vb, stride_vt,  # (B, T, DV) or (N, DV)
-    m_ptr, l_ptr, o_ptr,  # scanned states, or None without SCAN
-    seed_ptr,  # (1,) int64 or None
+    values,  # (B, T, DV) or (N, DV)
+    scanned,
+    dropout,
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     out_ptr,  # the same, float32
     lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
     dlse_ptr,  # the same, or None
     delta_ptr,  # (B, T, R) or (N, R) float64
     ds_ptr,  # (B, T, R) or (N, R) float32
-    cu_ptr, seq_ptr, first_ptr,  # see masks.Items
+    spans,
     num_seqs,
     per_seq,
     T,
     DV,
     left,
     right,
-    threshold,
-    scale,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SCAN: tl.constexpr,
-    EXACT: tl.constexpr,
-    FMA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    flags,
+    blocks,
+):
     """A tile of keys and a hop: ds."""
     item = tl.program_id(0)
     r = tl.program_id(1)
     R = tl.num_programs(1)
-    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
-    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
-    j = lo + tl.arange(0, BLOCK)
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
+    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    j = lo + tl.arange(0, blocks.T)
     k_rows = (start + j).to(tl.int64)
     s = tl.load(scores_ptr + (seq * T + k_rows) * R + r, mask=j < hi, other=float("-inf"))
     keep = s != float("-inf")
-    val_ptrs = val_ptr + seq * stride_vb + k_rows * stride_vt
+    val_ptrs = sequence_ptr(values, seq, k_rows)
     # Key j is seen from [j - right, j + left].
-    tile0, tile1, state = band(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT, SCAN, BLOCK)
-    ds = tl.zeros([BLOCK], tl.float32)
-    if SCAN:
+    tile0, tile1, state = band(lo, hi, length, right, left, flags.HAS_RIGHT, flags.HAS_LEFT, flags, blocks.T)
+    ds = tl.zeros([blocks.T], tl.float32)
+    if flags.SCAN:
         slot = (item0 + state) * R + r
-        ds += _state_scores(
-            s, keep, val_ptrs, m_ptr + slot, l_ptr + slot, o_ptr + slot * DV, lo < hi, DV, FMA, BLOCK_DV
-        )
+        ds += _state_scores(s, keep, val_ptrs, scanned, slot, lo < hi, DV, flags.FMA, blocks.DV)
     for tile in range(tile0, tl.where(lo < hi, tile1, tile0)):
-        i = tile * BLOCK + tl.arange(0, BLOCK)
+        i = tile * blocks.T + tl.arange(0, blocks.T)
         inside = i < length
         at = (seq * T + start + i) * R + r
-        shown = visible_pairs(
-            i[:, None], j[None, :], inside[:, None] & keep[None, :], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
-        )  # fmt: skip
+        both = inside[:, None] & keep[None, :]
+        shown = visible_pairs(i[:, None], j[None, :], both, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
         top, inv = load_lse(lse_ptr + at * 2, inside)
         shown = shown & (inv != 0)[:, None]
-        a = tl.where(shown, exp(s[None, :] - top[:, None], FMA) * inv[:, None], 0.0)
-        if seed_ptr is not None:
-            k = old_dropout_scale(seed_ptr, j[None, :], seq * R + r, i[:, None], threshold, scale)
-        gap = tl.zeros([BLOCK, BLOCK], tl.float32)
-        if EXACT:
+        a = tl.where(shown, exp(s[None, :] - top[:, None], flags.FMA) * inv[:, None], 0.0)
+        if dropout.seed is not None:
+            k = dropout_scale(dropout, j[None, :], seq * R + r, i[:, None])
+        gap = tl.zeros([blocks.T, blocks.T], tl.float32)
+        if flags.EXACT:
             for d in range(0, DV):
                 do = tl.load(do_ptr + at * DV + d, mask=inside, other=0.0).to(tl.float32)[:, None]
                 out = tl.load(out_ptr + at * DV + d, mask=inside, other=0.0)[:, None]
-                values = tl.load(val_ptrs + d, mask=keep, other=0.0)[None, :]
-                if seed_ptr is not None:
-                    values *= k
-                gap = tl.fma(do, values - out, gap)
+                x = tl.load(val_ptrs + d, mask=keep, other=0.0)[None, :]
+                if dropout.seed is not None:
+                    x *= k
+                gap = tl.fma(do, x - out, gap)
             if dlse_ptr is not None:
                 gap += load_dlse(dlse_ptr + at * 2, lse_ptr + at * 2, inside)[:, None]
         else:
-            for d0 in range(0, DV, BLOCK_DV):
-                d = d0 + tl.arange(0, BLOCK_DV)
+            for d0 in range(0, DV, blocks.DV):
+                d = d0 + tl.arange(0, blocks.DV)
                 do = load_rows(do_ptr + at * DV, inside, d, DV)
-                values = load_rows(val_ptrs, keep, d, DV)
-                gap = add_product(do, tl.trans(values), gap, COMPUTE, PRECISION)
-            if seed_ptr is not None:
+                x = load_rows(val_ptrs, keep, d, DV)
+                gap = add_product(do, tl.trans(x), gap, flags.COMPUTE, flags.PRECISION)
+            if dropout.seed is not None:
                 gap *= k
             gap -= tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, None]
         ds += tl.sum(tl.where(shown, a * gap, 0.0), axis=0)
@@ -166,12 +152,12 @@ def _location_window_bwd_scores_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_window_bwd_values_kernel(
     scores_ptr,  # (B, T, R) or (N, R) float32
-    m_ptr, o_ptr,  # scanned states, or None without SCAN
-    seed_ptr,  # (1,) int64 or None
+    scanned,
+    dropout,
     do_ptr,  # (B, T, R, DV) or (N, R, DV)
     lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
     dvalue_ptr,  # (B, T, DV) or (N, DV), contiguous
-    cu_ptr, seq_ptr, first_ptr,  # see masks.Items
+    spans,
     num_seqs,
     per_seq,
     T,
@@ -179,49 +165,42 @@ def _location_window_bwd_values_kernel(
     DV,
     left,
     right,
-    threshold,
-    scale,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SCAN: tl.constexpr,
-    FMA: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    flags,
+    blocks,
+):
     """A tile of keys and a part of the width: dvalue, over all hops."""
     item = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK)
-    _, length, item0 = old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq)
-    j = lo + tl.arange(0, BLOCK)
+    d = tl.program_id(1) * blocks.DV + tl.arange(0, blocks.DV)
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
+    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    j = lo + tl.arange(0, blocks.T)
     k_rows = seq * T + start + j
-    tile0, tile1, state = band(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT, SCAN, BLOCK)
+    tile0, tile1, state = band(lo, hi, length, right, left, flags.HAS_RIGHT, flags.HAS_LEFT, flags, blocks.T)
     tile1 = tl.where(lo < hi, tile1, tile0)
-    acc = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
+    acc = tl.zeros([blocks.T, blocks.DV], tl.float32)
     for r in range(0, R):
         s = tl.load(scores_ptr + k_rows * R + r, mask=j < hi, other=float("-inf"))
         keep = s != float("-inf")
-        if SCAN:
+        if flags.SCAN:
             slot = (item0 + state) * R + r
-            m = tl.load(m_ptr + slot, mask=lo < hi, other=float("-inf"))
-            o = tl.load(o_ptr + slot * DV + d, mask=(lo < hi) & (d < DV), other=0.0)
-            acc += tl.where(m == float("-inf"), 0.0, exp(s + m, FMA))[:, None] * o.to(tl.float32)[None, :]
+            m = tl.load(scanned.m + slot, mask=lo < hi, other=float("-inf"))
+            o = tl.load(scanned.o + slot * DV + d, mask=(lo < hi) & (d < DV), other=0.0)
+            acc += tl.where(m == float("-inf"), 0.0, exp(s + m, flags.FMA))[:, None] * o.to(tl.float32)[None, :]
         for tile in range(tile0, tile1):
-            i = tile * BLOCK + tl.arange(0, BLOCK)
+            i = tile * blocks.T + tl.arange(0, blocks.T)
             inside = i < length
             at = (seq * T + start + i) * R + r
+            both = inside[None, :] & keep[:, None]
             shown = visible_pairs(
-                i[None, :], j[:, None], inside[None, :] & keep[:, None], None, 0, 0, left, right, HAS_LEFT, HAS_RIGHT
-            )  # fmt: skip
+                i[None, :], j[:, None], both, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT
+            )
             top, inv = load_lse(lse_ptr + at * 2, inside)
             shown = shown & (inv != 0)[None, :]
-            a = tl.where(shown, exp(s[:, None] - top[None, :], FMA) * inv[None, :], 0.0)  # [keys, positions]
-            if seed_ptr is not None:
-                a *= old_dropout_scale(seed_ptr, j[:, None], seq * R + r, i[None, :], threshold, scale)
+            a = tl.where(shown, exp(s[:, None] - top[None, :], flags.FMA) * inv[None, :], 0.0)  # [keys, positions]
+            if dropout.seed is not None:
+                a *= dropout_scale(dropout, j[:, None], seq * R + r, i[None, :])
             do = load_rows(do_ptr + at * DV, inside, d, DV)
-            acc = add_product(a, do, acc, COMPUTE, PRECISION)
+            acc = add_product(a, do, acc, flags.COMPUTE, flags.PRECISION)
     tl.store(
         dvalue_ptr + k_rows[:, None] * DV + d[None, :],
         acc.to(dvalue_ptr.dtype.element_ty),
@@ -245,28 +224,22 @@ def window_bwd(
     delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     seen = torch.empty_like(lse)
     DV, hops = values.shape[-1], call.hops
-    args = {
-        "do_ptr": dout, "out_ptr": out, "lse_ptr": lse, "dlse_ptr": dlse if dlse is None else dlse.contiguous(),
-        "delta_ptr": delta, "seen_ptr": seen, "count": delta.numel(), "R": hops, "ds_ptr": ds, "dvalue_ptr": dvalue,
-    }  # fmt: skip
-    call.args.update(args)
-    ragged = cu_seqlens is not None
-    with torch.cuda.device_of(values):
-        call.launch(
-            _location_window_delta_kernel, triton.cdiv(delta.numel(), call.blocks.rows), BLOCK_DV=pow2(DV, 16, 32)
-        )
-        call.args["lse_ptr"] = seen
-        states = {}
-        if call.scan:
-            rows = {"stride_vb": 0 if ragged else dout.stride(0), "stride_vt": hops * DV, "stride_vr": DV}
-            states = call.states(
-                DV, x_ptr=seen, c_ptr=delta, val_ptr=dout, **rows, LSE=True, REVERSE=right is not None
-            )
-        if need_scores:
-            call.launch(_location_window_bwd_scores_kernel, call.items.count, hops, **states)
-        if need_values:
-            # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
-            width = max(16, call.blocks.DV // 2) if call.args["EXACT"] else call.blocks.DV
-            grid = call.items.count, triton.cdiv(DV, width)
-            call.launch(_location_window_bwd_values_kernel, *grid, num_stages=1, BLOCK_DV=width, **states)
+    call.args.update(
+        do_ptr=dout, out_ptr=out, lse_ptr=lse, dlse_ptr=dlse if dlse is None else dlse.contiguous(), delta_ptr=delta,
+        seen_ptr=seen, count=delta.numel(), R=hops, ds_ptr=ds, dvalue_ptr=dvalue,
+    )  # fmt: skip
+    blocks = call.blocks
+    narrow = blocks._replace(DV=pow2(DV, 16, 32))
+    call.launch(_location_window_delta_kernel, triton.cdiv(delta.numel(), blocks.T), blocks=narrow)
+    call.args["lse_ptr"] = seen
+    if call.flags.SCAN:
+        terms = (dout if cu_seqlens is None else dout[None]).transpose(1, 2)
+        call.args["scanned"] = call.scan(terms, seen, delta, lse=True, reverse=right is not None)
+    if need_scores:
+        call.launch(_location_window_bwd_scores_kernel, call.items.count, hops)
+    if need_values:
+        # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
+        blocks = blocks._replace(DV=max(16, blocks.DV // 2) if call.flags.EXACT else blocks.DV, stages=1)
+        grid = call.items.count, triton.cdiv(DV, blocks.DV)
+        call.launch(_location_window_bwd_values_kernel, *grid, blocks=blocks)
     return [ds, dvalue]

@@ -21,29 +21,25 @@ fill the chip, and `_statistics_merge_kernel` joins their states by the same for
 The backward is in statistics_bwd.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import (
-    LENGTHS,
-    LONG,
-    Chip,
-    all_registers,
-    chip_of,
-    even,
-    fitted,
-    matmul_flags,
-    pow2,
-    tile_rows,
-    unit,
-    unpressed,
+from .arguments import (
+    Matrix,
+    constants,
+    entries,
+    entry_ptr,
+    launch,
+    sequence_ptr,
+    sequences,
 )
-from .location import item_args, load_rows, matmul, row_strides
-from .masks import old_locate, partition
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .location import load_rows, matmul
+from .masks import Items, locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,12 +48,12 @@ from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 
 @triton.jit
-def frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt):
+def frame_rows(t, hi, start, seq, mask):
     """Rows of the frames t [BLOCK_T], and which of them may be read."""
     rows = (start + t).to(tl.int64)
     keep = t < hi
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
+    if mask.ptr is not None:
+        keep = tl.load(entry_ptr(mask, seq, rows), mask=keep, other=0) != 0
     return rows, keep
 
 
@@ -66,27 +62,29 @@ def channel_scores(
     x_ptrs,  # [BLOCK_T] pointers to rows of u
     keep,
     u,  # tile [BLOCK_T, BLOCK_A] of them, used where it is all of their features
-    v,  # tile [BLOCK_A, BLOCK_C] of v, as u
-    v_ptr, stride_va,
+    v_tile,  # tile [BLOCK_A, BLOCK_C] of v, as u
+    v,
     c,
-    A,
-    C,
-    WHOLE: tl.constexpr,  # BLOCK_A >= A
+    size,
+    flags,
     BLOCK_A: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """u_j · v_c for a tile of frames and channels, [BLOCK_T, BLOCK_C]; -inf where a frame is not seen."""
     s = tl.zeros([keep.shape[0], c.shape[0]], tl.float32)
-    if WHOLE:
-        s = matmul(u, v, s, COMPUTE, PRECISION)
+    if flags.WHOLE:
+        s = matmul(u, v_tile, s, flags.COMPUTE, flags.PRECISION)
     else:
-        for a0 in range(0, A, BLOCK_A):
+        for a0 in range(0, size.A, BLOCK_A):
             a = a0 + tl.arange(0, BLOCK_A)
-            u_a = load_rows(x_ptrs, keep, a, A)
-            v_a = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
-            s = matmul(u_a, v_a, s, COMPUTE, PRECISION)
+            u_a = load_rows(x_ptrs, keep, a, size.A)
+            s = matmul(u_a, load_channels(v, a, c, size), s, flags.COMPUTE, flags.PRECISION)
     return tl.where(keep[:, None], s, float("-inf"))
+
+
+@triton.jit
+def load_channels(v, a, c, size):
+    """Tile v[a, c]; 0 outside."""
+    return load_rows(v.ptr + a.to(tl.int64) * v.stride, a < size.A, c, size.C)
 
 
 @triton.jit
@@ -133,138 +131,124 @@ def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_fwd_kernel(
-    x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,)
-    v_ptr, stride_va,  # (A, C), or None: one weight a frame
-    val_ptr, stride_ub, stride_ut,  # (B, T, C) or (N, C)
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are not wanted
-    mean_ptr,  # (S, C) float64; of items (items, C) where there are m_ptr and l_ptr
-    var_ptr,  # (S, C) float32; of items M, (items, C)
+    x,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,)
+    v,  # (A, C), or None: one weight a frame
+    values,  # (B, T, C) or (N, C)
+    mask,  # (B, T), (N,) or None
+    spans,
+    state,  # of items, where there are m and l
     lse_ptr,  # (S, R, 2) float32, R = C with v and 1 without: (m, l), see softmax.py
-    m_ptr,  # (items, R) float32, or None: every sequence is one item
-    l_ptr,  # (items, R) float32 or None
+    scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are not wanted
     num_seqs,
     per_seq,
     rows_per_item,
     T,  # 0 where the batch is ragged
-    A,
-    C,
-    PER_CHANNEL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(C, BLOCK_C)
-    item = tl.program_id(0) // blocks  # the channels of a frame together: they share its features in L2
-    block = tl.program_id(0) % blocks
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows_per_item)
-    if PER_CHANNEL:
+    size,
+    flags,
+    blocks,
+):
+    channel_blocks = tl.cdiv(size.C, blocks.C)
+    item = tl.program_id(0) // channel_blocks  # the channels of a frame together: they share its features in L2
+    block = tl.program_id(0) % channel_blocks
+    c = block * blocks.C + tl.arange(0, blocks.C)
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, rows_per_item)
+    if flags.PER_CHANNEL:
         r = c
-        R = C
-        a = tl.arange(0, BLOCK_A)
-        # Stays on chip where it is WHOLE, else it is not loaded.
-        v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
+        R = size.C
+        a = tl.arange(0, blocks.A)
+        v_tile = load_channels(v, a, c, size)  # stays on chip where it is WHOLE, else it is not loaded
     else:
         r = tl.arange(0, 1)
         R = 1
     m = tl.full([r.shape[0]], float("-inf"), tl.float32)
     l = tl.zeros([r.shape[0]], tl.float32)
-    mean = tl.zeros([BLOCK_C], tl.float64)
-    sq = tl.zeros([BLOCK_C], tl.float32)
+    mean = tl.zeros([blocks.C], tl.float64)
+    sq = tl.zeros([blocks.C], tl.float32)
 
-    for t0 in range(lo, hi, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
-        x_ptrs = x_ptr + seq * stride_xb + rows * stride_xt
-        if PER_CHANNEL:
-            u = load_rows(x_ptrs, keep, a, A)
-            s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        rows, keep = frame_rows(t, hi, start, seq, mask)
+        if flags.PER_CHANNEL:
+            x_ptrs = sequence_ptr(x, seq, rows)
+            u = load_rows(x_ptrs, keep, a, size.A)
+            s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A)
             if scores_ptr is not None:
-                at = (seq * T + rows)[:, None] * C + c[None, :]
-                tl.store(scores_ptr + at, s, mask=(t < hi)[:, None] & (c < C)[None, :])
+                at = (seq * T + rows)[:, None] * size.C + c[None, :]
+                tl.store(scores_ptr + at, s, mask=(t < hi)[:, None] & (c < size.C)[None, :])
         else:
-            s = tl.load(x_ptrs, mask=keep, other=float("-inf"))[:, None]
-        values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
+            s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))[:, None]
+        y = load_rows(sequence_ptr(values, seq, rows), keep, c, size.C).to(tl.float32)
         m_tile = tl.max(s, axis=0)
-        l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), values)
+        l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), y)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
 
-    inv = finish(l)
     own = (r < R) & (seq < num_seqs)
-    if not PER_CHANNEL:
+    if not flags.PER_CHANNEL:
         own = own & (block == 0)
-    if m_ptr is None:
-        at = seq * C + c
-        tl.store(mean_ptr + at, mean, mask=(c < C) & (seq < num_seqs))
-        tl.store(var_ptr + at, sq * inv, mask=(c < C) & (seq < num_seqs))
-        store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
+    if state.m is None:
+        _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, seq < num_seqs, own)
     else:
-        at = item.to(tl.int64) * C + c
-        tl.store(mean_ptr + at, mean, mask=c < C)
-        tl.store(var_ptr + at, sq, mask=c < C)
-        tl.store(m_ptr + item.to(tl.int64) * R + r, m, mask=own)
-        tl.store(l_ptr + item.to(tl.int64) * R + r, l, mask=own)
+        at = item.to(tl.int64) * size.C + c
+        tl.store(state.mean + at, mean, mask=c < size.C)
+        tl.store(state.var + at, sq, mask=c < size.C)
+        tl.store(state.m + item.to(tl.int64) * R + r, m, mask=own)
+        tl.store(state.l + item.to(tl.int64) * R + r, l, mask=own)
+
+
+@triton.jit
+def _store_statistics(state, lse_ptr, seq, c, C, r, R, m, l, mean, sq, valid, own):
+    """The statistics of the channels c of a sequence, and its (m, l) where it is this program's `own`."""
+    at = seq * C + c
+    tl.store(state.mean + at, mean, mask=(c < C) & valid)
+    tl.store(state.var + at, sq * finish(l), mask=(c < C) & valid)
+    store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_merge_kernel(
-    mean_parts_ptr,  # (items, C) float64
-    sq_parts_ptr,  # (items, C) float32
-    m_ptr,  # (items, R) float32
-    l_ptr,  # (items, R) float32
+    parts,
     first_ptr,  # (S + 1,) int32 or None
-    mean_ptr,  # (S, C) float64
-    var_ptr,  # (S, C) float32
+    state,
     lse_ptr,  # (S, R, 2) float32
     per_seq,
-    C,
-    PER_CHANNEL: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    size,
+    flags,
+    blocks,
 ):
-    """States of the items of a sequence, BLOCK_I at a time; an item counts l frames at its mean, and its M."""
+    """States of the items of a sequence, blocks.T at a time; an item counts l frames at its mean, and its M."""
     seq = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * blocks.C + tl.arange(0, blocks.C)
     if first_ptr is None:
         lo = seq * per_seq
         hi = lo + per_seq
     else:
         lo = tl.load(first_ptr + seq).to(tl.int64)
         hi = tl.load(first_ptr + seq + 1).to(tl.int64)
-    if PER_CHANNEL:
+    if flags.PER_CHANNEL:
         r = c
-        R = C
+        R = size.C
     else:
         r = tl.arange(0, 1)
         R = 1
     m = tl.full([r.shape[0]], float("-inf"), tl.float32)
     l = tl.zeros([r.shape[0]], tl.float32)
-    mean = tl.zeros([BLOCK_C], tl.float64)
-    sq = tl.zeros([BLOCK_C], tl.float32)
-    for i0 in range(lo, hi, BLOCK_I):
-        item = i0 + tl.arange(0, BLOCK_I)
-        m_i = load_rows(m_ptr + item * R, item < hi, r, R)
-        l_i = load_rows(l_ptr + item * R, item < hi, r, R)
+    mean = tl.zeros([blocks.C], tl.float64)
+    sq = tl.zeros([blocks.C], tl.float32)
+    for i0 in range(lo, hi, blocks.T):
+        item = i0 + tl.arange(0, blocks.T)
+        m_i = load_rows(parts.m + item * R, item < hi, r, R)
+        l_i = load_rows(parts.l + item * R, item < hi, r, R)
         m_i = tl.where(l_i > 0, m_i, float("-inf"))  # past the end l is 0
         m_tile = tl.max(m_i, axis=0)
         weight = tl.exp(m_i - pivot(m_tile)[None, :])
-        l_tile, mean_tile, sq_tile = _moments(weight * l_i, load_rows(mean_parts_ptr + item * C, item < hi, c, C))
-        sq_tile += tl.sum(weight * load_rows(sq_parts_ptr + item * C, item < hi, c, C), axis=0)
+        mean_i = load_rows(parts.mean + item * size.C, item < hi, c, size.C)
+        l_tile, mean_tile, sq_tile = _moments(weight * l_i, mean_i)
+        sq_tile += tl.sum(weight * load_rows(parts.var + item * size.C, item < hi, c, size.C), axis=0)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
-    inv = finish(l)
-    tl.store(mean_ptr + seq * C + c, mean, mask=c < C)
-    tl.store(var_ptr + seq * C + c, sq * inv, mask=c < C)
     own = r < R
-    if not PER_CHANNEL:
+    if not flags.PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
-    store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
+    _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, True, own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -307,56 +291,67 @@ def product_warps(chip: Chip, itemsize: int, C: int, A: int) -> int:
     return 4 if chip.backend == "hip" or fits else 8
 
 
+class State(NamedTuple):
+    """Statistics of sequences, or of items, with what their softmax needs to be joined."""
+
+    mean: Tensor  # (S, C) or (items, C) float64
+    var: Tensor  # the same, float32; of items M
+    m: Tensor | None = None  # (items, R) float32, or None: every sequence is one item
+    l: Tensor | None = None
+
+
+class Size(NamedTuple):
+    """Features, or 0 for one weight a frame, and channels."""
+
+    A: int
+    C: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    PER_CHANNEL: bool
+    FMA: bool
+    COMPUTE: object
+    PRECISION: str
+    WHOLE: bool = False  # blocks.A >= A
+
+
 class Call(NamedTuple):
     """What the launches of one call share."""
 
     seqs: int
     length: int  # frames of a padded sequence, or all packed ones
-    A: int  # 0 for one weight a frame
-    C: int
+    size: Size
     chip: Chip
-    tensors: dict[str, Tensor | int | None]  # the kernels' arguments for the inputs, by name
-    sizes: dict[str, int]
-    flags: dict[str, object]
+    flags: Flags
+    cu_seqlens: Tensor | None
+    args: dict[str, Any]  # the kernels' arguments by name
+
+    def items(self, rows: int, blocks: Blocks) -> Items:
+        """The partition into items of `rows` frames, whose arguments join the others with the flags for blocks."""
+        items = partition(self.seqs, self.length, rows, self.cu_seqlens)
+        flags = self.flags._replace(WHOLE=0 < self.size.A <= blocks.A)
+        self.args.update(spans=items.spans(self.cu_seqlens), per_seq=items.per_seq, flags=constants(flags))
+        return items
 
 
 def prepare(x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Call:
-    chip = chip_of(values.device)
-    ragged = cu_seqlens is not None
-    x, v, values = x if v is None else unit(x), unit(v), unit(values)
-    mask = None if mask is None else mask.view(torch.uint8)
-    seqs = cu_seqlens.numel() - 1 if ragged else values.shape[0]
-    A, C = 0 if v is None else v.shape[0], values.shape[-1]
-
-    def strides(name: str, y: Tensor | None) -> dict[str, int]:
-        sequence, row = row_strides(y, ragged)
-        return {f"stride_{name}b": sequence, f"stride_{name}t": row}
-
-    return Call(
-        seqs=seqs,
-        length=values.shape[0] if ragged else values.shape[1],
-        A=A,
-        C=C,
-        chip=chip,
-        tensors={
-            "x_ptr": x, **strides("x", x),
-            "v_ptr": v, "stride_va": 0 if v is None else v.stride(0),
-            "val_ptr": values, **strides("u", values),
-            "mask_ptr": mask, **strides("m", mask),
-            "cu_ptr": cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous(),
-        },
-        sizes={"num_seqs": seqs, "T": 0 if ragged else values.shape[1], "A": A, "C": C},
-        flags={"PER_CHANNEL": v is not None, **matmul_flags(chip, values.dtype)},
-    )  # fmt: skip
-
-
-def tile_args(call: Call, blocks: Blocks) -> dict[str, object]:
-    """Constants of a launch over tiles of frames and channels."""
-    return {
-        "WHOLE": 0 < call.A <= blocks.A, "BLOCK_T": blocks.T, "BLOCK_C": blocks.C, "BLOCK_A": blocks.A,
-        "num_warps": blocks.warps, "num_stages": blocks.stages,
-        **unpressed(call.chip, call.C, call.A),
-    }  # fmt: skip
+    chip, packed = chip_of(values.device), cu_seqlens is not None
+    v, values, cu_seqlens = unit(v), unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    size = Size(0 if v is None else v.shape[0], values.shape[-1])
+    seqs, length = (cu_seqlens.numel() - 1, values.shape[0]) if packed else values.shape[:2]
+    flags = Flags(v is not None, chip.backend != "interpreter", *matmul_flags(chip, values.dtype).values())
+    args = {
+        "x": entries(x, packed=packed) if v is None else sequences(unit(x), packed=packed),
+        "v": Matrix(v, 0 if v is None else v.stride(0)),
+        "values": sequences(values, packed=packed),
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
+        "num_seqs": seqs,
+        "T": 0 if packed else length,
+        "size": size,
+    }
+    return Call(seqs, length, size, chip, flags, cu_seqlens, args)
 
 
 def statistics_fwd(
@@ -364,38 +359,35 @@ def statistics_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(mean, var, lse, scores); arguments and shapes as `fused_attn.reference.statistics_pooling` has them."""
     call = prepare(x, v, values, mask, cu_seqlens)
-    seqs, C = call.seqs, call.C
+    seqs, (A, C) = call.seqs, call.size
     R = 1 if v is None else C
-    mean = values.new_empty(seqs, C, dtype=torch.float64)
-    var = values.new_empty(seqs, C, dtype=torch.float32)
+    state = State(
+        values.new_empty(seqs, C, dtype=torch.float64),
+        values.new_empty(seqs, C, dtype=torch.float32),
+    )
     lse = new_lse(seqs, R, device=values.device)
     scores = values.new_empty(values.shape if return_scores else 0, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
-        return mean.zero_(), var.zero_(), no_key(lse), scores
+        return state.mean.zero_(), state.var.zero_(), no_key(lse), scores
 
     longest = call.length if cu_seqlens is None else LONG
-    blocks = fwd_blocks(call.chip, values.element_size(), longest, C, call.A)
+    blocks = fwd_blocks(call.chip, values.element_size(), longest, C, A)
     channel_blocks = triton.cdiv(C, blocks.C)
     rows = _rows_per_item(call, cu_seqlens is not None, channel_blocks, blocks.T)
-    items = partition(seqs, call.length, rows, cu_seqlens)
-    parts = mean, var
-    m = l = None
+    items = call.items(rows, blocks)
+    parts = state
     if items.first is not None or items.per_seq > 1:
         m, l = (values.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
-        parts = tuple(x.new_empty(items.count, C) for x in parts)
-    with torch.cuda.device_of(values):
-        fitted(_statistics_fwd_kernel, call.tensors)[(items.count * channel_blocks,)](
-            **call.tensors, **item_args(items), **call.sizes, **call.flags, **tile_args(call, blocks),
-            scores_ptr=scores if return_scores else None, mean_ptr=parts[0], var_ptr=parts[1],
-            lse_ptr=lse, m_ptr=m, l_ptr=l, rows_per_item=rows,
-        )  # fmt: skip
-        if m is not None:
-            block_c = pow2(C, 16, 128)
-            _statistics_merge_kernel[(seqs, triton.cdiv(C, block_c))](
-                *parts, m, l, items.first, mean, var, lse, items.per_seq, C,
-                PER_CHANNEL=v is not None, BLOCK_I=16, BLOCK_C=block_c, num_warps=4, **all_registers(call.chip),
-            )  # fmt: skip
-    return mean, var, lse, scores
+        parts = State(*(y.new_empty(items.count, C) for y in state[:2]), m, l)
+    args = call.args | {"scores_ptr": scores if return_scores else None, "lse_ptr": lse, "rows_per_item": rows}
+    grid = (items.count * channel_blocks,)
+    launch(_statistics_fwd_kernel, grid, args | {"state": parts}, blocks, **unpressed(call.chip, C, A))
+    if parts is not state:
+        block_c = pow2(C, 16, 128)
+        args |= {"parts": parts, "state": state, "first_ptr": items.first}
+        grid = seqs, triton.cdiv(C, block_c)
+        launch(_statistics_merge_kernel, grid, args, Blocks(16, block_c, 0, 4), **all_registers(call.chip))
+    return state.mean, state.var, lse, scores
 
 
 def _rows_per_item(call: Call, ragged: bool, channel_blocks: int, block_t: int) -> int:

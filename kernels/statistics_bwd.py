@@ -13,43 +13,57 @@ dlse belong to are the same to the last bit, and cancel. The sums over the frame
 are added in a fixed order.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import LENGTHS, LONG, Chip, even, fitted, pow2, tile_rows
-from .location import item_args, load_rows
-from .masks import Items, old_locate, partition
+from .arguments import entry_ptr, launch, sequence_ptr
+from .chip import LENGTHS, LONG, Chip, even, pow2, tile_rows, unpressed
+from .location import load_rows
+from .masks import Items, locate
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse
-from .statistics import Blocks, Call, channel_scores, frame_rows, prepare, product_warps, tile_args
+from .statistics import Blocks, Call, channel_scores, frame_rows, load_channels, prepare, product_warps
 
 
 @triton.jit
-def _load_channels(ptr, seq, c, C, num_seqs):
+def _of_sequence(ptr, seq, c, C, num_seqs):
     """A sequence's numbers of the channels c as float32, [1, BLOCK_C]."""
     return tl.load(ptr + seq * C + c, mask=(c < C) & (seq < num_seqs), other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _score_factor(e, dmean, dvar, var):
-    """ds / α without dlse, [BLOCK_T, BLOCK_C]."""
-    return e * (dmean + dvar * e) - dvar * var
-
-
-@triton.jit
-def _load_lse(lse_ptr, seq, r, R, num_seqs):
+def _load_lse(state, seq, r, R, num_seqs):
     """(m, 1 / l), [1, BLOCK_R] each."""
-    top, inv = load_lse(lse_ptr + (seq * R + r) * 2, (r < R) & (seq < num_seqs))
+    top, inv = load_lse(state.lse + (seq * R + r) * 2, (r < R) & (seq < num_seqs))
     return top[None, :], inv[None, :]
 
 
 @triton.jit
-def _load_dlse(dlse_ptr, lse_ptr, seq, r, R, num_seqs):
+def _load_dlse(state, seq, r, R, num_seqs):
     """Gradient of log l, [1, BLOCK_R]."""
     at = (seq * R + r) * 2
-    return load_dlse(dlse_ptr + at, lse_ptr + at, (r < R) & (seq < num_seqs))[None, :]
+    return load_dlse(state.dlse + at, state.lse + at, (r < R) & (seq < num_seqs))[None, :]
+
+
+@triton.jit
+def _deviation(values, state, seq, rows, keep, c, C, num_seqs):
+    """X - mean of frames [BLOCK_T] and channels c, to the last bit of the float64 mean, [BLOCK_T, BLOCK_C]."""
+    e = load_rows(sequence_ptr(values, seq, rows), keep, c, C).to(tl.float32)
+    e -= _of_sequence(state.mean, seq, c, C, num_seqs)
+    return e - _of_sequence(state.mean_lo, seq, c, C, num_seqs)
+
+
+@triton.jit
+def _gradient(state, e, seq, c, C, num_seqs):
+    """(dx / α, ds / α without dlse), [BLOCK_T, BLOCK_C]."""
+    dmean = _of_sequence(state.dmean, seq, c, C, num_seqs)
+    dvar = _of_sequence(state.dvar, seq, c, C, num_seqs)
+    var = _of_sequence(state.var, seq, c, C, num_seqs)
+    return dmean + 2.0 * dvar * e, e * (dmean + dvar * e) - dvar * var
 
 
 @triton.jit
@@ -65,74 +79,74 @@ def _frame_weights(s, top, inv, FMA: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_frame_kernel(
-    x_ptr, stride_xb, stride_xt,  # scores (B, T) or (N,) float32
-    val_ptr, stride_ub, stride_ut,  # (B, T, C) or (N, C)
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
-    mean_lo_ptr,
-    var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, 1, 2) float32: (m, l)
-    dmean_ptr,  # (S, C) float32
-    dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # the same, or None
+    x,  # scores (B, T) or (N,) float32
+    values,  # (B, T, C) or (N, C)
+    mask,  # (B, T), (N,) or None
+    spans,
+    state,
     dx_ptr,  # (B, T) or (N,) float32, contiguous, or None
     dval_ptr,  # (B, T, C) or (N, C), contiguous, or None
     num_seqs,
     per_seq,
     T,  # 0 where the batch is ragged
-    C,
-    FMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # frames of an item
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    size,
+    flags,
+    blocks,  # T: frames of an item
+):
     """One weight a frame: an item of frames, all channels."""
-    seq, start, lo, hi, _ = old_locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-    t = lo + tl.arange(0, BLOCK_T)
-    rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
+    seq, start, lo, hi, _ = locate(tl.program_id(0), spans, T, num_seqs, per_seq, blocks.T)
+    t = lo + tl.arange(0, blocks.T)
+    rows, keep = frame_rows(t, hi, start, seq, mask)
     one = tl.arange(0, 1)
-    top, inv = _load_lse(lse_ptr, seq, one, 1, num_seqs)
-    s = tl.load(x_ptr + seq * stride_xb + rows * stride_xt, mask=keep, other=float("-inf"))
-    alpha = _frame_weights(s[:, None], top, inv, FMA)  # [BLOCK_T, 1]
-    factor = tl.zeros([BLOCK_T], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        dmean = _load_channels(dmean_ptr, seq, c, C, num_seqs)
-        dvar = _load_channels(dvar_ptr, seq, c, C, num_seqs)
-        values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
-        e = values - _load_channels(mean_ptr, seq, c, C, num_seqs)
-        e -= _load_channels(mean_lo_ptr, seq, c, C, num_seqs)
-        factor += tl.sum(_score_factor(e, dmean, dvar, _load_channels(var_ptr, seq, c, C, num_seqs)), axis=1)
+    top, inv = _load_lse(state, seq, one, 1, num_seqs)
+    s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
+    alpha = _frame_weights(s[:, None], top, inv, flags.FMA)  # [BLOCK_T, 1]
+    factor = tl.zeros([blocks.T], tl.float32)
+    for c0 in range(0, size.C, blocks.C):
+        c = c0 + tl.arange(0, blocks.C)
+        e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
+        to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
+        factor += tl.sum(to_score, axis=1)
         if dval_ptr is not None:
-            dval = (alpha * (dmean + 2.0 * dvar * e)).to(dval_ptr.dtype.element_ty)
-            at = (seq * T + rows)[:, None] * C + c[None, :]
-            tl.store(dval_ptr + at, dval, mask=(t < hi)[:, None] & (c < C)[None, :])
+            at = (seq * T + rows)[:, None] * size.C + c[None, :]
+            dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
+            tl.store(dval_ptr + at, dval, mask=(t < hi)[:, None] & (c < size.C)[None, :])
     if dx_ptr is not None:
-        if dlse_ptr is not None:
-            factor += tl.sum(_load_dlse(dlse_ptr, lse_ptr, seq, one, 1, num_seqs), axis=1)
+        if state.dlse is not None:
+            factor += tl.sum(_load_dlse(state, seq, one, 1, num_seqs), axis=1)
         tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=t < hi)
+
+
+@triton.jit
+def _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, BLOCK_A: tl.constexpr):
+    """α of a tile of frames and channels, from its scores made again, or read `at` the rows of those returned."""
+    if state.scores is None:
+        s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, BLOCK_A)
+    else:
+        s = tl.where(keep[:, None], load_rows(state.scores + at, keep, c, size.C), float("-inf"))
+    top, inv = _load_lse(state, seq, c, size.C, num_seqs)
+    return tl.exp(s - top) * inv
+
+
+@triton.jit
+def _channel_gradient(alpha, factor, keep, state, at, seq, c, C, num_seqs):
+    """Ds of a tile of frames and channels."""
+    if state.dlse is not None:
+        factor += _load_dlse(state, seq, c, C, num_seqs)
+    ds = alpha * factor
+    if state.dscores is not None:
+        ds += load_rows(state.dscores + at, keep, c, C)
+    return ds
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_values_kernel(
-    x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A)
-    v_ptr, stride_va,  # (A, C)
-    val_ptr, stride_ub, stride_ut,  # (B, T, C) or (N, C)
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
-    mean_lo_ptr,
-    var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, C, 2) float32: (m, l)
-    dmean_ptr,  # (S, C) float32
-    dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # the same, or None
-    scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are made again
-    dscores_ptr,  # (B, T, C) or (N, C) float32, or None
+    x,  # features u (B, T, A) or (N, A)
+    v,  # (A, C)
+    values,  # (B, T, C) or (N, C)
+    mask,  # (B, T), (N,) or None
+    spans,
+    state,
     dval_ptr,  # (B, T, C) or (N, C), contiguous, or None
     dv_ptr,  # (splits, A, C) float32, or None
     items,
@@ -140,129 +154,103 @@ def _statistics_bwd_values_kernel(
     num_seqs,
     per_seq,
     T,  # 0 where the batch is ragged
-    A,
-    C,
-    WHOLE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # frames of an item
-    BLOCK_C: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """A weight a channel: dx and dv of a block of channels, over the items of a split and BLOCK_A rows of dv."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    part = tl.program_id(0) // blocks
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
-    dv = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
+    size,
+    flags,
+    blocks,  # T: frames of an item
+):
+    """A weight a channel: dx and dv of a block of channels, over the items of a split and blocks.A rows of dv."""
+    channel_blocks = tl.cdiv(size.C, blocks.C)
+    c = (tl.program_id(0) % channel_blocks) * blocks.C + tl.arange(0, blocks.C)
+    part = tl.program_id(0) // channel_blocks
+    a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
+    v_tile = load_channels(v, a, c, size)
+    dv = tl.zeros([blocks.A, blocks.C], tl.float32)
     first = part * items_per_split
     for item in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-        t = lo + tl.arange(0, BLOCK_T)
-        rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
-        x_ptrs = x_ptr + seq * stride_xb + rows * stride_xt
-        u = load_rows(x_ptrs, keep, a, A)
-        at = (seq * T + rows) * C
-        if scores_ptr is None:
-            s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)
-        else:
-            s = tl.where(keep[:, None], load_rows(scores_ptr + at, keep, c, C), float("-inf"))
-        top, inv = _load_lse(lse_ptr, seq, c, C, num_seqs)
-        alpha = tl.exp(s - top) * inv
-        dmean = _load_channels(dmean_ptr, seq, c, C, num_seqs)
-        dvar = _load_channels(dvar_ptr, seq, c, C, num_seqs)
-        values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
-        e = values - _load_channels(mean_ptr, seq, c, C, num_seqs)
-        e -= _load_channels(mean_lo_ptr, seq, c, C, num_seqs)
+        seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
+        t = lo + tl.arange(0, blocks.T)
+        rows, keep = frame_rows(t, hi, start, seq, mask)
+        x_ptrs = sequence_ptr(x, seq, rows)
+        u = load_rows(x_ptrs, keep, a, size.A)
+        at = (seq * T + rows) * size.C
+        alpha = _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, blocks.A)
+        e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
+        to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
         if dval_ptr is not None:
-            dval = (alpha * (dmean + 2.0 * dvar * e)).to(dval_ptr.dtype.element_ty)
-            write = (t < hi)[:, None] & (c < C)[None, :] & (tl.program_id(1) == 0)
-            tl.store(dval_ptr + at[:, None] + c[None, :], dval, mask=write)
+            write = (t < hi)[:, None] & (c < size.C)[None, :] & (tl.program_id(1) == 0)
+            tl.store(
+                dval_ptr + at[:, None] + c[None, :], (alpha * to_value).to(dval_ptr.dtype.element_ty), mask=write
+            )
         if dv_ptr is not None:
-            factor = _score_factor(e, dmean, dvar, _load_channels(var_ptr, seq, c, C, num_seqs))
-            if dlse_ptr is not None:
-                factor += _load_dlse(dlse_ptr, lse_ptr, seq, c, C, num_seqs)
-            ds = alpha * factor
-            if dscores_ptr is not None:
-                ds += load_rows(dscores_ptr + at, keep, c, C)
-            dv = add_product(tl.trans(u), ds, dv, COMPUTE, PRECISION)
+            ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
+            dv = add_product(tl.trans(u), ds, dv, flags.COMPUTE, flags.PRECISION)
     if dv_ptr is not None:
-        at = (part.to(tl.int64) * A + a[:, None]) * C + c[None, :]
-        tl.store(dv_ptr + at, dv, mask=(a < A)[:, None] & (c < C)[None, :])
+        at = (part.to(tl.int64) * size.A + a[:, None]) * size.C + c[None, :]
+        tl.store(dv_ptr + at, dv, mask=(a < size.A)[:, None] & (c < size.C)[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_features_kernel(
-    x_ptr, stride_xb, stride_xt,  # features u (B, T, A) or (N, A)
-    v_ptr, stride_va,  # (A, C)
-    val_ptr, stride_ub, stride_ut,  # (B, T, C) or (N, C)
-    mask_ptr, stride_mb, stride_mt,  # (B, T), (N,) or None
-    cu_ptr,  # (S + 1,) or None
-    seq_ptr,  # see masks.Items
-    first_ptr,
-    mean_ptr,  # (S, C) float32, and the rest of mean, which is float64
-    mean_lo_ptr,
-    var_ptr,  # (S, C) float32
-    lse_ptr,  # (S, C, 2) float32: (m, l)
-    dmean_ptr,  # (S, C) float32
-    dvar_ptr,  # (S, C) float32
-    dlse_ptr,  # the same, or None
-    scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are made again
-    dscores_ptr,  # (B, T, C) or (N, C) float32, or None
+    x,  # features u (B, T, A) or (N, A)
+    v,  # (A, C)
+    values,  # (B, T, C) or (N, C)
+    mask,  # (B, T), (N,) or None
+    spans,
+    state,
     dx_ptr,  # (B, T, A) or (N, A), contiguous
     num_seqs,
     per_seq,
     T,  # 0 where the batch is ragged
-    A,
-    C,
-    WHOLE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # frames of an item
-    BLOCK_C: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """A weight a channel: du of an item of frames and BLOCK_A features, over all channels."""
-    seq, start, lo, hi, _ = old_locate(tl.program_id(0), cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, BLOCK_T)
-    t = lo + tl.arange(0, BLOCK_T)
-    rows, keep = frame_rows(t, hi, start, seq, mask_ptr, stride_mb, stride_mt)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    x_ptrs = x_ptr + seq * stride_xb + rows * stride_xt
-    u = load_rows(x_ptrs, keep, a, A)
+    size,
+    flags,
+    blocks,  # T: frames of an item
+):
+    """A weight a channel: du of an item of frames and blocks.A features, over all channels."""
+    seq, start, lo, hi, _ = locate(tl.program_id(0), spans, T, num_seqs, per_seq, blocks.T)
+    t = lo + tl.arange(0, blocks.T)
+    rows, keep = frame_rows(t, hi, start, seq, mask)
+    a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
+    x_ptrs = sequence_ptr(x, seq, rows)
+    u = load_rows(x_ptrs, keep, a, size.A)
     # wgmma takes its first operand from registers, and would still read ds there when the next one is made: as the
     # second it goes through shared memory. (ptxas sees it, and waits after each, warning C7515.)
-    ACROSS: tl.constexpr = BLOCK_T >= 64
-    du = tl.zeros([BLOCK_A, BLOCK_T] if ACROSS else [BLOCK_T, BLOCK_A], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        v = load_rows(v_ptr + a.to(tl.int64) * stride_va, a < A, c, C)
-        at = (seq * T + rows) * C
-        if scores_ptr is None:
-            s = channel_scores(x_ptrs, keep, u, v, v_ptr, stride_va, c, A, C, WHOLE, BLOCK_A, COMPUTE, PRECISION)
-        else:
-            s = tl.where(keep[:, None], load_rows(scores_ptr + at, keep, c, C), float("-inf"))
-        top, inv = _load_lse(lse_ptr, seq, c, C, num_seqs)
-        alpha = tl.exp(s - top) * inv
-        dmean = _load_channels(dmean_ptr, seq, c, C, num_seqs)
-        dvar = _load_channels(dvar_ptr, seq, c, C, num_seqs)
-        values = load_rows(val_ptr + seq * stride_ub + rows * stride_ut, keep, c, C).to(tl.float32)
-        e = values - _load_channels(mean_ptr, seq, c, C, num_seqs)
-        e -= _load_channels(mean_lo_ptr, seq, c, C, num_seqs)
-        factor = _score_factor(e, dmean, dvar, _load_channels(var_ptr, seq, c, C, num_seqs))
-        if dlse_ptr is not None:
-            factor += _load_dlse(dlse_ptr, lse_ptr, seq, c, C, num_seqs)
-        ds = alpha * factor
-        if dscores_ptr is not None:
-            ds += load_rows(dscores_ptr + at, keep, c, C)
+    ACROSS: tl.constexpr = blocks.T >= 64
+    du = tl.zeros([blocks.A, blocks.T] if ACROSS else [blocks.T, blocks.A], tl.float32)
+    for c0 in range(0, size.C, blocks.C):
+        c = c0 + tl.arange(0, blocks.C)
+        v_tile = load_channels(v, a, c, size)
+        at = (seq * T + rows) * size.C
+        alpha = _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, blocks.A)
+        e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
+        _to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
+        ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
         if ACROSS:
-            du = add_product(v, tl.trans(ds), du, COMPUTE, PRECISION)
+            du = add_product(v_tile, tl.trans(ds), du, flags.COMPUTE, flags.PRECISION)
         else:
-            du = add_product(ds, tl.trans(v), du, COMPUTE, PRECISION)
+            du = add_product(ds, tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)
     if ACROSS:
         du = tl.trans(du)
-    at = (seq * T + rows)[:, None] * A + a[None, :]
-    tl.store(dx_ptr + at, du.to(dx_ptr.dtype.element_ty), mask=(t < hi)[:, None] & (a < A)[None, :])
+    at = (seq * T + rows)[:, None] * size.A + a[None, :]
+    tl.store(dx_ptr + at, du.to(dx_ptr.dtype.element_ty), mask=(t < hi)[:, None] & (a < size.A)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What the forward left, and its gradients."""
+
+    mean: Tensor  # (S, C) float32, and the rest of mean, which is float64
+    mean_lo: Tensor
+    var: Tensor  # (S, C) float32
+    lse: Tensor  # (S, R, 2) float32, R = C with v and 1 without: (m, l)
+    scores: Tensor | None  # (B, T, C) or (N, C) float32; None: they are made again
+    dmean: Tensor  # (S, C) float32
+    dvar: Tensor  # (S, C) float32
+    dlse: Tensor | None  # as lse
+    dscores: Tensor | None  # as scores
 
 
 def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
@@ -299,45 +287,36 @@ def statistics_bwd(
         return [dx, torch.zeros_like(v) if need_v else None, dvalues]
 
     longest = call.length if cu_seqlens is None else LONG
-    blocks = bwd_blocks(call.chip, values.element_size(), longest, call.C, call.A)
-    items = partition(call.seqs, call.length, blocks.T, cu_seqlens)
+    A, C = call.size
+    blocks = bwd_blocks(call.chip, values.element_size(), longest, C, A)
+    items = call.items(blocks.T, blocks)
     mean_hi = mean.float()
-    common = {
-        **call.tensors, **item_args(items), **call.sizes, **call.flags, **tile_args(call, blocks),
-        "mean_ptr": mean_hi, "mean_lo_ptr": (mean - mean_hi).float(), "var_ptr": var, "lse_ptr": lse,
-        "dmean_ptr": dmean.float().contiguous(), "dvar_ptr": dvar.contiguous(),
-        "dlse_ptr": dlse if dlse is None else dlse.contiguous(),
-    }  # fmt: skip
-    del common["PER_CHANNEL"]
-    with torch.cuda.device_of(values):
-        if v is None:  # the scores are x, with all of their gradient
-            for name in ("v_ptr", "stride_va", "A", "WHOLE", "COMPUTE", "PRECISION", "BLOCK_A"):
-                del common[name]
-            fma = call.chip.backend != "interpreter"
-            kernel = fitted(_statistics_bwd_frame_kernel, common)
-            kernel[(items.count,)](**common, dx_ptr=dx, dval_ptr=dvalues, FMA=fma)
-            return [dx, None, dvalues]
-        common["scores_ptr"] = scores if scores.numel() else None
-        common["dscores_ptr"] = dscores if dscores is None else dscores.contiguous()
-        dv = None
-        if need_v or need_values:
-            dv = _channels(call, blocks, items, common, dvalues, need_v)
-        if need_x:
-            grid = items.count, triton.cdiv(call.A, blocks.A)
-            fitted(_statistics_bwd_features_kernel, common)[grid](**common, dx_ptr=dx)
+    scores, dlse, dscores = (x if x is None or not x.numel() else x.contiguous() for x in (scores, dlse, dscores))
+    state = State(
+        mean_hi, (mean - mean_hi).float(), var, lse, scores if scores.numel() else None,
+        dmean.float().contiguous(), dvar.contiguous(), dlse, dscores,
+    )  # fmt: skip
+    args = call.args | {"state": state, "dx_ptr": dx, "dval_ptr": dvalues}
+    registers = unpressed(call.chip, C, A)
+    if v is None:  # the scores are x, with all of their gradient
+        launch(_statistics_bwd_frame_kernel, (items.count,), args, blocks, **registers)
+        return [dx, None, dvalues]
+    dv = None
+    if need_v or need_values:
+        dv = _channels(call, blocks, items, args, need_v)
+    if need_x:
+        grid = items.count, triton.cdiv(A, blocks.A)
+        launch(_statistics_bwd_features_kernel, grid, args, blocks, **registers)
     return [dx, None if dv is None else dv.sum(0).to(v.dtype), dvalues]
 
 
-def _channels(
-    call: Call, blocks: Blocks, items: Items, common: dict[str, object], dvalues: Tensor | None, need_v: bool
-) -> Tensor | None:
+def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], need_v: bool) -> Tensor | None:
     """Write dx, and return the partials of dv ``(splits, A, C)``: two programs a core, so that they are few."""
-    channel_blocks, chunks = triton.cdiv(call.C, blocks.C), triton.cdiv(call.A, blocks.A) if need_v else 1
+    A, C = call.size
+    channel_blocks, chunks = triton.cdiv(C, blocks.C), triton.cdiv(A, blocks.A) if need_v else 1
     splits = min(items.count, triton.cdiv(2 * call.chip.cores, channel_blocks * chunks))
-    dv = None
-    if need_v:
-        dv = torch.empty(splits, call.A, call.C, dtype=torch.float32, device=common["val_ptr"].device)
-    fitted(_statistics_bwd_values_kernel, common)[(channel_blocks * splits, chunks)](
-        **common, dval_ptr=dvalues, dv_ptr=dv, items=items.count, items_per_split=triton.cdiv(items.count, splits),
-    )  # fmt: skip
+    dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].var.device) if need_v else None
+    args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": triton.cdiv(items.count, splits)}
+    grid = channel_blocks * splits, chunks
+    launch(_statistics_bwd_values_kernel, grid, args, blocks, **unpressed(call.chip, C, A))
     return dv
