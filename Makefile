@@ -6,6 +6,8 @@ JOBS ?= auto
 
 # Of `make gpu`.
 MINUTES ?= 9
+# Of `make test-long`: which of the parts of large tables, a day's own unless it is said; 1/1 is all of them.
+PART ?= $(shell expr $$(date +%s) / 86400 % 6 + 1)/6
 # Of `make mutants`: as many drawn ones in place of those listed.
 DRAWN ?= 0
 SEED ?= 0
@@ -26,8 +28,8 @@ test: $(VENV)/.installed
 test-fast: $(VENV)/.installed # a fair eighth of the tests of every file, for every edit
 	$(BIN)/python -m pytest -n $(JOBS) --sample 1/8
 
-test-long: $(VENV)/.installed # what is too long for every day
-	$(BIN)/python -m pytest -n $(JOBS) --long -m long
+test-long: $(VENV)/.installed # what is too long for every day, and of large tables another part each day
+	$(BIN)/python -m pytest -n $(JOBS) --long -m long --rest $(PART)
 
 test-devices: $(VENV)/.installed # on a CPU: which kernel tests make tensors that a GPU's kernel would not take
 	$(BIN)/python -m pytest -n $(JOBS) --devices -m kernel

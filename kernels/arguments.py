@@ -149,12 +149,12 @@ def head_ptr(x, seq, head):
 
 @triton.jit
 def entry_ptr(x, seq, row):
-    """The numbers of rows of a sequence; seq and row are int64."""
+    """The numbers of rows of a sequence; seq is an int64."""
     if x.PLAIN:
         stride_t = x.stride_t
     else:
         stride_t = x.stride_t >> 2
-    return x.ptr + seq * (x.stride_b >> 2) + row * stride_t
+    return x.ptr + seq * (x.stride_b >> 2) + row.to(tl.int64) * stride_t
 
 
 @triton.jit

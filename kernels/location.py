@@ -160,7 +160,7 @@ def _location_fwd_kernel(
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
-        rows = (start + t).to(tl.int64)
+        rows = start + t
         keep = inside
         if mask.ptr is not None:
             keep = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0

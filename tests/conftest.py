@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--devices", action="store_true", help="on a CPU: tensors made elsewhere fail (`_devices.py`)")
     parser.addoption("--long", action="store_true", help="run tests marked `long` too; -m long: these alone")
     parser.addoption("--tables", action="store_true", help=f"run tables of more than {CASES} cases whole")
+    parser.addoption("--rest", type=part, default=(1, 1), metavar="I/N",
+                     help=f"of tables with more than {CASES} long cases the I-th of N parts")  # fmt: skip
     parser.addoption("--sample", type=part, default=(1, 1), metavar="I/N",
                      help="run the I-th of N parts of the tests, each a fair sample of every file")  # fmt: skip
     parser.addoption("--fair", action="store_true", help="in an order that is fair to all files when cut off")
@@ -57,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Which tests run, and in which order: both by a hash of their names, the same on every machine."""
     which, of = config.getoption("sample")
+    which_rest, of_rest = config.getoption("rest")
     bare = {
         item.nodeid.split("[")[0]
         for item in items
@@ -68,17 +71,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def digest(item: pytest.Item) -> int:
         return int.from_bytes(hashlib.md5(item.nodeid.encode()).digest(), "big")
 
-    tables = collections.defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("long") is None:
-            tables[item.nodeid.split("[")[0]].append(item)
-    for table in () if config.getoption("gpu") or config.getoption("tables") else tables.values():
-        for item in sorted(table, key=digest)[CASES:]:
+    def tables(long: bool) -> list[list[pytest.Item]]:
+        """Tests with their cases, those that are `long` or those that are not, in the order of the hash."""
+        found = collections.defaultdict(list)
+        for item in sorted(items, key=digest):
+            if (item.get_closest_marker("long") is not None) == long:
+                found[item.nodeid.split("[")[0]].append(item)
+        return list(found.values())
+
+    whole = config.getoption("gpu") or config.getoption("tables")
+    for table in () if whole else tables(long=False):
+        for item in table[CASES:]:
             item.add_marker("long")
+    elsewhere = {id(item) for table in tables(long=True) if len(table) > CASES
+                 for place, item in enumerate(table) if place % of_rest != which_rest - 1}  # fmt: skip
 
     def wanted(item: pytest.Item) -> bool:
         shown = config.getoption("long") or item.get_closest_marker("long") is None
-        return shown and digest(item) % of == which - 1
+        return shown and id(item) not in elsewhere and digest(item) % of == which - 1
 
     kept = [item for item in items if wanted(item)]
     if len(kept) < len(items):

@@ -129,7 +129,7 @@ def test_tensors_of_two_devices_do_not_meet(tmp_path):
 
 def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list[str]:
     """Which of the tests `names` a run with these options has, in its order."""
-    options = {"sample": (1, 1), "fair": False, "long": False} | options
+    options = {"sample": (1, 1), "rest": (1, 1), "fair": False, "long": False} | options
     gone: list = []
     hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
     long = set(marked)
@@ -183,6 +183,14 @@ def test_the_cases_of_a_large_table_are_long_past_so_many():
     assert set(kept) == set(collected(few + table[::-1]))  # the same, however they were found
     assert len(collected(table + few, long=True)) == len(table + few)
     assert len(collected(table + few, gpu=True)) == len(table + few)
+
+
+def test_the_long_cases_of_large_tables_are_taken_in_parts():
+    table, few = [f"a.py::large[{i}]" for i in range(100)], [f"a.py::few[{i}]" for i in range(conftest.CASES)]
+    parts = [collected(table + few, marked=(*table, *few), long=True, rest=(i, 3)) for i in range(1, 4)]
+    assert all(set(few) <= set(part) and len(part) - len(few) in (33, 34) for part in parts)
+    assert sorted(set().union(*parts)) == sorted(table + few)
+    assert sum(len(part) for part in parts) == len(table) + 3 * len(few)
 
 
 def test_the_profile_of_long_tests_shrinks_and_draws_much():

@@ -54,9 +54,10 @@ def elements(kernel: str, constants: dict[str, Any]) -> int:
             return constants["BLOCK_I"] * constants["BLOCK_D"]
         return constants["BLOCK_E"] * constants["BLOCK_H"] * constants.get("BLOCK_A", constants.get("BLOCK_DV", 1))
     if kernel.startswith("_location_window"):
-        return constants["BLOCK"] ** 2
+        return constants["BLOCK_T"] ** 2
     if kernel.startswith("_recurrent"):
         return constants["BLOCK_N"] * constants["BLOCK_A"]
     if kernel.startswith("_statistics"):
         return constants.get("BLOCK_T", constants.get("BLOCK_I")) * constants["BLOCK_C"]
-    return constants.get("BLOCK_T", 1) * constants.get("BLOCK_A", constants.get("BLOCK_K", 1))
+    side = "K" if kernel in ("_location_bwd_rows_kernel", "_location_bwd_dw_kernel") else "A"
+    return constants.get("BLOCK_T", 1) * constants.get(f"BLOCK_{side}", 1)
