@@ -256,6 +256,23 @@ def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(dtype, scale,
     assert_as_exact(evaluate(op, tensors, impl), rough, exact, dtype=dtype)
 
 
+@table("score,values", ("linear_hops", "mlp_hops", "mlp"), (None, 4), of_kernel=6)
+def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, values, impl, device):
+    """Scores of 100: what a row keeps of its gradient is less than the rounding of the sum it is taken from."""
+    activation, scaled = (
+        ("identity", ("w", "score_bias")) if score == "linear_hops" else ("tanh", ("v", "score_bias"))
+    )
+    op = operator(activation=activation)
+    for rows in range(14, 30):
+        case = Case(
+            batch=2, rows=rows, dim=5, hops=2, score=score, activation=activation, values=values, score_bias=True
+        )
+        tensors = case.tensors(device)
+        tensors |= {name: tensors[name] * 100 for name in scaled}
+        exact = evaluate(op, in_double(tensors), "reference")
+        assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors, large=True), exact, dtype=torch.float32)
+
+
 # --- 16 bits -----------------------------------------------------------------------------------------------------
 
 WIDE = {
