@@ -1,12 +1,14 @@
 """Fused Triton kernels for the classical attention families, with PyTorch references."""
 
 from .concat import concat_attention
+from .distance import distance_attention
 from .general import general_attention
 from .graph import csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
 from .modules import (
     ConcatAttention,
+    DistanceAttention,
     GeneralAttention,
     GraphAttention,
     HierarchicalAttention,
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConcatAttention",
+    "DistanceAttention",
     "GeneralAttention",
     "GraphAttention",
     "HierarchicalAttention",
@@ -36,6 +39,7 @@ __all__ = [
     "__version__",
     "concat_attention",
     "csr_from_edges",
+    "distance_attention",
     "general_attention",
     "graph_attention",
     "hierarchical_attention",

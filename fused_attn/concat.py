@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference
 from ._checks import (
     Checker,
+    Table,
     argument,
     check_activation,
     check_dropout,
@@ -153,10 +154,23 @@ def concat_attention(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
-    left, right = _validate_concat(
-        query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,
-        return_weights,
+    given = {"query": query, "key": key, "value": value, "v": v}
+    left, right = validate(
+        _TABLES, given, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights
+    )
+    check_activation("activation", activation)
+    return attend(
+        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, activation, left, right, dropout_p,
+        return_weights, impl,
     )  # fmt: skip
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, activation: str, left: int | None, right: int | None,
+    dropout_p: float, return_weights: bool, impl: Impl,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     packed = cu_seqlens_q is not None
     heads = query.dim() == (3 if packed else 4)
 
@@ -237,17 +251,17 @@ def _pooled(
     return out[:, None], lse[:, None], scores.mT[:, None]
 
 
-def _validate_concat(
-    query: Tensor, key: Tensor, value: Tensor | None, v: Tensor, activation: str, mask: Tensor | None,
+def validate(
+    tables: dict[tuple[bool, bool], Table], given: dict[str, Tensor | None], mask: Tensor | None,
     window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
 ) -> tuple[int | None, int | None]:  # fmt: skip
-    """Check every argument; return the window's sides."""
-    given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
-    packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)
-    check = Checker(_TABLES[packed, query.dim() == (3 if packed else 4)])
-    for name, x in (("query", query), ("key", key), ("value", value), ("v", v)):
+    """Check every argument, the tensors by the table for packed rows and heads; return the window's sides."""
+    query, key = cast("Tensor", given["query"]), cast("Tensor", given["key"])
+    whole = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
+    packed = check_packed(whole, cu_seqlens_q, cu_seqlens_k)
+    check = Checker(tables[packed, query.dim() == (3 if packed else 4)])
+    for name, x in given.items():
         check(name, x)
-    check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
     return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

@@ -22,6 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
+"""Those of the public functions."""
+FEATURES = ACTIVATIONS | {"abs": torch.abs, "square": torch.square}
+"""What may be made of a sum of query and key; of their difference, in distance attention."""
 
 _U32 = 0xFFFFFFFF
 
@@ -130,7 +133,7 @@ def location_attention(
         z = z + b
     if context is not None:
         z = z + context
-    u = ACTIVATIONS[activation](z)
+    u = FEATURES[activation](z)
     if gate_w is not None:
         g = h @ gate_w
         u = u * ACTIVATIONS[gate_activation](g if gate_b is None else g + gate_b)
@@ -271,7 +274,7 @@ def concat_attention(
         bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
         (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
         bad = bad_q | bad_k.mT
-    scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    scores = (v[:, None, None] * FEATURES[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
     return _attend(
         scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
         left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,

@@ -60,7 +60,7 @@ FEW = 16
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 
 _ATEN = torch.ops.aten
-# From z to act(z); and from (g, z or act(z)) to g act'. silu and gelu want z, the others what is in the buffer.
+# From z to act(z); and from (g, z or act(z)) to g act'. `_WANTS_Z` want z, the others what is in the buffer.
 _FORWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh": lambda z, out: _ATEN.tanh.out(z, out=out),
     "sigmoid": lambda z, out: _ATEN.sigmoid.out(z, out=out),
@@ -68,6 +68,8 @@ _FORWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leaky_relu": lambda z, out: _ATEN.leaky_relu.out(z, 0.2, out=out),
     "silu": lambda z, out: _ATEN.silu.out(z, out=out),
     "gelu": lambda z, out: _ATEN.gelu.out(z, out=out),
+    "abs": lambda z, out: _ATEN.abs.out(z, out=out),
+    "square": lambda z, out: _ATEN.square.out(z, out=out),
 }
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh": lambda g, y: _ATEN.tanh_backward.grad_input(g, y, grad_input=y),
@@ -76,8 +78,10 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leaky_relu": lambda g, y: _ATEN.leaky_relu_backward.grad_input(g, y, 0.2, True, grad_input=y),
     "silu": lambda g, z: _ATEN.silu_backward.grad_input(g, z, grad_input=z),
     "gelu": lambda g, z: _ATEN.gelu_backward.grad_input(g, z, grad_input=z),
+    "abs": lambda g, z: z.sgn_().mul_(g),
+    "square": lambda g, z: z.mul_(2).mul_(g),
 }
-_WANTS_Z = ("silu", "gelu")
+_WANTS_Z = ("silu", "gelu", "abs", "square")
 
 
 class _Tile(NamedTuple):
