@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused_attn import (
     ConcatAttention,
+    DistanceAttention,
     GeneralAttention,
     GraphAttention,
     HierarchicalAttention,
@@ -18,6 +19,7 @@ from fused_attn import (
     StatisticsPooling,
     WordByWordAttention,
     concat_attention,
+    distance_attention,
     general_attention,
     graph_attention,
     hierarchical_attention,
@@ -166,6 +168,23 @@ def _rows() -> list[Row]:
         "concat padded, one query",
         lambda i, **t: concat_attention(**t, impl=i),
         lambda B, T: {"query": r(B, 1, 4), "key": r(B, T, 4), "value": r(B, T, 4), "v": r(4)},
+    )
+    add(
+        "distance padded, all options",
+        lambda i, **t: distance_attention(**t, p=1, window=(2, 1), return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, T, 4),
+            "key": r(B, 2, T, 4),
+            "value": r(B, 2, T, 4),
+            "v": r(2, 4),
+            "mask": seen(B, T),
+            "score_bias": r(2, T, T),
+        },
+    )
+    add(
+        "distance packed",
+        lambda i, c, **t: distance_attention(**t, p=2, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
     )
     add(
         "concat packed",
@@ -393,6 +412,13 @@ def _rows() -> list[Row]:
         "ConcatAttention",
         lambda i, x, m=m, **t: m(**t, contexts=(x,), impl=i),
         lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4), "x": r(B, 2)},
+        m,
+    )
+    m = DistanceAttention(4, 4, 3, num_heads=2)
+    add(
+        "DistanceAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
         m,
     )
     m = GeneralAttention(4, num_heads=2)

@@ -133,6 +133,8 @@ ROWS: dict[str, Row] = {
     "concat": Row(_function("concat_attention"), {**PAIRS, "v": floats(A), **MASKED}),
     "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED}),
     "concat, packed": Row(_function("concat_attention"), {**PACKED, "v": floats(A)}),
+    "distance": Row(_function("distance_attention"), {**PAIRS, "v": floats(A), **MASKED}),
+    "distance, packed": Row(_function("distance_attention"), {**PACKED, "v": floats(A)}),
     "general": Row(_function("general_attention"), {**PAIRS, "weight": floats(A, A), **MASKED}),
     "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
     "general, dot": Row(_function("general_attention"), {"query": PAIRS["query"], "key": PAIRS["key"]}),
@@ -201,6 +203,10 @@ ROWS: dict[str, Row] = {
         _module("StatisticsPooling", D, A, per_channel=True, global_context=True),
         {"h": floats(N, D), "mask": bools(N), "cu_seqlens": CU_N},
     ),
+    "DistanceAttention": Row(
+        _module("DistanceAttention", D, C, A, num_heads=H),
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED},
+    ),
     "ConcatAttention": Row(
         _module("ConcatAttention", D, C, A, context_dims=[R], num_heads=H),
         {
@@ -264,6 +270,7 @@ HUGE = 10**400
 _NAMES: list[Any] = [[], {}, None, 3, "Tanh ", float("nan"), b"tanh"]
 _FLAGS: list[Any] = [None, "yes", 1, 0.0, [], {}, float("nan")]
 BAD_OPTIONS: dict[str, list[Any]] = {
+    "p": ["1", None, [], {}, True, 1j, float("nan"), float("inf"), 0, -1, 1.5, 3, HUGE, 10**5000, 1e300],
     "activation": _NAMES,
     "gate_activation": _NAMES,
     "impl": [[], {}, None, 3, "cuda", float("nan"), torch.ones(2)],

@@ -78,6 +78,7 @@ NO_KEYS = {
     "location, weights": lambda x: f.location_attention(x, x.new_ones(4), return_weights=True)[1],
     "window": lambda x: f.location_attention(x, x.new_ones(4), window=(1, 0)),
     "concat": lambda x: f.concat_attention(x.new_ones(2, 3, 4), x, x, x.new_ones(4)),
+    "distance": lambda x: f.distance_attention(x.new_ones(2, 3, 4), x, x, p=2),
     "general": lambda x: f.general_attention(x.new_ones(2, 3, 4), x),
     "general, weights": lambda x: f.general_attention(x.new_ones(2, 3, 4), x, return_weights=True)[0],
     "statistics": lambda x: torch.cat(f.statistics_pooling(x)),
@@ -179,6 +180,11 @@ NOTHING = {
         (lambda: f.ConcatAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(0, 3), h(0, 2)]),
         (lambda: f.ConcatAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 0), h(2, 3)]),
         (lambda: f.ConcatAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 3), h(2, 0)]),
+    ],
+    "DistanceAttention": [
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(0, 3), h(0, 2)]),
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 0), h(2, 3)]),
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 3), h(2, 0)]),
     ],
     "GeneralAttention": [
         (lambda: f.GeneralAttention(4), lambda m, q, k: m(q, k), [h(0, 3), h(0, 2)]),

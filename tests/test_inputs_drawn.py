@@ -16,6 +16,7 @@ GOOD_OPTIONS = {
     "activation": ["identity", "tanh", "relu", "sigmoid", "leaky_relu", "gelu", "silu"],
     "gate_activation": ["tanh", "sigmoid"],
     "impl": ["auto", "reference", "triton"],
+    "p": [1, 2, 1.0],
     "scale": [0, 0.5, -2, 1e-30],
     "floor": [0, 1e-3, 10**6],
     "window": [None, (None, 0), (None, -1), (1, 1), (0, None), (-2, 5), (10**30, 10**5000), (-3, -4)],

@@ -175,6 +175,7 @@ def test_repr_shows_the_options():
 
 MODULES = {
     "location": lambda **made: fused_attn.LocationAttention(4, 3, hops=2, gated=True, context_dim=5, **made),
+    "distance": lambda **made: fused_attn.DistanceAttention(4, 5, 3, num_heads=2, bias=True, **made),
     "concat": lambda **made: fused_attn.ConcatAttention(4, 5, 3, context_dims=(2,), num_heads=2, bias=True, **made),
     "general": lambda **made: fused_attn.GeneralAttention(4, 5, num_heads=2, **made),
     "hierarchical": lambda **made: fused_attn.HierarchicalAttention(4, 3, gated=True, inner_context_dim=2, **made),

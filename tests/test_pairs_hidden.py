@@ -19,6 +19,8 @@ CASES = {
     "concat, bfloat16": _concat.Case(**SIZES, window=NEAR, score_bias="qk", dropout_p=0.3, dtype=torch.bfloat16),
     "concat, identity": _concat.Case(**SIZES | {"queries": 21}, window=LATE, mask="pairs", activation="identity"),
     "concat, packed": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR),
+    "distance": _concat.Case(**SIZES, window=CAUSAL, p=1),
+    "distance, squares": _concat.Case(**SIZES | HEADS, window=NEAR, mask="pairs", p=2),
     "general": _general.Case(**SIZES, window=CAUSAL, weight="matrix"),
     "general, late": _general.Case(**SIZES | {"queries": 21}, window=LATE, activation="tanh", weight="matrix"),
     "general, near": _general.Case(**SIZES | HEADS, window=NEAR, mask="pairs", weight="heads"),

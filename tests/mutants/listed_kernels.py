@@ -75,6 +75,20 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/activations.py",
+        "tl.where(x < 0, -1.0, x))  # 0",
+        "tl.where(x < 0, -1.0, 1.0))  # 0",
+        ("tests/test_distance.py", "-k", "equal_features"),
+        "the gradient of |z| at 0 is 1",
+    ),
+    Mutant(
+        "kernels/activations.py",
+        "        return 2.0 * x\n",
+        "        return x\n",
+        ("tests/test_distance.py", "-k", "equal_features"),
+        "the gradient of a square is half of it",
+    ),
+    Mutant(
+        "kernels/activations.py",
         "LEAKY_SLOPE = tl.constexpr(0.2)",
         "LEAKY_SLOPE = tl.constexpr(0.01)",
         ("tests/test_concat.py", "-k", "every_activation"),

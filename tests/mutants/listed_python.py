@@ -5,6 +5,20 @@ from mutant import Mutant
 PYTHON: tuple[Mutant, ...] = (
     Mutant(
         "fused_attn/blocked/concat.py",
+        '    "square": lambda g, z: z.mul_(2).mul_(g),',
+        '    "square": lambda g, z: z.mul_(g),',
+        ("tests/test_distance.py", "-k", "equal_features"),
+        "the gradient of a square is half of it",
+    ),
+    Mutant(
+        "fused_attn/distance.py",
+        "query.new_full(query.shape[-1:], -1.0) if v is None else -v",
+        "query.new_full(query.shape[-1:], 1.0) if v is None else -v",
+        ("tests/test_distance.py", "-k", "without_v"),
+        "what is far weighs most, without v",
+    ),
+    Mutant(
+        "fused_attn/blocked/concat.py",
         "                lo = 0 if self.left is None else max(0, i - self.left)",
         "                lo = 0 if self.left is None else max(0, i - self.left + 1)",
         ("tests/test_concat.py", "-k", "every_window"),
