@@ -3,7 +3,7 @@
 from .concat import concat_attention
 from .distance import distance_attention
 from .general import general_attention
-from .graph import csr_from_edges, graph_attention, transpose_csr
+from .graph import Graph, csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
 from .modules import (
@@ -19,6 +19,7 @@ from .modules import (
     WordByWordAttention,
 )
 from .recurrent import location_aware_attention, word_by_word_attention
+from .segments import Segments
 from .statistics import statistics_pooling
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ConcatAttention",
     "DistanceAttention",
     "GeneralAttention",
+    "Graph",
     "GraphAttention",
     "HierarchicalAttention",
     "HierarchicalOutput",
@@ -34,6 +36,7 @@ __all__ = [
     "LocationAwareAttention",
     "RaggedRNN",
     "Score",
+    "Segments",
     "StatisticsPooling",
     "WordByWordAttention",
     "__version__",

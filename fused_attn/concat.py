@@ -5,6 +5,7 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
 from .blocked import concat as blocked
 from .location import LOCATION
+from .segments import Offsets, as_offsets
 
 _TABLES = {
     (packed, heads): pairs_table(
@@ -88,8 +90,8 @@ def concat_attention(
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -151,6 +153,7 @@ def concat_attention(
     Bahdanau et al. 2015; Luong et al. 2015 (concat); Rocktäschel et al. 2016; Ma et al. 2017 (Dipole).
 
     """
+    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
@@ -252,7 +255,7 @@ def _pooled(
 
 
 def validate(
-    tables: dict[tuple[bool, bool], Table], given: dict[str, Tensor | None], mask: Tensor | None,
+    tables: dict[tuple[bool, bool], Table], given: Mapping[str, Tensor | None], mask: Tensor | None,
     window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
 ) -> tuple[int | None, int | None]:  # fmt: skip

@@ -14,6 +14,7 @@ from ._checks import argument, check_flag, check_number, pairs_table, show
 from ._habits import explicit
 from ._ops import Impl, exports_from_one, under_autocast
 from .concat import attend, validate
+from .segments import Offsets, as_offsets
 
 _TABLES = {
     (packed, heads): pairs_table(
@@ -38,8 +39,8 @@ def distance_attention(
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -85,6 +86,7 @@ def distance_attention(
     Kim et al. 2019, Attentive Neural Processes (p = 1).
 
     """
+    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)

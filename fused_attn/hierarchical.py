@@ -18,6 +18,7 @@ from ._habits import explicit
 from ._operators import left_to_autograd, raw_op
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
 from .location import LOCATION, _split_gate, _table, check_context, check_score
+from .segments import Offsets, as_offsets
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -163,8 +164,8 @@ def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Te
 @under_autocast("h", "inner", "outer", "between")
 def hierarchical_attention(
     h: Tensor,
-    inner_offsets: Tensor,
-    outer_offsets: Tensor,
+    inner_offsets: Offsets,
+    outer_offsets: Offsets,
     inner: Score,
     outer: Score,
     *,
@@ -228,6 +229,7 @@ def hierarchical_attention(
     Yang et al. 2016 (HAN).
 
     """
+    inner_offsets, outer_offsets = as_offsets(inner_offsets), as_offsets(outer_offsets)
     return_segments = check_flag("return_segments", return_segments)
     return_weights = check_flag("return_weights", return_weights)
     Checker(_TABLE)("h", h)

@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton
 from .concat import concat_attention
+from .segments import Offsets, as_offsets
 
 _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
 
@@ -124,8 +125,8 @@ def word_by_word_attention(
     *,
     state: Tensor | None = None,
     mask: Tensor | None = None,
-    cu_seqlens_premise: Tensor | None = None,
-    cu_seqlens_hypothesis: Tensor | None = None,
+    cu_seqlens_premise: Offsets | None = None,
+    cu_seqlens_hypothesis: Offsets | None = None,
     return_weights: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -183,6 +184,7 @@ def word_by_word_attention(
     Rocktäschel et al. 2016, Reasoning about entailment with neural attention.
 
     """
+    cu_seqlens_premise, cu_seqlens_hypothesis = as_offsets(cu_seqlens_premise), as_offsets(cu_seqlens_hypothesis)
     if not isinstance(premise, Tensor):
         raise TypeError(f"premise: expected a torch.Tensor; got {type(premise).__name__}")
     return_weights = check_flag("return_weights", return_weights)

@@ -9,6 +9,7 @@ from .._checks import argument, check_count, check_dropout, check_flag, module_c
 from .._habits import explicit
 from .._ops import Impl
 from ..distance import check_power, distance_attention
+from ..segments import Offsets
 from ._layers import factory, project, reset_layers
 
 _INPUTS = {
@@ -97,8 +98,8 @@ class DistanceAttention(nn.Module):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from .._checks import FINITE, argument, check_activation, check_count, check_dro
 from .._habits import explicit
 from .._ops import Impl
 from ..general import general_attention
+from ..segments import Offsets
 from ._layers import factory
 
 _INPUTS = {
@@ -101,8 +102,8 @@ class GeneralAttention(nn.Module):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..graph import Transposed, graph_attention
+from ..graph import Graph, Transposed, csr_of, graph_attention
 from ._layers import factory, read, reset_layers
 
 _INPUTS = {
@@ -133,8 +133,8 @@ class GraphAttention(nn.Module):
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor],
-        indptr: Tensor,
-        indices: Tensor,
+        indptr: Tensor | Graph,
+        indices: Tensor | None = None,
         *,
         edge: Tensor | None = None,
         transposed: Transposed | None = None,
@@ -178,6 +178,8 @@ class GraphAttention(nn.Module):
             expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
         check.bind("Nq+1", query.shape[0] + 1, "x")
+        structure = (indptr, indices)
+        indptr, indices, _ = csr_of(indptr, indices, transposed)
         check("indices", indices)
         check("indptr", indptr)
         check("edge", edge)
@@ -189,7 +191,7 @@ class GraphAttention(nn.Module):
         query, key = _reached(query, key, indptr, indices)
         keys = heads(self.key_proj(key))
         results = graph_attention(
-            keys if same else heads(self.query_proj(query)), keys, read("score", self.score).weight, indptr, indices,
+            keys if same else heads(self.query_proj(query)), keys, read("score", self.score).weight, *structure,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
             activation=self.activation, dropout_p=self.dropout if self.training else 0.0, transposed=transposed,
             return_weights=return_weights, impl=impl,

@@ -23,6 +23,7 @@ from .._ops import Impl, exports_from_one, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
+from ..segments import Offsets, as_offsets
 from ._layers import factory, project, read, reset_layers
 from .location import LocationAttention, gate_of
 
@@ -174,8 +175,8 @@ class HierarchicalAttention(nn.Module):
     def forward(
         self,
         h: Tensor,
-        inner_offsets: Tensor,
-        outer_offsets: Tensor,
+        inner_offsets: Offsets,
+        outer_offsets: Offsets,
         *,
         mask: Tensor | None = None,
         inner_context: Tensor | None = None,
@@ -193,6 +194,7 @@ class HierarchicalAttention(nn.Module):
             without its width, or missing with it.
 
         """
+        inner_offsets, outer_offsets = as_offsets(inner_offsets), as_offsets(outer_offsets)
         sizes = {
             f"{name}_context_dim": width_of(x.context) for name, x in (("inner", self.inner), ("outer", self.outer))
         }

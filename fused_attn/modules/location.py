@@ -21,6 +21,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..location import _a_sequence, check_context, location_attention
+from ..segments import Offsets, as_offsets
 from ._layers import factory, project, read, reset_layers
 
 _INPUTS = {
@@ -118,7 +119,7 @@ class LocationAttention(nn.Module):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -131,6 +132,7 @@ class LocationAttention(nn.Module):
             without `context_dim`, or missing with it.
 
         """
+        cu_seqlens = as_offsets(cu_seqlens)
         if (context is None) != (self.context is None):
             given = "None" if context is None else "a tensor"
             wanted = "None, since context_dim is None" if self.context is None else "a tensor, by context_dim"

@@ -19,6 +19,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
+from ..segments import Offsets
 from ._layers import factory, project, read, reset_layers
 
 _WORDS = {
@@ -94,8 +95,8 @@ class WordByWordAttention(nn.Module):
         *,
         state: Tensor | None = None,
         mask: Tensor | None = None,
-        cu_seqlens_premise: Tensor | None = None,
-        cu_seqlens_hypothesis: Tensor | None = None,
+        cu_seqlens_premise: Offsets | None = None,
+        cu_seqlens_hypothesis: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._checks import check_activation, check_count, check_flag, weight_of, width_of
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
+from ..segments import Offsets, as_offsets
 from ..statistics import statistics_pooling
 from ._layers import factory, read, reset_layers
 from .location import check_module_inputs
@@ -78,11 +79,12 @@ class StatisticsPooling(nn.Module):
         h: Tensor,
         *,
         mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool `h` to ``[mean; std]``, ``(B, 2D)``; shapes, weights and errors are those of `statistics_pooling`."""
+        cu_seqlens = as_offsets(cu_seqlens)
         check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
         context = None
         if self.context is not None:
