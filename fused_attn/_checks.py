@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, every_sample
+from ._tracing import every_sample
+from .reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = (-sys.float_info.max, math.inf)  # from, and under
@@ -438,9 +439,7 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         range does in `torch.nn.Embedding`.
 
     """
-    check_tensor(
-        name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT
-    )  # fmt: skip
+    check_tensor(name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT)
     check_offsets(name, cu, rows, "packed rows")
 
 
@@ -451,9 +450,8 @@ def know(x: Tensor, what: str, count: int) -> Tensor:
 
 
 def _known(x: Tensor, what: str, count: int) -> bool:
-    if torch.compiler.is_compiling() or not hasattr(x, "_fused_attn_known"):
-        return False
-    return bool(x._fused_attn_known == (what, count, x._version))
+    known = None if torch.compiler.is_compiling() else getattr(x, "_fused_attn_known", None)
+    return known is not None and known == (what, count, x._version)
 
 
 def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:

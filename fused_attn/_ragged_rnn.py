@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._dropout import dropout_scale
 from ._operators import left_to_autograd, raw_op, vjp
 from ._ops import forward_mode, under_autocast
-from .reference import dropout_scale, segment_ids
+from .reference import segment_ids
 
 _GATES = {"LSTM": 4, "GRU": 3}  # else one
 

@@ -134,7 +134,7 @@ def sequence_of(seq, spans, T, num_seqs, per_seq):
 
 @triton.jit
 def dropout_scale(dropout, position, sequence, hop):
-    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
+    """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
     position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
     """
@@ -190,7 +190,7 @@ def old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
 
 @triton.jit
 def old_dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
-    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
+    """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
     position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
     """

@@ -8,7 +8,7 @@ import torch
 from _location import ACTIVATIONS, SCORES, Case
 
 from fused_attn import location_attention
-from fused_attn.reference import _philox
+from fused_attn._dropout import _philox
 
 # By the formulas of their definitions, not by PyTorch's functions.
 BY_HAND = {

@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import dropout_scale, in_parts, normaliser, readable, sound
+from .._dropout import dropout_scale
+from ..reference import in_parts, normaliser, readable, sound
 
 T = TypeVar("T")
 

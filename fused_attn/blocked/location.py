@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._dropout import dropout_scale
 from .._operators import vjp
-from ..reference import dropout_scale, in_window, normaliser
+from ..reference import in_window, normaliser
 
 CHUNK = 64
 """Rows of a chunk; of windows bounded on both sides up to `WIDE`, so that a chunk has not many times as many keys."""
