@@ -13,19 +13,22 @@ from _inputs import (
     ROWS,
     TK,
     TQ,
+    WRONG_VALUES,
     A,
     B,
     C,
     D,
     E,
     N,
+    bad_numbers,
     bad_offsets,
     bad_tensors,
     bools,
     floats,
     ints,
+    map_tensors,
     tensors,
-)  # fmt: skip
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
@@ -44,10 +47,18 @@ from fused_attn.kernels import chip
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 FIRST = {"h", "rows", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
+LATER = {  # axes whose size an argument is the first to say, or says alone, in rows of such names
+    *(("", name, -1) for name in ("values", "value", "indices", "hypothesis")),
+    *(("", name, -2) for name in ("key", "hypothesis", "conv_weight", "outer_context")),
+    *((row, "key", -3) for row in ("concat, packed heads", "general, packed heads", "graph, heads")),
+    *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
+    *(("location, packed hops", "v", -1), ("general", "key", -1), ("LocationAttention", "cu_seqlens", -1)),
+    *(("HierarchicalAttention", f"{level}_offsets", -1) for level in ("inner", "outer")),
+}
 
 
 def raised(row, **changed):
-    """What a call with some arguments changed raises: its name and text; None where it passes."""
+    """What a call with some arguments changed raises: its type, the name there, the text; None where it passes."""
     try:
         row.make()(**{**row.arguments, **changed})
     except (ValueError, TypeError) as error:
@@ -55,8 +66,13 @@ def raised(row, **changed):
         match = re.match(r"([a-z_]+[a-z0-9_.]*(\[\d+\])?): expected ", text)
         assert match, text
         assert "; got " in text, text
-        return match[1], text
+        return type(error), match[1], text
     return None
+
+
+def stem(name):
+    """`gate` of `gate[0]`, `inner` of `inner.w`."""
+    return re.split(r"[.\[]", name)[0]
 
 
 @every_row
@@ -75,34 +91,44 @@ def test_every_tensor_that_is_none_of_the_kind_raises_with_its_name(row):
                 continue  # a bias broadcasts, and the edges are alone
             came = raised(row, **{name: bad})
             assert came is not None, (name, kind)
-            if name not in FIRST and (name, kind) != ("cu_seqlens", "jagged"):
-                assert came[0] == name, (kind, came)
-            assert re.split(r"[.\[]", came[0])[0] in has, (name, kind, came)
+            error, named, text = came
+            if (kind, name) != ("nested", "h"):  # which some take, of the other layout
+                assert error is (ValueError if kind in WRONG_VALUES else TypeError), (name, kind, came)
+            if name in FIRST and kind in ("meta", "float64"):
+                assert stem(named) in has, (name, kind, came)
+            else:
+                assert named == name, (kind, came)
+                assert kind != "meta" or "expected device cpu; got meta" in text, came
 
 
 @every_row
 def test_every_option_that_is_none_raises_with_its_name(row):
     for name in row.options():
-        for bad in BAD_OPTIONS[name]:
-            if bad is None and inspect.signature(row.function).parameters[name].default is None:
-                continue
-            came = raised(row, **{name: bad})
-            assert came is not None, (name, bad)
-            assert re.split(r"[.\[]", came[0])[0] == name, came
+        for error, values in BAD_OPTIONS[name].items():
+            for bad in values:
+                if bad is None and inspect.signature(row.function).parameters[name].default is None:
+                    continue
+                came = raised(row, **{name: bad})
+                assert came is not None, (name, bad)
+                assert (came[0], stem(came[1])) == (error, name), came
 
 
-@every_row
-def test_every_size_that_differs_is_named(row):
+@pytest.mark.parametrize(("title", "row"), ROWS.items(), ids=ROWS.keys())
+def test_every_size_that_differs_is_named(title, row):
     """One more along an axis: wrong where the size is bound, else as good as before."""
     has = inspect.signature(row.function).parameters
+    later = {(name, axis) for start, name, axis in LATER if title.startswith(start)}
     for name in tensors(row.arguments):
         x = row.arguments[name]
-        for axis in range(x.dim()):
+        for axis in range(-x.dim(), 0):
             came = raised(row, **{name: torch.cat([x, x.narrow(axis, 0, 1)], axis)})
-            if came is not None:
-                assert re.split(r"[.\[]", came[0])[0] in has, (name, axis, came)
-            if came is not None and "expected shape" in came[1] and name not in ("edge_index", "conv_weight"):
-                assert re.search(r"= \d+ from ", came[1]), came
+            if name in FIRST or (name, axis) in later:
+                assert came is None or (came[0] is ValueError and stem(came[1]) in has), (name, axis, came)
+            else:
+                assert came is not None, (name, axis)
+                assert came[:2] == (ValueError, name), (axis, came)
+            if came is not None and "expected shape" in came[2] and name not in ("edge_index", "conv_weight"):
+                assert re.search(r"= \d+ from ", came[2]), came
 
 
 @every_row
@@ -112,34 +138,32 @@ def test_sizes_of_0_pass_or_are_named(row):
         x = row.arguments[name]
         for axis in range(x.dim()):
             came = raised(row, **{name: x.narrow(axis, 0, 0)})
-            assert came is None or re.split(r"[.\[]", came[0])[0] in has, (name, axis, came)
+            assert came is None or (came[0] is ValueError and stem(came[1]) in has), (name, axis, came)
 
 
 @every_row
 def test_offsets_that_are_none_raise_with_their_name(row):
     for name in tensors(row.arguments):
         if "cu_seqlens" in name or name in ("inner_offsets", "offsets"):
-            for kind, bad in bad_offsets(row.arguments[name], int(row.arguments[name][-1])).items():
+            last = int(row.arguments[name][-1])
+            for kind, bad in bad_offsets(row.arguments[name], last).items():
                 came = raised(row, **{name: bad})
                 assert came is not None, (name, kind)
-                assert came[0] == name, (kind, came)
+                wrong_type = not isinstance(bad, torch.Tensor) or bad.dtype != torch.int32
+                assert came[:2] == (TypeError if wrong_type else ValueError, name), (kind, came)
+                if kind in bad_numbers(last):
+                    assert f"{name}: expected non-decreasing offsets from 0 to " in came[2], came
 
 
 @every_row
 def test_the_same_on_meta_gives_shapes(row):
-    def moved(x):
-        if isinstance(x, (tuple, list)):
-            y = [moved(item) for item in x]
-            return type(x)(*y) if hasattr(x, "_fields") else type(x)(y)
-        return x.to("meta") if isinstance(x, torch.Tensor) else x
-
     def shapes(x):
         return [shapes(y) for y in x] if isinstance(x, tuple) else None if x is None else tuple(x.shape)
 
     call, arguments = row.make(), row.arguments
     here = call(**arguments)
     call = call.to("meta") if isinstance(call, torch.nn.Module) else call
-    there = call(**{name: moved(x) for name, x in arguments.items()})
+    there = call(**map_tensors(lambda x: x.to("meta"), arguments))
     assert shapes(there) == shapes(here)
 
 
@@ -337,7 +361,8 @@ def test_modules_take_other_dtypes_under_autocast(row):
         assert first.dtype in (torch.bfloat16, torch.float32)
 
 
-BAD_SIZES = [0, -1, 2.0, "3", True, 10**30, float("nan"), []]
+BAD_SIZES = {ValueError: [0, -1, 10**30], TypeError: [2.0, "3", True, float("nan"), []]}
+OPTIONS = {"dropout": "dropout_p"} | {n: n for n in ("activation", "gate_activation", "scale", "between")}
 
 
 @pytest.mark.parametrize(
@@ -352,7 +377,11 @@ BAD_SIZES = [0, -1, 2.0, "3", True, 10**30, float("nan"), []]
             ["query_dim", "head_dim", "num_heads", "key_dim", "edge_dim"],
             ["concat", "share_weights", "bias"],
         ),
-        ("HierarchicalAttention", ["dim", "inner_dim", "outer_dim", "inner_context_dim"], ["gated", "bias"]),
+        (
+            "HierarchicalAttention",
+            ["dim", "inner_dim", "outer_dim", "inner_context_dim", "outer_context_dim"],
+            ["gated", "bias"],
+        ),
         ("WordByWordAttention", ["premise_dim", "hypothesis_dim", "attn_dim"], []),
         ("LocationAwareAttention", ["query_dim", "key_dim", "attn_dim", "channels", "width"], ["bias"]),
     ],
@@ -361,14 +390,14 @@ def test_constructors_name_their_argument(name, sizes, flags):
     make = getattr(fused_attn, name)
     has = inspect.signature(make).parameters
     good = {n: 4 for n, p in has.items() if p.default is p.empty}
-    table = {n: BAD_SIZES for n in sizes} | {n: [None, "yes", 1, []] for n in flags}
-    table |= {n: [float("nan"), True, "x", 1.0, None] for n in ("dropout",) if n in has}
-    table |= {n: [[], None, "softplus"] for n in ("activation", "gate_activation") if n in has}
-    table |= {n: [float("nan"), True, "x", 10**400] for n in ("scale",) if n in has}
-    for argument, values in table.items():
-        for bad in values:
-            with pytest.raises((ValueError, TypeError), match=rf"^{argument}: expected .*; got "):
-                make(**{**good, argument: bad})
+    table = {n: BAD_SIZES for n in sizes} | {n: BAD_OPTIONS["return_weights"] for n in flags}
+    table |= {n: BAD_OPTIONS[option] for n, option in OPTIONS.items() if n in has}
+    bad = ((n, error, value) for n in table for error, values in table[n].items() for value in values)
+    for argument, error, value in bad:
+        may_be = value == 1e300 or (value is None and has[argument].default is None)  # a scale of float64, say
+        if not may_be:
+            with pytest.raises(error, match=rf"^{argument}: expected .*; got "):
+                make(**{**good, argument: value})
 
 
 # --- Structures of other graphs and batches ---------------------------------------------------------------------

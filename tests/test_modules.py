@@ -137,25 +137,6 @@ def test_dropout_is_for_training_only(device):
     assert torch.equal(module(h), plain(h))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"dim": 0}, "dim"),
-        ({"dim": 3, "attn_dim": 0}, "attn_dim"),
-        ({"dim": 3, "hops": 0}, "hops"),
-        ({"dim": 3, "context_dim": 0}, "context_dim"),
-        ({"dim": 3, "gated": True}, "attn_dim"),
-        ({"dim": 3, "activation": "softplus"}, "activation"),
-        ({"dim": 3, "gate_activation": "softplus"}, "gate_activation"),
-        ({"dim": 3, "dropout": 1.0}, "dropout"),
-    ],
-    ids=str,
-)
-def test_constructor_errors_name_the_argument(arguments, name):
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*; got "):
-        LocationAttention(**arguments)
-
-
 def test_context_and_context_dim_go_together():
     h, context = torch.randn(2, 7, DIM), torch.randn(2, 4)
     with pytest.raises(ValueError, match=r"^context: expected None, since context_dim is None; got a tensor"):

@@ -17,30 +17,29 @@ def _tests(names: str) -> tuple[str, ...]:
 _PAIRS = "pairs_weights pairs_hidden pairs_layouts pairs_wide"
 _LAST = "inputs no_host_wait variants compositions"  # of every family, and slow to see what its own tests see
 TESTS = {
-    "_checks": _tests("inputs location_errors concat_errors general_errors graph_errors statistics_errors "
-                      "hierarchical_errors word_by_word_errors location_aware inputs_drawn"),
+    "_checks": _tests("errors inputs location_aware inputs_drawn"),
     "_habits": _tests("inputs"),
     "_ops": _tests("location_reference inputs chips compositions"),
     "_operators": _tests("compositions inputs"),
     "reference": _tests("location_reference concat_reference three_families location_numbers general "
                         "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
                         f"{_PAIRS} location_hidden concat_structure concat_exactness"),
-    "_ragged_rnn": _tests("hierarchical_errors location_hidden compositions_sizes compositions"),
+    "_ragged_rnn": _tests("hierarchical_module location_hidden compositions_sizes compositions"),
     "location_window": _tests("location_window location_window_memory location_numbers location_layouts "
                               f"location_hidden {_LAST}"),
     "blocked/location": _tests("location_window location_numbers location_layouts location_hidden compositions"),
     "location": _tests("modules location location_structure location_dropout location_numbers location_layouts "
-                       "location_hidden location_errors location_memory location_window "
+                       "location_hidden errors location_memory location_window "
                        f"hierarchical {_LAST}"),
     "concat": _tests("concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
-                     f"concat_blocked {_PAIRS} concat_errors concat_memory {_LAST}"),
-    "general": _tests("general general_structure general_sdpa general_errors "
+                     f"concat_blocked {_PAIRS} errors concat_memory {_LAST}"),
+    "general": _tests("general general_structure general_sdpa errors "
                       f"{_PAIRS} {_LAST}"),
-    "hierarchical": _tests("hierarchical hierarchical_structure hierarchical_errors location_numbers "
+    "hierarchical": _tests("hierarchical hierarchical_structure hierarchical_module errors location_numbers "
                            f"location_layouts location_hidden location_memory {_LAST}"),
     "recurrent": _tests(f"word_by_word location_aware three_families {_LAST}"),
-    "statistics": _tests(f"statistics three_families statistics_errors {_LAST}"),
-    "graph": _tests(f"graph three_families graph_errors {_LAST}"),
+    "statistics": _tests(f"statistics three_families errors {_LAST}"),
+    "graph": _tests(f"graph three_families errors {_LAST}"),
     "": _tests("softmax location concat_structure general graph statistics location_dropout location_window "
                "location_structure"),
 }  # fmt: skip

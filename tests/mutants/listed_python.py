@@ -189,21 +189,21 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_ragged_rnn.py",
         "    return run(rows[order], counts)[torch.argsort(order)]",
         "    return run(rows[order], counts)[order]",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "states come back in another order",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "            h = n + z * (h - n)",
         "            h = h + z * (n - h)",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient takes the update gate for its complement",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "for x in reversed(inputs) if backwards else inputs:",
         "for x in inputs:",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient walks both directions forwards",
     ),
     Mutant(
@@ -231,7 +231,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_checks.py",
         "    good = ((x >= 0) & (x < count)).all()",
         "    good = ((x >= 0) & (x <= count)).all()",
-        ("tests/test_graph_errors.py",),
+        ("tests/test_errors.py", "-k", "wrong_numbers"),
         "an index one past the end is taken",
     ),
     Mutant(
@@ -259,7 +259,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/modules/hierarchical.py",
         '_score_of("outer", self.outer, outer_context),',
         '_score_of("outer", self.inner, outer_context),',
-        ("tests/test_hierarchical_errors.py", "-k", "levels_one_after"),
+        ("tests/test_hierarchical_module.py", "-k", "levels_one_after"),
         "the outer level has the inner one's parameters",
     ),
     Mutant(
