@@ -15,8 +15,18 @@ from torch import Tensor
 from fused_attn import concat_attention
 
 __all__ = [
-    "ACTIVATIONS", "ALL", "IMPLS", "ROWS", "Case", "check", "compare", "hide", "offsets", "operator", "pairwise",
-]  # fmt: skip
+    "ACTIVATIONS",
+    "ALL",
+    "IMPLS",
+    "ROWS",
+    "Case",
+    "check",
+    "compare",
+    "hide",
+    "offsets",
+    "operator",
+    "pairwise",
+]
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")
@@ -63,9 +73,11 @@ class Case:
     @property
     def op(self) -> Operator:
         return operator(
-            activation=self.activation, window=self.window, dropout_p=self.dropout_p,
+            activation=self.activation,
+            window=self.window,
+            dropout_p=self.dropout_p,
             return_weights=self.return_weights and not self.ragged,
-        )  # fmt: skip
+        )
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Random inputs by name; the same on every device."""

@@ -34,10 +34,15 @@ def test_parameters_are_those_of_two_location_modules():
         bias=False,
     )
     assert {name: tuple(x.shape) for name, x in module.state_dict().items()} == {
-        "inner.proj.weight": (4, D), "inner.gate.weight": (4, D), "inner.score.weight": (1, 4),
-        "inner.context.weight": (4, 2), "outer.proj.weight": (5, 6), "outer.gate.weight": (5, 6),
-        "outer.score.weight": (1, 5), "outer.context.weight": (5, 7),
-    }  # fmt: skip
+        "inner.proj.weight": (4, D),
+        "inner.gate.weight": (4, D),
+        "inner.score.weight": (1, 4),
+        "inner.context.weight": (4, 2),
+        "outer.proj.weight": (5, 6),
+        "outer.gate.weight": (5, 6),
+        "outer.score.weight": (1, 5),
+        "outer.context.weight": (5, 7),
+    }
     plain = HierarchicalAttention(D, 4)
     assert {name: tuple(x.shape) for name, x in plain.state_dict().items()} == {
         f"{level}.{name}": shape
@@ -56,9 +61,16 @@ def test_forward_is_the_levels_one_after_the_other(impl, device):
     mask = torch.ones(len(h), dtype=torch.bool, device=device)
     mask[0] = False
     got = module(
-        h, sentences, documents, mask=mask, inner_context=contexts[0], outer_context=contexts[1],
-        return_segments=True, return_weights=True, impl=impl,
-    )  # fmt: skip
+        h,
+        sentences,
+        documents,
+        mask=mask,
+        inner_context=contexts[0],
+        outer_context=contexts[1],
+        return_segments=True,
+        return_weights=True,
+        impl=impl,
+    )
     segments, inner_weights = module.inner(
         h, cu_seqlens=sentences, mask=mask, context=contexts[0], return_weights=True, impl=impl
     )

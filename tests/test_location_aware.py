@@ -20,10 +20,14 @@ def tensors_for(device, *, dtype=torch.float32, masked=True, bias=True, width=K,
         return (torch.randn(shape, generator=rng) * scale).to(device, dtype)
 
     tensors = {
-        "query": made(B, A), "key": made(B, keys, A), "value": made(B, keys, DV), "v": made(A),
+        "query": made(B, A),
+        "key": made(B, keys, A),
+        "value": made(B, keys, DV),
+        "v": made(A),
         "previous": torch.softmax(torch.randn(B, keys, generator=rng), -1).to(device, dtype),
-        "conv_weight": made(C, width), "u": made(C, A),
-    }  # fmt: skip
+        "conv_weight": made(C, width),
+        "u": made(C, A),
+    }
     if bias:
         tensors["score_bias"] = made(B, keys)
     if masked:
@@ -200,10 +204,16 @@ def test_module_is_the_function_on_its_parameters(impl, device):
     for _ in range(3):
         context, weights = module(query, key, previous=previous, projected=projected, mask=mask, impl=impl)
         want = location_aware_attention(
-            query @ module.query_proj.weight.T + module.query_proj.bias, key @ module.key_proj.weight.T, key,
-            module.score.weight[0], sums, module.conv.weight[:, 0], module.location_proj.weight.T, mask=mask,
+            query @ module.query_proj.weight.T + module.query_proj.bias,
+            key @ module.key_proj.weight.T,
+            key,
+            module.score.weight[0],
+            sums,
+            module.conv.weight[:, 0],
+            module.location_proj.weight.T,
+            mask=mask,
             impl="reference",
-        )  # fmt: skip
+        )
         torch.testing.assert_close((context, weights), want)
         again = module(query, key, key, previous=sums, mask=mask, impl=impl)
         torch.testing.assert_close((context, weights), again)
