@@ -93,6 +93,7 @@ LOCATION = {
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of rank 3": value_error("score_bias", score_bias=floats(B, TK, 1)),
     "cu_seqlens with padded keys": value_error("h", cu_seqlens=CU_N),
+    "dropout_p of 1": value_error("dropout_p: expected 0 <= dropout_p < 1; got 1.0", dropout_p=1.0),
     "jagged h with a mask": value_error("mask", h=JAGGED, **NONE | {"mask": bools(N)}),
     "jagged h with cu_seqlens": value_error("cu_seqlens", h=JAGGED, **NONE, cu_seqlens=CU_N),
     "jagged h with packed values": value_error("values", h=JAGGED, **NONE | {"values": floats(N, D)}),
@@ -199,6 +200,7 @@ PAIRS = {
     "score_bias of other queries": value_error("score_bias", score_bias=floats(TQ + 1, 1)),
     "score_bias with heads alone": value_error("score_bias", score_bias=floats(B, 1, TQ, TK)),
     "score_bias of no keys": value_error("score_bias", score_bias=floats(0)),
+    "window is a number": type_error("window: expected a pair (left, right) of int or None; got 3", window=3),
 }
 PAIRS_HEADS = {
     "key without heads": value_error("key", key=floats(B, TK, A)),

@@ -12,25 +12,21 @@ from _errors import BAD, CONSTRUCTORS, NUMBERS
 from _inputs import ROWS, A, B, D, floats, map_tensors
 
 COMPILED = [
-    "location, gated: h of rank 2 without cu_seqlens",
     "location, gated: gate weight of another dtype",
     "location, gated: jagged h with a mask",
+    "location, gated: dropout_p of 1",
     "statistics: h of integers",
     "statistics: w of another width",
     "statistics: mask of numbers",
     "statistics: unknown activation",
-    "concat: key is missing",
     "concat: mask of other queries",
-    "concat, heads: key without heads",
+    "concat: window is a number",
     "ConcatAttention: two contexts",
     "general: weight of rank 1",
-    "general, dot: key of another width",
     "general, packed: return_weights",
-    "graph: key with heads alone",
     "graph: indices of 16 bits",
     "hierarchical: outer v of another width",
     "word by word: premise is missing",
-    "word by word: w_t of the other width",
     "location aware: u transposed",
 ]
 KERNELS = ["location, window", "statistics", "concat", "general", "graph", "hierarchical", "word by word"]
