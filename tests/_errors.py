@@ -72,6 +72,15 @@ LOCATION = {
     "h of rank 2 without cu_seqlens": value_error("h", h=floats(TK, D)),
     "h of rank 4": value_error("h", h=floats(1, B, TK, D)),
     "h without features": value_error("h", h=floats(B, TK, 0), w=floats(0, A)),
+    "h with channels first": value_error(
+        "w: expected shape (D, A) with D = 5 from h; got (6, 4): D is 6; "
+        "looks as if h had channels first: pass h.transpose(1, 2)",
+        h=floats(B, D, TK),
+    ),
+    "w of a layer": value_error(
+        "w: expected shape (D, A) with D = 6 from h; got (4, 6): D is 4; looks like `nn.Linear.weight`: pass `w.t()`",
+        w=floats(A, D),
+    ),
     "w of rank 1 with v": value_error("w", w=floats(D)),
     "w of rank 3": value_error("w", w=floats(D, A, 1)),
     "w without columns": value_error("w", w=floats(D, 0), b=floats(0), v=floats(0)),
@@ -83,6 +92,10 @@ LOCATION = {
     "gate without w": value_error("w", w=None, b=None, v=floats(D)),
     "v of another width than h, without w": value_error("v", w=None, b=None, gate=None),
     "gate without v": value_error("gate", v=None, context=None),
+    "gate without a weight": type_error(
+        "gate: expected a pair (weight, bias or None), or None for no gate; got None as its weight",
+        gate=(None, floats(A)),
+    ),
     "gate weight of another width": value_error("gate[0]", gate=(floats(D, A + 1), None)),
     "gate weight of another dtype": type_error("gate[0]", gate=(floats(D, A).half(), None)),
     "gate bias of another width": value_error("gate[1]", gate=(floats(D, A), floats(A + 1))),
@@ -96,6 +109,11 @@ LOCATION = {
     "dropout_p of 1": value_error("dropout_p: expected 0 <= dropout_p < 1; got 1.0", dropout_p=1.0),
     "jagged h with a mask": value_error("mask", h=JAGGED, **NONE | {"mask": bools(N)}),
     "jagged h with cu_seqlens": value_error("cu_seqlens", h=JAGGED, **NONE, cu_seqlens=CU_N),
+    "jagged h with a context of other sequences": value_error(
+        "context: expected a vector a sequence, S = 3 from h, or a jagged tensor of one a row; got (5, 4)",
+        h=JAGGED,
+        **NONE | {"context": floats(5, A)},
+    ),
     "jagged h with packed values": value_error("values", h=JAGGED, **NONE | {"values": floats(N, D)}),
     "jagged h with values of other segments": value_error("values", h=JAGGED, **NONE | {"values": OTHER_JAGGED}),
     "jagged h with a list as values": type_error("values", h=JAGGED, **NONE | {"values": [0.0]}),
@@ -110,6 +128,26 @@ LOCATION_PACKED = {
 }
 LOCATION_WINDOW = {
     "weights over jagged rows": value_error("return_weights", h=JAGGED, mask=None, return_weights=True),
+}
+LOCATION_MODULE = {
+    "h with channels first": value_error(
+        "h: expected shape (B, T, dim) with dim = 6 from the constructor; got (2, 6, 5): dim is 5; "
+        "looks like channels first: pass h.transpose(1, 2)",
+        h=floats(B, D, TK),
+    ),
+    "h of a dtype that the parameters have not": type_error(
+        "h: expected dtype float32, that of the module's parameters; got bfloat16: "
+        "use module.to(torch.bfloat16) or torch.autocast",
+        h=floats(B, TK, D).bfloat16(),
+    ),
+    "sparse h": type_error(
+        "h: expected a dense tensor; got layout torch.sparse_coo: pass h.to_dense()", h=floats(B, TK, D).to_sparse()
+    ),
+    "jagged h with a context of other sequences": value_error(
+        "context: expected a vector a sequence, S = 3 from h, or a jagged tensor of one a row; got (5, 3)",
+        h=JAGGED,
+        **NONE | {"context": floats(5, C)},
+    ),
 }
 
 STATISTICS = {
@@ -185,6 +223,7 @@ STATISTICS_PACKED = {
 }
 
 # Queries and keys: concat and general.
+MASK = "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query"
 PAIRS = {
     "query of rank 2 without cu_seqlens": value_error("query", query=floats(TQ, A)),
     "query of rank 5": value_error("query", query=floats(1, B, H, TQ, A)),
@@ -194,6 +233,19 @@ PAIRS = {
     "value without features": value_error("value", value=floats(B, TK, 0)),
     "mask of other queries": value_error("mask", mask=bools(B, TQ + 1, TK)),
     "mask of the queries": value_error("mask", mask=bools(B, TQ)),
+    "mask as Hugging Face has it": value_error(
+        f"{MASK}; got (2, 1, 1, 5); pass mask.squeeze((1, 2))", mask=bools(B, 1, 1, TK)
+    ),
+    "mask of the whole batch": value_error(
+        f"{MASK}; got (3, 5): B is 3; True = may be attended; "
+        "one for the whole batch: pass mask.expand(2, *mask.shape)",
+        mask=bools(TQ, TK),
+    ),
+    "mask that is added": type_error(
+        "mask: expected dtype bool; got float32; True = may be attended; "
+        "what is added to the scores is no mask: pass it as score_bias=",
+        mask=floats(B, TK),
+    ),
     "mask that would broadcast": value_error("mask", mask=bools(1, TQ, TK)),
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of other keys": value_error("score_bias", score_bias=floats(TK + 1)),
@@ -225,6 +277,15 @@ CONCAT = PAIRS | {
     "value is missing": type_error("value", value=None),
     "v with heads alone": value_error("v", v=floats(H, A)),
     "v of rank 0": value_error("v", v=floats()),
+    "v of a layer with one output": value_error(
+        "v: expected shape (A,) with A = 4 from query; got (1, 4); "
+        "looks like the weight of a layer with one output: pass v.squeeze(0)",
+        v=floats(1, A),
+    ),
+    "key of another batch": value_error(
+        "key: expected shape (B, Tk, A) with B = 2 from query, A = 4 from query; got (3, 5, 4): B is 3",
+        key=floats(B + 1, TK, A),
+    ),
 }
 GENERAL = PAIRS | {
     "key without features": value_error("key", key=floats(B, TK, 0)),
@@ -237,11 +298,29 @@ GENERAL_DOT = {
 }
 CONCAT_MODULE = {
     "query of rank 2": value_error("query", query=floats(TQ, D)),
+    "query of another width": value_error(
+        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): "
+        "query_dim is 7",
+        query=floats(B, TQ, D + 1),
+    ),
     "key of rank 2": value_error("key", key=floats(TK, C)),
     "two contexts": value_error("contexts", contexts=[floats(B, R)] * 2),
     "context of rank 1": value_error("contexts[0]", contexts=[floats(R)]),
     "context of other rows": value_error("contexts[0]", contexts=[floats(B, TQ + 9, R)]),
     "context of rank 4": value_error("contexts[0]", contexts=[floats(B, 1, TQ, R)]),
+    "context of batch 1": value_error(
+        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, "
+        "C = 2 from context_dims[0], Tq = 3 from query, Tk = 5 from key; got (1, 2): B is 1",
+        contexts=[floats(1, R)],
+    ),
+    "context of the keys, of batch 1": value_error(
+        "contexts[0]: expected shape (B, Tk, C) with B = 2 from query, Tk = 5 from key, C = 2 from context_dims[0]; "
+        "got (1, 5, 2): B is 1",
+        contexts=[("key", floats(1, TK, R))],
+    ),
+    "context of the sequence, with a side": value_error(
+        "contexts[0]: expected shape (B, Tq, C) with ", contexts=[("query", floats(B, R))]
+    ),
     "context of the other side": value_error("contexts[0]", contexts=[("key", floats(B, TQ, R))]),
     "context of one row each, as many queries as keys": value_error(
         'contexts[0]: expected (B, C), (B, Tq, C) or (B, Tk, C), where Tq = Tk = 5 as ("query", x) or ("key", x)',
@@ -354,6 +433,18 @@ STEP = {
     "mask with an axis of queries": value_error("mask", mask=bools(B, 1, TK)),
     "score_bias of rank 1": value_error("score_bias", score_bias=floats(TK)),
 }
+STEP_MODULE = {
+    "query with an axis of queries": value_error(
+        "query: expected shape (B, query_dim) with query_dim = 6 from the constructor; got (2, 1, 6); "
+        "pass query.squeeze(1)",
+        query=floats(B, 1, D),
+    ),
+    "projected keys of other keys": value_error(
+        "projected: expected shape (B, Tk, attn_dim) with B = 2 from query, Tk = 5 from key, "
+        "attn_dim = 4 from the constructor; got (2, 6, 4): Tk is 6",
+        projected=floats(B, TK + 1, A),
+    ),
+}
 
 BAD = {
     f"{row}: {title}": (row, bad)
@@ -362,6 +453,7 @@ BAD = {
         "location, linear": {"b of rank 1": value_error("b", b=floats(1))},
         "location, packed hops": LOCATION_PACKED,
         "location, window": LOCATION_WINDOW,
+        "LocationAttention": LOCATION_MODULE,
         "statistics": STATISTICS,
         "statistics, packed": STATISTICS_PACKED,
         "concat": CONCAT,
@@ -382,14 +474,21 @@ BAD = {
         "word by word": WORDS,
         "word by word, packed": WORDS_PACKED,
         "location aware": STEP,
+        "LocationAwareAttention": STEP_MODULE,
     }.items()
     for title, bad in table.items()
 }
 
-# Wrong numbers in tensors of structure that the matrix does not have.
-NUMBERS = {
+# Of the CPU: wrong numbers in a structure stop the program on a GPU.
+ON_CPU = {
     f"{row}: {title}": (row, bad)
     for row, table in {
+        "LocationAttention": {
+            "h on another device": value_error(
+                "h: expected device cpu; got meta: that of the module's parameters is cpu",
+                h=floats(B, TK, D).to("meta"),
+            )
+        },
         "statistics, packed": {
             "from under 0": value_error("cu_seqlens: expected non-decreasing offsets", cu_seqlens=CU_N - 1)
         },

@@ -16,14 +16,12 @@ from _inputs import (
     WRONG_VALUES,
     A,
     B,
-    C,
     D,
     E,
     N,
     bad_numbers,
     bad_offsets,
     bad_tensors,
-    bools,
     floats,
     ints,
     map_tensors,
@@ -35,7 +33,6 @@ import fused_attn
 from fused_attn import (
     ConcatAttention,
     LocationAttention,
-    LocationAwareAttention,
     concat_attention,
     graph_attention,
     location_attention,
@@ -165,134 +162,6 @@ def test_the_same_on_meta_gives_shapes(row):
     call = call.to("meta") if isinstance(call, torch.nn.Module) else call
     there = call(**map_tensors(lambda x: x.to("meta"), arguments))
     assert shapes(there) == shapes(here)
-
-
-# --- Texts -------------------------------------------------------------------------------------------------------
-
-MODULE = LocationAttention(16, 8)
-CONCAT = ConcatAttention(D, D, A, context_dims=[C])
-TEXTS = {
-    "a context of other sequences than those of a jagged tensor": (
-        lambda: location_attention(jagged(0, 3, N), floats(D, A), None, floats(A), context=floats(5, A)),
-        "context: expected a vector a sequence, S = 2 from h, or a jagged tensor of one a row; got (5, 4)",
-    ),
-    "the same, to a module": (
-        lambda: LocationAttention(D, A, context_dim=A)(jagged(0, 3, N), context=floats(5, A)),
-        "context: expected a vector a sequence, S = 2 from h, or a jagged tensor of one a row; got (5, 4)",
-    ),
-    "which size is wrong": (
-        lambda: concat_attention(floats(2, 3, 8), floats(3, 7, 8), floats(2, 7, 8), floats(8)),
-        "key: expected shape (B, Tk, A) with B = 2 from query, A = 8 from query; got (3, 7, 8): B is 3",
-    ),
-    "channels first, to a module": (
-        lambda: MODULE(floats(2, 16, 5)),
-        "h: expected shape (B, T, dim) with dim = 16 from the constructor; got (2, 16, 5): dim is 5; looks "
-        "like channels "
-        "first: pass h.transpose(1, 2)",
-    ),
-    "channels first, to a function": (
-        lambda: location_attention(floats(2, D, TK), floats(D, A), None, floats(A)),
-        "w: expected shape (D, A) with D = 5 from h; got (6, 4): D is 6; looks as if h had channels first: "
-        "pass "
-        "h.transpose(1, 2)",
-    ),
-    "a dtype that the parameters have not": (
-        lambda: MODULE(floats(2, 5, 16).bfloat16()),
-        "h: expected dtype float32, that of the module's parameters; got bfloat16: use "
-        "module.to(torch.bfloat16) or "
-        "torch.autocast",
-    ),
-    "the weight of a layer": (
-        lambda: location_attention(floats(B, TK, D), floats(A, D), None, floats(A)),
-        "w: expected shape (D, A) with D = 6 from h; got (4, 6): D is 4; looks like `nn.Linear.weight`: pass `w.t()`",
-    ),
-    "the weight of a layer with one output": (
-        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(1, A)),
-        "v: expected shape (A,) with A = 4 from query; got (1, 4); looks like the weight of a layer with "
-        "one output: pass "
-        "v.squeeze(0)",
-    ),
-    "a width of a module": (
-        lambda: CONCAT(floats(B, TQ, D + 1), floats(B, TK, D), contexts=[floats(B, C)]),
-        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): "
-        "query_dim is 7",
-    ),
-    "a step with an axis of queries": (
-        lambda: LocationAwareAttention(D, C, A)(floats(B, 1, D), floats(B, TK, C)),
-        "query: expected shape (B, query_dim) with query_dim = 6 from the constructor; got (2, 1, 6); pass "
-        "query.squeeze(1)",
-    ),
-    "projected keys of other keys": (
-        lambda: LocationAwareAttention(D, C, A)(floats(B, D), floats(B, TK, C), projected=floats(B, TK + 1, A)),
-        "projected: expected shape (B, Tk, attn_dim) with B = 2 from query, Tk = 5 from key, attn_dim = 4 "
-        "from the "
-        "constructor; got (2, 6, 4): Tk is 6",
-    ),
-    "a context of batch 1": (
-        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[floats(1, C)]),
-        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, C = 3 from "
-        "context_dims[0], "
-        "Tq = 3 from query, Tk = 5 from key; got (1, 3): B is 1",
-    ),
-    "a context of one row of keys": (
-        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[("key", floats(1, TK, C))]),
-        "contexts[0]: expected shape (B, Tk, C) with B = 2 from query, Tk = 5 from key, C = 3 from "
-        "context_dims[0]; got "
-        "(1, 5, 3): B is 1",
-    ),
-    "a side that a context of the sequence has not": (
-        lambda: CONCAT(floats(B, TQ, D), floats(B, TK, D), contexts=[("query", floats(B, C))]),
-        "contexts[0]: expected shape (B, Tq, C) with ",
-    ),
-    "a mask as Hugging Face has it": (
-        lambda: concat_attention(
-            floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(B, 1, 1, TK)
-        ),
-        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from "
-        "query; got "
-        "(2, 1, 1, 5); pass mask.squeeze((1, 2))",
-    ),
-    "a mask for the whole batch": (
-        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=bools(TQ, TK)),
-        "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from "
-        "query; got (3, 5): "
-        "B is 3; True = may be attended; one for the whole batch: pass mask.expand(2, *mask.shape)",
-    ),
-    "a mask that is added": (
-        lambda: concat_attention(floats(B, TQ, A), floats(B, TK, A), floats(B, TK, A), floats(A), mask=floats(B, TK)),
-        "mask: expected dtype bool; got float32; True = may be attended; what is added to the scores is no "
-        "mask: pass it as "
-        "score_bias=",
-    ),
-    "a gate without a weight": (
-        lambda: location_attention(floats(B, TK, D), floats(D, A), None, floats(A), gate=(None, floats(A))),
-        "gate: expected a pair (weight, bias or None), or None for no gate; got None as its weight",
-    ),
-    "sparse": (
-        lambda: MODULE(floats(2, 5, 16).to_sparse()),
-        "h: expected a dense tensor; got layout torch.sparse_coo: pass h.to_dense()",
-    ),
-    "another device": (
-        lambda: MODULE(floats(2, 5, 16).to("meta")),
-        "h: expected device cpu; got meta: that of the module's parameters is cpu",
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "text"), TEXTS.values(), ids=TEXTS.keys())
-def test_texts(call, text):
-    with pytest.raises((ValueError, TypeError)) as error:
-        call()
-    assert str(error.value).startswith(text)
-
-
-@pytest.mark.parametrize("title", [*TEXTS][::3])
-def test_texts_are_the_same_compiled(title):
-    call, text = TEXTS[title]
-    torch.compiler.reset()
-    with pytest.raises((ValueError, TypeError)) as error:
-        torch.compile(call, backend="eager")()
-    assert str(error.value).startswith(text)
 
 
 HABITS = {
