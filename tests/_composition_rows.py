@@ -387,9 +387,7 @@ def _rows() -> list[Row]:
     )
     add(
         "hierarchical, a layer between that widens",
-        lambda i, h, a, b, **t: hierarchical_attention(
-            h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i
-        ),
+        lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i),
         lambda B, T: {
             "h": r(B * T, 4),
             "a": offsets(B * T, 2 * B),
@@ -400,7 +398,7 @@ def _rows() -> list[Row]:
             "ov": r(3),
         },
         columns=("compile", "autocast"),
-    )  # fmt: skip
+    )
     torch.manual_seed(1)
     m: nn.Module
     m = LocationAttention(4, 3, hops=2, gated=True, context_dim=2)

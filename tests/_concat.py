@@ -15,8 +15,18 @@ from torch import Tensor
 from fused_attn import concat_attention, distance_attention
 
 __all__ = [
-    "ACTIVATIONS", "ALL", "IMPLS", "ROWS", "Case", "check", "compare", "hide", "offsets", "operator", "pairwise",
-]  # fmt: skip
+    "ACTIVATIONS",
+    "ALL",
+    "IMPLS",
+    "ROWS",
+    "Case",
+    "check",
+    "compare",
+    "hide",
+    "offsets",
+    "operator",
+    "pairwise",
+]
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")

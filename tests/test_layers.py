@@ -30,9 +30,15 @@ def value(result):
 def test_every_layer_of_every_module_is_here():
     assert len(LAYERS) > 25
     assert {name.split(",")[0] for name, _ in LAYERS} == {
-        "LocationAttention", "StatisticsPooling", "ConcatAttention", "DistanceAttention", "GraphAttention",
-        "HierarchicalAttention", "WordByWordAttention", "LocationAwareAttention",
-    }  # fmt: skip
+        "LocationAttention",
+        "StatisticsPooling",
+        "ConcatAttention",
+        "DistanceAttention",
+        "GraphAttention",
+        "HierarchicalAttention",
+        "WordByWordAttention",
+        "LocationAwareAttention",
+    }
 
 
 @each_layer

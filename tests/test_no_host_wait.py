@@ -30,11 +30,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
-METHODS = (
-    "item", "tolist", "numpy", "__int__", "__index__", "__bool__", "__float__", "__contains__", "nonzero", "argwhere",
-    "masked_select", "unique", "unique_consecutive", "repeat_interleave", "cpu", "is_nonzero", "equal", "allclose",
-)  # fmt: skip
 FUNCTIONS = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave", "equal")
+METHODS = (*FUNCTIONS, "item", "tolist", "numpy", "cpu", "is_nonzero", "allclose")
+METHODS += ("__int__", "__index__", "__bool__", "__float__", "__contains__")
 
 
 @pytest.fixture
@@ -115,9 +113,17 @@ def graph(transposed: bool = False, **options) -> Call:
 
 def words() -> Call:
     return partial(
-        word_by_word_attention, rows(40, 6), rows(N, 6), rows(6, 4), rows(6, 4), rows(6, 4), rows(4), rows(6, 6),
-        cu_seqlens_premise=offsets(5, 2, 33, 0), cu_seqlens_hypothesis=offsets(20, 0, 23, 3),
-    )  # fmt: skip
+        word_by_word_attention,
+        rows(40, 6),
+        rows(N, 6),
+        rows(6, 4),
+        rows(6, 4),
+        rows(6, 4),
+        rows(4),
+        rows(6, 6),
+        cu_seqlens_premise=offsets(5, 2, 33, 0),
+        cu_seqlens_hypothesis=offsets(20, 0, 23, 3),
+    )
 
 
 CALLS = {

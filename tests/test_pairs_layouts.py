@@ -21,7 +21,7 @@ CASES = {
     "general, dot": _general.Case(**SIZES | {"value_dim": 4}, return_weights=False),
     "general, dot and mask": _general.Case(**SIZES, own_value=False, mask="pairs", return_weights=False),
     "general, packed": _general.Case(**SIZES | {"queries": 12, "keys": 14}, ragged=True, weight="heads"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", ALL)

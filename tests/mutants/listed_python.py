@@ -4,6 +4,13 @@ from mutant import Mutant
 
 PYTHON: tuple[Mutant, ...] = (
     Mutant(
+        "fused_attn/modules/distance.py",
+        "self.log_v.exp()",
+        "self.log_v",
+        ("tests/test_distance.py", "-k", "module"),
+        "a weight of a feature may be negative",
+    ),
+    Mutant(
         "fused_attn/blocked/concat.py",
         '    "square": lambda g, z: z.mul_(2).mul_(g),',
         '    "square": lambda g, z: z.mul_(g),',
@@ -203,21 +210,21 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_ragged_rnn.py",
         "    return run(rows[order], counts)[torch.argsort(order)]",
         "    return run(rows[order], counts)[order]",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "states come back in another order",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "            h = n + z * (h - n)",
         "            h = h + z * (n - h)",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient takes the update gate for its complement",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "for x in reversed(inputs) if backwards else inputs:",
         "for x in inputs:",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient walks both directions forwards",
     ),
     Mutant(
@@ -245,7 +252,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_checks.py",
         "    good = ((x >= 0) & (x < count)).all()",
         "    good = ((x >= 0) & (x <= count)).all()",
-        ("tests/test_graph_errors.py",),
+        ("tests/test_errors.py", "-k", "on_the_cpu"),
         "an index one past the end is taken",
     ),
     Mutant(
@@ -273,7 +280,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/modules/hierarchical.py",
         '_score_of("outer", self.outer, outer_context),',
         '_score_of("outer", self.inner, outer_context),',
-        ("tests/test_hierarchical_errors.py", "-k", "levels_one_after"),
+        ("tests/test_hierarchical_module.py", "-k", "levels_one_after"),
         "the outer level has the inner one's parameters",
     ),
     Mutant(
