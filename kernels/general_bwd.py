@@ -60,6 +60,7 @@ class Grads(NamedTuple):
     """Those that a kernel makes, or None."""
 
     q: Tensor | None = None  # (B, H, Tq, D)
+    stride_q: int = 0  # D again, see general.Result
     bias: Tensor | None = None  # (B, H, Tq, Tk) float32, zeros
     k: Tensor | None = None  # (B, H, Tk, D); with SHARED of both terms
     value: Tensor | None = None  # (B, H, Tk, DV)
@@ -88,27 +89,23 @@ def _general_gradient(
     x,  # q · k of a tile, either way round
     dp,  # dO · value; with EXACT dO · (κ value - out)
     i, j,  # positions of queries and keys, to broadcast to the tile
-    shown,  # which keys the queries see; with EDGE
+    inside,  # pairs of rows that may be read
     top, inv, delta,  # of the queries, see Given
     keep,  # κ of the tile, or 1
-    score_bias,
-    given,
-    grads,
-    seq,
-    head,
-    Tq,
-    Tk,
-    size,
-    flags,
+    score_bias, mask, given, grads,
+    seq, head, Tq, Tk,
+    window, size, flags,
     EDGE: tl.constexpr,  # some query may not see some key of this tile
 ):  # fmt: skip
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
     rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
     bias = 0.0
-    if EDGE and score_bias.ptr is not None:
-        at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i, j)
-        bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
+    if EDGE:  # after the products, which need the registers
+        shown = window_pairs(window, mask, seq, head, i, j, inside)
+        if score_bias.ptr is not None:
+            at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i, j)
+            bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
     p = power(score(y, bias, size.scale, rate, flags.ACT) - top, flags.NATURAL, flags.FMA) * inv
     if flags.GAP:
         return tl.where(shown, p * dp, 0.0) if EDGE else p * dp, p
@@ -168,11 +165,11 @@ def _general_bwd_dq_kernel(
     if q_codes.ptr is not None:
         q_keep = tl.load(head_rows(q_codes, seq, head, q_rows), mask=q_inside, other=0) != 0
     q_ptrs = head_rows(query, seq, head, q_rows)
-    row0 = first_row(q_spans, seq, head, size.H, Tq)
-    do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
     q = 0.0
     if not flags.WIDE:
         q = load_rows(q_ptrs, q_keep, d, size.D)
+    row0 = first_row(q_spans, seq, head, size.H, Tq)
+    do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
     do = 0.0
     if not flags.WIDE_V and not flags.EXACT:
         do = load_rows(do_ptrs, q_keep, dv, size.DV)
@@ -199,8 +196,8 @@ def _general_bwd_dq_kernel(
             tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
             j = tile * blocks.N + tl.arange(0, blocks.N)
             k_rows = j.to(tl.int64)
-            k_keep = tl.full([blocks.N], True, tl.int1)
-            shown = True
+            k_seen = tl.full([blocks.N], True, tl.int1)
+            k_keep = k_seen
             if EDGE:
                 k_seen = j < length
                 k_keep = k_seen
@@ -208,8 +205,6 @@ def _general_bwd_dq_kernel(
                     code = tl.load(code_ptr + k_rows * k_codes.stride_t, mask=k_seen, other=0)
                     k_seen = code != 0
                     k_keep = k_seen & (code != 3)
-                inside = q_keep[:, None] & k_seen[None, :]
-                shown = window_pairs(window, mask, seq, head, i[:, None], j[None, :], inside)
             k_ptrs = k_ptr + k_rows * key.stride_t
             val_ptrs = val_ptr + k_rows * value.stride_t
             k = 0.0
@@ -232,9 +227,10 @@ def _general_bwd_dq_kernel(
                 else:
                     values = 0.0
                 dp = product(do, do_ptrs, q_keep, values, val_ptrs, k_keep, size.DV, flags.WIDE_V, flags, blocks.DV)
+            inside = q_keep[:, None] & k_seen[None, :]
             g, _p = _general_gradient(
-                x, dp, i[:, None], j[None, :], shown, top, inv, delta, keep, score_bias, given, grads,
-                seq, head, Tq, Tk, size, flags, EDGE,
+                x, dp, i[:, None], j[None, :], inside, top, inv, delta, keep, score_bias, mask, given, grads,
+                seq, head, Tq, Tk, window, size, flags, EDGE,
             )  # fmt: skip
             if flags.GAP:
                 rest += tl.sum(g, axis=1)
@@ -246,7 +242,7 @@ def _general_bwd_dq_kernel(
         tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
     else:
         tl.store(
-            grads.q + row0 * size.D + q_rows[:, None] * size.D + d_out[None, :],
+            grads.q + row0 * grads.stride_q + q_rows[:, None] * grads.stride_q + d_out[None, :],
             (acc * size.scale).to(grads.q.dtype.element_ty),
             mask=q_inside[:, None] & (d_out < size.D)[None, :],
         )
@@ -322,7 +318,6 @@ def _general_bwd_dkv_kernel(
             q_rows = i.to(tl.int64)
             q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
-            shown = True
             if EDGE:
                 q_keep = i < length
                 q_good = q_keep
@@ -330,8 +325,6 @@ def _general_bwd_dkv_kernel(
                     code = tl.load(code_ptr + q_rows * q_codes.stride_t, mask=q_keep, other=0)
                     q_keep = code != 0
                     q_good = code == 1
-                inside = q_keep[None, :] & k_keep[:, None]
-                shown = window_pairs(window, mask, seq, head, i[None, :], j[:, None], inside)
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = 0.0
@@ -351,12 +344,13 @@ def _general_bwd_dkv_kernel(
                 )
             else:
                 dp = product(values, val_ptrs, k_keep, do, do_ptrs, q_good, size.DV, flags.WIDE_V, flags, blocks.DV)
+            inside = q_keep[None, :] & k_keep[:, None]
             top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
             inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             g, p = _general_gradient(
-                x, dp, i[None, :], j[:, None], shown, top, inv, delta, keep, score_bias, given, grads,
-                seq, head, Tq, Tk, size, flags, EDGE,
+                x, dp, i[None, :], j[:, None], inside, top, inv, delta, keep, score_bias, mask, given, grads,
+                seq, head, Tq, Tk, window, size, flags, EDGE,
             )  # fmt: skip
             if grads.k is not None:
                 if flags.WIDE:
@@ -372,12 +366,12 @@ def _general_bwd_dkv_kernel(
     row0 = first_row(k_spans, seq, head, size.H, Tk)
     if grads.k is not None:
         inside = k_inside[:, None] & (d_out < size.D)[None, :]
-        at = k_rows[:, None] * size.D + d_out[None, :]
-        tl.store(grads.k + row0 * size.D + at, dk.to(grads.k.dtype.element_ty), mask=inside)
+        dk_ptrs = grads.k + row0 * size.D + k_rows[:, None] * size.D + d_out[None, :]
+        tl.store(dk_ptrs, dk.to(grads.k.dtype.element_ty), mask=inside)
     if grads.value is not None:
         inside = k_inside[:, None] & (dv_out < size.DV)[None, :]
-        at = k_rows[:, None] * size.DV + dv_out[None, :]
-        tl.store(grads.value + row0 * size.DV + at, dval.to(grads.value.dtype.element_ty), mask=inside)
+        dval_ptrs = grads.value + row0 * size.DV + k_rows[:, None] * size.DV + dv_out[None, :]
+        tl.store(dval_ptrs, dval.to(grads.value.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -486,7 +480,7 @@ def general_bwd(
             run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True), **only)
         if need_q or need_bias:
             grid = items.count, H, triton.cdiv(D, for_q.D)
-            made = Grads(q=torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq)
+            made = Grads(torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq, D)
             run(_general_bwd_dq_kernel, grid, for_q, flags, **of_queries, grads=made._replace(bias=dbias))
         if need_k or need_value:
             items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
