@@ -233,20 +233,24 @@ def _general_fwd_kernel(
             m = m_new
 
     row0 = first_row(q_spans, seq, head, size.H, Tq)
+    rows = row0 + q_rows
     if splits == 1:
         inv = finish(l)
-        store_lse(result.lse + row0 * 2 + q_rows * 2, m, l, q_inside)
+        store_lse(result.lse + rows * 2, m, l, q_inside)
         tl.store(
-            result.out + row0 * result.stride + q_rows[:, None] * result.stride + dv[None, :],
+            result.out + row0 * size.DV + q_rows[:, None] * size.DV + dv[None, :],
             acc * inv[:, None],
             mask=q_inside[:, None] & (dv < size.DV)[None, :],
         )
     else:
-        rows = (row0 + q_rows) * splits + split
+        rows = rows * splits + split
         tl.store(result.m + rows, m, mask=q_inside)
         tl.store(result.l + rows, l, mask=q_inside)
-        o_ptrs = result.o + rows[:, None] * size.DV + dv[None, :]
-        tl.store(o_ptrs, acc, mask=q_inside[:, None] & (dv < size.DV)[None, :])
+        tl.store(
+            result.o + (row0 * splits + split) * size.DV + q_rows[:, None] * splits * size.DV + dv[None, :],
+            acc,
+            mask=q_inside[:, None] & (dv < size.DV)[None, :],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,7 +341,6 @@ class Result(NamedTuple):
     """What the forward writes, float32."""
 
     out: Tensor  # (B, H, Tq, DV)
-    stride: int  # DV again: with that, which is there before, products would be made before the loop and kept
     lse: Tensor  # (B, H, Tq, 2): (m, l), m in the units of `power`
     scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
     o: Tensor  # (B, H, Tq, splits, DV): of parts of the keys; not written where there is one
@@ -451,7 +454,7 @@ def general_fwd(
         m, l = (out.new_empty(B, H, Tq, splits) for _ in range(2))
     args = {
         **call.args, "q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq, "splits": splits,
-        "result": Result(out, DV, lse, scores if need_scores else None, o, m, l),
+        "result": Result(out, lse, scores if need_scores else None, o, m, l),
         "flags": fitting(call.flags._replace(PLAIN=plain), call.size, blocks),
     }  # fmt: skip
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)

@@ -60,7 +60,7 @@ class Grads(NamedTuple):
     """Those that a kernel makes, or None."""
 
     q: Tensor | None = None  # (B, H, Tq, D)
-    stride_q: int = 0  # D again, see general.Result
+    stride_q: int = 0  # D again: with that, the compiler would make products before the loop, and keep them
     bias: Tensor | None = None  # (B, H, Tq, Tk) float32, zeros
     k: Tensor | None = None  # (B, H, Tk, D); with SHARED of both terms
     value: Tensor | None = None  # (B, H, Tk, DV)
