@@ -6,14 +6,14 @@ map is made there without a synchronisation: the launch has as many items as the
 (`N // rows + S`), and those past the end find an empty range.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import untold
+from .arguments import pair_at, pair_ptr, untold
 
 
 class Spans(NamedTuple):
@@ -261,3 +261,47 @@ def whole_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: 
     if HAS_RIGHT:
         last = tl.minimum(lo + right + 1, length)
     return first, last
+
+
+class Window(NamedTuple):
+    """How many keys before its own place and after it a query sees."""
+
+    left: int  # 4 n + 3: see arguments.untold
+    right: int  # 4 n + 3
+    HAS_LEFT: Any  # constexpr; where not, it sees all that are before it
+    HAS_RIGHT: Any
+
+
+def window(left: int | None, right: int | None) -> Window:
+    """None: that side has no end."""
+    return Window(
+        untold(left or 0), untold(right or 0), tl.constexpr(left is not None), tl.constexpr(right is not None)
+    )
+
+
+@triton.jit
+def mirrored(window):
+    """The queries that see a key, as a window around its place."""
+    return Window(window.right, window.left, window.HAS_RIGHT, window.HAS_LEFT)
+
+
+@triton.jit
+def window_range(window, lo, hi, length):
+    """First and past-the-last key that any query of [lo, hi) sees."""
+    return key_range(lo, hi, length, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT)
+
+
+@triton.jit
+def whole_window(window, lo, hi, length):
+    """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
+    return whole_range(lo, hi, length, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT)
+
+
+@triton.jit
+def window_pairs(window, mask, seq, head, i, j, inside):
+    """Which keys j the queries i of a head of a sequence see, as `visible_pairs` has them."""
+    shown = inside
+    if mask.ptr is not None:
+        shown = shown & (tl.load(pair_ptr(mask, seq, head) + pair_at(mask, i, j), mask=shown, other=0) != 0)
+    left, right = window.left >> 2, window.right >> 2
+    return visible_pairs(i, j, shown, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)

@@ -71,20 +71,17 @@ def test_a_kernel_that_is_compiled_for_its_lengths_is_counted() -> None:
 
 STRIDES = """
 import torch
-from fused_attn.kernels.chip import fitted, strides, stride_of
-from fused_attn.kernels.general import _general_fwd_kernel as kernel
+from fused_attn.kernels.arguments import heads, untold
+from fused_attn.kernels.chip import stride_of
 
-def loose(*tensors):
-    args = {}
-    for letter, x in zip("qku", tensors):
-        args |= strides(f"{letter}b {letter}h {letter}t", x, (0, 1, 2), packed=False)
-    return set(fitted(kernel, args).do_not_specialize) - set(kernel.do_not_specialize)
+def outer(x):
+    found = heads(x, packed=False)
+    return found.EVEN.value, found.stride_b, found.stride_h
 
 whole, odd = (torch.empty(2, 3, 32, n) for n in (64, 36))
-assert fitted(kernel, strides("qb qh qt", whole, (0, 1, 2), packed=False)) is kernel
-assert loose(whole, whole, whole) == set()
-assert loose(whole, odd, whole) == {"stride_kb", "stride_kh"}  # multiples of 16 here, and not at other lengths
-assert loose(whole, whole[:, :, :1], whole) == set()
+assert outer(whole) == (True, 3 * 32 * 64, 32 * 64)
+assert outer(odd) == (False, untold(3 * 32 * 36), untold(32 * 36))  # multiples of 16 here, and not at other lengths
+assert outer(whole[:, :, :1]) == (True, 3 * 32 * 64, 32 * 64)
 assert stride_of(torch.empty(2, 8, 1).transpose(1, 2), 1) == 8  # PyTorch says 1
 print("passed")
 """
