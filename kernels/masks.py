@@ -303,5 +303,12 @@ def window_pairs(window, mask, seq, head, i, j, inside):
     shown = inside
     if mask.ptr is not None:
         shown = shown & (tl.load(pair_ptr(mask, seq, head) + pair_at(mask, i, j), mask=shown, other=0) != 0)
-    left, right = window.left >> 2, window.right >> 2
-    return visible_pairs(i, j, shown, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    return in_window(window, i, j, shown)
+
+
+@triton.jit
+def in_window(window, i, j, inside):
+    """Which of the pairs `inside` of queries i and keys j are in the window."""
+    return visible_pairs(
+        i, j, inside, None, 0, 0, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT
+    )
