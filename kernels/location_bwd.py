@@ -20,7 +20,8 @@ A hop of a sequence whose cotangents are all 0 sends nothing, even if its result
 read again, so that NaN in it stays out of what is summed over rows.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -457,19 +458,10 @@ def location_bwd(
     D, A, R, DV = call.size
     a_sequence = need_ctx and not context_per_row
 
-    def like(x: Tensor | None, need: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=h.device)
-
-    longest = call.length if cu_seqlens is None else LONG
-    blocks = bwd_blocks(call.chip, h.element_size(), longest, D, A, R, DV, v is None)
-    if gate_w is not None and context_per_row and activation in ("gelu", "silu"):
-        blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=h.device)
     ww = call.args["weights"].w if gate_w is None else torch.cat([w, gate_w], dim=1)
     K = A if gate_w is None else 2 * A
-    blocks = blocks._replace(K=pow2(K, 16, 64))
+    blocks = _blocks(call, h.element_size(), K)
     items = call.items(blocks.T) if call.length else Items(0, 1, 0, None, None)
     work, parts = _workspace(call, h, blocks, items.count, K, (need_b or a_sequence, need_gb, need_v))
     chunk = len(work.dz)
@@ -478,8 +470,8 @@ def location_bwd(
     v_blocks = blocks._replace(A=pow2(A, 16, 64))
     v_splits = _splits(call.chip, triton.cdiv(A, v_blocks.A), chunk)
     sums = [None if part is None else zeros(A) for part in parts]
-    dh, dvalues, dbias = like(h, need_h), like(values, need_values), like(score_bias, need_bias)
-    dctx = zeros(call.seqs, A) if a_sequence else like(context, need_ctx)
+    dh, dvalues, dbias = _like(h, need_h), _like(values, need_values), _like(score_bias, need_bias)
+    dctx = zeros(call.seqs, A) if a_sequence else _like(context, need_ctx)
     dw = zeros(splits, D, K) if need_w or need_gw else None
     dv = zeros(v_splits, A, R) if work.u is not None else None
     dout, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, dlse, dscores))
@@ -490,9 +482,8 @@ def location_bwd(
         "dw_ptr": dw, "dv_ptr": dv, "D": D, "A": A, "R": R, "K": K,
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
-    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh, "do_ptr": dout}
-    if values is not None:
-        of_h |= {"p_ptr": None, "do_ptr": None}
+    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh}
+    of_h |= {} if values is None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "do_ptr": dout, "dz_ptr": None, "D": DV, "K": 0}
 
     many = h.element_size() == 4 and R > 32  # hops, of products that are sums of their own
@@ -503,18 +494,8 @@ def location_bwd(
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
     fusion = h.element_size() == 2
-    if not fusion and call.flags.PRECISION == "ieee" and any((*needs[:7], need_bias)):
-        gaps, left = h.new_empty(items.count, R, dtype=torch.float32), zeros(call.seqs, R)
-        of_all = {"item0": 0, "items": items.count, "gap_ptr": gaps, "db_ptr": gaps, "dctx_seq_ptr": left, "A": R}
-        if values is None:
-            of_all["values"] = call.args["h"]
-        if items.count:
-            launch(
-                _location_bwd_gap_kernel, (items.count,), args | of_all, blocks, enable_fp_fusion=False, **registers
-            )
-            each = Blocks(0, 0, pow2(R, 16, 128))
-            launch(_location_bwd_context_kernel, (items.count, triton.cdiv(R, each.A)), args | of_all, each)
-        args["given"] = args["given"]._replace(left=left)
+    if not fusion and call.flags.PRECISION == "ieee" and items.count and any((*needs[:7], need_bias)):
+        args["given"] = args["given"]._replace(left=_left(call, args, blocks, items.count, registers))
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
         args |= {"item0": item0, "items": count, "items_per_split": triton.cdiv(count, splits)}
@@ -537,19 +518,45 @@ def location_bwd(
                 total += part[:count].sum(0)
 
     dww = None if dw is None else dw.sum(0)
-    if dv is None and need_v:
-        dv = sums[2][None, :, None]
     return [
         dh,
         dww[:, :A].clone().to(w.dtype) if need_w else None,
         sums[0].to(b.dtype) if need_b else None,
-        dv.sum(0).to(v.dtype) if need_v else None,
+        (sums[2][:, None] if dv is None else dv.sum(0)).to(v.dtype) if need_v else None,
         dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
         sums[1].to(gate_b.dtype) if need_gb else None,
         dctx.to(context.dtype) if need_ctx else None,
         dvalues,
         dbias,
     ]
+
+
+def _like(x: Tensor | None, need: bool) -> Tensor | None:
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+
+
+def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
+    """`bwd_blocks` of a call."""
+    (D, A, R, DV), weights, flags = call.size, call.args["weights"], call.flags
+    longest = call.length if call.cu_seqlens is None else LONG
+    blocks = bwd_blocks(call.chip, itemsize, longest, D, A, R, DV, weights.v is None)
+    if weights.gw is not None and flags.CTX_PER_ROW and flags.ACT in ("gelu", "silu"):
+        blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
+    return blocks._replace(K=pow2(K, 16, 64))
+
+
+def _left(call: Call, args: dict[str, Any], blocks: Blocks, items: int, registers: dict[str, int]) -> Tensor:
+    """What is left of Σ_j a_jr gap_jr, (S, R)."""
+    R, out = call.size.R, args["result"].out
+    gaps = torch.empty(items, R, dtype=torch.float32, device=out.device)
+    left = torch.zeros(call.seqs, R, dtype=torch.float32, device=out.device)
+    args = args | {"item0": 0, "items": items, "gap_ptr": gaps, "db_ptr": gaps, "dctx_seq_ptr": left, "A": R}
+    if args["values"].ptr is None:
+        args["values"] = args["h"]
+    launch(_location_bwd_gap_kernel, (items,), args, blocks, enable_fp_fusion=False, **registers)
+    each = Blocks(0, 0, pow2(R, 16, 128))
+    launch(_location_bwd_context_kernel, (items, triton.cdiv(R, each.A)), args, each)
+    return left
 
 
 def _workspace(
