@@ -47,7 +47,8 @@ from triton.runtime.jit import JITFunction
 
 from fused_attn.kernels import chip as chips
 
-from .compile_cases import BRIEF, CASES, drawn, elements
+from .families import BRIEF, CASES, elements
+from .families.drawn import drawn
 
 TARGETS: dict[str, tuple[GPUTarget, chips.Chip]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), chips.A100),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fused_attn import location_attention
 
-from .registry import LOCATION, Case, Inputs, Op, Sizes
+from .families.location import OP as LOCATION
+from .families.problem import Case, Inputs, Op, Sizes
 from .run import call_of, label, runner, select
 
 # Together they launch every kernel, small too.

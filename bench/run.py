@@ -45,7 +45,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .registry import MODES, REGISTRY, Case, Cost, Inputs, Op
+from .families import REGISTRY
+from .families.problem import MODES, Case, Cost, Inputs, Op
 
 if TYPE_CHECKING:
     from rich.table import Table  # imported where it is printed: a machine without it has its results stored

@@ -6,7 +6,7 @@ A round is a call and a wait for the device, on the wall clock; the numbers to q
 import pytest
 import torch
 
-from .registry import Case, Op
+from .families.problem import Case, Op
 from .run import call_of, check, label, modes_of, providers_of, runner, select
 
 pytest.importorskip("pytest_benchmark")

@@ -13,27 +13,14 @@ import pytest
 import torch
 
 from bench import run
+from bench.families import REGISTRY
+from bench.families.problem import MODES, Case, Cost, Op, ragged_lengths, visible_pairs
 from bench.peers import Peer
-from bench.registry import (
-    CONCAT,
-    GENERAL,
-    GRAPH,
-    HIERARCHICAL,
-    LOCATION,
-    MODES,
-    RECURRENT,
-    REGISTRY,
-    STATISTICS,
-    Case,
-    Cost,
-    Op,
-    ragged_lengths,
-    visible_pairs,
-)
 from fused_attn import concat_attention, location_attention
 
 Console = pytest.importorskip("rich.console").Console
 
+LOCATION, CONCAT, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS = REGISTRY
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
 TINY = Case("tiny", {"B": 2, "T": 8, "D": 4, "A": 3, "gates": 1}, torch.float32, "cpu")

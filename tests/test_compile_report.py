@@ -105,14 +105,24 @@ def test_a_spill_a_warning_or_too_much_shared_memory_fails_the_report():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
 
 
-def test_drawn_calls_are_the_same_for_a_seed_and_reach_every_family():
-    script = (
-        "from bench.compile_cases import CASES, drawn\n"
-        "calls = drawn(300, 0)\n"
-        "assert drawn(40, 0) == calls[:40] and drawn(40, 1) != calls[:40]\n"
-        "assert {family for family, _ in calls} == set(CASES)"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, check=True)
+DRAWN = """
+from bench.families import CASES
+from bench.families.drawn import drawn
+
+calls = drawn(300, 0)
+assert drawn(40, 0) == calls[:40] and drawn(40, 1) != calls[:40]
+assert {family for family, _ in calls} == set(CASES)
+found = [case for family, case in calls if family in ("location", "hierarchical") and hasattr(case, "A")]
+for case in found:  # what the public functions refuse
+    widths = {case.A, getattr(case, "outer_A", case.A)}
+    assert not (case.gates and (None in widths or case.projected)), case
+    assert not case.projected or widths == {case.D}, case
+assert {case.A is None for case in found} == {case.projected for case in found} == {True, False}
+"""
+
+
+def test_drawn_calls_are_the_same_for_a_seed_reach_every_family_and_are_none_that_is_refused():
+    subprocess.run([sys.executable, "-c", DRAWN], cwd=ROOT, env=ENV, check=True)
 
 
 def test_additive_inner_loops_keep_their_instruction_counts(rows):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench import gpu, gpu_table, one, run
+from bench.families.problem import Case, Cost, Op
 from bench.gpu import Day, Step
-from bench.registry import Case, Cost, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"device": "NVIDIA Made Up", "torch": "2.11.0", "triton": "3.6.0"}

@@ -41,8 +41,8 @@ def test_sixty_calls_of_any_lengths_are_at_most_four_variants_of_a_kernel(target
 SCRIPT = """
 import torch
 from bench.variants import record
-from bench.compile_cases.location import LocationCase
-from bench.compile_cases.dtypes import BF16
+from bench.families.location import LocationCase
+from bench.families.problem import BF16
 from fused_attn.kernels import chip, location
 from fused_attn.kernels.chip import LENGTHS
 

@@ -1,0 +1,150 @@
+"""The statistics family.
+
+Sizes: B sequences of T frames, or S ragged ones of at most T; D, A; channel (0 or 1): a weight a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import statistics_pooling
+
+from .compile_case import SequenceCase, blocks
+from .problem import (
+    BF16,
+    F16,
+    F32,
+    Case,
+    Cost,
+    Inputs,
+    Op,
+    Sizes,
+    costs,
+    count_sequences,
+    drawing,
+    shape_of,
+    structure_of,
+)
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    normal = drawing(dtype, device, seed)
+    D, A = sizes["D"], sizes["A"]
+    channels = (D,) if sizes.get("channel") else ()
+    # Scales as of a trained layer: activations off their linear part, weights neither uniform nor one-hot.
+    inputs = {"w": normal(D, A, std=2 * D**-0.5), "b": normal(A, std=0.1)}
+    inputs["v"] = normal(A, *channels, std=2 * A**-0.5)
+    return {"h": normal(*shape_of(sizes, "T", D)), **inputs, **structure_of(sizes, device, cu_seqlens="T")}
+
+
+def _call(**arguments: Tensor) -> Tensor:
+    return torch.cat(statistics_pooling(**arguments), dim=-1)  # type: ignore[arg-type]
+
+
+def _cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    D, A = sizes["D"], sizes["A"]
+    seqs, rows, index = count_sequences(sizes)
+    weights = D * A + A * (D if sizes.get("channel") else 1)
+    # A frame meets every weight once, and is in two sums of D.
+    return costs(2 * rows * (weights + 2 * D), itemsize, rows * D + weights + A, 2 * seqs * D, index)
+
+
+_OKABE = {"B": 64, "T": 300, "D": 1500, "A": 64}
+_OKABE_128 = {"D": 1536, "A": 128}
+_ECAPA = {"D": 1536, "A": 128, "channel": 1}
+_SMALL = {"B": 8, "T": 100, "D": 128, "A": 16}
+
+TIMED = (
+    Case("okabe", _OKABE),
+    Case("okabe", _OKABE, F32),
+    Case("okabe-128", {"B": 64, "T": 300, **_OKABE_128}),
+    Case("okabe-ragged", {"S": 64, "T": 600, **_OKABE_128}),
+    Case("okabe-recording", {**_OKABE, "B": 1, "T": 60_000}),
+    Case("ecapa", {"B": 64, "T": 300, **_ECAPA}),
+    Case("ecapa", {"B": 64, "T": 300, **_ECAPA}, F32),
+    Case("ecapa-ragged", {"S": 64, "T": 600, **_ECAPA}),
+    Case("ecapa-recording", {"B": 1, "T": 60_000, **_ECAPA}, check={"T": 10_000}),
+    Case("okabe-small", _SMALL, F32, "cpu"),
+    Case("ecapa-small", {**_SMALL, "channel": 1}, F32, "cpu"),
+)
+
+OP = Op(family="statistics", inputs=_inputs, call=_call, cost=_cost, cases=TIMED)
+
+
+@dataclass(frozen=True)
+class StatisticsCase(SequenceCase):
+    """One call of the statistics family."""
+
+    D: int
+    A: int | None = None  # None: one weight a frame
+    mask: bool = True
+    weights: bool = False  # whether they are returned, and have a gradient
+
+    def _parts(self) -> tuple[str, ...]:
+        return (
+            f"B{self.B} T{self.T} C{self.D}",
+            "frame" if self.A is None else f"A{self.A}",
+            "mask" * self.mask,
+            "ragged" * self.ragged,
+            "weights" * self.weights,
+            "tf32" * self.tf32,
+        )
+
+    def _launch(self) -> None:
+        from fused_attn.kernels import statistics, statistics_bwd
+
+        rows = self._rows
+        tensors = (
+            self._empty(*rows, dtype=F32) if self.A is None else self._empty(*rows, self.A),
+            None if self.A is None else self._empty(self.A, self.D),
+            self._empty(*rows, self.D),
+            self._empty(*rows, dtype=torch.bool) if self.mask else None,
+            self._offsets,
+        )
+        returned = self.weights and self.A is not None
+        mean, var, lse, scores = statistics.statistics_fwd(*tensors, returned)
+        needs = [True, self.A is not None, True]
+        cotangents = mean, var, lse if self.weights else None, scores if returned else None
+        statistics_bwd.statistics_bwd(*cotangents, *tensors, mean, var, lse, scores, needs)
+
+
+COMPILED = [
+    # one weight a frame: Okabe's sizes, one long recording, ragged
+    StatisticsCase(BF16, 64, 300, 1500),
+    StatisticsCase(BF16, 1, 60_000, 1500, mask=False),
+    StatisticsCase(F16, 64, 300, 1536, ragged=True, weights=True),
+    StatisticsCase(F32, 64, 300, 1500),
+    StatisticsCase(F32, 4, 20, 7, weights=True),
+    # one weight a channel: ECAPA, one long recording, ragged
+    StatisticsCase(BF16, 64, 300, 1536, 128),
+    StatisticsCase(BF16, 1, 60_000, 1536, 128, mask=False),
+    StatisticsCase(F16, 64, 300, 3072, 64, ragged=True, weights=True),
+    StatisticsCase(BF16, 64, 300, 1500, 100, mask=False),
+    StatisticsCase(BF16, 16, 300, 1536, 1024),  # V in parts
+    StatisticsCase(BF16, 8, 100, 100, 50, weights=True),
+    StatisticsCase(BF16, 4, 16, 1, 1),
+    StatisticsCase(F32, 64, 300, 1536, 128),
+    StatisticsCase(F32, 64, 300, 1536, 128, ragged=True, weights=True, tf32=True),
+    StatisticsCase(F32, 4, 20, 7, 5),
+]
+BRIEF = [COMPILED[1], COMPILED[5]]
+VARIED = {
+    "statistics": [
+        StatisticsCase(BF16, 3, 1, 64),
+        StatisticsCase(F32, 3, 1, 100, mask=False, weights=True),
+        StatisticsCase(BF16, 3, 1, 64, 32),
+        StatisticsCase(F32, 3, 1, 100, 63, weights=True),
+        StatisticsCase(BF16, 3, 1, 64, 32, ragged=True, mask=False),
+        StatisticsCase(F32, 3, 1, 100, ragged=True, weights=True),
+    ]
+}
+
+
+def elements(kernel: str, constants: Mapping[str, Any]) -> int:
+    """Frames by channels."""
+    return blocks(constants, "T" if "BLOCK_T" in constants else "I", "C")
