@@ -479,12 +479,12 @@ def location_bwd(
         "flags": constants(call.flags), "result": Result(out, lse, scores), "given": Given(dout, dlse, dscores),
         "work": work, "parts": parts, "dbias_ptr": dbias, "dctx_ptr": None if a_sequence else dctx,
         **{f"{name}_ptr": x for name, x in work._asdict().items()}, "db_ptr": parts.db, "dctx_seq_ptr": dctx,
-        "dw_ptr": dw, "dv_ptr": dv, "D": D, "A": A, "R": R, "K": K,
+        "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": D, "A": A, "R": R, "K": K,
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
     of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh}
     of_h |= {} if values is None else {"p_ptr": None, "do_ptr": None}
-    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "do_ptr": dout, "dz_ptr": None, "D": DV, "K": 0}
+    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
 
     many = h.element_size() == 4 and R > 32  # hops, of products that are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
