@@ -14,7 +14,17 @@ pytest.importorskip("rich", reason="the table prints with rich")
 ROOT = Path(__file__).parent.parent
 # The kernels must be imported without the interpreter, which this process may have on.
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-FAMILIES = {"location", "location window", "concat", "general", "hierarchical", "statistics", "graph", "recurrent"}
+FAMILIES = {
+    "location",
+    "location window",
+    "concat",
+    "distance",
+    "general",
+    "hierarchical",
+    "statistics",
+    "graph",
+    "recurrent",
+}
 KERNELS = 32  # at least: a family whose kernels are not met counts nothing
 
 
