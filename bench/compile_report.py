@@ -92,8 +92,9 @@ def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         constants = {k: v for k, v in kwargs.items() if isinstance(v, (int, str)) and k.isupper()}
-        if "blocks" in kwargs:  # a tuple, see kernels/arguments.py
-            constants |= {f"BLOCK_{k}": v.value for k, v in kwargs["blocks"]._asdict().items() if k.isupper()}
+        for name, prefix in (("flags", ""), ("blocks", "BLOCK_")):  # tuples, see kernels/arguments.py
+            if name in kwargs:
+                constants |= {f"{prefix}{k}": v.value for k, v in kwargs[name]._asdict().items() if k.isupper()}
         launched.append((kernel, {**constants, "num_warps": kwargs.get("num_warps", 4)}))
         return kernel
 
