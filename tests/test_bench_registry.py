@@ -20,7 +20,7 @@ from fused_attn import concat_attention, location_attention
 
 Console = pytest.importorskip("rich.console").Console
 
-LOCATION, CONCAT, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS = REGISTRY
+LOCATION, CONCAT, DISTANCE, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS = REGISTRY
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
 TINY = Case("tiny", {"B": 2, "T": 8, "D": 4, "A": 3, "gates": 1}, torch.float32, "cpu")
