@@ -146,62 +146,6 @@ def dropout_scale(dropout, position, sequence, hop):
 
 
 @triton.jit
-def old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
-    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
-    if cu_ptr is None:
-        seq = item // per_seq
-        part = item % per_seq
-        start = 0
-        length = T
-        items = per_seq
-    else:
-        if seq_ptr is None:
-            seq = item
-            part = 0
-            items = 1
-        else:
-            seq = tl.load(seq_ptr + item)
-            first = tl.load(first_ptr + seq)
-            part = item - first
-            items = tl.load(first_ptr + seq + 1, mask=seq < num_seqs, other=0) - first
-        start = tl.load(cu_ptr + seq)
-        # An item past the end has seq == num_seqs: an empty range.
-        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
-    lo = part * rows
-    return seq.to(tl.int64), start, lo, tl.minimum(lo + rows, length), items
-
-
-@triton.jit
-def old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
-    """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
-    if cu_ptr is None:
-        start = seq * 0
-        length = T
-        item = seq * per_seq
-    else:
-        start = tl.load(cu_ptr + seq)
-        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
-        if first_ptr is None:
-            item = seq
-        else:
-            item = tl.load(first_ptr + seq).to(tl.int64)
-    return start, length, item
-
-
-@triton.jit
-def old_dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
-    """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
-
-    position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
-    """
-    seed = tl.load(seed_ptr)
-    c0, c2 = tl.broadcast(position.to(tl.uint32), hop.to(tl.uint32))
-    c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
-    return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)
-
-
-@triton.jit
 def finite(x):
     """X with zeros for what is not finite: 0 · NaN would carry a hidden row into a product."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
