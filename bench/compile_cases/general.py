@@ -91,6 +91,8 @@ GENERAL = [
     GeneralCase(BF16, 16, 4, 512, 512, 256, 256, mask=2, window=(None, 0)),
     GeneralCase(F16, 16, 1, 100, 100, 200, mask=2),
     GeneralCase(F16, 16, 1, 100, 100, 100, 75, mask=3, window=(100, 0)),
+    # sides that are no int32 as 4 n + 3
+    GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # everything at once, and ragged
     GeneralCase(BF16, 4, 8, 512, 512, 128, 128, "tanh", 3, (100, 0), bias=True, weights=True, dropout=0.1),
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", 3, (100, 0), bias=True, weights=True, dropout=0.1),
