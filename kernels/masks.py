@@ -230,15 +230,23 @@ def mirrored(window):
 
 
 @triton.jit
+def window_sides(window):
+    """(left, right) as int32: as 4 n + 3 a large one is an int64."""
+    return (window.left >> 2).to(tl.int32), (window.right >> 2).to(tl.int32)
+
+
+@triton.jit
 def window_range(window, lo, hi, length):
     """First and past-the-last key that any query of [lo, hi) sees."""
-    return key_range(lo, hi, length, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT)
+    left, right = window_sides(window)
+    return key_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
 
 
 @triton.jit
 def whole_window(window, lo, hi, length):
     """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
-    return whole_range(lo, hi, length, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT)
+    left, right = window_sides(window)
+    return whole_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
 
 
 @triton.jit
@@ -253,6 +261,5 @@ def window_pairs(window, mask, seq, head, i, j, inside):
 @triton.jit
 def in_window(window, i, j, inside):
     """Which of the pairs `inside` of queries i and keys j are in the window."""
-    return visible_pairs(
-        i, j, inside, None, 0, 0, window.left >> 2, window.right >> 2, window.HAS_LEFT, window.HAS_RIGHT
-    )
+    left, right = window_sides(window)
+    return visible_pairs(i, j, inside, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)
