@@ -283,10 +283,18 @@ def compile_case(target: str, case: Any, loops: bool = True) -> list[Row]:
             loop = inner_loop(_code(kernel), gpu.backend, factored=bool(constants.get("FACTORED")))
         threads = constants["num_warps"] * gpu.warp_size
         row = Row(
-            target, str(case), kernel.name, _blocks(constants), registers, stack, kernel.metadata.shared,
-            chip.shared, loop, loop["all"] * threads / elements(kernel.name, constants),
+            target,
+            str(case),
+            kernel.name,
+            _blocks(constants),
+            registers,
+            stack,
+            kernel.metadata.shared,
+            chip.shared,
+            loop,
+            loop["all"] * threads / elements(kernel.name, constants),
             "; ".join(filter(None, [warnings, _sums_made_again(kernel)])),
-        )  # fmt: skip
+        )
         before = rows.setdefault((row.kernel, row.blocks), row)
         if (row.failed, row.registers) > (before.failed, before.registers):
             rows[row.kernel, row.blocks] = row
@@ -313,11 +321,10 @@ def table(rows: list[Row]) -> Table:
     for name in ("regs", "stack B", "shared / limit", "loop", "matrix", "SFU", "FMA", "load", "an element"):
         out.add_column(name, justify="right")
     for r in rows:
-        cells = [
-            r.target, r.case, r.error or r.kernel.strip("_").removesuffix("_kernel"), r.blocks,
-            str(r.registers), str(r.stack), f"{r.shared // 1024}K / {r.shared_limit // 1024}K",
-            *(str(r.loop[unit]) for unit in ("all", "matrix", "sfu", "fma", "load")), f"{r.per_element:.2f}",
-        ]  # fmt: skip
+        cells = [r.target, r.case, r.error or r.kernel.strip("_").removesuffix("_kernel"), r.blocks]
+        cells += [str(r.registers), str(r.stack), f"{r.shared // 1024}K / {r.shared_limit // 1024}K"]
+        cells += [str(r.loop[unit]) for unit in ("all", "matrix", "sfu", "fma", "load")]
+        cells += [f"{r.per_element:.2f}"]
         out.add_row(*cells, style="red" if r.failed else None)
     return out
 

@@ -117,10 +117,10 @@ class BagClassifier(nn.Module):
         super().__init__()
         self.pooling, self.impl = pooling, impl
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(32 * 3 * 3, DIM), nn.ReLU(),
-        )  # fmt: skip
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+            *(nn.Linear(32 * 3 * 3, DIM), nn.ReLU()),
+        )
         self.head = nn.Linear(DIM, 1)
         # Made last, so that encoder and head start from the same numbers whatever the pooling.
         self.attention = LocationAttention(DIM, ATTN_DIM, gated=True) if pooling == "gated attention" else None
@@ -399,10 +399,8 @@ def kernel_reports() -> list[Report]:
     if fused is None or interpret:
         return [check(torch.device("cpu"), torch.float32, fused)]
     command = [sys.executable, "-m", "bench.demo", "--check-kernel"]
-    child = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).resolve().parents[1],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    root, interpreter = Path(__file__).resolve().parents[1], {**os.environ, "TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, env=interpreter, cwd=root, capture_output=True, text=True)
     if child.returncode != 0:
         raise RuntimeError(f"the check of the kernel in Triton's interpreter failed:\n{child.stderr}")
     return [Report(**fields) for fields in json.loads(child.stdout)]
@@ -413,10 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="for the picture")
-    parser.add_argument(
-        "--impl", choices=("auto", "triton", "reference"), default="auto",
-        help="what the attention trains with (default: auto, the kernel on a GPU and PyTorch on a CPU)",
-    )  # fmt: skip
+    impls = "what the attention trains with (default: auto, the kernel on a GPU and PyTorch on a CPU)"
+    parser.add_argument("--impl", choices=("auto", "triton", "reference"), default="auto", help=impls)
     parser.add_argument("--check-kernel", action="store_true", help="print the last table alone, as JSON")
     args = parser.parse_args(argv)
     if args.seeds < 1:

@@ -51,9 +51,13 @@ FOUND = 9  # exit status of compute-sanitizer that means a finding
 OURS = re.compile(r"_\w+_kernel")  # names of the package's kernels
 COUNTED_CASES = ("location/gated-batch/bfloat16", "concat/square/bfloat16", "general/dot-128/bfloat16")
 COUNTED_KERNELS = (
-    "_location_fwd_kernel", "_location_bwd_dz_kernel", "_concat_fwd_kernel", "_concat_bwd_dq_kernel",
-    "_concat_bwd_dk_kernel", "_general_fwd_kernel",
-)  # fmt: skip
+    "_location_fwd_kernel",
+    "_location_bwd_dz_kernel",
+    "_concat_fwd_kernel",
+    "_concat_bwd_dq_kernel",
+    "_concat_bwd_dk_kernel",
+    "_general_fwd_kernel",
+)
 COUNTERS = (
     "gpu__time_duration.sum",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -172,13 +176,11 @@ class Day:
             out.write(f"\n===== {step.name}, at most {cap:.0f} s\n".encode())
             out.flush()
             offset, report = out.tell(), Path(temporary) / "report.json"
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
             running = []
             for command in step.commands:
                 filled = [str(report) if word == REPORT else word for word in command]
-                running.append(subprocess.Popen(
-                    filled, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL, start_new_session=True,
-                ))  # fmt: skip
+                running.append(subprocess.Popen(filled, cwd=ROOT, env=environment, start_new_session=True, **streams))
             end, interrupted = begin + cap, False
             while any(child.poll() is None for child in running):
                 now = time.monotonic()
@@ -233,13 +235,21 @@ def steps(
     workers, parts = max(1, min(12, cores - 2)), max(1, min(15, cores - 1))
     beside = ["-n", str(workers)] if has("xdist") else []
     limit = ["--timeout=60"] if has("pytest_timeout") else []
-    tests = [
-        python, "-m", "pytest", "--gpu", "-m", "kernel", "--fair", "-p", "bench.gpu_tests", "-p", "no:cacheprovider",
-        "--continue-on-collection-errors", "--tb=short", "-q", *beside, *limit,
-    ]  # fmt: skip
+    plugins = ["-p", "bench.gpu_tests", "-p", "no:cacheprovider"]
+    tests = [python, "-m", "pytest", "--gpu", "-m", "kernel", "--fair", *plugins]
+    tests += ["--continue-on-collection-errors", "--tb=short", "-q", *beside, *limit]
     peers = ["sdpa", "flex", "padded", *(["keops"] if has("pykeops") else [])]
     small = [python, "-m", "bench.one", "--small"]
-    sanitizer, ncu = which("compute-sanitizer"), which("ncu")
+    ncu, sanitizer = which("ncu"), which("compute-sanitizer")
+    counted = [ncu or "ncu", "--csv", "--page", "raw", "--clock-control", "none", "--metrics", ",".join(COUNTERS)]
+    counted += ["--kernel-name", f"regex:^({'|'.join(COUNTED_KERNELS)})$", python, "-m", "bench.one", *COUNTED_CASES]
+
+    def sanitized_by(tool: str) -> list[str]:
+        # The prefix of its lines tells in the log which of the four has found what.
+        told = ["--prefix", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
+        products = ["--host-products"] if tool == "initcheck" else []
+        return [sanitizer or "", "--tool", tool, *told, *small, *products]
+
     return [
         # Predicted for an H200 and 16 cores, not measured: compile 25 s, bfloat16 40, graph 20, float32 20. Tests
         # would take 550 and torch.compile 250: both are cut off.
@@ -250,17 +260,14 @@ def steps(
         Step("torch.compile", 80, bench("--case", "bfloat16", *providers("compile")), report=True),
         Step("peers", 35, bench("--case", "bfloat16", *providers(*peers)), report=True),
         Step("float32", 30, bench("--case", "float32", *providers("fused", "reference")), report=True),
-        Step("counters", 20, [[
-            ncu or "ncu", "--csv", "--page", "raw", "--clock-control", "none", "--metrics", ",".join(COUNTERS),
-            "--kernel-name", f"regex:^({'|'.join(COUNTED_KERNELS)})$", python, "-m", "bench.one", *COUNTED_CASES,
-        ]], missing="" if ncu else "ncu is not installed"),
-        Step("sanitizer", 45, [
-            # The prefix of its lines tells in the log which of the four has found what.
-            [sanitizer or "", "--tool", tool, "--prefix", tool, "--error-exitcode", str(FOUND), "--print-limit", "20",
-             *small, *(["--host-products"] if tool == "initcheck" else [])]
-            for tool in TOOLS
-        ], missing="" if sanitizer else "compute-sanitizer is not installed"),
-    ]  # fmt: skip
+        Step("counters", 20, [counted], missing="" if ncu else "ncu is not installed"),
+        Step(
+            "sanitizer",
+            45,
+            [sanitized_by(tool) for tool in TOOLS],
+            missing="" if sanitizer else "compute-sanitizer is not installed",
+        ),
+    ]
 
 
 def counters(printed: str) -> list[dict[str, Any]]:
@@ -321,10 +328,9 @@ def install(day: Day, python: str, environment: dict[str, str]) -> Path | None:
 def whole_day(day: Day, python: str, commit: str | None) -> int:
     """All steps; the exit status."""
     environment = {name: x for name, x in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    environment |= {
-        "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "FUSED_ATTN_TEST_RESULTS": str(day.folder / "tests.jsonl"),
-        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
-    }  # fmt: skip
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    environment["FUSED_ATTN_TEST_RESULTS"] = str(day.folder / "tests.jsonl")
     link = install(day, python, environment)
     try:
         todo = steps(python, commit, lambda name: importlib.util.find_spec(name) is not None, shutil.which)
@@ -385,14 +391,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = re.sub(r"\W+", "-", found["device"]).strip("-").lower()
     default = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / f"{name}-{date:%Y-%m-%d-%H%M%S}")
     day = Day((args.output or default).resolve(), 60 * args.minutes, start)
-    commit, changes = (
-        args.commit or git("rev-parse", "HEAD"),
-        git("status", "--porcelain", "--", ".", ":!bench/results"),
-    )
-    day.facts = {
-        **found, "date": date.isoformat(timespec="seconds"), "commit": commit,
-        "dirty": None if changes is None else bool(changes), "driver": driver(), **day.facts,
-    }  # fmt: skip
+    commit = args.commit or git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":!bench/results")
+    dirty = None if changes is None else bool(changes)
+    when = date.isoformat(timespec="seconds")
+    day.facts = {**found, "date": when, "commit": commit, "dirty": dirty, "driver": driver(), **day.facts}
     before = {number: signal.signal(number, day.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         day.save()

@@ -40,16 +40,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .families import REGISTRY
 from .families.problem import MODES, Case, Cost, Inputs, Op
-
-if TYPE_CHECKING:
-    from rich.table import Table  # imported where it is printed: a machine without it has its results stored
+from .run_table import Row, progress, summary, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = ("fused", "reference", "compile")
@@ -58,7 +56,6 @@ QUANTILES = (0.5, 0.2, 0.8)
 # Error (relative, of the norm) beyond twice that of the reference in the same dtype: another order of summation.
 SLACK = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
-Row = dict[str, Any]
 Call = Callable[..., Tensor]
 
 
@@ -303,9 +300,16 @@ def floor_of(cost: Cost, dtype: str, ceiling: Row) -> tuple[float, str]:
 
 
 def measure(
-    op: Op, case: Case, providers: Sequence[str], device: torch.device, seed: int, ceiling: Row, *,
-    quick: bool = False, graph: bool = False,
-) -> Iterator[Row]:  # fmt: skip
+    op: Op,
+    case: Case,
+    providers: Sequence[str],
+    device: torch.device,
+    seed: int,
+    ceiling: Row,
+    *,
+    quick: bool = False,
+    graph: bool = False,
+) -> Iterator[Row]:
     """The rows of one case: first the check of every provider, then their times."""
     torch._dynamo.reset()  # each case compiles anew, and does not use up the recompilations of the next
     checked = check(op, case, providers, device, seed)
@@ -314,12 +318,9 @@ def measure(
         for mode in modes_of(provider):
             cost = op.work(case, mode)
             floor, bound = floor_of(cost, case.dtype_name, ceiling)
-            row: Row = {
-                "family": op.family, "case": case.name, "dtype": case.dtype_name, "sizes": dict(case.sizes),
-                "provider": provider, "impl": impl, "mode": mode,
-                **cost._asdict(), "floor_ms": floor, "bound": bound,
-                "seed": seed, **checked[provider],
-            }  # fmt: skip
+            row: Row = {"family": op.family, "case": case.name, "dtype": case.dtype_name, "sizes": dict(case.sizes)}
+            row |= {"provider": provider, "impl": impl, "mode": mode}
+            row |= {**cost._asdict(), "floor_ms": floor, "bound": bound, "seed": seed, **checked[provider]}
             if "failure" not in row:
                 draw = partial(op.inputs, case.sizes, case.dtype, device, seed + 1)
                 found, why = attempt(partial(numbers, call, draw, mode, device, quick=quick, graph=graph))
@@ -385,7 +386,9 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None) -
             **({} if gpu else {"threads": torch.get_num_threads()}),
         },
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
             "cuda": torch.version.cuda if gpu else None,
         },
         "commit": commit or _git("rev-parse", "HEAD"),
@@ -393,7 +396,7 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None) -
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "bench.run", *argv]),
         "fp32_precision": torch.backends.cuda.matmul.fp32_precision,  # "none" or "ieee": exact
-    }  # fmt: skip
+    }
 
 
 def idle_cores() -> int:
@@ -418,108 +421,14 @@ def default_output(env: Row) -> Path:
     return ROOT / "bench" / "results" / f"{name}-{date}.json"
 
 
-def progress(row: Row) -> str:
-    """One line on a row."""
-    what = f"{row['family']}/{row['case']}/{row['dtype']} {row['provider']} {row['mode']}"
-    if "failure" in row:
-        return f"{what}: FAILED: {row['failure'].splitlines()[0][:200]}"
-    return (
-        f"{what}: {row['median_ms']:.4f} ms, {row['percent_of_ceiling']:.0f}% of the {row['bound']} ceiling, "
-        f"error {row['error']:.1e}"
-    )
-
-
-def _short(x: float) -> str:
-    """At least four digits of a number."""
-    return f"{x:.4f}" if x < 10 else f"{x:.2f}" if x < 1000 else f"{x:,.0f}"
-
-
-def table(report: Row) -> Table:
-    """The rows of a stored report, for people: at most 120 columns wide."""
-    from rich import box
-    from rich.table import Table
-
-    rows = report["rows"]
-    key = ("family", "case", "dtype", "mode")
-    bases = {
-        provider: {tuple(r[k] for k in key): r.get("median_ms") for r in rows if r["provider"] == provider}
-        for provider in ("reference", "compile")
-    }
-    memory, wall = (any(field in row for row in rows) for field in ("peak_bytes", "x_tanh_wall"))
-    names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-    modes = {"forward": "fwd", "forward+backward": "fwd+bwd"}
-
-    threads = report["device"].get("threads")
-    title = report["device"]["name"] + ("" if threads is None else f", {threads} threads")
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for header in ("case", "mode", "provider"):
-        shown.add_column(header, no_wrap=True)
-    optional = [*(["× wall"] if wall else []), *(["peak MiB"] if memory else [])]
-    for header in ("ms", "±", "× ref.", "× comp.", "floor", "of ceiling", *optional, "error"):
-        shown.add_column(header, no_wrap=True, justify="right")
-    last = None
-    for row in sorted(rows, key=lambda row: [row[k] for k in key]):  # stable: providers keep their order
-        if last not in (None, row["case"] + row["dtype"]):
-            shown.add_section()
-        last = row["case"] + row["dtype"]
-        ms = row.get("median_ms")
-        cells = [f"{row['case']} {names[row['dtype']]}", modes[row["mode"]], row["provider"]]
-        cells += ["failed" if ms is None else _short(ms)]
-        cells += ["" if ms is None else f"{100 * (row['p80_ms'] - row['p20_ms']) / ms:.0f}%"]
-        for times in bases.values():
-            base = times.get(tuple(row[k] for k in key))
-            cells += ["" if ms is None or base is None else f"{base / ms:.2f}"]
-        cells += [_short(row["floor_ms"])]
-        cells += ["" if ms is None else f"{row['percent_of_ceiling']:.0f}% {row['bound']}"]
-        if wall:
-            cells += [f"{row['x_tanh_wall']:.2f}" if "x_tanh_wall" in row else ""]
-        if memory:
-            cells += [f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else ""]
-        shown.add_row(*cells, f"{row['error']:.1e}" if "error" in row else "")
-    return shown
-
-
-def summary(report: Row) -> str:
-    """The ceilings, what the table does not say of itself, and every failure."""
-    ceiling = report["ceilings"]
-    products = ", ".join(f"{r / 1e12:.3g} TFLOP/s ({dtype})" for dtype, r in ceiling["matmul_flops_per_s"].items())
-    tanh = f", {ceiling['tanh_per_s'] / 1e12:.3g} T tanh/s" if "tanh_per_s" in ceiling else ""
-    lines = [
-        f"Ceilings: copy {ceiling['copy_bytes_per_s'] / 1e9:,.1f} GB/s (read + written), product {products}{tanh}.",
-        f"Times by {report['timer']}: median; ±, from the 20th to the 80th percentile; floor in ms.",
-        "× ref., × comp.: time of the reference, of torch.compile of it / time. "
-        "Error: the largest of output and gradients, against float64.",
-    ]
-    if any("x_tanh_wall" in row for row in report["rows"]):
-        lines.append("× wall: time of one hardware tanh for each visible pair and feature / time of the forward.")
-    if "tanh_failure" in ceiling:
-        lines.append(f"No tanh wall: {ceiling['tanh_failure']}")
-    if any(row.get("percent_of_ceiling", 0) > 100 for row in report["rows"]):
-        lines.append("Over 100%: the inputs stayed in a cache, or another program slowed the measured ceiling.")
-    if any(row["impl"] == "auto" for row in report["rows"]):
-        lines.append(
-            "No kernel ran: on a CPU `fused` is impl='auto', in PyTorch: a blocked path for concat and for windows "
-            "of location, scaled_dot_product_attention where it serves general, else the same code as `reference`."
-        )
-    seen = set()
-    for row in report["rows"]:
-        if "failure" in row:
-            line = f"FAILED {row['case']} {row['dtype']} {row['provider']} {row['mode']}: {row['failure']}"
-            if line not in seen:
-                lines.append(line)
-            seen.add(line)
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, torch.device, list[tuple[Op, Case]]]:
+    """What was asked for, where it runs, and the cases."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Time every op in the registry.")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--family", choices=[op.family for op in REGISTRY])
     parser.add_argument("--case", default="", help="only cases whose family/name/dtype contains this")
-    parser.add_argument("--provider", action="append", choices=(*PROVIDERS, *PEERS),
-                        help="may be repeated; default: all; peers on a GPU only, where installed")  # fmt: skip
+    named = "may be repeated; default: all; peers on a GPU only, where installed"
+    parser.add_argument("--provider", action="append", choices=(*PROVIDERS, *PEERS), help=named)
     parser.add_argument(
         "--threads", type=int, help="of a CPU; default: OMP_NUM_THREADS, or as many as cores are idle"
     )
@@ -536,17 +445,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no case for {device.type} matches; see --list")
     if args.graph and device.type != "cuda":
         parser.error("--graph needs a GPU")
-    if args.list:
-        for op, case in chosen:
-            sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
-            print(f"{label(op, case):<40} {sizes}")
-            for mode in MODES:
-                cost = op.work(case, mode)
-                print(f"    {mode}: {cost.flops / 1e9:.4g} GFLOP, {cost.bytes / 1e6:.4g} MB")
-        return 0
-
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads: expected at least 1; got {args.threads}")
+    return args, device, chosen
+
+
+def list_cases(chosen: Sequence[tuple[Op, Case]]) -> None:
+    """Sizes and costs of the cases."""
+    for op, case in chosen:
+        sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
+        print(f"{label(op, case):<40} {sizes}")
+        for mode in MODES:
+            cost = op.work(case, mode)
+            print(f"    {mode}: {cost.flops / 1e9:.4g} GFLOP, {cost.bytes / 1e6:.4g} MB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, device, chosen = arguments(argv)
+    if args.list:
+        list_cases(chosen)
+        return 0
+
     if args.threads is not None or (device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(args.threads or idle_cores())
     start = time.perf_counter()
@@ -567,13 +488,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = report["rows"]
     interrupt = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
-        say(f"{report['device']['name']}: ceilings {json.dumps(report['ceilings'])}")
+        ceiling = report["ceilings"] = ceilings({case.dtype for _, case in chosen}, device, args.quick)
+        say(f"{report['device']['name']}: ceilings {json.dumps(ceiling)}")
         for op, case in in_turns(chosen):
-            for row in measure(
-                op, case, providers_of(op, case, device, args.provider), device, seed, report["ceilings"],
-                quick=args.quick, graph=args.graph,
-            ):  # fmt: skip
+            wanted = providers_of(op, case, device, args.provider)
+            for row in measure(op, case, wanted, device, seed, ceiling, quick=args.quick, graph=args.graph):
                 rows.append(row)
                 say(progress(row))
                 store(report, output)

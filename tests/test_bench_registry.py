@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import run
+from bench import run, run_table
 from bench.families import REGISTRY
 from bench.families.problem import MODES, Case, Cost, Op, ragged_lengths, visible_pairs
 from bench.peers import Peer
@@ -375,7 +375,7 @@ def test_speed_ups_over_the_reference_and_over_its_compilation(monkeypatch) -> N
         "rows": [row | {"provider": provider, "median_ms": ms} for provider, ms in times.items()],
     }
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(run.table(report))
+    console.print(run_table.table(report))
     lines = console.export_text().splitlines()
     assert lines[0].strip() == "CPU, 2 threads"
     found = {line.split()[3]: line.split()[6:8] for line in lines if line.startswith(" tiny")}
@@ -392,8 +392,8 @@ def test_tanh_wall_is_of_the_forward_where_the_rate_is_known(monkeypatch, capsys
     relu = dataclasses.replace(TINY_CONCAT, sizes={**TINY_CONCAT.sizes, "relu": 1})
     assert not any("x_tanh_wall" in r for r in run.measure(CONCAT, relu, ["reference"], CPU, 0, ceiling))
     report = {"device": {"name": "GPU"}, "timer": "a clock", "ceilings": ceiling, "rows": rows}
-    assert "1e-06 T tanh/s" in run.summary(report)
-    assert "× wall: time of one hardware tanh" in run.summary(report)
+    assert "1e-06 T tanh/s" in run_table.summary(report)
+    assert "× wall: time of one hardware tanh" in run_table.summary(report)
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])
@@ -481,7 +481,7 @@ def test_table_of_every_gpu_case_fits_into_120_columns() -> None:
         for mode in MODES
     ]
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(run.table({"device": {"name": "NVIDIA H200"}, "rows": rows}))
+    console.print(run_table.table({"device": {"name": "NVIDIA H200"}, "rows": rows}))
     text = console.export_text()
     assert "…" not in text
     line = next(line for line in text.splitlines() if "fwd+bwd" in line)
