@@ -46,9 +46,14 @@ def _bwd(*args: Any) -> list[Tensor | None]:
 
 
 def _formula(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """What second derivatives are taken of: in blocks; to the compiler, which must know all sizes, of all pairs."""
     if in_graph():
         return reference.windowed_attention(

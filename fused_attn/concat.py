@@ -163,16 +163,39 @@ def concat_attention(
     )
     check_activation("activation", activation)
     return attend(
-        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, activation, left, right, dropout_p,
-        return_weights, impl,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        activation,
+        left,
+        right,
+        dropout_p,
+        return_weights,
+        impl,
+    )
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, activation: str, left: int | None, right: int | None,
-    dropout_p: float, return_weights: bool, impl: Impl,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    return_weights: bool,
+    impl: Impl,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     packed = cu_seqlens_q is not None
     heads = query.dim() == (3 if packed else 4)
@@ -229,9 +252,17 @@ def attend(
 
 
 def _pooled(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, activation: str, dropout_p: float, kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One query and one head a sequence, by the location family: keys projected already, the query a context.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
@@ -248,17 +279,37 @@ def _pooled(
         query, key, v = reference.widened(query, key, v)
     run = LOCATION if kernel else LOCATION.formula
     out, lse, scores = run(
-        key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
-        activation, "sigmoid", float(dropout_p), False,
-    )  # fmt: skip
+        key[:, 0],
+        None,
+        None,
+        v.mT,
+        None,
+        None,
+        query[:, 0, 0],
+        value[:, 0],
+        bias,
+        keys,
+        None,
+        seed,
+        activation,
+        "sigmoid",
+        float(dropout_p),
+        False,
+    )
     return out[:, None], lse[:, None], scores.mT[:, None]
 
 
 def validate(
-    tables: dict[tuple[bool, bool], Table], given: Mapping[str, Tensor | None], mask: Tensor | None,
-    window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
-) -> tuple[int | None, int | None]:  # fmt: skip
+    tables: dict[tuple[bool, bool], Table],
+    given: Mapping[str, Tensor | None],
+    mask: Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    score_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_p: float,
+    return_weights: bool,
+) -> tuple[int | None, int | None]:
     """Check every argument, the tensors by the table for packed rows and heads; return the window's sides."""
     query, key = cast("Tensor", given["query"]), cast("Tensor", given["key"])
     whole = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}

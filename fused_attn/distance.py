@@ -97,9 +97,21 @@ def distance_attention(
     )
     v = query.new_full(query.shape[-1:], -1.0) if v is None else -v
     return attend(
-        query, -key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, features, left, right, dropout_p,
-        return_weights, impl,
-    )  # fmt: skip
+        query,
+        -key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        features,
+        left,
+        right,
+        dropout_p,
+        return_weights,
+        impl,
+    )
 
 
 def check_power(name: str, value: float) -> str:

@@ -189,9 +189,15 @@ torch.export.register_dataclass(Graph, serialized_type_name="fused_attn.Graph")
 
 
 def _fake(
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-    indices: Tensor, *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     nodes, heads, _ = query.shape
     value = key if value is None else value
     return (
@@ -373,9 +379,17 @@ def _check_transposed(indptr: Tensor, indices: Tensor, transposed: Transposed) -
 
 
 def _validate_graph(
-    query: Tensor, key: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, value: Tensor | None,
-    edge: Tensor | None, activation: str, dropout_p: float, transposed: Transposed | None,
-) -> None:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    transposed: Transposed | None,
+) -> None:
     """Check every argument."""
     check = Checker(_TABLES[query.dim() == 3])
     for name, x in (("query", query), ("key", key), ("v", v), ("value", value)):

@@ -189,9 +189,15 @@ def statistics_pooling(
 
 
 def _features(
-    h: Tensor, w: Tensor, b: Tensor | None, context: Tensor | None, context_per_row: bool, mask: Tensor | None,
-    cu_seqlens: Tensor | None, activation: str,
-) -> Tensor:  # fmt: skip
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    context: Tensor | None,
+    context_per_row: bool,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> Tensor:
     if h.device.type == "cpu":  # a product of 16 bits overflows where its activation would not
         wide = torch.promote_types(h.dtype, torch.float32)
         h, w = h.to(wide), w.to(wide)
@@ -216,9 +222,19 @@ def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
 
 
 def _validate_statistics(
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, context: Tensor | None, values: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, floor: float, *, jagged: bool,
-) -> bool:  # fmt: skip
+    h: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    v: Tensor | None,
+    context: Tensor | None,
+    values: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    floor: float,
+    *,
+    jagged: bool,
+) -> bool:
     """Check every argument; return whether the context has one entry a row."""
     if (w is None) != (v is None):
         name = "w" if w is None else "v"

@@ -237,9 +237,20 @@ def _concat_fwd_kernel(
         k_at = (k_start + j).to(tl.int64)
         k_keep = readable(k_inside, k_rows, seq, k_at, flags)
         s = concat_scores(
-            q_item.to(tl.int64) * size.H + head, (k_item0 + tile).to(tl.int64) * size.H + head, q_side, k_side,
-            q_ptrs, q_keep, k_ptr + k_at * k.stride_t, k_keep, v_ptr, v_sum, size, flags, blocks,
-        )  # fmt: skip
+            q_item.to(tl.int64) * size.H + head,
+            (k_item0 + tile).to(tl.int64) * size.H + head,
+            q_side,
+            k_side,
+            q_ptrs,
+            q_keep,
+            k_ptr + k_at * k.stride_t,
+            k_keep,
+            v_ptr,
+            v_sum,
+            size,
+            flags,
+            blocks,
+        )
         s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
@@ -371,10 +382,20 @@ class Call(NamedTuple):
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, left: int | None, right: int | None, dropout_p: float,
-) -> Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> Call:
     """Arguments by the kernels' names; shapes as `fused_attn.reference.concat_attention` has them."""
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
@@ -388,27 +409,55 @@ def prepare(
     padded_v = torch.nn.functional.pad(v.float(), (0, A % 2)).contiguous()  # which keeps the strides of an even v
     size = Size(H, A, A + A % 2, value.shape[-1])
     flags = Flags(
-        activation, chip.backend == "cuda", chip.backend != "interpreter", activation in FACTOR, exact,
-        SAFE_EXACT if exact else SAFE, GROUP if exact else 2**20, left is not None, right is not None, packed,
+        activation,
+        chip.backend == "cuda",
+        chip.backend != "interpreter",
+        activation in FACTOR,
+        exact,
+        SAFE_EXACT if exact else SAFE,
+        GROUP if exact else 2**20,
+        left is not None,
+        right is not None,
+        packed,
         *matmul_flags(chip, value.dtype).values(),
-    )  # fmt: skip
+    )
     args = {
-        "q": heads(unit(query), packed=packed), "k": heads(unit(key), packed=packed),
-        "value": heads(unit(value), packed=packed), "v": Vector(padded_v, padded_v.sum(1)),
-        "bias": pairs(bias), "mask": pairs(mask),
-        "q_rows": entries(q_rows, packed=packed), "k_rows": entries(k_rows, packed=packed),
-        "dropout": dropout(seed, dropout_p), "Tq": Tq, "Tk": Tk, "left": left or 0, "right": right or 0,
-        "size": size, "flags": constants(flags),
-    }  # fmt: skip
+        "q": heads(unit(query), packed=packed),
+        "k": heads(unit(key), packed=packed),
+        "value": heads(unit(value), packed=packed),
+        "v": Vector(padded_v, padded_v.sum(1)),
+        "bias": pairs(bias),
+        "mask": pairs(mask),
+        "q_rows": entries(q_rows, packed=packed),
+        "k_rows": entries(k_rows, packed=packed),
+        "dropout": dropout(seed, dropout_p),
+        "Tq": Tq,
+        "Tk": Tk,
+        "left": left or 0,
+        "right": right or 0,
+        "size": size,
+        "flags": constants(flags),
+    }
     busy = any(x is not None for x in (bias, mask, left, right, seed))
     return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
 
 
 def concat_fwd(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
@@ -416,7 +465,7 @@ def concat_fwd(
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     call = prepare(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )  # fmt: skip
+    )
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)
@@ -437,9 +486,11 @@ def concat_fwd(
     some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
     args = call.args | {
-        "q_side": q_side, "k_side": k_side._replace(codes=codes), "splits": splits,
+        "q_side": q_side,
+        "k_side": k_side._replace(codes=codes),
+        "splits": splits,
         "result": Result(out, lse, scores if need_scores else None, o, m, l),
-    }  # fmt: skip
+    }
     registers = all_registers(call.chip) if call.flags.EXACT else unpressed(call.chip, DV)
     launch(_concat_fwd_kernel, (q_items.count, H, splits * dv_blocks), args, blocks, **registers)
     if splits > 1:
@@ -447,7 +498,10 @@ def concat_fwd(
         states = o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1)
         with torch.cuda.device_of(query):
             merge(
-                *states, Items(flat * splits, 0, splits, None, None), out.view(flat, 1, DV), lse.view(flat, 1, 2),
+                *states,
+                Items(flat * splits, 0, splits, None, None),
+                out.view(flat, 1, DV),
+                lse.view(flat, 1, 2),
                 skip_single=False,
-            )  # fmt: skip
+            )
     return out, lse, scores

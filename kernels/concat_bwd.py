@@ -78,10 +78,33 @@ def _concat_bwd_g_kernel(
     q_item = (work.item0 >> 2) + local
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
     gradient_tile(
-        _slot(local, head, tile, k_side, size, blocks), q_item, tile, head, (seq, q_start, lo, hi),
-        rows_of(seq, k_side, Tk), q, k, v, value, bias, mask, q_rows, k_rows, q_side, k_side, dropout, saved, work,
-        Tq, Tk, left, right, size, flags, blocks,
-    )  # fmt: skip
+        _slot(local, head, tile, k_side, size, blocks),
+        q_item,
+        tile,
+        head,
+        (seq, q_start, lo, hi),
+        rows_of(seq, k_side, Tk),
+        q,
+        k,
+        v,
+        value,
+        bias,
+        mask,
+        q_rows,
+        k_rows,
+        q_side,
+        k_side,
+        dropout,
+        saved,
+        work,
+        Tq,
+        Tk,
+        left,
+        right,
+        size,
+        flags,
+        blocks,
+    )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -128,12 +151,27 @@ def _concat_bwd_dq_kernel(
         k_tile = (k_item0 + tile).to(tl.int64) * size.H + head
         g_tile = work.g + _slot(local, head, tile, k_side, size, blocks)
         s1, s2 = walk_tile(
-            s1, s2, x, d, k_side.rows + k_tile * blocks.N * size.AP, g_tile, blocks.M,
+            s1,
+            s2,
+            x,
+            d,
+            k_side.rows + k_tile * blocks.N * size.AP,
+            g_tile,
+            blocks.M,
             tl.minimum(blocks.N, tl.cdiv(last - tile * blocks.N, 2) * 2),
             tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE,
-            q_ptrs, q_keep, k, k_rows, seq, head, (k_start + tile * blocks.N).to(tl.int64),
-            k_length - tile * blocks.N, size, flags, True,
-        )  # fmt: skip
+            q_ptrs,
+            q_keep,
+            k,
+            k_rows,
+            seq,
+            head,
+            (k_start + tile * blocks.N).to(tl.int64),
+            k_length - tile * blocks.N,
+            size,
+            flags,
+            True,
+        )
         if flags.ACT == "tanh" and not flags.EXACT:
             n = tl.arange(0, blocks.N)
             total += tl.sum(tl.load(g_tile + n[:, None] * blocks.M + m[None, :]), axis=0)
@@ -203,11 +241,27 @@ def _concat_bwd_dk_kernel(
             q_tile = (q_first + tile).to(tl.int64) * size.H + head
             slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
             s1, s2 = walk_tile(
-                s1, s2, x, d, q_side.rows + q_tile * blocks.M * size.AP, work.gt + slot + offset, blocks.N,
+                s1,
+                s2,
+                x,
+                d,
+                q_side.rows + q_tile * blocks.M * size.AP,
+                work.gt + slot + offset,
+                blocks.N,
                 tl.minimum(blocks.M, tl.cdiv(q_length - lo, 2) * 2),
                 tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE,
-                k_ptrs, k_keep, q, q_rows, seq, head, (q_start + lo).to(tl.int64), q_length - lo, size, flags, False,
-            )  # fmt: skip
+                k_ptrs,
+                k_keep,
+                q,
+                q_rows,
+                seq,
+                head,
+                (q_start + lo).to(tl.int64),
+                q_length - lo,
+                size,
+                flags,
+                False,
+            )
     vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
     if flags.ACT == "tanh":
         s2 *= 4.0
@@ -307,17 +361,31 @@ def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, 
 
 
 def concat_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor,
-    activation: str, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     call = prepare(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )  # fmt: skip
+    )
     need_q, need_k, need_value, need_v, need_bias = needs
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed = cu_seqlens_q is not None
@@ -340,7 +408,7 @@ def concat_bwd(
         args = call.args | {"q_side": q_side, "k_side": k_side, "saved": saved}
         wanted = Gradients(
             q=dq if need_q or need_v else None, k=dk if need_k else None, value=dvalue if need_value else None
-        )  # fmt: skip
+        )
         counts = q_items.count, k_items.count
         if packed:
             from .concat_bwd_packed import packed_gradients  # which is made of this file's loops
@@ -372,9 +440,14 @@ def compute_dtype(call: Call) -> torch.dtype:
 
 
 def _padded_gradients(
-    call: Call, q_items: int, k_items: int, blocks: Blocks, args: dict[str, Any], wanted: Gradients,
+    call: Call,
+    q_items: int,
+    k_items: int,
+    blocks: Blocks,
+    args: dict[str, Any],
+    wanted: Gradients,
     dbias: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Make the gradients that are wanted, dq in its own dtype; returns sums of dv, (programs, H, AP).
 
     A launch has as many tiles of queries as the workspace holds, too few to fill a chip where keys are many: a

@@ -64,9 +64,33 @@ def _concat_bwd_queries_kernel(
     tile1 = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.N), tile0)
     for tile in range(tile0, tile1):
         gradient_tile(
-            slot, q_item, tile, head, (seq, q_start, lo, hi), (k_start, k_length, k_item0), q, k, v, value, None,
-            None, None, None, q_side, k_side, dropout, saved, work, Tq, Tk, left, right, size, flags, blocks,
-        )  # fmt: skip
+            slot,
+            q_item,
+            tile,
+            head,
+            (seq, q_start, lo, hi),
+            (k_start, k_length, k_item0),
+            q,
+            k,
+            v,
+            value,
+            None,
+            None,
+            None,
+            None,
+            q_side,
+            k_side,
+            dropout,
+            saved,
+            work,
+            Tq,
+            Tk,
+            left,
+            right,
+            size,
+            flags,
+            blocks,
+        )
         tl.debug_barrier()  # other threads than wrote them load the numbers of g
         k_tile = (k_item0 + tile).to(tl.int64) * size.H + head
         row0 = (k_start + tile * blocks.N).to(tl.int64)
@@ -78,9 +102,27 @@ def _concat_bwd_queries_kernel(
             s1 = tl.zeros([blocks.M, blocks.D], tl.float32)
             s2 = tl.zeros([blocks.M, blocks.D], tl.float32)
             s1, s2 = walk_tile(
-                s1, s2, x, d, k_side.rows + k_tile * blocks.N * size.AP, work.g + slot, blocks.M, count, safe,
-                q_ptrs, q_keep, k, None, seq, head, row0, k_length - tile * blocks.N, size, flags, True,
-            )  # fmt: skip
+                s1,
+                s2,
+                x,
+                d,
+                k_side.rows + k_tile * blocks.N * size.AP,
+                work.g + slot,
+                blocks.M,
+                count,
+                safe,
+                q_ptrs,
+                q_keep,
+                k,
+                None,
+                seq,
+                head,
+                row0,
+                k_length - tile * blocks.N,
+                size,
+                flags,
+                True,
+            )
             if flags.ACT == "tanh":
                 s2 *= 4.0
                 if not flags.EXACT:
@@ -138,27 +180,84 @@ def _concat_bwd_keys_kernel(
         if (k_lo < last) & (k_lo + blocks.N > first):
             queries = (seq, q_start, lo, hi)
             gradient_tile(
-                slot, q_first + tile, k_lo // blocks.N, head, queries, (k_start, k_length, k_item0),
-                q, k, v, value, None, None, None, None, q_side, k_side, dropout, saved, work, Tq, Tk, left, right,
-                size, flags, blocks,
-            )  # fmt: skip
+                slot,
+                q_first + tile,
+                k_lo // blocks.N,
+                head,
+                queries,
+                (k_start, k_length, k_item0),
+                q,
+                k,
+                v,
+                value,
+                None,
+                None,
+                None,
+                None,
+                q_side,
+                k_side,
+                dropout,
+                saved,
+                work,
+                Tq,
+                Tk,
+                left,
+                right,
+                size,
+                flags,
+                blocks,
+            )
             tl.debug_barrier()  # other threads than wrote them load the numbers of g and p
             _add_to_keys(
-                slot, (q_first + tile).to(tl.int64) * size.H + head, k_tile, head, queries, (k_start, k_lo, k_hi),
-                m, r, q, k, v, q_side, k_side, saved, work, grads, Tq, Tk, size, flags, blocks,
-            )  # fmt: skip
+                slot,
+                (q_first + tile).to(tl.int64) * size.H + head,
+                k_tile,
+                head,
+                queries,
+                (k_start, k_lo, k_hi),
+                m,
+                r,
+                q,
+                k,
+                v,
+                q_side,
+                k_side,
+                saved,
+                work,
+                grads,
+                Tq,
+                Tk,
+                size,
+                flags,
+                blocks,
+            )
             tl.debug_barrier()  # before the next tile takes this one's place
 
 
 @triton.jit
 def _add_to_keys(
     slot,  # where in the workspace the pair of tiles begins
-    q_tile, k_tile, head,
+    q_tile,
+    k_tile,
+    head,
     queries,  # as of gradient_tile
     keys,  # (first packed row of the sequence, first and past-the-last row of the tile)
-    m, r,  # ranges of blocks.M and blocks.R: made in the loop they would cost registers
-    q, k, v, q_side, k_side, saved, work, grads, Tq, Tk, size, flags, blocks,
-):  # fmt: skip
+    m,
+    r,  # ranges of blocks.M and blocks.R: made in the loop they would cost registers
+    q,
+    k,
+    v,
+    q_side,
+    k_side,
+    saved,
+    work,
+    grads,
+    Tq,
+    Tk,
+    size,
+    flags,
+    blocks,
+):
     """Add what a tile of queries gives to dk and dvalue of a tile of keys."""
     seq, q_start, lo, hi = queries
     k_start, k_lo, k_hi = keys
@@ -179,10 +278,27 @@ def _add_to_keys(
                 s1 = tl.zeros([1, 1], tl.float32)
                 s2 = tl.zeros([blocks.R, blocks.D], tl.float32)
                 s1, s2 = walk_tile(
-                    s1, s2, x, d, q_side.rows + q_tile * blocks.M * size.AP, work.gt + slot + r0, blocks.N, count,
-                    safe, head_ptr(k, seq, head) + at * k.stride_t, k_keep, q, None, seq, head, row0,
-                    hi - lo, size, flags, False,
-                )  # fmt: skip
+                    s1,
+                    s2,
+                    x,
+                    d,
+                    q_side.rows + q_tile * blocks.M * size.AP,
+                    work.gt + slot + r0,
+                    blocks.N,
+                    count,
+                    safe,
+                    head_ptr(k, seq, head) + at * k.stride_t,
+                    k_keep,
+                    q,
+                    None,
+                    seq,
+                    head,
+                    row0,
+                    hi - lo,
+                    size,
+                    flags,
+                    False,
+                )
                 if flags.ACT == "tanh":
                     s2 *= 4.0
                 vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]

@@ -157,13 +157,23 @@ def factors(
         return torch.empty(items.count, H, *shape, dtype=torch.float32, device=like.device)
 
     side = Side(
-        room(2 if exact else 1, width, rows), room(rows, width) if transposed else None, room(parts),
-        *items.spans(cu_seqlens), untold(seqs), untold(items.per_seq),
-    )  # fmt: skip
+        room(2 if exact else 1, width, rows),
+        room(rows, width) if transposed else None,
+        room(parts),
+        *items.spans(cu_seqlens),
+        untold(seqs),
+        untold(items.per_seq),
+    )
     args = {
-        "x": x, "keep": keep, "side": side, "T": T, "A": A, "AP": width, "tile_rows": rows,
+        "x": x,
+        "keep": keep,
+        "side": side,
+        "T": T,
+        "A": A,
+        "AP": width,
+        "tile_rows": rows,
         "scale": FACTOR.get(activation, 1.0),
-    }  # fmt: skip
+    }
     fma = chip_of(like.device).backend != "interpreter"
     args["flags"] = constants(FactorFlags(exponents, exact, fma, cu_seqlens is not None))
     blocks = FactorBlocks(PART, pow2(width, 2, 16 if exact else 32))

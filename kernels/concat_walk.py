@@ -47,10 +47,22 @@ class Gradients(NamedTuple):
 @triton.jit
 def gradient_tile(
     slot,  # where in the workspace this tile begins
-    q_item, tile, head,
+    q_item,
+    tile,
+    head,
     queries,  # (sequence, its first packed row, first and past-the-last row of the tile)
     keys,  # (first packed row, length, first tile) of the sequence
-    q, k, v, value, bias, mask, q_rows, k_rows, q_side, k_side, dropout,  # as in concat.py
+    q,
+    k,
+    v,
+    value,
+    bias,
+    mask,
+    q_rows,
+    k_rows,
+    q_side,
+    k_side,
+    dropout,  # as in concat.py
     saved,
     work,
     Tq,
@@ -60,7 +72,7 @@ def gradient_tile(
     size,
     flags,
     blocks,
-):  # fmt: skip
+):
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
     seq, q_start, lo, hi = queries
     k_start, k_length, k_item0 = keys
@@ -73,10 +85,20 @@ def gradient_tile(
         q_keep = readable(i < hi, q_rows, seq, q_at, flags)
         k_keep = readable(j < k_length, k_rows, seq, k_at, flags)
         s = concat_scores(
-            q_item.to(tl.int64) * size.H + head, (k_item0 + tile).to(tl.int64) * size.H + head, q_side, k_side,
-            head_ptr(q, seq, head) + q_at * q.stride_t, q_keep, head_ptr(k, seq, head) + k_at * k.stride_t, k_keep,
-            v.ptr + head * size.AP, tl.load(v.sum + head), size, flags, blocks,
-        )  # fmt: skip
+            q_item.to(tl.int64) * size.H + head,
+            (k_item0 + tile).to(tl.int64) * size.H + head,
+            q_side,
+            k_side,
+            head_ptr(q, seq, head) + q_at * q.stride_t,
+            q_keep,
+            head_ptr(k, seq, head) + k_at * k.stride_t,
+            k_keep,
+            v.ptr + head * size.AP,
+            tl.load(v.sum + head),
+            size,
+            flags,
+            blocks,
+        )
         s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
         rows = row_of(seq, head, q_at, q_side, Tq, size.H)
         top, inv = load_lse(saved.lse + rows * 2, q_keep)
@@ -131,20 +153,27 @@ def staying(side, rows, d, size):
 
 @triton.jit
 def walk_tile(
-    s1, s2,  # Σ g r (with EXACT Σ g act) and Σ g (r - r²); without factors Σ g act and Σ g act'
+    s1,
+    s2,  # Σ g r (with EXACT Σ g act) and Σ g (r - r²); without factors Σ g act and Σ g act'
     x,  # [rows, features d] factors (or q, k) of the rows that stay
     d,
     walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
-    g_ptr, stride_g,  # g of (walked, staying), at the tile's first; staying rows are contiguous
+    g_ptr,
+    stride_g,  # g of (walked, staying), at the tile's first; staying rows are contiguous
     count,
     safe,  # whether the tiles factor; what follows is for those that do not
-    x_ptrs, x_keep,  # raw rows that stay
-    raw, keep,  # raw rows that are walked, and which of them may be read: Heads and Entries
-    seq, head, row0, inside,  # the first of them, and how many there are
+    x_ptrs,
+    x_keep,  # raw rows that stay
+    raw,
+    keep,  # raw rows that are walked, and which of them may be read: Heads and Entries
+    seq,
+    head,
+    row0,
+    inside,  # the first of them, and how many there are
     size,
     flags,
     WANT_S1: tl.constexpr,  # else s1 stays as it is
-):  # fmt: skip
+):
     """Walk one tile. Rows past the end of a sequence have factor 1 and g = 0."""
     r = tl.arange(0, x.shape[0])
     some = d < size.AP

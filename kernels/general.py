@@ -75,13 +75,17 @@ def score(y, bias, scale, rate: tl.constexpr, ACT: tl.constexpr):
 
 @triton.jit
 def product(
-    a, a_ptrs, a_keep,  # [BLOCK_A, BLOCK_D]; with WIDE in place of it [BLOCK_A] rows, and which of them may be read
-    b, b_ptrs, b_keep,  # [BLOCK_B, BLOCK_D] and so on
+    a,
+    a_ptrs,
+    a_keep,  # [BLOCK_A, BLOCK_D]; with WIDE in place of it [BLOCK_A] rows, and which of them may be read
+    b,
+    b_ptrs,
+    b_keep,  # [BLOCK_B, BLOCK_D] and so on
     width,
     WIDE: tl.constexpr,
     flags,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """a bᵀ, [BLOCK_A, BLOCK_B] float32, of tiles or of rows that are wider than a tile."""
     if WIDE:
         acc = tl.zeros([a_ptrs.shape[0], b_ptrs.shape[0]], tl.float32)
@@ -361,11 +365,23 @@ class Call(NamedTuple):
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
-    *, backward: bool = False,
-) -> Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    natural: bool,
+    *,
+    backward: bool = False,
+) -> Call:
     """Shapes as `fused_attn.reference.general_attention` has them.
 
     backward: it multiplies with the queries too, and must not with those that are not finite.
@@ -394,17 +410,36 @@ def prepare(
     pair_mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
-        ACT=activation, FAST=chip.backend == "cuda" and key.element_size() == 2, FMA=chip.backend != "interpreter",
-        EXACT=exact, NATURAL=exact or natural or bias is not None, SHARED=value is None, PARTS=parts, PLAIN=plain,
-        WIDE=False, WIDE_V=False, GAP=False, **precise,
-    )  # fmt: skip
+        ACT=activation,
+        FAST=chip.backend == "cuda" and key.element_size() == 2,
+        FMA=chip.backend != "interpreter",
+        EXACT=exact,
+        NATURAL=exact or natural or bias is not None,
+        SHARED=value is None,
+        PARTS=parts,
+        PLAIN=plain,
+        WIDE=False,
+        WIDE_V=False,
+        GAP=False,
+        **precise,
+    )
     args = {
-        "query": heads(query, packed=packed), "key": heads(key, packed=packed), "value": heads(values, packed=packed),
-        "score_bias": pairs(bias), "mask": pairs(pair_mask), "q_codes": heads(q_codes, packed=packed),
-        "k_codes": heads(k_codes, packed=packed), "q_spans": spans_q, "k_spans": spans_k,
-        "dropout": dropout(seed, dropout_p), "num_seqs": seqs, "Tq": Tq, "Tk": Tk, "window": window(left, right),
+        "query": heads(query, packed=packed),
+        "key": heads(key, packed=packed),
+        "value": heads(values, packed=packed),
+        "score_bias": pairs(bias),
+        "mask": pairs(pair_mask),
+        "q_codes": heads(q_codes, packed=packed),
+        "k_codes": heads(k_codes, packed=packed),
+        "q_spans": spans_q,
+        "k_spans": spans_k,
+        "dropout": dropout(seed, dropout_p),
+        "num_seqs": seqs,
+        "Tq": Tq,
+        "Tk": Tk,
+        "window": window(left, right),
         "size": size,
-    }  # fmt: skip
+    }
     busy = any(x is not None for x in (bias, pair_mask, seed))
     return Call(chip, seqs, plain, busy, size, flags, args)
 
@@ -424,18 +459,41 @@ def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
 
 
 def general_fwd(
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.general_attention` has them, the weight apart.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
     """
     call = prepare(
-        query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p, need_scores,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        scale,
+        left,
+        right,
+        dropout_p,
+        need_scores,
+    )
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     out = query.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)
@@ -453,10 +511,13 @@ def general_fwd(
         o = out.new_empty(B, H, Tq, splits, DV)
         m, l = (out.new_empty(B, H, Tq, splits) for _ in range(2))
     args = {
-        **call.args, "q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq, "splits": splits,
+        **call.args,
+        "q_spans": items.spans(call.args["q_spans"].cu),
+        "per_seq": items.per_seq,
+        "splits": splits,
         "result": Result(out, lse, scores if need_scores else None, o, m, l),
         "flags": fitting(call.flags._replace(PLAIN=plain), call.size, blocks),
-    }  # fmt: skip
+    }
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
     launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)
     if splits > 1:
@@ -464,8 +525,13 @@ def general_fwd(
         parts = Items(flat * splits, 0, splits, None, None)
         with torch.cuda.device_of(query):
             merge(
-                o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
-                out.view(flat, 1, DV), lse.view(flat, 1, 2), skip_single=False,
+                o.view(flat * splits, 1, DV),
+                m.view(-1, 1),
+                l.view(-1, 1),
+                parts,
+                out.view(flat, 1, DV),
+                lse.view(flat, 1, 2),
+                skip_single=False,
                 unit=1.0 if call.flags.NATURAL else LN2.value,
-            )  # fmt: skip
+            )
     return out, lse, scores

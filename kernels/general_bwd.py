@@ -68,11 +68,14 @@ class Grads(NamedTuple):
 
 @triton.jit
 def _general_gap(
-    do_ptrs, out_ptrs, q_keep,  # rows [BLOCK_M, 1] or [1, BLOCK_M], and which of them may be read
-    val_ptrs, k_keep,  # [1, BLOCK_N] or [BLOCK_N, 1]
+    do_ptrs,
+    out_ptrs,
+    q_keep,  # rows [BLOCK_M, 1] or [1, BLOCK_M], and which of them may be read
+    val_ptrs,
+    k_keep,  # [1, BLOCK_N] or [BLOCK_N, 1]
     keep,  # κ of the tile, or 1
     DV,
-):  # fmt: skip
+):
     """dO · (κ value - out) of a tile, either way round."""
     shape: tl.constexpr = [do_ptrs.shape[0] * val_ptrs.shape[0], do_ptrs.shape[1] * val_ptrs.shape[1]]
     acc = tl.zeros(shape, tl.float32)
@@ -88,15 +91,26 @@ def _general_gap(
 def _general_gradient(
     x,  # q · k of a tile, either way round
     dp,  # dO · value; with EXACT dO · (κ value - out)
-    i, j,  # positions of queries and keys, to broadcast to the tile
+    i,
+    j,  # positions of queries and keys, to broadcast to the tile
     inside,  # pairs of rows that may be read
-    top, inv, delta,  # of the queries, see Given
+    top,
+    inv,
+    delta,  # of the queries, see Given
     keep,  # κ of the tile, or 1
-    score_bias, mask, given, grads,
-    seq, head, Tq, Tk,
-    window, size, flags,
+    score_bias,
+    mask,
+    given,
+    grads,
+    seq,
+    head,
+    Tq,
+    Tk,
+    window,
+    size,
+    flags,
     EDGE: tl.constexpr,  # some query may not see some key of this tile
-):  # fmt: skip
+):
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
     rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
@@ -229,9 +243,28 @@ def _general_bwd_dq_kernel(
                 dp = product(do, do_ptrs, q_keep, values, val_ptrs, k_keep, size.DV, flags.WIDE_V, flags, blocks.DV)
             inside = q_keep[:, None] & k_seen[None, :]
             g, _p = _general_gradient(
-                x, dp, i[:, None], j[None, :], inside, top, inv, delta, keep, score_bias, mask, given, grads,
-                seq, head, Tq, Tk, window, size, flags, EDGE,
-            )  # fmt: skip
+                x,
+                dp,
+                i[:, None],
+                j[None, :],
+                inside,
+                top,
+                inv,
+                delta,
+                keep,
+                score_bias,
+                mask,
+                given,
+                grads,
+                seq,
+                head,
+                Tq,
+                Tk,
+                window,
+                size,
+                flags,
+                EDGE,
+            )
             if flags.GAP:
                 rest += tl.sum(g, axis=1)
             else:
@@ -349,9 +382,28 @@ def _general_bwd_dkv_kernel(
             inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             g, p = _general_gradient(
-                x, dp, i[None, :], j[:, None], inside, top, inv, delta, keep, score_bias, mask, given, grads,
-                seq, head, Tq, Tk, window, size, flags, EDGE,
-            )  # fmt: skip
+                x,
+                dp,
+                i[None, :],
+                j[:, None],
+                inside,
+                top,
+                inv,
+                delta,
+                keep,
+                score_bias,
+                mask,
+                given,
+                grads,
+                seq,
+                head,
+                Tq,
+                Tk,
+                window,
+                size,
+                flags,
+                EDGE,
+            )
             if grads.k is not None:
                 if flags.WIDE:
                     q = load_rows(q_ptrs, q_good, d_out, size.D)
@@ -432,20 +484,48 @@ def bwd_blocks(
 
 
 def general_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    natural: bool,
     needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, score_bias), None where `needs` is False.
 
     natural: whether the forward returned its scores, and took e^s of them (see general.py).
     """
     call = prepare(
-        query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p, natural, backward=True,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        scale,
+        left,
+        right,
+        dropout_p,
+        natural,
+        backward=True,
+    )
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     packed, exact, parts = cu_seqlens_q is not None, call.flags.EXACT, call.flags.PARTS

@@ -315,9 +315,14 @@ class Call(NamedTuple):
 
 
 def prepare(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> Call:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> Call:
     chip = chip_of(values.device)
     packed, exact = cu_seqlens is not None, values.dtype == torch.float32
     length, DV = values.shape[-2:]
@@ -327,21 +332,35 @@ def prepare(
     items = partition(seqs, length, blocks.T, cu_seqlens)
     flags = Flags(
         dropout_p == 0 and (left is None or right is None) and blocks.scan,
-        exact, exact and chip.backend != "interpreter", *matmul_flags(chip, values.dtype).values(),
-    )  # fmt: skip
+        exact,
+        exact and chip.backend != "interpreter",
+        *matmul_flags(chip, values.dtype).values(),
+    )
     args = {
-        "scores_ptr": scores.contiguous(), "values": sequences(unit(values), packed=packed),
-        "scanned": State(None, None, None), "dropout": dropout(seed, dropout_p),
-        "spans": items.spans(cu_seqlens), "num_seqs": seqs, "per_seq": items.per_seq,
-        "T": 0 if packed else length, "DV": DV, "window": window(left, right), "flags": constants(flags),
-    }  # fmt: skip
+        "scores_ptr": scores.contiguous(),
+        "values": sequences(unit(values), packed=packed),
+        "scanned": State(None, None, None),
+        "dropout": dropout(seed, dropout_p),
+        "spans": items.spans(cu_seqlens),
+        "num_seqs": seqs,
+        "per_seq": items.per_seq,
+        "T": 0 if packed else length,
+        "DV": DV,
+        "window": window(left, right),
+        "flags": constants(flags),
+    }
     return Call(items, scores.shape[-1], blocks, flags, all_registers(chip), args)
 
 
 def window_fwd(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """(out, lse) as `fused_attn.reference.windowed_attention` has them, out in float32."""
     DV = values.shape[-1]
     out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)

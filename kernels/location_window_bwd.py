@@ -205,10 +205,19 @@ def _location_window_bwd_values_kernel(
 
 
 def window_bwd(
-    dout: Tensor, dlse: Tensor | None,
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-    left: int | None, right: int | None, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False."""
     need_scores, need_values = needs
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
@@ -221,9 +230,17 @@ def window_bwd(
     seen = torch.empty_like(lse)
     DV, hops = values.shape[-1], call.hops
     call.args.update(
-        do_ptr=dout, out_ptr=out, lse_ptr=lse, dlse_ptr=dlse if dlse is None else dlse.contiguous(), delta_ptr=delta,
-        seen_ptr=seen, count=delta.numel(), R=hops, ds_ptr=ds, dvalue_ptr=dvalue,
-    )  # fmt: skip
+        do_ptr=dout,
+        out_ptr=out,
+        lse_ptr=lse,
+        dlse_ptr=dlse if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        seen_ptr=seen,
+        count=delta.numel(),
+        R=hops,
+        ds_ptr=ds,
+        dvalue_ptr=dvalue,
+    )
     blocks = call.blocks
     narrow = blocks._replace(DV=pow2(DV, 16, 32))
     call.launch(_location_window_delta_kernel, triton.cdiv(delta.numel(), blocks.T), blocks=narrow)

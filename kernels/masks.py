@@ -173,14 +173,31 @@ def visible_pairs(
 
 @triton.jit
 def visible(
-    i, j, q_inside, k_inside, mask_ptrs, stride_mq, stride_mk, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
+    i,
+    j,
+    q_inside,
+    k_inside,
+    mask_ptrs,
+    stride_mq,
+    stride_mk,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
     """Which keys j [BLOCK_N] the queries i [BLOCK_M] see, [BLOCK_M, BLOCK_N]."""
     return visible_pairs(
-        i[:, None], j[None, :], q_inside[:, None] & k_inside[None, :], mask_ptrs, stride_mq, stride_mk, left, right,
-        HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
+        i[:, None],
+        j[None, :],
+        q_inside[:, None] & k_inside[None, :],
+        mask_ptrs,
+        stride_mq,
+        stride_mk,
+        left,
+        right,
+        HAS_LEFT,
+        HAS_RIGHT,
+    )
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def _recurrent_bwd_kernel(
     limit,
     flags,
     blocks,
-):  # fmt: skip
+):
     seq = tl.program_id(0).to(tl.int64)
     q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
     k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
@@ -234,11 +234,21 @@ def previous(out: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def recurrent_bwd(
-    dout: Tensor, dweights: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
-    mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
+    dout: Tensor,
+    dweights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    w_r: Tensor,
+    w_t: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+    out: Tensor,
     needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
     tensors = (query, key, value, w, w_r, w_t, state)
     call = prepare(*tensors[:-1], mask, cu_seqlens_premise, cu_seqlens_hypothesis)

@@ -141,10 +141,20 @@ class DistanceAttention(nn.Module):
         else:
             v = v[0]
         return distance_attention(
-            q, k, value, v, p=self.p, mask=mask, window=window, score_bias=score_bias, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k, dropout_p=self.dropout if self.training else 0.0,
-            return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            q,
+            k,
+            value,
+            v,
+            p=self.p,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""

@@ -148,10 +148,21 @@ class GeneralAttention(nn.Module):
             query, key = every_head(query), every_head(key)
             value = every_head(value) if value is not None and value.dim() == rank else value
         return general_attention(
-            query, key, value, self.weight, scale=self.scale, activation=self.activation, mask=mask, window=window,
-            score_bias=score_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            self.weight,
+            scale=self.scale,
+            activation=self.activation,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""

@@ -28,13 +28,14 @@ _INPUTS = {
     packed: {
         "h": argument("N dim" if packed else "B T dim", hint="" if packed else "packed rows go with cu_seqlens"),
         "context": argument(
-            "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim" if packed
+            "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim"
+            if packed
             else "B context_dim | B T context_dim"
         ),
         "cu_seqlens": offsets_of("S"),
     }
     for packed in (False, True)
-}  # fmt: skip
+}
 
 
 class LocationAttention(nn.Module):
@@ -137,9 +138,7 @@ class LocationAttention(nn.Module):
             given = "None" if context is None else "a tensor"
             wanted = "None, since context_dim is None" if self.context is None else "a tensor, by context_dim"
             raise ValueError(f"context: expected {wanted}; got {given}")
-        check_module_inputs(
-            h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context)
-        )  # fmt: skip
+        check_module_inputs(h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context))
         if context is not None and self.context is not None:
             context = project(self.context, context)
         proj = read("proj", self.proj)
@@ -153,12 +152,23 @@ class LocationAttention(nn.Module):
             w, b = w[:, 0], None if b is None else b[0]
             context = None if context is None else context.squeeze(-1)
         return location_attention(
-            h, w, b, v,
+            h,
+            w,
+            b,
+            v,
             gate=gate_of(self),
-            context=context, values=values, activation=self.activation, gate_activation=self.gate_activation,
-            mask=mask, window=window, score_bias=score_bias, cu_seqlens=cu_seqlens,
-            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            context=context,
+            values=values,
+            activation=self.activation,
+            gate_activation=self.gate_activation,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""
@@ -175,9 +185,13 @@ def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor
 
 
 def check_module_inputs(
-    h: Tensor, context: Tensor | None, cu_seqlens: Tensor | None, weight: Tensor | None, dim: int | None,
+    h: Tensor,
+    context: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weight: Tensor | None,
+    dim: int | None,
     context_dim: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Check what the module projects by its own names; the rest is left to the function, whose names are the same."""
     jagged = isinstance(h, Tensor) and h.is_nested
     for name, x in (("h", h), ("context", context)) if jagged else ():

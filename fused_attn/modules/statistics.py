@@ -94,10 +94,17 @@ class StatisticsPooling(nn.Module):
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
         proj, score = read("proj", self.proj), read("score", self.score).weight
         mean, std, *weights = statistics_pooling(
-            h, proj.weight.t(), proj.bias, score.t() if self.per_channel else score[0],
-            context=context, activation=self.activation, mask=mask, cu_seqlens=cu_seqlens,
-            return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            h,
+            proj.weight.t(),
+            proj.bias,
+            score.t() if self.per_channel else score[0],
+            context=context,
+            activation=self.activation,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            return_weights=return_weights,
+            impl=impl,
+        )
         pooled = torch.cat([mean, std], dim=-1)
         return (pooled, weights[0]) if weights else pooled
 
