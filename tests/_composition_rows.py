@@ -74,25 +74,31 @@ def offsets(rows: int, parts: int) -> Tensor:
     return torch.tensor([rows * i // parts for i in range(parts + 1)], dtype=torch.int32)
 
 
-def _rows() -> list[Row]:
-    made: list[Row] = []
+ROWS: dict[str, Row] = {}
 
-    def r(*shape: int) -> Tensor:
-        return torch.randn(*shape)
 
-    def add(name: str, call: Callable, make: Callable, module: nn.Module | None = None, **options) -> None:
-        made.append(Row(name, call, make, module, **options))
+def r(*shape: int) -> Tensor:
+    return torch.randn(*shape)
 
-    def seen(*shape: int) -> Tensor:
-        return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
 
-    def widens(x: Tensor, _: Tensor) -> Tensor:  # as a normalisation does
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+def add(name: str, call: Callable, make: Callable, module: nn.Module | None = None, **options) -> None:
+    ROWS[name] = Row(name, call, make, module, **options)
 
-    def score(t: dict[str, Tensor], p: str) -> Score:
-        gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
-        return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
 
+def seen(*shape: int) -> Tensor:
+    return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
+
+
+def widens(x: Tensor, _: Tensor) -> Tensor:  # as a normalisation does
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def score(t: dict[str, Tensor], p: str) -> Score:
+    gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
+    return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
+
+
+def _location() -> None:
     add(
         "location padded", lambda i, h, w: location_attention(h, w, impl=i), lambda B, T: {"h": r(B, T, 4), "w": r(4)}
     )
@@ -147,6 +153,9 @@ def _rows() -> list[Row]:
             lambda i, c, window=window, **t: location_attention(**t, cu_seqlens=c, window=window, impl=i),
             lambda B, T: {"h": r(B * T, 4), "w": r(4), "c": offsets(B * T, B)},
         )
+
+
+def _pairs() -> None:
     add(
         "concat padded",
         lambda i, **t: concat_attention(**t, impl=i),
@@ -219,6 +228,9 @@ def _rows() -> list[Row]:
         lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
         lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
     )
+
+
+def _statistics_and_graph() -> None:
     add("statistics padded", lambda i, h: statistics_pooling(h, impl=i), lambda B, T: {"h": r(B, T, 4)})
     add(
         "statistics padded, all options",
@@ -262,6 +274,9 @@ def _rows() -> list[Row]:
             "indices": torch.arange(2 * T) % T,
         },
     )
+
+
+def _two_levels_and_steps() -> None:
     add(
         "hierarchical",
         lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), impl=i),
@@ -335,6 +350,9 @@ def _rows() -> list[Row]:
             "score_bias": r(B, T),
         },
     )
+
+
+def _dropout_and_jagged() -> None:
     drops = (
         "compile",
         "inference_mode",
@@ -399,6 +417,9 @@ def _rows() -> list[Row]:
         },
         columns=("compile", "autocast"),
     )
+
+
+def _modules() -> None:
     torch.manual_seed(1)
     m: nn.Module
     m = LocationAttention(4, 3, hops=2, gated=True, context_dim=2)
@@ -466,7 +487,7 @@ def _rows() -> list[Row]:
         lambda B, T: {"query": r(B, 4), "key": r(B, T, 4), "previous": r(B, T)},
         m,
     )
-    return made
 
 
-ROWS = {row.name: row for row in _rows()}
+for _rows in (_location, _pairs, _statistics_and_graph, _two_levels_and_steps, _dropout_and_jagged, _modules):
+    _rows()

@@ -264,8 +264,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/general.py",
-        "self.weight, scale=self.scale,",
-        "self.weight,",
+        "            scale=self.scale,\n",
+        "",
         ("tests/test_general_module.py", "-k", "module_is"),
         "the scale is not passed on",
     ),
