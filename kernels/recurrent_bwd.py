@@ -103,7 +103,6 @@ def _recurrent_bwd_kernel(
     dk_ptr = made.dk + k_row0 * size.A
     dvalue_ptr = made.dvalue + k_row0 * size.D
     dw_ptr = made.dw + seq * size.A
-    dstate_ptr = made.dstate + seq * size.D
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -130,14 +129,12 @@ def _recurrent_bwd_kernel(
             c = tl.load(c_row + a, mask=a < size.A, other=0.0)
             dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], flags.FAST)
-            s = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))
-            s = made_once(s)
+            s = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
             if given.dweights is not None:
                 g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
             p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, flags.FMA)
-            inv = finish(l)
-            p *= inv
+            p *= finish(l)
             ds = p * (g - tl.sum(p * g, axis=0))
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
             dk += dz
@@ -206,16 +203,15 @@ def _recurrent_bwd_kernel(
             from_c = vector_matrix(dc_row, None, w_r, d, size.A, size.D, blocks.K)
             from_u = vector_matrix(dr_row, given.gate + row * size.D, w_t, d, size.D, size.D, blocks.K)
             _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))
-            tl.store(dstate_ptr + d, from_c + from_u, mask=(d < size.D) & (t == 0))
+            tl.store(made.dstate + seq * size.D + d, from_c + from_u, mask=(d < size.D) & (t == 0))
         tl.debug_barrier()
 
     if flags.HELD:
-        mine = steps > 0
-        inside = ((j < length) & mine)[:, None]
+        inside = ((j < length) & (steps > 0))[:, None]
         row = j.to(tl.int64)[:, None]
         tl.store(dk_ptr + row * size.A + a[None, :], dk, mask=inside & (a < size.A)[None, :])
         tl.store(dvalue_ptr + row * size.D + d[None, :], dval, mask=inside & (d < size.D)[None, :])
-        tl.store(dw_ptr + a, dw, mask=(a < size.A) & mine)
+        tl.store(dw_ptr + a, dw, mask=(a < size.A) & (steps > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------

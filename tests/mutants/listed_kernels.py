@@ -392,8 +392,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent_bwd.py",
-        "            s = made_once(s)\n",
-        "",
+        's = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))',
+        's = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))',
         ("tests/test_compile_report.py", "-k", "one_sum"),
         "the scores that are weighted are not those of which the maximum was taken",
     ),
