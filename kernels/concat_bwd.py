@@ -341,20 +341,24 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-def bwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, busy: bool, packed: bool) -> Blocks:
+def bwd_blocks(
+    chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, factored: bool, busy: bool, packed: bool
+) -> Blocks:
     """Tiles of g and dvalue, and of dq and dk. With packed rows both are in one kernel, and half the keys fit.
 
-    dq and dk: 32 rows by 128 features on 4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6
-    instructions an element on sm_90. No spills anywhere. On an H200 half as many features a program are 1.3 times as
-    fast: more programs share a core.
+    Half the keys where the activation has no factors, too: |z| and z² spilled. dq and dk: 32 rows by 128 features on 4
+    warps are 32 sums a thread; the compile report counts 6.6 and 5.6 instructions an element on sm_90. On an H200 half
+    as many features a program are 1.3 times as fast: more programs share a core.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
     if itemsize == 4:
-        keys, warps = (64, 8) if packed else (pow2(Tk, 32, 128), 4)
+        keys, warps = (64, 8) if packed else (pow2(Tk, 32, 128 if factored else 64), 4)
         return Blocks(16, keys, 16, 32, pow2(A, 16, 128), warps, 8)
     hip = chip.backend == "hip"
-    most = 32 if packed and hip and busy else 64 if packed or (hip and busy) or chip.arch == 100 else 128
+    most = (
+        32 if packed and hip and busy else 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128
+    )
     features = 64 if chip.hopper else 128  # half the registers, so that more programs share a core
     features, walk_warps = (pow2(A, 16, features), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)
     return Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 32, features, 8, walk_warps)
@@ -397,7 +401,7 @@ def concat_bwd(
     dv = torch.zeros(H, A, **f32)
     if query.numel() and key.numel() and value.numel() and call.seqs:
         lengths = (LONG, LONG) if packed else (Tq, Tk)
-        blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.busy, packed)
+        blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed)
         q_side, q_items = factors(
             call.args["q"], call.args["q_rows"], cu_seqlens_q, blocks.M, activation, transposed=True
         )
