@@ -346,9 +346,9 @@ def bwd_blocks(
 ) -> Blocks:
     """Tiles of g and dvalue, and of dq and dk. With packed rows both are in one kernel, and half the keys fit.
 
-    Half the keys where the activation has no factors, too: |z| and z² spilled. dq and dk: 32 rows by 128 features on 4
-    warps are 32 sums a thread; the compile report counts 6.6 and 5.6 instructions an element on sm_90. On an H200 half
-    as many features a program are 1.3 times as fast: more programs share a core.
+    Half the keys where the activation has no factors, too: |z| and z² spilled. dq and dk: 32 rows by 128 features on
+    4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6 instructions an element on sm_90. On an H200
+    half as many features a program are 1.3 times as fast: more programs share a core.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
