@@ -89,7 +89,8 @@ def separate(patch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
     def launched(*args):
-        assert not any(isinstance(x, Tensor) and place(x) == HOST for x in args), "a kernel got a tensor of the host"
+        tensors = (x for x in tree_leaves(args) if isinstance(x, Tensor))  # arguments may be tuples of them
+        assert not any(place(x) == HOST for x in tensors), "a kernel got a tensor of the host"
 
     def parameter(cls, data=None, requires_grad=True):
         made = new(cls, data, requires_grad)
