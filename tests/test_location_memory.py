@@ -15,6 +15,9 @@ MIB = 2**20
 
 
 class _NoLaunch:
+    def __init__(self, kernel) -> None:
+        self.arg_names = kernel.arg_names
+
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
 
@@ -24,7 +27,7 @@ def _an_h200_that_runs_nothing(monkeypatch):
     for module in (location, location_bwd, hierarchical, softmax):
         for name in vars(module):
             if name.startswith("_") and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, _NoLaunch())
+                monkeypatch.setattr(module, name, _NoLaunch(getattr(module, name)))
     with chip.assume(chip.H200):
         yield
 
