@@ -1,12 +1,14 @@
 """Fused Triton kernels for the classical attention families, with PyTorch references."""
 
 from .concat import concat_attention
+from .distance import distance_attention
 from .general import general_attention
-from .graph import csr_from_edges, graph_attention, transpose_csr
+from .graph import Graph, csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
 from .modules import (
     ConcatAttention,
+    DistanceAttention,
     GeneralAttention,
     GraphAttention,
     HierarchicalAttention,
@@ -17,13 +19,16 @@ from .modules import (
     WordByWordAttention,
 )
 from .recurrent import location_aware_attention, word_by_word_attention
+from .segments import Segments
 from .statistics import statistics_pooling
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConcatAttention",
+    "DistanceAttention",
     "GeneralAttention",
+    "Graph",
     "GraphAttention",
     "HierarchicalAttention",
     "HierarchicalOutput",
@@ -31,11 +36,13 @@ __all__ = [
     "LocationAwareAttention",
     "RaggedRNN",
     "Score",
+    "Segments",
     "StatisticsPooling",
     "WordByWordAttention",
     "__version__",
     "concat_attention",
     "csr_from_edges",
+    "distance_attention",
     "general_attention",
     "graph_attention",
     "hierarchical_attention",

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, every_sample
+from ._tracing import every_sample
+from .reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = (-sys.float_info.max, math.inf)  # from, and under
@@ -438,10 +439,19 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         range does in `torch.nn.Embedding`.
 
     """
-    check_tensor(
-        name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT
-    )  # fmt: skip
+    check_tensor(name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT)
     check_offsets(name, cu, rows, "packed rows")
+
+
+def know(x: Tensor, what: str, count: int) -> Tensor:
+    """Keep with a tensor that its values were checked, as "offsets" into so many rows, or as "indices" under it."""
+    x._fused_attn_known = (what, count, x._version)  # type: ignore[attr-defined]
+    return x
+
+
+def _known(x: Tensor, what: str, count: int) -> bool:
+    known = None if torch.compiler.is_compiling() else getattr(x, "_fused_attn_known", None)
+    return known is not None and known == (what, count, x._version)
 
 
 def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
@@ -455,12 +465,16 @@ def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
     """
     if x.numel() == 0:
         raise ValueError(f"{name}: expected at least one offset, 0; got an empty tensor")
+    if _known(x, "offsets", rows):
+        return
     good = (x[0] == 0) & (x[-1] == rows) & (x[1:] >= x[:-1]).all()
     check_values(name, x, good, f"non-decreasing offsets from 0 to the number of {of}", rows)
 
 
 def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
     """Check that each number is one of ``0 .. count - 1``; a ValueError as `check_cu_seqlens` raises it."""
+    if _known(x, "indices", count):
+        return
     good = ((x >= 0) & (x < count)).all()
     check_values(name, x, good, f"non-negative indices under the number of {of}", count)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._operators import Operator, launcher
+from ._tracing import in_graph
 from .blocked import location as blocked
 
 
@@ -45,11 +46,16 @@ def _bwd(*args: Any) -> list[Tensor | None]:
 
 
 def _formula(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """What second derivatives are taken of: in blocks; to the compiler, which must know all sizes, of all pairs."""
-    if reference.in_graph():
+    if in_graph():
         return reference.windowed_attention(
             scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
         )

@@ -14,9 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._dropout import dropout_scale
 from ._operators import left_to_autograd, raw_op, vjp
 from ._ops import forward_mode, under_autocast
-from .reference import dropout_scale, segment_ids
+from .reference import segment_ids
 
 _GATES = {"LSTM": 4, "GRU": 3}  # else one
 
@@ -81,9 +82,12 @@ def formula(
         for layer in range(layers):
             if layer and seed is not None:
                 data = data * dropout_scale(
-                    seed, torch.arange(data.shape[1], device=data.device), order.new_tensor(layer),
-                    torch.arange(data.shape[0], device=data.device)[:, None], dropout,
-                ).to(data.dtype)  # fmt: skip
+                    seed,
+                    torch.arange(data.shape[1], device=data.device),
+                    order.new_tensor(layer),
+                    torch.arange(data.shape[0], device=data.device)[:, None],
+                    dropout,
+                ).to(data.dtype)
             both = range(layer * (1 + bidirectional), (layer + 1) * (1 + bidirectional))
             data = torch.cat([_walk(data, sizes, weights_of[i], mode, bias, i > both[0]) for i in both], -1)
         return data
@@ -200,8 +204,14 @@ def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
     if rnn.training and rnn.dropout > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=rows.device)
     options = (
-        rnn.mode, rnn.hidden_size, rnn.proj_size, rnn.num_layers, rnn.bias, rnn.bidirectional, float(rnn.dropout)
-    )  # fmt: skip
+        rnn.mode,
+        rnn.hidden_size,
+        rnn.proj_size,
+        rnn.num_layers,
+        rnn.bias,
+        rnn.bidirectional,
+        float(rnn.dropout),
+    )
     return _states(rows, weights, offsets, seed, *options)
 
 

@@ -5,6 +5,7 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import reference
 from ._checks import (
     Checker,
+    Table,
     argument,
     check_activation,
     check_dropout,
@@ -26,6 +28,7 @@ from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
 from .blocked import concat as blocked
 from .location import LOCATION
+from .segments import Offsets, as_offsets
 
 _TABLES = {
     (packed, heads): pairs_table(
@@ -87,8 +90,8 @@ def concat_attention(
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -150,13 +153,50 @@ def concat_attention(
     Bahdanau et al. 2015; Luong et al. 2015 (concat); Rocktäschel et al. 2016; Ma et al. 2017 (Dipole).
 
     """
+    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
-    left, right = _validate_concat(
-        query, key, value, v, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p,
+    given = {"query": query, "key": key, "value": value, "v": v}
+    left, right = validate(
+        _TABLES, given, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights
+    )
+    check_activation("activation", activation)
+    return attend(
+        query,
+        key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        activation,
+        left,
+        right,
+        dropout_p,
         return_weights,
-    )  # fmt: skip
+        impl,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    return_weights: bool,
+    impl: Impl,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     packed = cu_seqlens_q is not None
     heads = query.dim() == (3 if packed else 4)
 
@@ -212,9 +252,17 @@ def concat_attention(
 
 
 def _pooled(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    seed: Tensor | None, activation: str, dropout_p: float, kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One query and one head a sequence, by the location family: keys projected already, the query a context.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
@@ -231,23 +279,43 @@ def _pooled(
         query, key, v = reference.widened(query, key, v)
     run = LOCATION if kernel else LOCATION.formula
     out, lse, scores = run(
-        key[:, 0], None, None, v.mT, None, None, query[:, 0, 0], value[:, 0], bias, keys, None, seed,
-        activation, "sigmoid", float(dropout_p), False,
-    )  # fmt: skip
+        key[:, 0],
+        None,
+        None,
+        v.mT,
+        None,
+        None,
+        query[:, 0, 0],
+        value[:, 0],
+        bias,
+        keys,
+        None,
+        seed,
+        activation,
+        "sigmoid",
+        float(dropout_p),
+        False,
+    )
     return out[:, None], lse[:, None], scores.mT[:, None]
 
 
-def _validate_concat(
-    query: Tensor, key: Tensor, value: Tensor | None, v: Tensor, activation: str, mask: Tensor | None,
-    window: tuple[int | None, int | None] | None, score_bias: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
-) -> tuple[int | None, int | None]:  # fmt: skip
-    """Check every argument; return the window's sides."""
-    given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
-    packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)
-    check = Checker(_TABLES[packed, query.dim() == (3 if packed else 4)])
-    for name, x in (("query", query), ("key", key), ("value", value), ("v", v)):
+def validate(
+    tables: dict[tuple[bool, bool], Table],
+    given: Mapping[str, Tensor | None],
+    mask: Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    score_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_p: float,
+    return_weights: bool,
+) -> tuple[int | None, int | None]:
+    """Check every argument, the tensors by the table for packed rows and heads; return the window's sides."""
+    query, key = cast("Tensor", given["query"]), cast("Tensor", given["key"])
+    whole = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
+    packed = check_packed(whole, cu_seqlens_q, cu_seqlens_k)
+    check = Checker(tables[packed, query.dim() == (3 if packed else 4)])
+    for name, x in given.items():
         check(name, x)
-    check_activation("activation", activation)
     check_dropout("dropout_p", dropout_p)
     return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

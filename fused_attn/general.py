@@ -28,16 +28,20 @@ from ._checks import (
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from .segments import Offsets, as_offsets
 
 _TABLES = {
     (packed, heads, weighted): pairs_table(
-        packed=packed, heads=heads, query="Dq" if weighted else "D", key="Dk" if weighted else "D",
+        packed=packed,
+        heads=heads,
+        query="Dq" if weighted else "D",
+        key="Dk" if weighted else "D",
         weight=argument("Dq Dk | H Dq Dk" if heads else "Dq Dk", linear=True),
     )
     for packed in (False, True)
     for heads in (False, True)
     for weighted in (False, True)
-}  # fmt: skip
+}
 
 
 def _sdpa(
@@ -140,8 +144,8 @@ def general_attention(
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -211,13 +215,25 @@ def general_attention(
     Luong et al. 2015 (dot, general); Ma et al. 2017 (Dipole).
 
     """
+    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
     left, right = _validate_general(
-        query, key, value, weight, scale, activation, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k,
-        dropout_p, return_weights,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        weight,
+        scale,
+        activation,
+        mask,
+        window,
+        score_bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        dropout_p,
+        return_weights,
+    )
     packed = cu_seqlens_q is not None
     heads = query.dim() == (3 if packed else 4)
 
@@ -237,9 +253,11 @@ def general_attention(
     scores: Tensor | None = None
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     options = (activation, float(scale), left, right, float(dropout_p))
-    sdpa = impl == "auto" and not return_weights and _sdpa_serves(
-        query, key, value, weight, score_bias, mask, cu_seqlens_q, *options, kernel=kernel
-    )  # fmt: skip
+    sdpa = (
+        impl == "auto"
+        and not return_weights
+        and _sdpa_serves(query, key, value, weight, score_bias, mask, cu_seqlens_q, *options, kernel=kernel)
+    )
     tail = (score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, *options)
     if kernel or sdpa:
         if weight is not None:
@@ -265,10 +283,21 @@ def general_attention(
 
 
 def _sdpa_serves(
-    query: Tensor, key: Tensor, value: Tensor | None, weight: Tensor | None, score_bias: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, scale: float, left: int | None,
-    right: int | None, dropout_p: float, *, kernel: bool,
-) -> bool:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    weight: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    *,
+    kernel: bool,
+) -> bool:
     """Whether `impl="auto"` calls `scaled_dot_product_attention`: the rule that `general_attention` documents.
 
     `kernel`: whether the Triton kernel would take the call. On a CPU it would not, and the choice is between this and
@@ -288,10 +317,20 @@ def _sdpa_serves(
 
 
 def _validate_general(
-    query: Tensor, key: Tensor, value: Tensor | None, weight: Tensor | None, scale: float, activation: str,
-    mask: Tensor | None, window: tuple[int | None, int | None] | None, score_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout_p: float, return_weights: bool,
-) -> tuple[int | None, int | None]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    weight: Tensor | None,
+    scale: float,
+    activation: str,
+    mask: Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    score_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_p: float,
+    return_weights: bool,
+) -> tuple[int | None, int | None]:
     """Check every argument; return the window's sides."""
     given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
     packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)

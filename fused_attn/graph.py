@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from ._checks import (
     check_offsets,
     check_tensor,
     check_values,
+    know,
 )
 from ._habits import explicit
 from ._operators import Operator, launcher
@@ -104,13 +106,17 @@ def transpose_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
         As in `graph_attention`.
 
     """
+    return _transpose(indptr, indices, _check_structure(indptr, indices, num_keys))
+
+
+def _check_structure(indptr: Tensor, indices: Tensor, num_keys: int) -> int:
     num_keys = check_count("num_keys", num_keys)
     check = Checker(_TABLES[False])
     check("indices", indices)
     check.follow("indices", torch.float32, indices.device)
     check("indptr", indptr)
     _check_csr(("indptr", "indices"), indptr, indices, num_keys, "key nodes")
-    return _transpose(indptr, indices, num_keys)
+    return num_keys
 
 
 def _transpose(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
@@ -121,10 +127,77 @@ def _transpose(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
     return indptr_t, reference.segment_ids(indptr, indices.shape[0])[perm].to(indices.dtype), perm
 
 
+@dataclass(eq=False)
+class Graph:
+    """A graph in CSR, for `graph_attention` in place of ``indptr``, ``indices`` and ``transposed``.
+
+    Its values are checked when it is made, not at each call; its transpose, which the backward walks, is made when a
+    gradient first asks for it, and kept. A pytree: `torch.compile`, `torch.export` and `vmap` carry it.
+
+    Attributes
+    ----------
+    indptr, indices
+        As in `graph_attention`: int32 or int64 ``(Nq + 1,)`` and ``(E,)``.
+    num_keys
+        Number Nk of key nodes.
+    transposed
+        What `transpose_csr` makes of them, or None as long as nothing asked for it.
+
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    num_keys: int
+    transposed: Transposed | None = None
+
+    @classmethod
+    def from_csr(cls, indptr: Tensor, indices: Tensor, num_keys: int) -> Graph:
+        """Of the edges sorted by query node; both tensors are copied.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `transpose_csr`.
+
+        """
+        num_keys = _check_structure(indptr, indices, num_keys)
+        with torch.inference_mode(False):
+            pointers = know(indptr.clone(), "offsets", indices.shape[0])
+            return cls(pointers, know(indices.clone(), "indices", num_keys), num_keys)
+
+    @classmethod
+    def from_edges(cls, edge_index: Tensor, num_queries: int, num_keys: int) -> tuple[Graph, Tensor]:
+        """Of a list of edges ``(2, E)``, see `csr_from_edges`; also the order in which that puts the edges.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `csr_from_edges`.
+
+        """
+        indptr, indices, order = csr_from_edges(edge_index, num_queries)
+        return cls.from_csr(indptr, indices, num_keys), order
+
+    def transpose(self) -> Transposed:
+        """``transposed``, made if need be."""
+        if self.transposed is None:
+            self.transposed = _transpose(self.indptr, self.indices, self.num_keys)
+        return self.transposed
+
+
+torch.export.register_dataclass(Graph, serialized_type_name="fused_attn.Graph")
+
+
 def _fake(
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-    indices: Tensor, *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     nodes, heads, _ = query.shape
     value = key if value is None else value
     return (
@@ -173,8 +246,8 @@ def graph_attention(
     query: Tensor,
     key: Tensor,
     v: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
+    indptr: Tensor | Graph,
+    indices: Tensor | None = None,
     *,
     value: Tensor | None = None,
     edge: Tensor | None = None,
@@ -202,7 +275,8 @@ def graph_attention(
         ``(A,)``, or with heads ``(H, A)``.
     indptr, indices
         int32 or int64 ``(Nq + 1,)`` and ``(E,)``: the neighbours of node i are the rows
-        ``indices[indptr[i] : indptr[i + 1]]`` of `key`. `csr_from_edges` makes them of a list of edges.
+        ``indices[indptr[i] : indptr[i + 1]]`` of `key`. `csr_from_edges` makes them of a list of edges. Or, for both,
+        a `Graph`, which was checked when it was made.
     value
         ``(Nk, Dv)``, or ``(Nk, H, Dv)``. None: the projected keys, as GATv2 has it, of which the kernel then loads a
         row once for both uses (up to a width of 256).
@@ -243,6 +317,9 @@ def graph_attention(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
+    indptr, indices, graph = csr_of(indptr, indices, transposed)
+    if graph is not None and graph.num_keys != key.shape[0]:
+        raise ValueError(f"indptr: expected a Graph of Nk = {key.shape[0]} key nodes, from key; got {graph.num_keys}")
     _validate_graph(query, key, v, indptr, indices, value, edge, activation, dropout_p, transposed)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     heads = query.dim() == 3
@@ -252,6 +329,8 @@ def graph_attention(
     rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
     more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
+    if graph is not None:
+        transposed = graph.transpose() if kernel and torch.is_grad_enabled() else None
     run = _GRAPH if kernel else _GRAPH.formula
     out, lse, scores = run(
         *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
@@ -262,6 +341,18 @@ def graph_attention(
         return out
     weights = weights_from(scores, lse, offsets=indptr).to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
+
+
+def csr_of(
+    indptr: Tensor | Graph, indices: Tensor | None, transposed: Transposed | None
+) -> tuple[Tensor, Tensor, Graph | None]:
+    """(indptr, indices, the `Graph` that they are of)."""
+    if not isinstance(indptr, Graph):
+        return indptr, cast("Tensor", indices), None
+    for name, x in (("indices", indices), ("transposed", transposed)):
+        if x is not None:
+            raise TypeError(f"{name}: expected None beside a Graph, which has its own; got {type(x).__name__}")
+    return indptr.indptr, indptr.indices, indptr
 
 
 def _check_csr(names: tuple[str, str], indptr: Tensor, indices: Tensor, columns: int, of: str) -> None:
@@ -288,9 +379,17 @@ def _check_transposed(indptr: Tensor, indices: Tensor, transposed: Transposed) -
 
 
 def _validate_graph(
-    query: Tensor, key: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, value: Tensor | None,
-    edge: Tensor | None, activation: str, dropout_p: float, transposed: Transposed | None,
-) -> None:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    transposed: Transposed | None,
+) -> None:
     """Check every argument."""
     check = Checker(_TABLES[query.dim() == 3])
     for name, x in (("query", query), ("key", key), ("v", v), ("value", value)):

@@ -18,6 +18,7 @@ from ._habits import explicit
 from ._operators import left_to_autograd, raw_op
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
 from .location import LOCATION, _split_gate, _table, check_context, check_score
+from .segments import Offsets, as_offsets
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -119,9 +120,15 @@ class _HierarchicalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, d_outer_lse: Tensor | None, d_outer_scores: Tensor | None,
-        dsegments: Tensor | None, dlse: Tensor | None, dscores: Tensor | None, _: Tensor | None,
-    ) -> Any:  # fmt: skip
+        ctx: Any,
+        dout: Tensor | None,
+        d_outer_lse: Tensor | None,
+        d_outer_scores: Tensor | None,
+        dsegments: Tensor | None,
+        dlse: Tensor | None,
+        dscores: Tensor | None,
+        _: Tensor | None,
+    ) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
         h, *score = saved[: 1 + 2 * _SCORE]
         mask, inner_offsets, outer_offsets, *results = saved[1 + 2 * _SCORE :]
@@ -133,20 +140,50 @@ class _HierarchicalAttention(torch.autograd.Function):
 
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
             through, *parameters = LOCATION.backward(
-                torch.zeros_like(out) if dout is None else dout, d_outer_lse, d_outer_scores, segments,
-                *score[_SCORE:], None, None, lse[:, 0, 0] != -torch.inf, outer_offsets, None,
-                out, outer_lse, outer_scores, outer_options[0], outer_options[1], 0.0, outer_options[2],
+                torch.zeros_like(out) if dout is None else dout,
+                d_outer_lse,
+                d_outer_scores,
+                segments,
+                *score[_SCORE:],
+                None,
+                None,
+                lse[:, 0, 0] != -torch.inf,
+                outer_offsets,
+                None,
+                out,
+                outer_lse,
+                outer_scores,
+                outer_options[0],
+                outer_options[1],
+                0.0,
+                outer_options[2],
                 (any(inner_needs), *outer_needs, False, False),
-            )[: 1 + _SCORE]  # fmt: skip
+            )[: 1 + _SCORE]
             grads[1 + _SCORE : 1 + 2 * _SCORE] = parameters
             if any(inner_needs):
                 dsegments = through if dsegments is None else dsegments + through
         if any(inner_needs):
             dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
             grads[: 1 + _SCORE] = LOCATION.backward(
-                dpooled, dlse, dscores, h, *score[:_SCORE], None, None, mask, inner_offsets, None,
-                pooled, lse, scores, activation, gate_activation, 0.0, per_row, (*inner_needs, False, False),
-            )[: 1 + _SCORE]  # fmt: skip
+                dpooled,
+                dlse,
+                dscores,
+                h,
+                *score[:_SCORE],
+                None,
+                None,
+                mask,
+                inner_offsets,
+                None,
+                pooled,
+                lse,
+                scores,
+                activation,
+                gate_activation,
+                0.0,
+                per_row,
+                (*inner_needs, False, False),
+            )[: 1 + _SCORE]
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -163,8 +200,8 @@ def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Te
 @under_autocast("h", "inner", "outer", "between")
 def hierarchical_attention(
     h: Tensor,
-    inner_offsets: Tensor,
-    outer_offsets: Tensor,
+    inner_offsets: Offsets,
+    outer_offsets: Offsets,
     inner: Score,
     outer: Score,
     *,
@@ -228,6 +265,7 @@ def hierarchical_attention(
     Yang et al. 2016 (HAN).
 
     """
+    inner_offsets, outer_offsets = as_offsets(inner_offsets), as_offsets(outer_offsets)
     return_segments = check_flag("return_segments", return_segments)
     return_weights = check_flag("return_weights", return_weights)
     Checker(_TABLE)("h", h)
@@ -251,9 +289,13 @@ def hierarchical_attention(
         assert between is not None
         rows = between(segments, offsets)
         check_tensor(
-            "between", rows, shapes=[("(S, D')", tuple(like.shape))], dtypes=[h.dtype],
-            device=h.device, hint="its result is what outer takes",
-        )  # fmt: skip
+            "between",
+            rows,
+            shapes=[("(S, D')", tuple(like.shape))],
+            dtypes=[h.dtype],
+            device=h.device,
+            hint="its result is what outer takes",
+        )
         return rows
 
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
@@ -262,10 +304,15 @@ def hierarchical_attention(
         results = _hierarchical_attention(h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
     else:
         results = reference.hierarchical_attention(
-            h, inner_level, outer_level, mask, inner_offsets, outer_offsets,
+            h,
+            inner_level,
+            outer_level,
+            mask,
+            inner_offsets,
+            outer_offsets,
             between=None if between is None else checked,
             attend=_launch if kernel else reference.location_attention,
-        )  # fmt: skip
+        )
     out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
     out = out.squeeze(1).to(h.dtype)
     if not (return_segments or return_weights):
@@ -301,7 +348,7 @@ def _width_of(tensors: list[Tensor | None], default: int) -> int:
 
 def _level(
     name: str, tensors: list[Tensor | None], score: Score, rows: Tensor, seqs: int, of: Checker
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """A score on `rows`, checked, as `reference.hierarchical_attention` takes it; of: the checker of the rest."""
     w, b, v, gate_w, gate_b, context = tensors
     check = Checker(_LEVELS[name]["" if v is None else "A"], f"{name}.")
@@ -317,5 +364,10 @@ def _level(
         w if w is None or w.dim() == 2 else w[:, None],
         b if b is None or b.dim() == 1 else b[None],
         None if v is None else v[:, None],
-        gate_w, gate_b, context, score.activation, score.gate_activation, per_row,
-    )  # fmt: skip
+        gate_w,
+        gate_b,
+        context,
+        score.activation,
+        score.gate_activation,
+        per_row,
+    )

@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._location_windowed import WINDOW
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from .segments import Offsets, as_offsets
 
 
 def _table(rows: str, seq: str, inner: str) -> Table:
@@ -102,7 +103,7 @@ def location_attention(
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -184,6 +185,7 @@ def location_attention(
     (gated MIL); Ma et al. 2017 (Dipole, linear score).
 
     """
+    cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
     return_weights = check_flag("return_weights", return_weights)

@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton
 from .concat import concat_attention
+from .segments import Offsets, as_offsets
 
 _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
 
@@ -124,8 +125,8 @@ def word_by_word_attention(
     *,
     state: Tensor | None = None,
     mask: Tensor | None = None,
-    cu_seqlens_premise: Tensor | None = None,
-    cu_seqlens_hypothesis: Tensor | None = None,
+    cu_seqlens_premise: Offsets | None = None,
+    cu_seqlens_hypothesis: Offsets | None = None,
     return_weights: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -183,13 +184,24 @@ def word_by_word_attention(
     Rocktäschel et al. 2016, Reasoning about entailment with neural attention.
 
     """
+    cu_seqlens_premise, cu_seqlens_hypothesis = as_offsets(cu_seqlens_premise), as_offsets(cu_seqlens_hypothesis)
     if not isinstance(premise, Tensor):
         raise TypeError(f"premise: expected a torch.Tensor; got {type(premise).__name__}")
     return_weights = check_flag("return_weights", return_weights)
     _validate_word_by_word(
-        premise, hypothesis, w_y, w_h, w_r, w, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis,
+        premise,
+        hypothesis,
+        w_y,
+        w_h,
+        w_r,
+        w,
+        w_t,
+        state,
+        mask,
+        cu_seqlens_premise,
+        cu_seqlens_hypothesis,
         return_weights,
-    )  # fmt: skip
+    )
     kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
     if mask is not None:  # words that may be NaN, before they meet a number
         premise = premise.masked_fill(~mask[..., None], 0)
@@ -208,19 +220,33 @@ def word_by_word_attention(
 
 
 def _validate_word_by_word(
-    premise: Tensor, hypothesis: Tensor, w_y: Tensor, w_h: Tensor, w_r: Tensor, w: Tensor, w_t: Tensor,
-    state: Tensor | None, mask: Tensor | None, cu_seqlens_premise: Tensor | None,
-    cu_seqlens_hypothesis: Tensor | None, return_weights: bool,
-) -> None:  # fmt: skip
+    premise: Tensor,
+    hypothesis: Tensor,
+    w_y: Tensor,
+    w_h: Tensor,
+    w_r: Tensor,
+    w: Tensor,
+    w_t: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+    return_weights: bool,
+) -> None:
     """Check every argument."""
     packed = check_packed(
         {"mask": mask, "return_weights": return_weights}, cu_seqlens_premise, cu_seqlens_hypothesis, _OFFSETS
     )
     check = Checker(_TABLES[packed])
     for name, x in (
-        ("premise", premise), ("hypothesis", hypothesis), ("w", w), ("w_y", w_y), ("w_h", w_h), ("w_r", w_r),
+        ("premise", premise),
+        ("hypothesis", hypothesis),
+        ("w", w),
+        ("w_y", w_y),
+        ("w_h", w_h),
+        ("w_r", w_r),
         ("w_t", w_t),
-    ):  # fmt: skip
+    ):
         check(name, x)
     if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
         both = cu_seqlens_premise, cu_seqlens_hypothesis
@@ -323,23 +349,43 @@ def location_aware_attention(
     windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
     key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
     out, weights = concat_attention(
-        query[:, None], key, value, v, activation=activation, mask=mask,
-        score_bias=None if score_bias is None else score_bias[:, None], dropout_p=dropout_p, return_weights=True,
+        query[:, None],
+        key,
+        value,
+        v,
+        activation=activation,
+        mask=mask,
+        score_bias=None if score_bias is None else score_bias[:, None],
+        dropout_p=dropout_p,
+        return_weights=True,
         impl=impl,
-    )  # fmt: skip
+    )
     return out[:, 0].to(dtype), weights[:, 0].to(dtype)
 
 
 def _validate_location_aware(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor,
-    activation: str, mask: Tensor | None, score_bias: Tensor | None, dropout_p: float,
-) -> None:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    previous: Tensor,
+    conv_weight: Tensor,
+    u: Tensor,
+    activation: str,
+    mask: Tensor | None,
+    score_bias: Tensor | None,
+    dropout_p: float,
+) -> None:
     """Check every argument: `concat_attention` would call some by another shape."""
     check = Checker(_LOCATION_AWARE)
     for name, x in (
-        ("query", query), ("key", key), ("value", value), ("v", v), ("previous", previous),
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("v", v),
+        ("previous", previous),
         ("conv_weight", conv_weight),
-    ):  # fmt: skip
+    ):
         check(name, x)
     C, K = conv_weight.shape
     if K % 2 == 0:

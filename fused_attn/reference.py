@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dropout import dropout_scale
+from ._tracing import every_sample, in_graph
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "tanh": torch.tanh,
@@ -22,36 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
-
-_U32 = 0xFFFFFFFF
-
-
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First word of Philox-4x32-10 (Salmon et al., SC 2011) for the counter (c0, c1, c2, 0), as int64."""
-    key0, key1 = seed & _U32, (seed >> 32) & _U32
-    x0, x1, x2 = torch.broadcast_tensors(c0, c1, c2)
-    x3 = torch.zeros_like(x0)
-    for _ in range(10):
-        # The product of two 32-bit words fills 64 bits: int64 wraps, and its bits are still right.
-        a, b = 0xD2511F53 * x0, 0xCD9E8D57 * x2
-        x0, x1, x2, x3 = ((b >> 32) & _U32) ^ x1 ^ key0, b & _U32, ((a >> 32) & _U32) ^ x3 ^ key1, a & _U32
-        key0, key1 = (key0 + 0x9E3779B9) & _U32, (key1 + 0xBB67AE85) & _U32
-    return x0
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """A weight is dropped iff the upper 24 bits of its random word are under this number."""
-    return round(dropout_p * 2**24)
-
-
-def dropout_scale(seed: Tensor, position: Tensor, segment: Tensor, hop: Tensor, dropout_p: float) -> Tensor:
-    """Factor on each softmax weight: 0 where it is dropped, ``1 / (1 - dropout_p)`` where it is kept.
-
-    The random word is a function of the seed and of (position in the sequence, sequence, hop) alone, so a
-    kernel makes the same mask again in its backward, and padded and ragged forms of a batch drop alike.
-    """
-    keep = (_philox(seed, position, segment, hop) >> 8) >= dropout_threshold(dropout_p)
-    return keep.to(torch.float64) / (1.0 - dropout_p)
+"""Those of the public functions."""
+FEATURES = ACTIVATIONS | {"abs": torch.abs, "square": torch.square}
+"""What may be made of a sum of query and key; of their difference, in distance attention."""
 
 
 def normaliser(top: Tensor, total: Tensor) -> Tensor:
@@ -66,6 +42,24 @@ def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     """For each packed row, the index of its segment: int64 ``(rows,)``."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens.contiguous(), row, right=True) - 1
+
+
+def softmax_of_rows(scores: Tensor, segment: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """(weights, lse) over axis 1 of ``(B, T, R)``; of ``(N, R)`` over the rows of each of `count` segments."""
+    if segment is None:
+        top = highest(scores, 1)
+        pivot = top.masked_fill(top == -torch.inf, 0)  # one that sees no row: never -inf - -inf
+        weights = torch.exp(scores - pivot[:, None])
+        total = weights.sum(1)
+    else:
+        top = scores.new_full((count, scores.shape[-1]), -torch.inf)
+        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
+        pivot = top.masked_fill(top == -torch.inf, 0)
+        weights = torch.exp(scores - pivot[segment])
+        total = torch.zeros_like(pivot).index_add(0, segment, weights)
+    lse = normaliser(top, total)
+    total = total.masked_fill(total == 0, 1)
+    return weights / (total[:, None] if segment is None else total[segment]), lse
 
 
 def location_attention(
@@ -130,7 +124,7 @@ def location_attention(
         z = z + b
     if context is not None:
         z = z + context
-    u = ACTIVATIONS[activation](z)
+    u = FEATURES[activation](z)
     if gate_w is not None:
         g = h @ gate_w
         u = u * ACTIVATIONS[gate_activation](g if gate_b is None else g + gate_b)
@@ -140,20 +134,8 @@ def location_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
 
-    if cu_seqlens is None:
-        top = highest(scores, 1)
-        pivot = top.masked_fill(top == -torch.inf, 0)  # a row that sees no key: never -inf - -inf
-        weights = torch.exp(scores - pivot[:, None])
-        total = weights.sum(1)
-    else:
-        top = scores.new_full((cu_seqlens.numel() - 1, scores.shape[-1]), -torch.inf)
-        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
-        pivot = top.masked_fill(top == -torch.inf, 0)
-        weights = torch.exp(scores - pivot[segment])
-        total = torch.zeros_like(pivot).index_add(0, segment, weights)
-    lse = normaliser(top, total)
-    total = total.masked_fill(total == 0, 1)
-    weights = weights / (total[:, None] if cu_seqlens is None else total[segment])
+    seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    weights, lse = softmax_of_rows(scores, None if cu_seqlens is None else segment, seqs)
     if dropout_p > 0:
         assert seed is not None
         hop = torch.arange(scores.shape[-1], device=h.device)
@@ -271,7 +253,7 @@ def concat_attention(
         bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
         (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
         bad = bad_q | bad_k.mT
-    scores = (v[:, None, None] * ACTIVATIONS[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    scores = (v[:, None, None] * FEATURES[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
     return _attend(
         scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
         left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,
@@ -474,21 +456,6 @@ def highest(scores: Tensor, dim: int) -> Tensor:
     return scores.amax(dim)
 
 
-def every_sample(x: Tensor) -> Tensor:
-    """What `torch.func.vmap` shows a sample of, whole: its numbers can be read."""
-    while not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
-def in_graph() -> bool:
-    """Whether a compiled graph is being made, so that no number of a tensor can be read.
-
-    In a backward, which autograd traces after Dynamo, PyTorch 2.11 says so by the context only.
-    """
-    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
-
-
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     """Packed rows ``(N, width)`` as ``(S, T, width)``, zeros past a sequence's end; True in ``(S, T)`` up to there.
 
@@ -535,14 +502,7 @@ def graph_attention(
     if edge is not None:
         z = z + edge
     scores = (v * ACTIVATIONS[activation](z)).sum(-1)
-    top = scores.new_full(query.shape[:2], -torch.inf)
-    top = top.scatter_reduce(0, node[:, None].expand_as(scores), scores.detach(), "amax")
-    pivot = top.masked_fill(top == -torch.inf, 0)  # a node without neighbours: never -inf - -inf
-    weights = torch.exp(scores - pivot[node])
-    total = torch.zeros_like(pivot).index_add(0, node, weights)
-    lse = normaliser(top, total)
-    total = total.masked_fill(total == 0, 1)
-    weights = weights / total[node]
+    weights, lse = softmax_of_rows(scores, node, query.shape[0])
     if dropout_p > 0:
         assert seed is not None
         place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
@@ -625,17 +585,7 @@ def statistics_pooling(
     def to_frames(y: Tensor) -> Tensor:
         return y[:, None] if segment is None else y[segment]
 
-    if segment is not None:
-        top = scores.new_full((seqs, scores.shape[-1]), -torch.inf)
-        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
-    else:
-        top = highest(scores, 1)
-    pivot = top.masked_fill(top == -torch.inf, 0)  # a sequence that sees no frame: never -inf - -inf
-    weights = torch.exp(scores - to_frames(pivot))
-    total = over_frames(weights)
-    lse = normaliser(top, total)
-    total = total.masked_fill(total == 0, 1)
-    weights = weights / to_frames(total)
+    weights, lse = softmax_of_rows(scores, segment, seqs)
     # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
     # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
     near = over_frames(weights.detach() * values.detach())

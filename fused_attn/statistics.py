@@ -20,6 +20,7 @@ from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
+from .segments import Offsets, as_offsets
 
 _TABLES = {
     packed: {
@@ -78,7 +79,7 @@ def statistics_pooling(
     values: Tensor | None = None,
     activation: str = "tanh",
     mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Offsets | None = None,
     floor: float = 1e-12,
     return_weights: bool = False,
     impl: Impl = "auto",
@@ -145,6 +146,7 @@ def statistics_pooling(
     Snyder et al. 2018 (x-vectors, equal weights).
 
     """
+    cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
     return_weights = check_flag("return_weights", return_weights)
@@ -187,9 +189,15 @@ def statistics_pooling(
 
 
 def _features(
-    h: Tensor, w: Tensor, b: Tensor | None, context: Tensor | None, context_per_row: bool, mask: Tensor | None,
-    cu_seqlens: Tensor | None, activation: str,
-) -> Tensor:  # fmt: skip
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    context: Tensor | None,
+    context_per_row: bool,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> Tensor:
     if h.device.type == "cpu":  # a product of 16 bits overflows where its activation would not
         wide = torch.promote_types(h.dtype, torch.float32)
         h, w = h.to(wide), w.to(wide)
@@ -214,9 +222,19 @@ def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
 
 
 def _validate_statistics(
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, context: Tensor | None, values: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None, activation: str, floor: float, *, jagged: bool,
-) -> bool:  # fmt: skip
+    h: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    v: Tensor | None,
+    context: Tensor | None,
+    values: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+    floor: float,
+    *,
+    jagged: bool,
+) -> bool:
     """Check every argument; return whether the context has one entry a row."""
     if (w is None) != (v is None):
         name = "w" if w is None else "v"

@@ -33,7 +33,7 @@ def sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """act(x), by the name that the public functions use."""
+    """act(x), by the name that the public functions use; "abs" and "square" are of distance attention."""
     if ACT == "tanh":
         return tanh(x, FAST)
     elif ACT == "relu":
@@ -46,6 +46,10 @@ def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "silu":
         return x * sigmoid(x, FAST)
+    elif ACT == "abs":
+        return tl.abs(x)
+    elif ACT == "square":
+        return x * x
     else:
         tl.static_assert(ACT == "identity")
         return x
@@ -68,6 +72,10 @@ def activate_grad(x, y, ACT: tl.constexpr, FAST: tl.constexpr):
     elif ACT == "silu":
         s = sigmoid(x, FAST)
         return s + y * (1.0 - s)
+    elif ACT == "abs":
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0 at 0, as PyTorch has it; NaN stays
+    elif ACT == "square":
+        return 2.0 * x
     else:
         tl.static_assert(ACT == "identity")
         return tl.full(x.shape, 1.0, tl.float32)

@@ -1,10 +1,10 @@
 """What a launcher must know of the chip before it chooses block sizes. Asked at the first launch, never at import."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -149,62 +149,14 @@ def stride_of(x: Tensor, axis: int) -> int:
     return 1 if axis in (-1, x.dim() - 1) else max(x.stride(axis), x.shape[-1])
 
 
-def strides(names: str, x: Tensor | None, axes: tuple[int, ...], *, packed: bool) -> dict[str, int]:
-    """Strides of x by the kernels' names; 0 where there is no x, and for the batch axis of packed rows."""
-    sizes = (0,) * len(axes) if x is None else (0 if packed and axis == 0 else stride_of(x, axis) for axis in axes)
-    return {f"stride_{name}": size for name, size in zip(names.split(), sizes, strict=True)}
-
-
 LENGTHS = (
-    "T", "Tq", "Tk", "Th", "Ty", "num_seqs", "nodes", "edges", "steps", "count", "items", "item0", "q_item0",
-    "q_items", "all_q_items", "k_tiles", "rows", "rows_per_split", "per_seq", "q_per_seq", "k_per_seq",
-    "rows_per_item", "items_per_split", "splits", "limit", "left", "right", "threshold", "stride_dp", "stride_mb",
-    "stride_mq", "stride_sb", "stride_sh", "stride_sq", "stride_lb", "stride_lh", "stride_qrb", "stride_krb",
-    "stride_qrh", "stride_krh", "stride_cb", "stride_ch",
-)  # fmt: skip
+    *("T", "Tq", "Tk", "Th", "Ty", "num_seqs", "per_seq", "rows_per_item", "nodes", "edges", "steps", "count"),
+    *("items", "item0", "q_items", "items_per_split", "rows", "rows_per_split", "splits", "limit", "left", "right"),
+)
 """Parameters that vary with a length, in all kernels: `do_not_specialize`, or 1 and multiples of 16 are variants.
 
-Strides of masks, of biases and of lse are lengths too. Those of rows are not among them, see `fitted`.
+Strides that do are in tuples, see `arguments.untold`.
 """
-
-
-_LAST = ("stride_mt", "stride_mk", "stride_st", "stride_sk", "stride_qrt", "stride_krt")
-"""Strides of the last axis of a mask or bias: 1, or 0 where it is broadcast; a length in a transposed view."""
-
-
-@functools.cache
-def _groups(kernel: Any) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Of each tensor of rows: its strides of sequence and head, and those of all axes."""
-    letters = dict.fromkeys(name[7:-1] for name in kernel.arg_names if name.startswith("stride_"))
-    found = []
-    for letter in letters:
-        outer = tuple(f"stride_{letter}{axis}" for axis in "bh")
-        outer = tuple(name for name in outer if name in kernel.arg_names and name not in LENGTHS)
-        if outer:
-            found.append((outer, (*outer, f"stride_{letter}t", f"stride_{letter}r")))
-    return tuple(found)
-
-
-@functools.cache
-def _loose(kernel: Any, names: tuple[str, ...]) -> Any:
-    return triton.jit(kernel.fn, do_not_specialize=(*LENGTHS, *names))
-
-
-def fitted(kernel: Any, args: Mapping[str, Any]) -> Any:
-    """The kernel for a launch with the strides in `args`: with hints on those only that keep them at any length.
-
-    Whether a stride is a multiple of 16 is compiled in: loads of whole vectors need it of the strides of rows, heads
-    and sequences. Where rows are such multiples, so are the others, whatever the length. Where they are not, the
-    others are so at some lengths, to no use, and would be variants: there they have no hint. Nor has the last axis of
-    a mask or bias, unless it is contiguous or broadcast.
-    """
-    if INTERPRET:
-        return kernel
-    names = [name for name in _LAST if name in kernel.arg_names and args.get(name, 0) > 1]
-    for outer, group in _groups(kernel):
-        if any(args.get(name, 0) % 16 for name in group):
-            names += outer
-    return _loose(kernel, tuple(names)) if names else kernel
 
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -19,15 +19,14 @@ as the textbook expression in float32:
 A = 128; y is exact where it is small. The rounding of α alone is one error for all keys of a query, and of β for all
 queries of a key, which sums keep. And sums are made in groups. 16-bit inputs carry errors far above all of this.
 
-The factors are laid out by tiles, (tiles, H, A, rows of a tile): one step of d loads whole vectors, from sequences
-that start anywhere. A is made even; the feature that is added has v = 0.
+The factors are made, and laid out by tiles, in concat_factors.py.
 
 Forward: a program has a tile of queries and walks the tiles of keys that its window shows. Where there are too few
 queries to fill the chip the keys are split, and `softmax.merge` joins the parts.
 The backward is in concat_bwd.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,32 +34,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import (
-    LENGTHS,
-    LONG,
-    Chip,
-    all_registers,
-    chip_of,
-    even,
-    fitted,
-    matmul_flags,
-    pow2,
-    strides,
-    tile_rows,
-    unit,
-    unpressed,
-)
-from .masks import (
-    Items,
-    finite,
-    key_range,
-    old_dropout_scale,
-    old_locate,
-    old_sequence_of,
-    partition,
-    row_codes,
-    visible,
-)
+from .arguments import constants, entries, head_ptr, heads, launch, pair_at, pair_ptr, pairs
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .concat_factors import FACTOR, factors, readable, row_of, rows_of, tile_at
+from .masks import Items, dropout, dropout_scale, key_range, row_codes, visible_pairs
 from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
 
@@ -69,12 +46,6 @@ SAFE, SAFE_EXACT = 42.0, 80.0
 
 GROUP = 16
 """With `EXACT`, features that are summed before they meet the sum of the others."""
-
-PART = 16
-"""Rows of a tile that one program makes factors of."""
-
-FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
-"""The exponents of the activations that factor: α = e^{FACTOR q}."""
 
 
 @triton.jit
@@ -86,338 +57,236 @@ def reciprocal(x, FAST: tl.constexpr):
     return 1.0 / x
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _concat_factor_kernel(
-    x_ptr, stride_xb, stride_xh, stride_xt,  # (B, H, T, A), or packed with stride_xb = 0
-    keep_ptr, stride_mb, stride_mt,  # (B, T): rows that may hold anything are False; or None
-    tiles_ptr,  # (items, H, AP, tile) float32; with EXACT (items, H, 2, AP, tile), the second what is cut off
-    rows_ptr,  # (items, H, tile, AP) float32: the same, transposed; or None
-    bound_ptr,  # (items, H, parts) float32: max|scale x|
-    cu_ptr, seq_ptr, first_ptr,
-    num_seqs,
-    per_seq,
-    T,
-    H,
-    A,
-    AP,
-    tile_rows,  # a multiple of BLOCK_T
-    scale,
-    EXP: tl.constexpr,
-    EXACT: tl.constexpr,
-    FMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0.
-
-    A program has a part of a tile, of BLOCK_T rows: tiles of whatever length are one kernel.
-    """
-    parts = tile_rows // BLOCK_T
-    item = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    head = tl.program_id(1).to(tl.int64)
-    seq, start, lo, hi, _ = old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, tile_rows)
-    i = part * BLOCK_T + tl.arange(0, BLOCK_T)
-    keep = lo + i < hi
-    rows = (start + lo + i).to(tl.int64)
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + seq * stride_mb + rows * stride_mt, mask=keep, other=0) != 0
-    ptrs = x_ptr + seq * stride_xb + head * stride_xh + rows * stride_xt
-    tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * tile_rows
-    planes: tl.constexpr = 2 if EXP and EXACT else 1
-    bound = tl.zeros([BLOCK_T], tl.float32)
-    for a0 in range(0, AP, BLOCK_A):
-        a = a0 + tl.arange(0, BLOCK_A)
-        x = tl.load(ptrs[:, None] + a[None, :], mask=keep[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
-        if EXP:
-            x *= scale  # a power of two
-            bound = tl.maximum(bound, tl.max(tl.abs(x), axis=1))
-            if EXACT:
-                full = tl.exp(x.to(tl.float64))
-                x = full.to(tl.float32)
-                rest = (full - x.to(tl.float64)).to(tl.float32)
-                at = planes * tile + (AP + a[None, :]) * tile_rows + i[:, None]
-                tl.store(tiles_ptr + at, rest, mask=(a < AP)[None, :])
-            else:
-                x = exp(x, FMA)
-        tl.store(tiles_ptr + planes * tile + a[None, :] * tile_rows + i[:, None], x, mask=(a < AP)[None, :])
-        if rows_ptr is not None:
-            # The backward takes these times gradients that are 0 where a row is hidden: NaN must not come of it.
-            if EXP:
-                x = tl.where(x == x, x, 1.0)
-            else:
-                x = finite(x)
-            tl.store(rows_ptr + tile + i[:, None] * AP + a[None, :], x, mask=(a < AP)[None, :])
-    tl.store(bound_ptr + (item * tl.num_programs(1) + head) * parts + part, tl.max(bound, axis=0))
-
-
 @triton.jit
-def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Σ_d v_d / (1 + α_d β_d), [BLOCK_M, BLOCK_N]; two features a step."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+def _score_factored(aq_ptr, ak_ptr, v_ptr, AP, flags, blocks):
+    """Σ_d v_d / (1 + α_d β_d), [blocks.M, blocks.N]; two features a step."""
+    acc = tl.zeros([blocks.M, blocks.N], tl.float32)
+    m = tl.arange(0, blocks.M)
+    n = tl.arange(0, blocks.N)
     for d in range(0, AP, 2):
-        a0 = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
-        a1 = tl.load(aq_ptr + (d + 1) * BLOCK_M + m)[:, None]
-        b0 = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
-        b1 = tl.load(ak_ptr + (d + 1) * BLOCK_N + n)[None, :]
+        a0 = tl.load(aq_ptr + d * blocks.M + m)[:, None]
+        a1 = tl.load(aq_ptr + (d + 1) * blocks.M + m)[:, None]
+        b0 = tl.load(ak_ptr + d * blocks.N + n)[None, :]
+        b1 = tl.load(ak_ptr + (d + 1) * blocks.N + n)[None, :]
         v0 = tl.load(v_ptr + d)
         v1 = tl.load(v_ptr + d + 1)
         # Which of two products goes into their sum unrounded is said, not left to each kernel's compilation.
         x0 = tl.fma(a0, b0, 1.0)
         x1 = tl.fma(a1, b1, 1.0)
-        acc = tl.fma(tl.fma(v0, x1, v1 * x0), reciprocal(x0 * x1, FAST), acc)
+        acc = tl.fma(tl.fma(v0, x1, v1 * x0), reciprocal(x0 * x1, flags.FAST), acc)
     return acc
 
 
 @triton.jit
-def _product_exact(aq_ptr, ak_ptr, d, AP, one, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """one + α_d β_d, [BLOCK_M, BLOCK_N], from factors in two parts."""
-    q_ptrs = aq_ptr + d * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_ptrs = ak_ptr + d * BLOCK_N + tl.arange(0, BLOCK_N)
+def _product_exact(aq_ptr, ak_ptr, d, AP, one, blocks):
+    """one + α_d β_d, [blocks.M, blocks.N], from factors in two parts."""
+    q_ptrs = aq_ptr + d * blocks.M + tl.arange(0, blocks.M)
+    k_ptrs = ak_ptr + d * blocks.N + tl.arange(0, blocks.N)
     a = tl.load(q_ptrs)[:, None]
     b = tl.load(k_ptrs)[None, :]
-    a_rest = tl.load(q_ptrs + AP * BLOCK_M)[:, None]
-    b_rest = tl.load(k_ptrs + AP * BLOCK_N)[None, :]
+    a_rest = tl.load(q_ptrs + AP * blocks.M)[:, None]
+    b_rest = tl.load(k_ptrs + AP * blocks.N)[None, :]
     return tl.fma(a_rest, b, tl.fma(a, b_rest, tl.fma(a, b, one)))
 
 
 @triton.jit
-def _score_exact(
-    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _score_exact(aq_ptr, ak_ptr, v_ptr, AP, flags, blocks):
     """Σ_d v_d act(q_d + k_d) from the factors, to the precision of float32."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, AP, GROUP):
-        group = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(first, tl.minimum(first + GROUP, AP)):
+    acc = tl.zeros([blocks.M, blocks.N], tl.float32)
+    for first in range(0, AP, flags.GROUP):
+        group = tl.zeros([blocks.M, blocks.N], tl.float32)
+        for d in range(first, tl.minimum(first + flags.GROUP, AP)):
             v = tl.load(v_ptr + d)
-            if ACT == "tanh":
-                y = _product_exact(aq_ptr, ak_ptr, d, AP, -1.0, BLOCK_M, BLOCK_N)
-                group = tl.fma(v, y * reciprocal(y + 2.0, FAST), group)
+            if flags.ACT == "tanh":
+                y = _product_exact(aq_ptr, ak_ptr, d, AP, -1.0, blocks)
+                group = tl.fma(v, y * reciprocal(y + 2.0, flags.FAST), group)
             else:
-                x = _product_exact(aq_ptr, ak_ptr, d, AP, 1.0, BLOCK_M, BLOCK_N)
-                group = tl.fma(v, reciprocal(x, FAST), group)
+                x = _product_exact(aq_ptr, ak_ptr, d, AP, 1.0, blocks)
+                group = tl.fma(v, reciprocal(x, flags.FAST), group)
         acc += group
     return acc
 
 
 @triton.jit
-def _score_direct(
-    aq_ptr, ak_ptr, v_ptr, AP, ACT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Σ_d v_d act(q_d + k_d), [BLOCK_M, BLOCK_N], from tiles of q and k themselves."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    for first in range(0, AP, GROUP):
-        group = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(first, tl.minimum(first + GROUP, AP)):
-            q = tl.load(aq_ptr + d * BLOCK_M + m)[:, None]
-            k = tl.load(ak_ptr + d * BLOCK_N + n)[None, :]
-            group += tl.load(v_ptr + d) * activate(q + k, ACT, False)
+def _score_direct(aq_ptr, ak_ptr, v_ptr, AP, flags, blocks):
+    """Σ_d v_d act(q_d + k_d), [blocks.M, blocks.N], from tiles of q and k themselves."""
+    acc = tl.zeros([blocks.M, blocks.N], tl.float32)
+    m = tl.arange(0, blocks.M)
+    n = tl.arange(0, blocks.N)
+    for first in range(0, AP, flags.GROUP):
+        group = tl.zeros([blocks.M, blocks.N], tl.float32)
+        for d in range(first, tl.minimum(first + flags.GROUP, AP)):
+            q = tl.load(aq_ptr + d * blocks.M + m)[:, None]
+            k = tl.load(ak_ptr + d * blocks.N + n)[None, :]
+            group += tl.load(v_ptr + d) * activate(q + k, flags.ACT, False)
         acc += group
     return acc
 
 
 @triton.jit
-def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, ACT: tl.constexpr):
+def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, flags):
     """Σ_d v_d act(q_d + k_d) for tiles that do not factor, from rows of q and k: one exponential an element."""
     acc = tl.zeros([q_ptrs.shape[0], k_ptrs.shape[0]], tl.float32)
     for d in range(0, A):
         q = tl.load(q_ptrs + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
         k = tl.load(k_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
-        acc += tl.load(v_ptr + d) * activate(q + k, ACT, False)
+        acc += tl.load(v_ptr + d) * activate(q + k, flags.ACT, False)
     return acc
 
 
 @triton.jit
-def concat_scores(
-    q_tile, k_tile,  # item and head of the two tiles: item * H + head
-    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32
-    bq_ptr, bk_ptr,  # (items, H) float32
-    q_ptrs, q_keep,  # [BLOCK_M] raw rows, and which of them may be read
-    k_ptrs, k_keep,  # [BLOCK_N]
-    v_ptr,  # (AP,) of this head, float32
-    v_sum,  # Σ_d v_d
-    A,
-    AP,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FACTORED: tl.constexpr,
-    EXACT: tl.constexpr,
-    SAFE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Scores of a pair of tiles, [BLOCK_M, BLOCK_N] float32."""
-    aq = aq_ptr + q_tile * AP * BLOCK_M
-    ak = ak_ptr + k_tile * AP * BLOCK_N
-    if FACTORED:
-        if tl.load(bq_ptr + q_tile) + tl.load(bk_ptr + k_tile) <= SAFE:
-            if EXACT:
-                s = _score_exact(
-                    aq + q_tile * AP * BLOCK_M,
-                    ak + k_tile * AP * BLOCK_N,
-                    v_ptr,
-                    AP,
-                    ACT,
-                    FAST,
-                    GROUP,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, v_sum, size, flags, blocks):
+    """Scores of a pair of tiles, [blocks.M, blocks.N] float32.
+
+    q_tile, k_tile: item * H + head. q_ptrs, k_ptrs: raw rows, of which q_keep and k_keep may be read. v_ptr: (AP,) of
+    this head, v_sum its sum.
+    """
+    aq = q_side.tiles + q_tile * size.AP * blocks.M
+    ak = k_side.tiles + k_tile * size.AP * blocks.N
+    if flags.FACTORED:
+        if tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE:
+            if flags.EXACT:
+                aq += q_tile * size.AP * blocks.M
+                ak += k_tile * size.AP * blocks.N
+                s = _score_exact(aq, ak, v_ptr, size.AP, flags, blocks)
             else:
-                s = _score_factored(aq, ak, v_ptr, AP, FAST, BLOCK_M, BLOCK_N)
-                if ACT == "tanh":
+                s = _score_factored(aq, ak, v_ptr, size.AP, flags, blocks)
+                if flags.ACT == "tanh":
                     s = v_sum - 2.0 * s
         else:
-            s = _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, ACT)
+            s = _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, size.A, flags)
     else:
-        s = _score_direct(aq, ak, v_ptr, AP, ACT, GROUP, BLOCK_M, BLOCK_N)
+        s = _score_direct(aq, ak, v_ptr, size.AP, flags, blocks)
     return s
 
 
 @triton.jit
-def _store_whole(out_ptrs, acc, lse_ptrs, m, l, q_inside, keep):
+def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags):
+    """Scores s of the queries i and keys j with their bias, and which of these pairs are visible.
+
+    bias, mask: packed rows have none.
+    """
+    i = i[:, None]
+    j = j[None, :]
+    shown = q_keep[:, None] & k_keep[None, :]
+    if not flags.PACKED and mask.ptr is not None:
+        shown = shown & (tl.load(pair_ptr(mask, seq, 0) + pair_at(mask, i, j), mask=shown, other=0) != 0)
+    shown = visible_pairs(i, j, shown, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
+    if not flags.PACKED and bias.ptr is not None:
+        s += tl.load(pair_ptr(bias, seq, head) + pair_at(bias, i, j), mask=shown, other=0.0).to(tl.float32)
+    return s, shown
+
+
+@triton.jit
+def _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size):
     """The output and (m, l) of a tile whose program has seen all its keys."""
-    store_lse(lse_ptrs, m, l, q_inside)
-    tl.store(out_ptrs, (acc * finish(l)[:, None]).to(out_ptrs.dtype.element_ty), mask=keep)
+    store_lse(result.lse + rows * 2, m, l, q_inside)
+    tl.store(result.out + rows[:, None] * size.DV + dv[None, :], acc * finish(l)[:, None], mask=keep)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _concat_fwd_kernel(
-    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
-    bq_ptr, bk_ptr,  # (items, H) float32: their bounds
-    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
-    v_ptr,  # (H, AP) float32
-    v_sum_ptr,  # (H,) float32: Σ_d v_d
-    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV)
-    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
-    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
-    code_ptr, stride_cb, stride_ch, stride_ct,  # (B, H, Tk): of the values, see row_codes, or None
-    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
-    k_cu_ptr, k_first_ptr,
-    seed_ptr,
-    out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), see softmax.py
-    scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; unused, or None, for one split
+    q,  # (B, H, Tq, A), or packed
+    k,  # (B, H, Tk, A)
+    v,
+    value,  # (B, H, Tk, DV)
+    bias,  # (B, H, Tq, Tk) or None
+    mask,  # (B, Tq, Tk) or None
+    q_rows,  # (B, Tq): rows that may be read, or None
+    k_rows,  # (B, Tk)
+    q_side,
+    k_side,
+    dropout,
+    result,
     splits,
-    num_seqs,
-    q_per_seq,
-    k_per_seq,
-    Tq,
+    Tq,  # with packed rows, of all
     Tk,
-    H,
-    A,
-    AP,
-    DV,
     left,
     right,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    FACTORED: tl.constexpr,
-    EXACT: tl.constexpr,
-    SAFE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    size,
+    flags,
+    blocks,
+):
     q_item = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2) % splits
-    dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = old_locate(q_item, q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M)
-    k_start, k_length, k_item0 = old_sequence_of(seq, k_cu_ptr, k_first_ptr, Tk, num_seqs, k_per_seq)
-    i = lo + tl.arange(0, BLOCK_M)
+    dv = (tl.program_id(2) // splits) * blocks.DV + tl.arange(0, blocks.DV)
+    seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
+    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
+    i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
-    q_rows = (q_start + i).to(tl.int64)
-    q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
-    q_keep = q_inside
-    if qrow_ptr is not None:
-        q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_inside, other=0) != 0
-    v_ptr += head * AP
-    v_sum = tl.load(v_sum_ptr + head)
-    if mask_ptr is None:
-        mask_ptrs = None
-    else:
-        mask_ptrs = mask_ptr + seq * stride_mb
+    q_at = (q_start + i).to(tl.int64)
+    q_ptrs = head_ptr(q, seq, head) + q_at * q.stride_t
+    q_keep = readable(q_inside, q_rows, seq, q_at, flags)
+    rows = row_of(seq, head, q_at, q_side, Tq, size.H)
+    k_ptr = head_ptr(k, seq, head)
+    value_ptr = head_ptr(value, seq, head)
+    v_ptr = v.ptr + head * size.AP
+    v_sum = tl.load(v.sum + head)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
-    tile0 = first // BLOCK_N
-    tiles = tl.where(last > first, tl.cdiv(last, BLOCK_N) - tile0, 0)
+    m = tl.full([blocks.M], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.M], tl.float32)
+    acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
+    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
+    tile0 = first // blocks.N
+    tiles = tl.where(last > first, tl.cdiv(last, blocks.N) - tile0, 0)
     each = tl.cdiv(tiles, splits)
     for tile in range(tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)):
-        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        j = tile * blocks.N + tl.arange(0, blocks.N)
         k_inside = j < k_length
-        k_rows = (k_start + j).to(tl.int64)
-        k_keep = k_inside
-        if krow_ptr is not None:
-            k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_inside, other=0) != 0
+        k_at = (k_start + j).to(tl.int64)
+        k_keep = readable(k_inside, k_rows, seq, k_at, flags)
         s = concat_scores(
-            q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
-            q_ptrs, q_keep, k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, GROUP, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
-        if bias_ptr is not None:
-            at = i[:, None].to(tl.int64) * stride_sq + j[None, :].to(tl.int64) * stride_sk
-            s += tl.load(bias_ptr + seq * stride_sb + head * stride_sh + at, mask=shown, other=0.0).to(tl.float32)
+            q_item.to(tl.int64) * size.H + head,
+            (k_item0 + tile).to(tl.int64) * size.H + head,
+            q_side,
+            k_side,
+            q_ptrs,
+            q_keep,
+            k_ptr + k_at * k.stride_t,
+            k_keep,
+            v_ptr,
+            v_sum,
+            size,
+            flags,
+            blocks,
+        )
+        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
         s = tl.where(shown, s, float("-inf"))
-        if scores_ptr is not None:
-            at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
-            tl.store(scores_ptr + at, s, mask=q_inside[:, None] & k_inside[None, :])
+        if result.scores is not None:
+            pair = row_of(seq, head, i[:, None], q_side, Tq, size.H) * Tk + j[None, :]
+            tl.store(result.scores + pair, s, mask=q_inside[:, None] & k_inside[None, :])
         m_new = tl.maximum(m, tl.max(s, axis=1))
         shift = pivot(m_new)
-        p = exp(s - shift[:, None], EXACT and FMA)
+        p = exp(s - shift[:, None], flags.EXACT and flags.FMA)
         alpha = tl.exp(m - shift)
         l = l * alpha + tl.sum(p, axis=1)
         m = m_new
-        if seed_ptr is not None:
-            p *= old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
+        if dropout.seed is not None:
+            p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
         v_keep = k_keep
-        if code_ptr is not None:
-            code = tl.load(code_ptr + seq * stride_cb + head * stride_ch + k_rows * stride_ct, mask=k_keep, other=0)
+        if k_side.codes is not None:
+            code = tl.load(k_side.codes + row_of(seq, head, k_at, k_side, Tk, size.H), mask=k_keep, other=0)
             v_keep = code == 1
             p = tl.where(shown & (code == 3)[None, :], float("nan"), p)
         values = tl.load(
-            val_ptr + seq * stride_ub + head * stride_uh + k_rows[:, None] * stride_ut + dv[None, :],
-            mask=v_keep[:, None] & (dv < DV)[None, :],
+            value_ptr + k_at[:, None] * value.stride_t + dv[None, :],
+            mask=v_keep[:, None] & (dv < size.DV)[None, :],
             other=0.0,
         )
-        acc = add_product(p, values, acc * alpha[:, None], COMPUTE, PRECISION)
+        acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
 
-    rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    out_ptrs = out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :]
-    keep = q_inside[:, None] & (dv < DV)[None, :]
-    if o_ptr is None:
-        _store_whole(out_ptrs, acc, lse_ptr + rows, m, l, q_inside, keep)
+    keep = q_inside[:, None] & (dv < size.DV)[None, :]
+    if result.o is None:
+        _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size)
     else:
         if splits == 1:
-            _store_whole(out_ptrs, acc, lse_ptr + rows, m, l, q_inside, keep)
+            _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size)
         else:
-            rows = rows // 2 * splits + split
-            tl.store(m_ptr + rows, m, mask=q_inside)
-            tl.store(l_ptr + rows, l, mask=q_inside)
-            tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=keep)
+            rows = rows * splits + split
+            tl.store(result.m + rows, m, mask=q_inside)
+            tl.store(result.l + rows, l, mask=q_inside)
+            tl.store(result.o + rows[:, None] * size.DV + dv[None, :], acc, mask=keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -453,41 +322,52 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    block_n = (64 if even(DV) and Tq > 16 else 32) if busy else 64 if Tk <= 128 else 256
+    block_n = (64 if even(DV) and Tq > 16 else 32) if busy else 64 if Tk <= 128 or not even(DV) else 256
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
-class Factors(NamedTuple):
-    """One side of the score, laid out by tiles."""
+class Vector(NamedTuple):
+    """The vector v of the score."""
 
-    tiles: Tensor  # (items, H, 1, AP, rows of a tile) float32; 2 for factors in two parts
-    rows: Tensor | None  # the same with features contiguous
-    bound: Tensor  # (items, H) float32
-    items: Items
+    ptr: Tensor  # (H, AP) float32
+    sum: Tensor  # (H,) float32: Σ_d v_d
 
 
-def factors(
-    x: Tensor, keep: Tensor | None, cu_seqlens: Tensor | None, rows: int, activation: str, *, transposed: bool = False
-) -> Factors:
-    """Exponentials of ``x (B, H, T, A)`` (packed: B = 1), or x itself, in tiles of `rows` rows."""
-    B, H, T, A = x.shape
-    seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    items = partition(seqs, T, rows, cu_seqlens, always=True)
-    width, exact = A + A % 2, activation in FACTOR and x.dtype == torch.float32
-    tiles = torch.empty(items.count, H, 2 if exact else 1, width, rows, dtype=torch.float32, device=x.device)
-    by_row = torch.empty(items.count, H, rows, width, dtype=torch.float32, device=x.device) if transposed else None
-    parts = rows // PART
-    bound = torch.empty(items.count, H, parts, dtype=torch.float32, device=x.device)
-    packed = cu_seqlens is not None
-    layout = {**strides("xb xh xt", x, (0, 1, 2), packed=packed), **strides("mb mt", keep, (0, 1), packed=packed)}
-    fitted(_concat_factor_kernel, layout)[(items.count * parts, H)](
-        **layout, x_ptr=x, keep_ptr=keep, tiles_ptr=tiles, rows_ptr=by_row, bound_ptr=bound,
-        cu_ptr=cu_seqlens, seq_ptr=items.seq, first_ptr=items.first, num_seqs=seqs, per_seq=items.per_seq,
-        T=T, H=H, A=A, AP=width, tile_rows=rows, scale=FACTOR.get(activation, 1.0),
-        EXP=activation in FACTOR, EXACT=exact, FMA=chip_of(x.device).backend != "interpreter",
-        BLOCK_T=PART, BLOCK_A=pow2(width, 2, 16 if exact else 32), num_warps=4,
-    )  # fmt: skip
-    return Factors(tiles, by_row, bound.squeeze(2) if parts == 1 else bound.amax(2), items)
+class Result(NamedTuple):
+    """What the forward leaves, float32, contiguous; where keys are split of each part of them, the last three."""
+
+    out: Tensor  # (B, H, Tq, DV)
+    lse: Tensor  # (B, H, Tq, 2): (m, l), see softmax.py
+    scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
+    o: Tensor | None  # (B, H, Tq, splits, DV); any, or None, for one part
+    m: Tensor | None  # (B, H, Tq, splits)
+    l: Tensor | None
+
+
+class Size(NamedTuple):
+    """Heads, width of the score and as it is laid out, width of the values."""
+
+    H: int
+    A: int
+    AP: int
+    DV: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    ACT: str
+    FAST: bool
+    FMA: bool
+    FACTORED: bool
+    EXACT: bool
+    SAFE: float
+    GROUP: int
+    HAS_LEFT: bool
+    HAS_RIGHT: bool
+    PACKED: bool
+    COMPUTE: object
+    PRECISION: str
 
 
 class Call(NamedTuple):
@@ -495,70 +375,89 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    q_rows: Tensor | None  # (B, Tq) uint8: rows that may be read
-    k_rows: Tensor | None
-    v: Tensor  # (H, AP) float32
     busy: bool  # see fwd_blocks
-    tensors: dict[str, Tensor | int | None]
-    sizes: dict[str, int | float]
-    flags: dict[str, object]
+    size: Size
+    flags: Flags
+    args: dict[str, Any]  # by the kernels' names
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, left: int | None, right: int | None, dropout_p: float,
-) -> Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> Call:
     """Arguments by the kernels' names; shapes as `fused_attn.reference.concat_attention` has them."""
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
-    ragged, exact = cu_seqlens_q is not None, value.dtype == torch.float32
-    query, key, value = unit(query), unit(key), unit(value)
+    packed, exact = cu_seqlens_q is not None, value.dtype == torch.float32
     q_rows = k_rows = None
     if mask is not None:
         k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
         q_rows = (mask.any(1, keepdim=True).expand(B, Tq) if mask.dim() == 2 else mask.any(2)).view(torch.uint8)
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
-
-    return Call(
-        chip,
-        cu_seqlens_q.numel() - 1 if ragged else B,
-        q_rows,
-        k_rows,
-        torch.nn.functional.pad(v.float(), (0, A % 2)).contiguous(),  # which keeps the strides of an even v
-        any(x is not None for x in (bias, mask, left, right, seed)),
-        {
-            "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=ragged),
-            "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2), packed=ragged),
-            "val_ptr": value, **strides("ub uh ut", value, (0, 1, 2), packed=ragged),
-            "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3), packed=ragged),
-            "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2), packed=ragged),
-            "qrow_ptr": q_rows, **strides("qrb qrt", q_rows, (0, 1), packed=ragged),
-            "krow_ptr": k_rows, **strides("krb krt", k_rows, (0, 1), packed=ragged),
-            "q_cu_ptr": cu_seqlens_q, "k_cu_ptr": cu_seqlens_k, "seed_ptr": seed,
-        },
-        {
-            "num_seqs": cu_seqlens_q.numel() - 1 if ragged else B,
-            "Tq": 0 if ragged else Tq, "Tk": 0 if ragged else Tk, "H": H, "A": A, "AP": A + A % 2,
-            "DV": value.shape[-1], "left": left or 0, "right": right or 0,
-            "threshold": round(dropout_p * 2**24), "scale": 1.0 / (1.0 - dropout_p),
-        },
-        {
-            "ACT": activation, "FAST": chip.backend == "cuda", "FMA": chip.backend != "interpreter",
-            "FACTORED": activation in FACTOR, "EXACT": exact, "SAFE": SAFE_EXACT if exact else SAFE,
-            "GROUP": GROUP if exact else 2**20,
-            "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None,
-            **matmul_flags(chip, value.dtype),
-        },
-    )  # fmt: skip
+    padded_v = torch.nn.functional.pad(v.float(), (0, A % 2)).contiguous()  # which keeps the strides of an even v
+    size = Size(H, A, A + A % 2, value.shape[-1])
+    flags = Flags(
+        activation,
+        chip.backend == "cuda",
+        chip.backend != "interpreter",
+        activation in FACTOR,
+        exact,
+        SAFE_EXACT if exact else SAFE,
+        GROUP if exact else 2**20,
+        left is not None,
+        right is not None,
+        packed,
+        *matmul_flags(chip, value.dtype).values(),
+    )
+    args = {
+        "q": heads(unit(query), packed=packed),
+        "k": heads(unit(key), packed=packed),
+        "value": heads(unit(value), packed=packed),
+        "v": Vector(padded_v, padded_v.sum(1)),
+        "bias": pairs(bias),
+        "mask": pairs(mask),
+        "q_rows": entries(q_rows, packed=packed),
+        "k_rows": entries(k_rows, packed=packed),
+        "dropout": dropout(seed, dropout_p),
+        "Tq": Tq,
+        "Tk": Tk,
+        "left": left or 0,
+        "right": right or 0,
+        "size": size,
+        "flags": constants(flags),
+    }
+    busy = any(x is not None for x in (bias, mask, left, right, seed))
+    return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
 
 
 def concat_fwd(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
@@ -566,49 +465,43 @@ def concat_fwd(
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
     call = prepare(
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )  # fmt: skip
+    )
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores
-    ragged = cu_seqlens_q is not None
-    lengths = (LONG, LONG) if ragged else (Tq, Tk)
-    parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, activation in FACTOR, call.busy)
-    with torch.cuda.device_of(query):
-        q = factors(call.tensors["q_ptr"], call.q_rows, cu_seqlens_q, blocks.M, activation)
-        k = factors(call.tensors["k_ptr"], call.k_rows, cu_seqlens_k, blocks.N, activation)
-        dv_blocks = triton.cdiv(DV, blocks.DV)
-        programs = q.items.count * H * dv_blocks
-        splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
-        # One kernel for one part and for several, where that does not spill.
-        o = m = l = None if call.busy or call.flags["EXACT"] else out
-        if splits > 1:
-            o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
-            m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
-            l = torch.empty_like(m)
-        out_strides = strides("ob oh ot", out, (0, 1, 2), packed=ragged)
-        codes = row_codes(call.k_rows, call.tensors["val_ptr"]) if parts else None
-        kernel = fitted(_concat_fwd_kernel, {**call.tensors, **out_strides})
-        kernel[(q.items.count, H, splits * dv_blocks)](
-            **call.tensors, **call.sizes, **call.flags,
-            aq_ptr=q.tiles, ak_ptr=k.tiles, bq_ptr=q.bound, bk_ptr=k.bound, v_ptr=call.v, v_sum_ptr=call.v.sum(1),
-            q_seq_ptr=q.items.seq, q_first_ptr=q.items.first, k_first_ptr=k.items.first,
-            q_per_seq=q.items.per_seq, k_per_seq=k.items.per_seq,
-            code_ptr=codes, **strides("cb ch ct", codes, (0, 1, 2), packed=ragged), out_ptr=out, **out_strides,
-            lse_ptr=lse, stride_lb=0 if ragged else lse.stride(0), stride_lh=lse.stride(1), stride_lt=2,
-            scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
-            BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_DV=blocks.DV,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-            **(all_registers(call.chip) if call.flags["EXACT"] else unpressed(call.chip, DV)),
-        )  # fmt: skip
-        if splits > 1:
-            parts = Items(B * H * Tq * splits, 0, splits, None, None)
-            flat = B * H * Tq
+    lengths = (Tq, Tk) if cu_seqlens_q is None else (LONG, LONG)
+    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy)
+    q_side, q_items = factors(call.args["q"], call.args["q_rows"], cu_seqlens_q, blocks.M, activation)
+    k_side, _ = factors(call.args["k"], call.args["k_rows"], cu_seqlens_k, blocks.N, activation)
+    dv_blocks = triton.cdiv(DV, blocks.DV)
+    programs = q_items.count * H * dv_blocks
+    splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
+    # One kernel for one part and for several, where that does not spill.
+    o = m = l = None if call.busy or call.flags.EXACT else out
+    if splits > 1:
+        o, m, l = (out.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
+    some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+    codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
+    args = call.args | {
+        "q_side": q_side,
+        "k_side": k_side._replace(codes=codes),
+        "splits": splits,
+        "result": Result(out, lse, scores if need_scores else None, o, m, l),
+    }
+    registers = all_registers(call.chip) if call.flags.EXACT else unpressed(call.chip, DV)
+    launch(_concat_fwd_kernel, (q_items.count, H, splits * dv_blocks), args, blocks, **registers)
+    if splits > 1:
+        flat = B * H * Tq
+        states = o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1)
+        with torch.cuda.device_of(query):
             merge(
-                o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
-                out.view(flat, 1, DV), lse.view(flat, 1, 2), skip_single=False,
-            )  # fmt: skip
+                *states,
+                Items(flat * splits, 0, splits, None, None),
+                out.view(flat, 1, DV),
+                lse.view(flat, 1, 2),
+                skip_single=False,
+            )
     return out, lse, scores

@@ -1,196 +1,214 @@
 """What the kernels of concat attention's backward share: a tile of g, and the walk over it (see concat_bwd.py)."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activations import activate, activate_grad
-from .concat import concat_scores, reciprocal
-from .masks import key_range, old_dropout_scale, visible
+from .arguments import entry_ptr, head_ptr
+from .concat import add_bias, concat_scores, reciprocal
+from .concat_factors import readable, row_of
+from .masks import dropout_scale, key_range
 from .products import add_product
 from .softmax import exp, load_lse
+
+
+class Saved(NamedTuple):
+    """Of the queries, contiguous: gradients that came, and what the forward left."""
+
+    do: Tensor  # (B, H, Tq, DV)
+    scores: Tensor | None  # (B, H, Tq, Tk) float32: gradient of the scores
+    out: Tensor  # (B, H, Tq, DV) float32
+    lse: Tensor  # (B, H, Tq, 2) float32: (m, l)
+    delta: Tensor  # (B, H, Tq) float32: dO · o - l dl; with EXACT -l dl
+
+
+class Workspace(NamedTuple):
+    """Numbers of the pairs of tiles that a launch has, from some tile of queries (or of keys) on; None: not made."""
+
+    g: Tensor | None  # (tiles, BLOCK_N, BLOCK_M) float32
+    gt: Tensor | None  # (tiles, BLOCK_M, BLOCK_N): the same, transposed
+    p: Tensor | None  # as g, in COMPUTE: k ⊙ a
+    bias: Tensor | None  # (B, H, Tq, Tk) float32, zeros: g again
+    item0: int  # the first of these tiles, 4 n + 3
+
+
+class Gradients(NamedTuple):
+    """What a kernel makes, contiguous float32 or None: dk and dvalue are added to, and all where rows are packed."""
+
+    q: Tensor | None = None  # (splits, B, H, Tq, A)
+    v: Tensor | None = None  # (splits, q items, H, AP): one sum a program
+    k: Tensor | None = None  # (B, H, Tk, A)
+    value: Tensor | None = None  # (B, H, Tk, DV)
 
 
 @triton.jit
 def gradient_tile(
     slot,  # where in the workspace this tile begins
-    q_item, head, tile,
-    seq, q_start, lo, hi, k_start, k_length, k_item0,
-    aq_ptr, ak_ptr,  # (items, H, 1 or 2, AP, BLOCK) float32: factors, or q and k
-    bq_ptr, bk_ptr,  # (items, H) float32: their bounds
-    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, A), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, A)
-    v_ptr,  # (H, AP) float32
-    v_sum_ptr,  # (H,) float32: Σ_d v_d
-    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV)
-    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
-    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrt,  # (B, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krt,  # (B, Tk): key rows that may be read, or None
-    seed_ptr,
-    do_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr,  # (B, H, Tq, 2) float32: (m, l)
-    delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32: dO · o - l dl; with EXACT -l dl
-    out_ptr,  # (B, H, Tq, DV) float32, with the strides of dO
-    dscores_ptr,  # (B, H, Tq, Tk) float32 or None
-    dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
-    g_ptr,  # (BLOCK_N, BLOCK_M) from slot on, float32, or None
-    gt_ptr,  # (BLOCK_M, BLOCK_N), or None
-    p_ptr,  # as g, in COMPUTE, or None
+    q_item,
+    tile,
+    head,
+    queries,  # (sequence, its first packed row, first and past-the-last row of the tile)
+    keys,  # (first packed row, length, first tile) of the sequence
+    q,
+    k,
+    v,
+    value,
+    bias,
+    mask,
+    q_rows,
+    k_rows,
+    q_side,
+    k_side,
+    dropout,  # as in concat.py
+    saved,
+    work,
     Tq,
     Tk,
-    H,
-    A,
-    AP,
-    DV,
     left,
     right,
-    threshold,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    FACTORED: tl.constexpr,
-    EXACT: tl.constexpr,
-    SAFE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    size,
+    flags,
+    blocks,
+):
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
-    first, last = key_range(lo, hi, k_length, left, right, HAS_LEFT, HAS_RIGHT)
-    if (tile * BLOCK_N < last) & ((tile + 1) * BLOCK_N > first) & (lo < hi):
-        i = lo + tl.arange(0, BLOCK_M)
-        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q_rows = (q_start + i).to(tl.int64)
-        k_rows = (k_start + j).to(tl.int64)
-        q_keep = i < hi
-        k_keep = j < k_length
-        if qrow_ptr is not None:
-            q_keep = tl.load(qrow_ptr + seq * stride_qrb + q_rows * stride_qrt, mask=q_keep, other=0) != 0
-        if krow_ptr is not None:
-            k_keep = tl.load(krow_ptr + seq * stride_krb + k_rows * stride_krt, mask=k_keep, other=0) != 0
-        v_sum = tl.load(v_sum_ptr + head)
+    seq, q_start, lo, hi = queries
+    k_start, k_length, k_item0 = keys
+    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
+    if (tile * blocks.N < last) & ((tile + 1) * blocks.N > first) & (lo < hi):
+        i = lo + tl.arange(0, blocks.M)
+        j = tile * blocks.N + tl.arange(0, blocks.N)
+        q_at = (q_start + i).to(tl.int64)
+        k_at = (k_start + j).to(tl.int64)
+        q_keep = readable(i < hi, q_rows, seq, q_at, flags)
+        k_keep = readable(j < k_length, k_rows, seq, k_at, flags)
         s = concat_scores(
-            q_item.to(tl.int64) * H + head, (k_item0 + tile).to(tl.int64) * H + head, aq_ptr, ak_ptr, bq_ptr, bk_ptr,
-            q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt, q_keep,
-            k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt, k_keep,
-            v_ptr + head * AP, v_sum, A, AP, ACT, FAST, FACTORED, EXACT, SAFE, GROUP, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if mask_ptr is None:
-            mask_ptrs = None
-        else:
-            mask_ptrs = mask_ptr + seq * stride_mb
-        shown = visible(i, j, q_keep, k_keep, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
-        if bias_ptr is not None:
-            at = i[:, None].to(tl.int64) * stride_sq + j[None, :].to(tl.int64) * stride_sk
-            s += tl.load(bias_ptr + seq * stride_sb + head * stride_sh + at, mask=shown, other=0.0).to(tl.float32)
-        rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-        top, inv = load_lse(lse_ptr + rows * 2, q_keep)
-        delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)
-        p = tl.where(shown, exp(s - top[:, None], EXACT and FMA) * inv[:, None], 0.0)
+            q_item.to(tl.int64) * size.H + head,
+            (k_item0 + tile).to(tl.int64) * size.H + head,
+            q_side,
+            k_side,
+            head_ptr(q, seq, head) + q_at * q.stride_t,
+            q_keep,
+            head_ptr(k, seq, head) + k_at * k.stride_t,
+            k_keep,
+            v.ptr + head * size.AP,
+            tl.load(v.sum + head),
+            size,
+            flags,
+            blocks,
+        )
+        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
+        rows = row_of(seq, head, q_at, q_side, Tq, size.H)
+        top, inv = load_lse(saved.lse + rows * 2, q_keep)
+        delta = tl.load(saved.delta + rows, mask=q_keep, other=0.0)
+        p = tl.where(shown, exp(s - top[:, None], flags.EXACT and flags.FMA) * inv[:, None], 0.0)
         pk = p
-        if seed_ptr is not None:
-            k = old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, scale)
-            pk *= k
-        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        o_rows = seq * stride_ob + head * stride_oh + q_rows * stride_ot
-        val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows * stride_ut
-        if EXACT:
-            for d in range(0, DV):
-                do = tl.load(do_ptr + o_rows + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
-                out = tl.load(out_ptr + o_rows + d, mask=q_keep, other=0.0)[:, None]
-                values = tl.load(val_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
-                if seed_ptr is not None:
-                    values *= k
+        if dropout.seed is not None:
+            kept = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+            pk *= kept
+        dp = tl.zeros([blocks.M, blocks.N], tl.float32)
+        value_ptrs = head_ptr(value, seq, head) + k_at * value.stride_t
+        if flags.EXACT:
+            for d in range(0, size.DV):
+                do = tl.load(saved.do + rows * size.DV + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+                out = tl.load(saved.out + rows * size.DV + d, mask=q_keep, other=0.0)[:, None]
+                values = tl.load(value_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
+                if dropout.seed is not None:
+                    values *= kept
                 dp = tl.fma(do, values - out, dp)
         else:
-            for d0 in range(0, DV, BLOCK_DV):
-                d = d0 + tl.arange(0, BLOCK_DV)
-                do = tl.load(
-                    do_ptr + o_rows[:, None] + d[None, :], mask=q_keep[:, None] & (d < DV)[None, :], other=0.0
-                )
-                values = tl.load(val_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < DV)[None, :], other=0.0)
-                dp = add_product(do, tl.trans(values), dp, COMPUTE, PRECISION)
-            if seed_ptr is not None:
-                dp *= k
+            do_ptrs = saved.do + rows * size.DV
+            for d0 in range(0, size.DV, blocks.DV):
+                d = d0 + tl.arange(0, blocks.DV)
+                some = (d < size.DV)[None, :]
+                do = tl.load(do_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & some, other=0.0)
+                values = tl.load(value_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & some, other=0.0)
+                dp = add_product(do, tl.trans(values), dp, flags.COMPUTE, flags.PRECISION)
+            if dropout.seed is not None:
+                dp *= kept
         g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN
-        at = ((seq * H + head) * Tq + i[:, None]) * Tk + j[None, :]
-        if dscores_ptr is not None:
-            g += tl.load(dscores_ptr + at, mask=shown, other=0.0)
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + at, g, mask=shown)
-        m = tl.arange(0, BLOCK_M)[:, None]
-        n = tl.arange(0, BLOCK_N)[None, :]
-        slots = slot + n * BLOCK_M + m
-        if g_ptr is not None:
-            tl.store(g_ptr + slots, g)
-        if gt_ptr is not None:
-            tl.store(gt_ptr + slot + m * BLOCK_N + n, g)
-        if p_ptr is not None:
-            tl.store(p_ptr + slots, pk.to(p_ptr.dtype.element_ty))
+        pair = row_of(seq, head, i[:, None], q_side, Tq, size.H) * Tk + j[None, :]
+        if saved.scores is not None:
+            g += tl.load(saved.scores + pair, mask=shown, other=0.0)
+        if work.bias is not None:
+            tl.store(work.bias + pair, g, mask=shown)
+        m = tl.arange(0, blocks.M)[:, None]
+        n = tl.arange(0, blocks.N)[None, :]
+        at = slot + n * blocks.M + m
+        if work.g is not None:
+            tl.store(work.g + at, g)
+        if work.gt is not None:
+            tl.store(work.gt + slot + m * blocks.N + n, g)
+        if work.p is not None:
+            tl.store(work.p + at, pk.to(work.p.dtype.element_ty))
+
+
+@triton.jit
+def staying(side, rows, d, size):
+    """Features d of the factors of rows [R, 1], counted over all tiles, that stay while the others are walked."""
+    return tl.load(side.rows + rows * size.AP + d[None, :], mask=(d < size.AP)[None, :], other=0.0)
 
 
 @triton.jit
 def walk_tile(
-    s1, s2,  # Σ g r (with EXACT Σ g act) and Σ g (r - r²); without factors Σ g act and Σ g act'
-    x,  # [BLOCK_R, BLOCK_D] factors (or q, k) of the rows that stay
-    walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
-    g_ptr,  # g of (walked, staying), at the tile's first; staying rows are contiguous
-    stride_g,
-    count,
-    x_ptrs, x_keep,  # raw rows that stay [BLOCK_R], for tiles that do not factor
-    raw_ptr, stride_raw, row0, inside,  # raw rows that are walked, from row0 on; how many there are
-    keep_ptr, stride_keep,  # which of these may be read; or None
+    s1,
+    s2,  # Σ g r (with EXACT Σ g act) and Σ g (r - r²); without factors Σ g act and Σ g act'
+    x,  # [rows, features d] factors (or q, k) of the rows that stay
     d,
-    A,
-    AP,
-    safe,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FACTORED: tl.constexpr,
-    EXACT: tl.constexpr,
+    walk_ptr,  # (rows, AP) factors of the rows that are walked, at the tile's first
+    g_ptr,
+    stride_g,  # g of (walked, staying), at the tile's first; staying rows are contiguous
+    count,
+    safe,  # whether the tiles factor; what follows is for those that do not
+    x_ptrs,
+    x_keep,  # raw rows that stay
+    raw,
+    keep,  # raw rows that are walked, and which of them may be read: Heads and Entries
+    seq,
+    head,
+    row0,
+    inside,  # the first of them, and how many there are
+    size,
+    flags,
     WANT_S1: tl.constexpr,  # else s1 stays as it is
-):  # fmt: skip
+):
     """Walk one tile. Rows past the end of a sequence have factor 1 and g = 0."""
     r = tl.arange(0, x.shape[0])
-    some = d < AP
-    if EXACT:
+    some = d < size.AP
+    if flags.EXACT:
         old1 = s1
         old2 = s2
         s1 = tl.zeros_like(s1)
         s2 = tl.zeros_like(s2)
-    if FACTORED:
+    if flags.FACTORED:
         if safe:
-            if EXACT:
+            if flags.EXACT:
                 for n in range(0, count):
-                    b = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+                    b = tl.load(walk_ptr + n * size.AP + d, mask=some, other=0.0)[None, :]
                     g = tl.load((g_ptr + n * stride_g + r)[:, None])
                     p = x * b
-                    if ACT == "tanh":
+                    if flags.ACT == "tanh":
                         y = tl.fma(x, b, -1.0)
-                        one = reciprocal(y + 2.0, FAST)
+                        one = reciprocal(y + 2.0, flags.FAST)
                         least = tl.minimum(one, p * one)
                         one *= y
                     else:
-                        one = reciprocal(1.0 + p, FAST)
+                        one = reciprocal(1.0 + p, flags.FAST)
                         least = tl.minimum(one, p * one)
                     s2 = tl.fma(g, tl.fma(-least, least, least), s2)
                     if WANT_S1:
                         s1 = tl.fma(g, one, s1)
             else:
                 for n in range(0, count, 2):
-                    b0 = tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
-                    b1 = tl.load(walk_ptr + (n + 1) * AP + d, mask=some, other=0.0)[None, :]
+                    b0 = tl.load(walk_ptr + n * size.AP + d, mask=some, other=0.0)[None, :]
+                    b1 = tl.load(walk_ptr + (n + 1) * size.AP + d, mask=some, other=0.0)[None, :]
                     g0 = tl.load((g_ptr + n * stride_g + r)[:, None])
                     g1 = tl.load((g_ptr + (n + 1) * stride_g + r)[:, None])
                     x0 = 1.0 + x * b0
                     x1 = 1.0 + x * b1
-                    inv = reciprocal(x0 * x1, FAST)
+                    inv = reciprocal(x0 * x1, flags.FAST)
                     r0 = inv * x1
                     r1 = inv * x0
                     if WANT_S1:
@@ -199,32 +217,33 @@ def walk_tile(
                     s2 += g0 * (r0 - r0 * r0)
                     s2 += g1 * (r1 - r1 * r1)
         else:
-            x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < A)[None, :], other=0.0)
+            x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < size.A)[None, :], other=0.0)
+            raw_ptr = head_ptr(raw, seq, head)
             for n in range(0, tl.minimum(count, inside)):
-                keep = d < A
-                if keep_ptr is not None:
-                    keep = keep & (tl.load(keep_ptr + (row0 + n) * stride_keep) != 0)
-                z = tl.load(raw_ptr + (row0 + n) * stride_raw + d, mask=keep, other=0.0).to(tl.float32)[None, :]
+                shown = d < size.A
+                if not flags.PACKED and keep.ptr is not None:
+                    shown = shown & (tl.load(entry_ptr(keep, seq, row0 + n)) != 0)
+                z = tl.load(raw_ptr + (row0 + n) * raw.stride_t + d, mask=shown, other=0.0).to(tl.float32)[None, :]
                 z += x_raw.to(tl.float32)
                 g = tl.load((g_ptr + n * stride_g + r)[:, None])
-                if ACT == "tanh":
+                if flags.ACT == "tanh":
                     z *= -2.0
                 one = tl.sigmoid(z)
                 seen = g != 0  # a row that is hidden may be NaN, and a gradient be so
                 s2 += tl.where(seen, g * (one - one * one), 0.0)
-                if EXACT and ACT == "tanh":
-                    one = activate(-0.5 * z, ACT, False)
+                if flags.EXACT and flags.ACT == "tanh":
+                    one = activate(-0.5 * z, flags.ACT, False)
                 if WANT_S1:
                     s1 += tl.where(seen, g * one, 0.0)
     else:
         for n in range(0, count):
-            z = x + tl.load(walk_ptr + n * AP + d, mask=some, other=0.0)[None, :]
+            z = x + tl.load(walk_ptr + n * size.AP + d, mask=some, other=0.0)[None, :]
             g = tl.load((g_ptr + n * stride_g + r)[:, None])
-            one = activate(z, ACT, False)
+            one = activate(z, flags.ACT, False)
             if WANT_S1:
                 s1 += g * one
-            s2 += g * activate_grad(z, one, ACT, False)
-    if EXACT:
+            s2 += g * activate_grad(z, one, flags.ACT, False)
+    if flags.EXACT:
         s1 += old1
         s2 += old2
     return s1, s2

@@ -20,7 +20,7 @@ of size Tq·Tk is stored. A bilinear weight has met the queries before.
 The backward is in general_bwd.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,30 +28,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .chip import (
-    LENGTHS,
-    LONG,
-    Chip,
-    all_registers,
-    chip_of,
-    even,
-    fitted,
-    matmul_flags,
-    pow2,
-    strides,
-    unit,
-    unpressed,
-)
+from .arguments import constants, head_ptr, heads, launch, pair_at, pair_ptr, pairs
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, unit, unpressed
+from .location import load_rows
 from .masks import (
     Items,
-    key_range,
-    old_dropout_scale,
-    old_locate,
-    old_sequence_of,
+    Spans,
+    dropout,
+    dropout_scale,
+    locate,
     partition,
     row_codes,
-    visible_pairs,
-    whole_range,
+    sequence_of,
+    whole_window,
+    window,
+    window_pairs,
+    window_range,
 )
 from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
@@ -83,195 +75,186 @@ def score(y, bias, scale, rate: tl.constexpr, ACT: tl.constexpr):
 
 @triton.jit
 def product(
-    a, a_ptrs, a_keep,  # [BLOCK_A, BLOCK_D]; with WIDE in place of it [BLOCK_A] rows, and which of them may be read
-    b, b_ptrs, b_keep,  # [BLOCK_B, BLOCK_D] and so on
+    a,
+    a_ptrs,
+    a_keep,  # [BLOCK_A, BLOCK_D]; with WIDE in place of it [BLOCK_A] rows, and which of them may be read
+    b,
+    b_ptrs,
+    b_keep,  # [BLOCK_B, BLOCK_D] and so on
     width,
     WIDE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    flags,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """a bᵀ, [BLOCK_A, BLOCK_B] float32, of tiles or of rows that are wider than a tile."""
     if WIDE:
         acc = tl.zeros([a_ptrs.shape[0], b_ptrs.shape[0]], tl.float32)
         for d0 in range(0, width, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            some = (d < width)[None, :]
-            a_part = tl.load(a_ptrs[:, None] + d[None, :], mask=a_keep[:, None] & some, other=0.0)
-            b_part = tl.load(b_ptrs[:, None] + d[None, :], mask=b_keep[:, None] & some, other=0.0)
-            acc = add_product(a_part, tl.trans(b_part), acc, COMPUTE, PRECISION)
+            a_part = load_rows(a_ptrs, a_keep, d, width)
+            b_part = load_rows(b_ptrs, b_keep, d, width)
+            acc = add_product(a_part, tl.trans(b_part), acc, flags.COMPUTE, flags.PRECISION)
     else:
-        acc = tl.dot(a.to(COMPUTE), tl.trans(b.to(COMPUTE)), input_precision=PRECISION)
+        acc = tl.dot(a.to(flags.COMPUTE), tl.trans(b.to(flags.COMPUTE)), input_precision=flags.PRECISION)
     return acc
+
+
+@triton.jit
+def head_rows(x, seq, head, row):
+    """Pointers to rows of a head of a sequence, all int64."""
+    return head_ptr(x, seq, head) + row * x.stride_t
+
+
+@triton.jit
+def first_row(spans, seq, head, H, T):
+    """Of a head of a sequence, both int64, among the rows of a contiguous (B, H, T, ...); all of a packed one."""
+    if spans.cu is None:
+        row = (seq * H + head) * T
+    else:
+        row = head * T
+    return row
+
+
+@triton.jit
+def whole_tiles(window, lo, hi, length, begin, end, BLOCK: tl.constexpr):
+    """First and past-the-last of the tiles [begin, end) that all rows of [lo, hi) see whole."""
+    first, last = whole_window(window, lo, hi, length)
+    whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK), begin), end)
+    return whole0, tl.maximum(tl.minimum(last // BLOCK, end), whole0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _general_fwd_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
-    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
-    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
-    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
-    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
-    k_cu_ptr,
-    seed_ptr,
-    out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV)
-    lse_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq, 2) float32: (m, l), m in the units of `power`
-    scores_ptr,  # (B, H, Tq, Tk) float32, filled with -inf, or None
-    o_ptr, m_ptr, l_ptr,  # (B, H, Tq, splits[, DV]) float32; not written for one split
+    query,  # (B, H, Tq, D), or packed
+    key,  # (B, H, Tk, D)
+    value,  # (B, H, Tk, DV); the keys again where SHARED
+    score_bias,  # (B, H, Tq, Tk) or None
+    mask,  # (B, Tq, Tk) or None
+    q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
+    k_codes,  # (B, H, Tk, 1) or None
+    q_spans,
+    k_spans,
+    dropout,
+    result,
     splits,
     num_seqs,
-    q_per_seq,
+    per_seq,
     Tq,
     Tk,
-    H,
-    D,
-    DV,
-    left,
-    right,
-    threshold,
-    keep_scale,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    NATURAL: tl.constexpr,
-    SHARED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PLAIN: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    rate: tl.constexpr = 1.0 if NATURAL else LOG2E
+    window,
+    size,
+    flags,
+    blocks,
+):
+    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, blocks.D)
     split = tl.program_id(2) % splits
-    dv = (tl.program_id(2) // splits) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = old_locate(
-        tl.program_id(0), q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M
-    )
-    k_start, length, _ = old_sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
-    i = lo + tl.arange(0, BLOCK_M)
+    dv = (tl.program_id(2) // splits) * blocks.DV + tl.arange(0, blocks.DV)
+    seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
+    k_start, length, _ = sequence_of(seq, k_spans, Tk, num_seqs, 0)
+    i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
     q_keep = q_inside
-    if qrow_ptr is not None:
-        q_keep = (
-            tl.load(qrow_ptr + seq * stride_qrb + head * stride_qrh + q_rows * stride_qrt, mask=q_inside, other=0)
-            != 0
-        )
-    q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
+    if q_codes.ptr is not None:
+        q_keep = tl.load(head_rows(q_codes, seq, head, q_rows), mask=q_inside, other=0) != 0
+    q_ptrs = head_rows(query, seq, head, q_rows)
     q = 0.0
-    if not WIDE:
-        q = tl.load(q_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & (d < D)[None, :], other=0.0)
+    if not flags.WIDE:
+        q = load_rows(q_ptrs, q_keep, d, size.D)
     k_row0 = k_start.to(tl.int64)
-    k_ptr += seq * stride_kb + head * stride_kh + k_row0 * stride_kt
-    val_ptr += seq * stride_ub + head * stride_uh + k_row0 * stride_ut
-    if bias_ptr is not None:
-        bias_ptr += seq * stride_sb + head * stride_sh
-    if mask_ptr is not None:
-        mask_ptr += seq * stride_mb
-    if krow_ptr is not None:
-        krow_ptr += seq * stride_krb + head * stride_krh + k_row0 * stride_krt
-    if scores_ptr is not None:
-        scores_ptr += (seq * H + head) * Tq * Tk
+    k_ptr = head_rows(key, seq, head, k_row0)
+    val_ptr = head_rows(value, seq, head, k_row0)
+    if k_codes.ptr is not None:
+        code_ptr = head_rows(k_codes, seq, head, k_row0)
+    pair0 = (seq * size.H + head) * Tq * Tk
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    first, last = key_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
-    tile0 = first // BLOCK_N
-    tiles = tl.where(last > first, tl.cdiv(last, BLOCK_N) - tile0, 0)
+    m = tl.full([blocks.M], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.M], tl.float32)
+    acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
+    first, last = window_range(window, lo, hi, length)
+    tile0 = first // blocks.N
+    tiles = tl.where(last > first, tl.cdiv(last, blocks.N) - tile0, 0)
     each = tl.cdiv(tiles, splits)
     begin = tile0 + tl.minimum(split * each, tiles)
     end = tile0 + tl.minimum((split + 1) * each, tiles)
     whole0 = begin  # the whole tiles are [whole0, whole1)
     whole1 = begin
-    if PLAIN:
-        first, last = whole_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
-        whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK_N), begin), end)
-        whole1 = tl.maximum(tl.minimum(last // BLOCK_N, end), whole0)
-    for EDGE in tl.static_range(0 if PLAIN else 1, 2):  # the whole tiles, then those on either side
+    if flags.PLAIN:
+        whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, blocks.N)
+    for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
             tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            j = tile * blocks.N + tl.arange(0, blocks.N)
             k_rows = j.to(tl.int64)
-            k_keep = tl.full([BLOCK_N], True, tl.int1)
+            k_keep = tl.full([blocks.N], True, tl.int1)
             v_keep = k_keep
             if EDGE:
                 k_seen = j < length
                 k_keep = k_seen
                 v_keep = k_seen
-                if krow_ptr is not None:
-                    code = tl.load(krow_ptr + k_rows * stride_krt, mask=k_seen, other=0)
+                if k_codes.ptr is not None:
+                    code = tl.load(code_ptr + k_rows * k_codes.stride_t, mask=k_seen, other=0)
                     k_seen = code != 0
                     v_keep = code == 1
-                    k_keep = v_keep if SHARED else k_seen & (code != 3)
-            k_ptrs = k_ptr + k_rows * stride_kt
+                    k_keep = v_keep if flags.SHARED else k_seen & (code != 3)
+            k_ptrs = k_ptr + k_rows * key.stride_t
             k = 0.0
-            if not WIDE:
-                k = tl.load(k_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < D)[None, :], other=0.0)
-            x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
-            y = x if ACT == "identity" else activate(x * scale, ACT, FAST)
+            if not flags.WIDE:
+                k = load_rows(k_ptrs, k_keep, d, size.D)
+            x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
+            y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
             bias = 0.0
             if EDGE:
                 inside = q_keep[:, None] & k_seen[None, :]
-                shown = visible_pairs(
-                    i[:, None], j[None, :], inside, mask_ptr, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT
-                )
-                if bias_ptr is not None:
-                    at = i[:, None].to(tl.int64) * stride_sq + k_rows[None, :] * stride_sk
-                    bias = tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
-            s = score(y, bias, scale, rate, ACT)
+                shown = window_pairs(window, mask, seq, head, i[:, None], j[None, :], inside)
+                if score_bias.ptr is not None:
+                    at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i[:, None], j[None, :])
+                    bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
+            s = score(y, bias, size.scale, rate, flags.ACT)
             if EDGE:
-                if (HAS_LEFT or HAS_RIGHT) or mask_ptr is not None:
+                if flags.PARTS:
                     s = tl.where((code == 3)[None, :], float("nan"), s)
                 s = tl.where(shown, s, float("-inf"))
-                if scores_ptr is not None:
+                if result.scores is not None:
                     at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
-                    tl.store(scores_ptr + at, s, mask=inside)  # NATURAL
+                    tl.store(result.scores + pair0 + at, s, mask=inside)  # NATURAL
             m_new = tl.maximum(m, tl.max(s, axis=1))
             shift = pivot(m_new) if EDGE else m_new
-            p = power(s - shift[:, None], NATURAL, FMA)
-            alpha = power(m - shift, NATURAL, FMA)
+            p = power(s - shift[:, None], flags.NATURAL, flags.FMA)
+            alpha = power(m - shift, flags.NATURAL, flags.FMA)
             l = l * alpha + tl.sum(p, axis=1)
-            if seed_ptr is not None:
-                p *= old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
-            if SHARED and not WIDE:
+            if dropout.seed is not None:
+                p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+            if flags.SHARED and not flags.WIDE:
                 values = k
             else:
-                values = tl.load(
-                    val_ptr + k_rows[:, None] * stride_ut + dv[None, :],
-                    mask=v_keep[:, None] & (dv < DV)[None, :],
-                    other=0.0,
-                )
-            if EDGE and not SHARED and ((HAS_LEFT or HAS_RIGHT) or mask_ptr is not None):
+                values = load_rows(val_ptr + k_rows * value.stride_t, v_keep, dv, size.DV)
+            if EDGE and flags.PARTS and not flags.SHARED:
                 p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
-            acc = add_product(p, values, acc * alpha[:, None], COMPUTE, PRECISION)
+            acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
             m = m_new
 
-    rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
+    row0 = first_row(q_spans, seq, head, size.H, Tq)
+    rows = row0 + q_rows
     if splits == 1:
         inv = finish(l)
-        store_lse(lse_ptr + rows, m, l, q_inside)
+        store_lse(result.lse + rows * 2, m, l, q_inside)
         tl.store(
-            out_ptr + seq * stride_ob + head * stride_oh + q_rows[:, None] * stride_ot + dv[None, :],
+            result.out + row0 * size.DV + q_rows[:, None] * size.DV + dv[None, :],
             acc * inv[:, None],
-            mask=q_inside[:, None] & (dv < DV)[None, :],
+            mask=q_inside[:, None] & (dv < size.DV)[None, :],
         )
     else:
-        rows = rows // 2 * splits + split
-        tl.store(m_ptr + rows, m, mask=q_inside)
-        tl.store(l_ptr + rows, l, mask=q_inside)
-        tl.store(o_ptr + rows[:, None] * DV + dv[None, :], acc, mask=q_inside[:, None] & (dv < DV)[None, :])
+        rows = rows * splits + split
+        tl.store(result.m + rows, m, mask=q_inside)
+        tl.store(result.l + rows, l, mask=q_inside)
+        tl.store(
+            result.o + (row0 * splits + split) * size.DV + q_rows[:, None] * splits * size.DV + dv[None, :],
+            acc,
+            mask=q_inside[:, None] & (dv < size.DV)[None, :],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,6 +314,44 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     return Blocks(block_m, block_n, width, value_width, warps, stages)
 
 
+class Size(NamedTuple):
+    """Heads, widths of the score and of the values, and the factor of the products."""
+
+    H: int
+    D: int
+    DV: int
+    scale: float
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for; see above."""
+
+    ACT: str
+    FAST: bool
+    FMA: bool
+    EXACT: bool
+    NATURAL: bool
+    SHARED: bool
+    PARTS: bool  # a key may be hidden from some queries only
+    PLAIN: bool
+    WIDE: bool  # the width of the score is walked in parts
+    WIDE_V: bool  # that of the values
+    GAP: bool  # see general_bwd.py
+    COMPUTE: Any
+    PRECISION: str
+
+
+class Result(NamedTuple):
+    """What the forward writes, float32."""
+
+    out: Tensor  # (B, H, Tq, DV)
+    lse: Tensor  # (B, H, Tq, 2): (m, l), m in the units of `power`
+    scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
+    o: Tensor  # (B, H, Tq, splits, DV): of parts of the keys; not written where there is one
+    m: Tensor  # (B, H, Tq, splits)
+    l: Tensor
+
+
 class Call(NamedTuple):
     """What the launches of one call share."""
 
@@ -338,18 +359,30 @@ class Call(NamedTuple):
     seqs: int
     plain: bool  # no mask, bias or dropout
     busy: bool  # a pair has a mask, bias or dropout of its own
-    tensors: dict[str, Tensor | int | None]
-    sizes: dict[str, int | float]
-    flags: dict[str, object]
+    size: Size
+    flags: Flags  # but for what blocks decide
+    args: dict[str, object]  # by the kernels' names
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
-    *, backward: bool = False,
-) -> Call:  # fmt: skip
-    """Arguments by the kernels' names; shapes as `fused_attn.reference.general_attention` has them.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    natural: bool,
+    *,
+    backward: bool = False,
+) -> Call:
+    """Shapes as `fused_attn.reference.general_attention` has them.
 
     backward: it multiplies with the queries too, and must not with those that are not finite.
     """
@@ -358,7 +391,6 @@ def prepare(
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
     parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    plain = mask is None and score_bias is None and seed is None
     q_rows = k_rows = None
     if mask is not None:
         q_rows, k_rows = (
@@ -368,95 +400,138 @@ def prepare(
         k_rows = row_codes(k_rows, key, None if value is None else values)
     if parts and backward:
         q_rows = row_codes(q_rows, query)
-    q_rows, k_rows = (
-        x if x is None or x.dim() == 3 else x.view(torch.uint8)[:, None].expand(-1, H, -1) for x in (q_rows, k_rows)
-    )
-    mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
+    q_codes, k_codes = (_codes(x, H) for x in (q_rows, k_rows))
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
-    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
-    seqs = cu_seqlens_q.numel() - 1 if packed else B
+    spans_q, spans_k = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_q, cu_seqlens_k))
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
-    return Call(
-        chip,
-        seqs,
-        plain,
-        any(x is not None for x in (bias, mask, seed)),
-        {
-            "q_ptr": query, **strides("qb qh qt", query, (0, 1, 2), packed=packed),
-            "k_ptr": key, **strides("kb kh kt", key, (0, 1, 2), packed=packed),
-            "val_ptr": values, **strides("ub uh ut", values, (0, 1, 2), packed=packed),
-            "bias_ptr": bias, **strides("sb sh sq sk", bias, (0, 1, 2, 3), packed=packed),
-            "mask_ptr": mask, **strides("mb mq mk", mask, (0, 1, 2), packed=packed),
-            "qrow_ptr": q_rows, **strides("qrb qrh qrt", q_rows, (0, 1, 2), packed=packed),
-            "krow_ptr": k_rows, **strides("krb krh krt", k_rows, (0, 1, 2), packed=packed),
-            "q_cu_ptr": cu_seqlens_q, "k_cu_ptr": cu_seqlens_k, "seed_ptr": seed,
-        },
-        {
-            "num_seqs": seqs, "Tq": 0 if packed else Tq, "Tk": 0 if packed else Tk, "H": H, "D": D,
-            "DV": values.shape[-1], "left": left or 0, "right": right or 0,
-            "threshold": round(dropout_p * 2**24), "keep_scale": 1.0 / (1.0 - dropout_p), "scale": scale,
-        },
-        {
-            "ACT": activation, "FAST": chip.backend == "cuda" and key.element_size() == 2,
-            "FMA": chip.backend != "interpreter",
-            "EXACT": exact, "NATURAL": exact or natural or bias is not None,
-            "SHARED": value is None, "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, **precise,
-        },
-    )  # fmt: skip
+    seqs = cu_seqlens_q.numel() - 1 if packed else B
+    plain = mask is None and score_bias is None and seed is None
+    pair_mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
+    size = Size(H, D, values.shape[-1], scale)
+    flags = Flags(
+        ACT=activation,
+        FAST=chip.backend == "cuda" and key.element_size() == 2,
+        FMA=chip.backend != "interpreter",
+        EXACT=exact,
+        NATURAL=exact or natural or bias is not None,
+        SHARED=value is None,
+        PARTS=parts,
+        PLAIN=plain,
+        WIDE=False,
+        WIDE_V=False,
+        GAP=False,
+        **precise,
+    )
+    args = {
+        "query": heads(query, packed=packed),
+        "key": heads(key, packed=packed),
+        "value": heads(values, packed=packed),
+        "score_bias": pairs(bias),
+        "mask": pairs(pair_mask),
+        "q_codes": heads(q_codes, packed=packed),
+        "k_codes": heads(k_codes, packed=packed),
+        "q_spans": spans_q,
+        "k_spans": spans_k,
+        "dropout": dropout(seed, dropout_p),
+        "num_seqs": seqs,
+        "Tq": Tq,
+        "Tk": Tk,
+        "window": window(left, right),
+        "size": size,
+    }
+    busy = any(x is not None for x in (bias, pair_mask, seed))
+    return Call(chip, seqs, plain, busy, size, flags, args)
+
+
+def _codes(rows: Tensor | None, H: int) -> Tensor | None:
+    """Codes (B, H, T) or a mask (B, T), as rows of one number."""
+    if rows is None or rows.dim() == 3:
+        return rows if rows is None else rows[..., None]
+    # The stride of a transposed view would be a length, and compiled in.
+    rows = rows if rows.stride(-1) <= 1 else rows.contiguous()
+    return rows.view(torch.uint8)[:, None, :, None].expand(-1, H, -1, -1)
+
+
+def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
+    """The flags of a launch with these blocks."""
+    return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
 
 
 def general_fwd(
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.general_attention` has them, the weight apart.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
     """
     call = prepare(
-        query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p, need_scores,
-    )  # fmt: skip
-    (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.sizes["DV"]
+        query,
+        key,
+        value,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        scale,
+        left,
+        right,
+        dropout_p,
+        need_scores,
+    )
+    (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     out = query.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores
     plain = call.plain and not need_scores
-    length = LONG if cu_seqlens_q is not None else Tq
-    some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    blocks = fwd_blocks(call.chip, key.element_size(), length, D, DV, plain, call.busy or need_scores, some)
-    with torch.cuda.device_of(query):
-        items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
-        dv_blocks = triton.cdiv(DV, blocks.DV)
-        splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), triton.cdiv(Tk, 2 * blocks.N)))
-        o = m = l = out
-        if splits > 1:
-            o = torch.empty(B, H, Tq, splits, DV, dtype=torch.float32, device=query.device)
-            m = torch.empty(B, H, Tq, splits, dtype=torch.float32, device=query.device)
-            l = torch.empty_like(m)
-        packed = cu_seqlens_q is not None
-        out_strides = strides("ob oh ot", out, (0, 1, 2), packed=packed)
-        kernel = fitted(_general_fwd_kernel, {**call.tensors, **out_strides})
-        kernel[(items.count, H, splits * dv_blocks)](
-            **call.tensors, **call.sizes, **{name: x for name, x in call.flags.items() if name != "EXACT"},
-            q_seq_ptr=items.seq, q_first_ptr=items.first, q_per_seq=items.per_seq,
-            out_ptr=out, **out_strides,
-            lse_ptr=lse, **strides("lb lh lt", lse, (0, 1, 2), packed=packed),
-            scores_ptr=scores if need_scores else None, o_ptr=o, m_ptr=m, l_ptr=l, splits=splits,
-            WIDE=blocks.D < D, PLAIN=plain, BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_D=blocks.D,
-            BLOCK_DV=blocks.DV, num_warps=blocks.warps, num_stages=blocks.stages,
-            **(all_registers(call.chip) if query.element_size() == 4 else unpressed(call.chip, D, DV)),
-        )  # fmt: skip
-        if splits > 1:
-            parts = Items(B * H * Tq * splits, 0, splits, None, None)
-            flat = B * H * Tq
+    length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
+    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, plain, call.busy or need_scores, call.flags.PARTS)
+    items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
+    dv_blocks = triton.cdiv(DV, blocks.DV)
+    splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), triton.cdiv(Tk, 2 * blocks.N)))
+    o = m = l = out
+    if splits > 1:
+        o = out.new_empty(B, H, Tq, splits, DV)
+        m, l = (out.new_empty(B, H, Tq, splits) for _ in range(2))
+    args = {
+        **call.args,
+        "q_spans": items.spans(call.args["q_spans"].cu),
+        "per_seq": items.per_seq,
+        "splits": splits,
+        "result": Result(out, lse, scores if need_scores else None, o, m, l),
+        "flags": fitting(call.flags._replace(PLAIN=plain), call.size, blocks),
+    }
+    options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
+    launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)
+    if splits > 1:
+        flat = B * H * Tq
+        parts = Items(flat * splits, 0, splits, None, None)
+        with torch.cuda.device_of(query):
             merge(
-                o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1), parts,
-                out.view(flat, 1, DV), lse.view(flat, 1, 2), skip_single=False,
-                unit=1.0 if call.flags["NATURAL"] else LN2.value,
-            )  # fmt: skip
+                o.view(flat * splits, 1, DV),
+                m.view(-1, 1),
+                l.view(-1, 1),
+                parts,
+                out.view(flat, 1, DV),
+                lse.view(flat, 1, 2),
+                skip_single=False,
+                unit=1.0 if call.flags.NATURAL else LN2.value,
+            )
     return out, lse, scores

@@ -16,25 +16,66 @@ element. Σ_j a_ij of it is 0 but for the rounding of o, which all keys of a que
 (`GAP`) takes it out, by way of δ. At scores of 100 gradients were off by up to 6 times what the reference's are.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .chip import LENGTHS, LONG, Chip, all_registers, even, fitted, pow2, strides, tile_rows
-from .general import LOG2E, Blocks, power, prepare, product, score, widths
-from .masks import key_range, old_dropout_scale, old_locate, old_sequence_of, partition, visible_pairs, whole_range
+from .arguments import launch, pair_at, pair_ptr
+from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows
+from .general import (
+    LOG2E,
+    Blocks,
+    Flags,
+    first_row,
+    fitting,
+    head_rows,
+    power,
+    prepare,
+    product,
+    score,
+    whole_tiles,
+    widths,
+)
+from .location import load_rows
+from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_pairs, window_range
 from .products import add_product
+
+
+class Given(NamedTuple):
+    """Of the queries: the gradient of the output, and what the forward left."""
+
+    do: Tensor  # (B, H, Tq, DV)
+    out: Tensor  # (B, H, Tq, DV) float32
+    top: Tensor  # (B, H, Tq) float32: m in the units of `power`
+    inv: Tensor  # (B, H, Tq) float32: 1 / l
+    delta: Tensor  # (B, H, Tq) float32: δ
+    dscores: Tensor | None  # (B, H, Tq, Tk) float32
+
+
+class Grads(NamedTuple):
+    """Those that a kernel makes, or None."""
+
+    q: Tensor | None = None  # (B, H, Tq, D)
+    stride_q: int = 0  # D again: with that, the compiler would make products before the loop, and keep them
+    bias: Tensor | None = None  # (B, H, Tq, Tk) float32, zeros
+    k: Tensor | None = None  # (B, H, Tk, D); with SHARED of both terms
+    value: Tensor | None = None  # (B, H, Tk, DV)
 
 
 @triton.jit
 def _general_gap(
-    do_ptrs, out_ptrs, q_keep,  # rows [BLOCK_M, 1] or [1, BLOCK_M], and which of them may be read
-    val_ptrs, k_keep,  # [1, BLOCK_N] or [BLOCK_N, 1]
+    do_ptrs,
+    out_ptrs,
+    q_keep,  # rows [BLOCK_M, 1] or [1, BLOCK_M], and which of them may be read
+    val_ptrs,
+    k_keep,  # [1, BLOCK_N] or [BLOCK_N, 1]
     keep,  # κ of the tile, or 1
     DV,
-):  # fmt: skip
+):
     """dO · (κ value - out) of a tile, either way round."""
     shape: tl.constexpr = [do_ptrs.shape[0] * val_ptrs.shape[0], do_ptrs.shape[1] * val_ptrs.shape[1]]
     acc = tl.zeros(shape, tl.float32)
@@ -50,54 +91,53 @@ def _general_gap(
 def _general_gradient(
     x,  # q · k of a tile, either way round
     dp,  # dO · value; with EXACT dO · (κ value - out)
-    i, j,  # positions of queries and keys, to broadcast to the tile
+    i,
+    j,  # positions of queries and keys, to broadcast to the tile
     inside,  # pairs of rows that may be read
-    top, inv, delta,  # of the queries: m in the units of `power`, 1 / l, and δ
+    top,
+    inv,
+    delta,  # of the queries, see Given
     keep,  # κ of the tile, or 1
-    bias_ptr, stride_sq, stride_sk,  # first pair of this sequence and head, or None
-    mask_ptr, stride_mq, stride_mk,
-    dscores_ptr,
-    dbias_ptr,
+    score_bias,
+    mask,
+    given,
+    grads,
+    seq,
+    head,
+    Tq,
     Tk,
-    left,
-    right,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    EXACT: tl.constexpr,
-    NATURAL: tl.constexpr,
-    GAP: tl.constexpr,
+    window,
+    size,
+    flags,
     EDGE: tl.constexpr,  # some query may not see some key of this tile
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
+):
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
-    rate: tl.constexpr = 1.0 if NATURAL else LOG2E
-    y = x if ACT == "identity" else activate(x * scale, ACT, FAST)
+    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
+    y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
     bias = 0.0
-    i = i.to(tl.int64)
-    if EDGE:
-        shown = visible_pairs(i, j, inside, mask_ptr, stride_mq, stride_mk, left, right, HAS_LEFT, HAS_RIGHT)
-        if bias_ptr is not None:
-            at = i * stride_sq + j.to(tl.int64) * stride_sk
-            bias = tl.load(bias_ptr + at, mask=shown, other=0.0).to(tl.float32) * rate
-    p = power(score(y, bias, scale, rate, ACT) - top, NATURAL, FMA) * inv
-    if GAP:
+    if EDGE:  # after the products, which need the registers
+        shown = window_pairs(window, mask, seq, head, i, j, inside)
+        if score_bias.ptr is not None:
+            at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i, j)
+            bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
+    p = power(score(y, bias, size.scale, rate, flags.ACT) - top, flags.NATURAL, flags.FMA) * inv
+    if flags.GAP:
         return tl.where(shown, p * dp, 0.0) if EDGE else p * dp, p
-    if EXACT:
+    if flags.EXACT:
         g = p * (dp - delta)
     else:
         g = p * (dp * keep - delta)
     if EDGE:
         p = tl.where(shown, p, 0.0)
         g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
-        if dscores_ptr is not None:
-            g += tl.load(dscores_ptr + i * Tk + j, mask=shown, other=0.0)
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + i * Tk + j, g, mask=shown)
-    if ACT != "identity":
-        g *= activate_grad(x * scale, y, ACT, FAST)
+        pair0 = (seq * size.H + head) * Tq * Tk
+        at = i.to(tl.int64) * Tk + j
+        if given.dscores is not None:
+            g += tl.load(given.dscores + pair0 + at, mask=shown, other=0.0)
+        if grads.bias is not None:
+            tl.store(grads.bias + pair0 + at, g, mask=shown)
+    if flags.ACT != "identity":
+        g *= activate_grad(x * size.scale, y, flags.ACT, flags.FAST)
         if EDGE:
             g = tl.where(shown, g, 0.0)
     return g, p * keep
@@ -105,345 +145,285 @@ def _general_gradient(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _general_bwd_dq_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
-    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
-    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
-    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
-    q_cu_ptr, q_seq_ptr, q_first_ptr,  # see masks.Items
-    k_cu_ptr,
-    seed_ptr,
-    do_ptr, out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV); out float32
-    top_ptr, inv_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
-    dscores_ptr,  # (B, H, Tq, Tk) float32 or None
-    dbias_ptr,  # (B, H, Tq, Tk) float32, zeros, or None
-    dq_ptr, stride_db, stride_dh, stride_dt,  # (B, H, Tq, D)
+    query,  # (B, H, Tq, D), or packed
+    key,  # (B, H, Tk, D)
+    value,  # (B, H, Tk, DV); the keys again where SHARED
+    score_bias,  # (B, H, Tq, Tk) or None
+    mask,  # (B, Tq, Tk) or None
+    q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
+    k_codes,  # (B, H, Tk, 1) or None
+    q_spans,
+    k_spans,
+    dropout,
+    given,
+    grads,
     num_seqs,
-    q_per_seq,
+    per_seq,
     Tq,
     Tk,
-    H,
-    D,
-    DV,
-    left,
-    right,
-    threshold,
-    keep_scale,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    EXACT: tl.constexpr,
-    NATURAL: tl.constexpr,
-    GAP: tl.constexpr,  # what is left of Σ_j a_ij gap_ij goes into δ, and that is all
-    SHARED: tl.constexpr,
-    WIDE: tl.constexpr,
-    WIDE_V: tl.constexpr,
-    PLAIN: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    window,
+    size,
+    flags,
+    blocks,
+):
     head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    d_out = tl.program_id(2) * BLOCK_D + d
-    dv = tl.arange(0, BLOCK_DV)
-    seq, q_start, lo, hi, _ = old_locate(
-        tl.program_id(0), q_cu_ptr, q_seq_ptr, q_first_ptr, Tq, num_seqs, q_per_seq, BLOCK_M
-    )
-    k_start, length, _ = old_sequence_of(seq, k_cu_ptr, None, Tk, num_seqs, 0)
-    i = lo + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, blocks.D)
+    d_out = tl.program_id(2) * blocks.D + d
+    dv = tl.arange(0, blocks.DV)
+    seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
+    k_start, length, _ = sequence_of(seq, k_spans, Tk, num_seqs, 0)
+    i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
     q_keep = q_inside
-    if qrow_ptr is not None:
-        q_keep = (
-            tl.load(qrow_ptr + seq * stride_qrb + head * stride_qrh + q_rows * stride_qrt, mask=q_inside, other=0)
-            != 0
-        )
-    q_ptrs = q_ptr + seq * stride_qb + head * stride_qh + q_rows * stride_qt
-    o_rows = seq * stride_ob + head * stride_oh + q_rows * stride_ot
+    if q_codes.ptr is not None:
+        q_keep = tl.load(head_rows(q_codes, seq, head, q_rows), mask=q_inside, other=0) != 0
+    q_ptrs = head_rows(query, seq, head, q_rows)
     q = 0.0
-    if not WIDE:
-        q = tl.load(q_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & (d < D)[None, :], other=0.0)
+    if not flags.WIDE:
+        q = load_rows(q_ptrs, q_keep, d, size.D)
+    row0 = first_row(q_spans, seq, head, size.H, Tq)
+    do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
     do = 0.0
-    if not WIDE_V and not EXACT:
-        do = tl.load(do_ptr + o_rows[:, None] + dv[None, :], mask=q_keep[:, None] & (dv < DV)[None, :], other=0.0)
-    rows = seq * stride_lb + head * stride_lh + q_rows * stride_lt
-    top = tl.load(top_ptr + rows, mask=q_keep, other=0.0)[:, None]
-    inv = tl.load(inv_ptr + rows, mask=q_keep, other=0.0)[:, None]
-    delta = tl.load(delta_ptr + rows, mask=q_keep, other=0.0)[:, None]
+    if not flags.WIDE_V and not flags.EXACT:
+        do = load_rows(do_ptrs, q_keep, dv, size.DV)
+    top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
+    inv = tl.load(given.inv + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
+    delta = tl.load(given.delta + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
     k_row0 = k_start.to(tl.int64)
-    k_ptr += seq * stride_kb + head * stride_kh + k_row0 * stride_kt
-    val_ptr += seq * stride_ub + head * stride_uh + k_row0 * stride_ut
-    pairs = (seq * H + head) * Tq * Tk
-    if bias_ptr is not None:
-        bias_ptr += seq * stride_sb + head * stride_sh
-    if mask_ptr is not None:
-        mask_ptr += seq * stride_mb
-    if krow_ptr is not None:
-        krow_ptr += seq * stride_krb + head * stride_krh + k_row0 * stride_krt
-    if dscores_ptr is not None:
-        dscores_ptr += pairs
-    if dbias_ptr is not None:
-        dbias_ptr += pairs
+    k_ptr = head_rows(key, seq, head, k_row0)
+    val_ptr = head_rows(value, seq, head, k_row0)
+    if k_codes.ptr is not None:
+        code_ptr = head_rows(k_codes, seq, head, k_row0)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    rest = tl.zeros([BLOCK_M], tl.float32)
-    first, last = key_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
-    begin = first // BLOCK_N
-    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK_N), begin)
+    acc = tl.zeros([blocks.M, blocks.D], tl.float32)
+    rest = tl.zeros([blocks.M], tl.float32)
+    first, last = window_range(window, lo, hi, length)
+    begin = first // blocks.N
+    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.N), begin)
     whole0 = begin  # the whole tiles are [whole0, whole1)
     whole1 = begin
-    if PLAIN:
-        first, last = whole_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
-        whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK_N), begin), end)
-        whole1 = tl.maximum(tl.minimum(last // BLOCK_N, end), whole0)
-    for EDGE in tl.static_range(0 if PLAIN else 1, 2):  # the whole tiles, then those on either side
+    if flags.PLAIN:
+        whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, blocks.N)
+    for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
             tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            j = tile * blocks.N + tl.arange(0, blocks.N)
             k_rows = j.to(tl.int64)
-            k_seen = tl.full([BLOCK_N], True, tl.int1)
+            k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
             if EDGE:
                 k_seen = j < length
                 k_keep = k_seen
-                if krow_ptr is not None:
-                    code = tl.load(krow_ptr + k_rows * stride_krt, mask=k_seen, other=0)
+                if k_codes.ptr is not None:
+                    code = tl.load(code_ptr + k_rows * k_codes.stride_t, mask=k_seen, other=0)
                     k_seen = code != 0
                     k_keep = k_seen & (code != 3)
-            k_ptrs = k_ptr + k_rows * stride_kt
-            val_ptrs = val_ptr + k_rows * stride_ut
+            k_ptrs = k_ptr + k_rows * key.stride_t
+            val_ptrs = val_ptr + k_rows * value.stride_t
             k = 0.0
-            if not WIDE:
-                k = tl.load(k_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < D)[None, :], other=0.0)
-            x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
+            if not flags.WIDE:
+                k = load_rows(k_ptrs, k_keep, d, size.D)
+            x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
-            if seed_ptr is not None:
-                keep = old_dropout_scale(seed_ptr, j[None, :], seq * H + head, i[:, None], threshold, keep_scale)
-            if EXACT:
+            if dropout.seed is not None:
+                keep = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+            if flags.EXACT:
+                out_ptrs = (given.out + row0 * size.DV + q_rows * size.DV)[:, None]
                 dp = _general_gap(
-                    (do_ptr + o_rows)[:, None], (out_ptr + o_rows)[:, None], q_keep[:, None],
-                    val_ptrs[None, :], k_keep[None, :], keep, DV,
-                )  # fmt: skip
+                    do_ptrs[:, None], out_ptrs, q_keep[:, None], val_ptrs[None, :], k_keep[None, :], keep, size.DV
+                )
             else:
-                if SHARED and not WIDE:
+                if flags.SHARED and not flags.WIDE:
                     values = k
-                elif not WIDE_V:
-                    values = tl.load(
-                        val_ptrs[:, None] + dv[None, :], mask=k_keep[:, None] & (dv < DV)[None, :], other=0.0
-                    )
+                elif not flags.WIDE_V:
+                    values = load_rows(val_ptrs, k_keep, dv, size.DV)
                 else:
                     values = 0.0
-                dp = product(
-                    do, do_ptr + o_rows, q_keep, values, val_ptrs, k_keep, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
-                )
+                dp = product(do, do_ptrs, q_keep, values, val_ptrs, k_keep, size.DV, flags.WIDE_V, flags, blocks.DV)
+            inside = q_keep[:, None] & k_seen[None, :]
             g, _p = _general_gradient(
-                x, dp, i[:, None], j[None, :], q_keep[:, None] & k_seen[None, :], top, inv, delta, keep,
-                bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, dbias_ptr,
-                Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, GAP, EDGE, HAS_LEFT, HAS_RIGHT,
-            )  # fmt: skip
-            if GAP:
+                x,
+                dp,
+                i[:, None],
+                j[None, :],
+                inside,
+                top,
+                inv,
+                delta,
+                keep,
+                score_bias,
+                mask,
+                given,
+                grads,
+                seq,
+                head,
+                Tq,
+                Tk,
+                window,
+                size,
+                flags,
+                EDGE,
+            )
+            if flags.GAP:
                 rest += tl.sum(g, axis=1)
             else:
-                if WIDE:
-                    k = tl.load(
-                        k_ptrs[:, None] + d_out[None, :], mask=k_keep[:, None] & (d_out < D)[None, :], other=0.0
-                    )
-                acc = add_product(g, k, acc, COMPUTE, PRECISION)
-    if GAP:
-        tl.store(delta_ptr + rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
+                if flags.WIDE:
+                    k = load_rows(k_ptrs, k_keep, d_out, size.D)
+                acc = add_product(g, k, acc, flags.COMPUTE, flags.PRECISION)
+    if flags.GAP:
+        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
     else:
         tl.store(
-            dq_ptr + seq * stride_db + head * stride_dh + q_rows[:, None] * stride_dt + d_out[None, :],
-            (acc * scale).to(dq_ptr.dtype.element_ty),
-            mask=q_inside[:, None] & (d_out < D)[None, :],
+            grads.q + row0 * grads.stride_q + q_rows[:, None] * grads.stride_q + d_out[None, :],
+            (acc * size.scale).to(grads.q.dtype.element_ty),
+            mask=q_inside[:, None] & (d_out < size.D)[None, :],
         )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _general_bwd_dkv_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qt,  # (B, H, Tq, D), or packed with stride_qb = 0
-    k_ptr, stride_kb, stride_kh, stride_kt,  # (B, H, Tk, D)
-    val_ptr, stride_ub, stride_uh, stride_ut,  # (B, H, Tk, DV); the keys again where SHARED
-    bias_ptr, stride_sb, stride_sh, stride_sq, stride_sk,  # (B, H, Tq, Tk) or None
-    mask_ptr, stride_mb, stride_mq, stride_mk,  # (B, Tq, Tk) or None
-    qrow_ptr, stride_qrb, stride_qrh, stride_qrt,  # (B, H, Tq): query rows that may be read, or None
-    krow_ptr, stride_krb, stride_krh, stride_krt,  # (B, H, Tk): key rows that may be read, see row_codes, or None
-    q_cu_ptr,  # see masks.Items
-    k_cu_ptr, k_seq_ptr, k_first_ptr,
-    seed_ptr,
-    do_ptr, out_ptr, stride_ob, stride_oh, stride_ot,  # (B, H, Tq, DV); out float32
-    top_ptr, inv_ptr, delta_ptr, stride_lb, stride_lh, stride_lt,  # (B, H, Tq) float32
-    dscores_ptr,  # (B, H, Tq, Tk) float32 or None
-    dk_ptr, stride_db, stride_dh, stride_dt,  # (B, H, Tk, D), or None; with SHARED of both terms
-    dval_ptr, stride_eb, stride_eh, stride_et,  # (B, H, Tk, DV), or None
+    query,  # (B, H, Tq, D), or packed
+    key,  # (B, H, Tk, D)
+    value,  # (B, H, Tk, DV); the keys again where SHARED
+    score_bias,  # (B, H, Tq, Tk) or None
+    mask,  # (B, Tq, Tk) or None
+    q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
+    k_codes,  # (B, H, Tk, 1) or None
+    q_spans,
+    k_spans,
+    dropout,
+    given,
+    grads,
     num_seqs,
-    k_per_seq,
+    per_seq,
     Tq,
     Tk,
-    H,
-    D,
-    DV,
-    left,
-    right,
-    threshold,
-    keep_scale,
-    scale,
-    ACT: tl.constexpr,
-    FAST: tl.constexpr,
-    FMA: tl.constexpr,
-    EXACT: tl.constexpr,
-    NATURAL: tl.constexpr,
-    SHARED: tl.constexpr,
-    WIDE: tl.constexpr,
-    WIDE_V: tl.constexpr,
-    PLAIN: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+    window,
+    size,
+    flags,
+    blocks,
+):
     head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
-    d_out = tl.program_id(2) * BLOCK_D + d
-    dv_out = tl.program_id(2) * BLOCK_DV + dv
-    seq, k_start, lo, hi, _ = old_locate(
-        tl.program_id(0), k_cu_ptr, k_seq_ptr, k_first_ptr, Tk, num_seqs, k_per_seq, BLOCK_N
-    )
-    q_start, length, _ = old_sequence_of(seq, q_cu_ptr, None, Tq, num_seqs, 0)
-    j = lo + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, blocks.D)
+    dv = tl.arange(0, blocks.DV)
+    d_out = tl.program_id(2) * blocks.D + d
+    dv_out = tl.program_id(2) * blocks.DV + dv
+    seq, k_start, lo, hi, _ = locate(tl.program_id(0), k_spans, Tk, num_seqs, per_seq, blocks.N)
+    q_start, length, _ = sequence_of(seq, q_spans, Tq, num_seqs, 0)
+    j = lo + tl.arange(0, blocks.N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
     k_keep = k_inside
-    if krow_ptr is not None:
-        k_keep = (
-            tl.load(krow_ptr + seq * stride_krb + head * stride_krh + k_rows * stride_krt, mask=k_inside, other=0)
-            != 0
-        )
-    k_ptrs = k_ptr + seq * stride_kb + head * stride_kh + k_rows * stride_kt
-    val_ptrs = val_ptr + seq * stride_ub + head * stride_uh + k_rows * stride_ut
+    if k_codes.ptr is not None:
+        k_keep = tl.load(head_rows(k_codes, seq, head, k_rows), mask=k_inside, other=0) != 0
+    k_ptrs = head_rows(key, seq, head, k_rows)
+    val_ptrs = head_rows(value, seq, head, k_rows)
     k = 0.0
-    if not WIDE:
-        k = tl.load(k_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & (d < D)[None, :], other=0.0)
+    if not flags.WIDE:
+        k = load_rows(k_ptrs, k_keep, d, size.D)
     values = 0.0
-    if SHARED and not WIDE:
+    if flags.SHARED and not flags.WIDE:
         values = k
-    elif not WIDE_V and not EXACT:
-        values = tl.load(val_ptrs[:, None] + dv[None, :], mask=k_keep[:, None] & (dv < DV)[None, :], other=0.0)
+    elif not flags.WIDE_V and not flags.EXACT:
+        values = load_rows(val_ptrs, k_keep, dv, size.DV)
     q_row0 = q_start.to(tl.int64)
-    q_ptr += seq * stride_qb + head * stride_qh + q_row0 * stride_qt
-    o_row0 = seq * stride_ob + head * stride_oh + q_row0 * stride_ot
-    l_row0 = seq * stride_lb + head * stride_lh + q_row0 * stride_lt
-    if bias_ptr is not None:
-        bias_ptr += seq * stride_sb + head * stride_sh
-    if mask_ptr is not None:
-        mask_ptr += seq * stride_mb
-    if qrow_ptr is not None:
-        qrow_ptr += seq * stride_qrb + head * stride_qrh + q_row0 * stride_qrt
-    if dscores_ptr is not None:
-        dscores_ptr += (seq * H + head) * Tq * Tk
+    q_ptr = head_rows(query, seq, head, q_row0)
+    row0 = first_row(q_spans, seq, head, size.H, Tq) + q_row0
+    if q_codes.ptr is not None:
+        code_ptr = head_rows(q_codes, seq, head, q_row0)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dval = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tl.zeros([blocks.N, blocks.D], tl.float32)
+    dval = tl.zeros([blocks.N, blocks.DV], tl.float32)
     # The queries that see a key of this tile: the window, looked through from its other end.
-    first, last = key_range(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT)
-    begin = first // BLOCK_M
-    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK_M), begin)
+    behind = mirrored(window)
+    first, last = window_range(behind, lo, hi, length)
+    begin = first // blocks.M
+    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.M), begin)
     whole0 = begin  # the whole tiles are [whole0, whole1)
     whole1 = begin
-    if PLAIN:
-        first, last = whole_range(lo, hi, length, right, left, HAS_RIGHT, HAS_LEFT)
-        whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK_M), begin), end)
-        whole1 = tl.maximum(tl.minimum(last // BLOCK_M, end), whole0)
-    for EDGE in tl.static_range(0 if PLAIN else 1, 2):  # the whole tiles, then those on either side
+    if flags.PLAIN:
+        whole0, whole1 = whole_tiles(behind, lo, hi, length, begin, end, blocks.M)
+    for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
             tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            i = tile * blocks.M + tl.arange(0, blocks.M)
             q_rows = i.to(tl.int64)
-            q_keep = tl.full([BLOCK_M], True, tl.int1)
+            q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
             if EDGE:
                 q_keep = i < length
                 q_good = q_keep
-                if qrow_ptr is not None:
-                    code = tl.load(qrow_ptr + q_rows * stride_qrt, mask=q_keep, other=0)
+                if q_codes.ptr is not None:
+                    code = tl.load(code_ptr + q_rows * q_codes.stride_t, mask=q_keep, other=0)
                     q_keep = code != 0
                     q_good = code == 1
-            q_ptrs = q_ptr + q_rows * stride_qt
-            o_rows = o_row0 + q_rows * stride_ot
+            q_ptrs = q_ptr + q_rows * query.stride_t
+            do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = 0.0
-            if not WIDE:
-                q = tl.load(q_ptrs[:, None] + d[None, :], mask=q_good[:, None] & (d < D)[None, :], other=0.0)
-            x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, D, WIDE, COMPUTE, PRECISION, BLOCK_D)
+            if not flags.WIDE:
+                q = load_rows(q_ptrs, q_good, d, size.D)
+            x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
-            if seed_ptr is not None:
-                keep = old_dropout_scale(seed_ptr, j[:, None], seq * H + head, i[None, :], threshold, keep_scale)
+            if dropout.seed is not None:
+                keep = dropout_scale(dropout, j[:, None], seq * size.H + head, i[None, :])
             do = 0.0
-            if not WIDE_V:
-                do = tl.load(
-                    do_ptr + o_rows[:, None] + dv[None, :], mask=q_good[:, None] & (dv < DV)[None, :], other=0.0
-                )
-            if EXACT:
+            if not flags.WIDE_V:
+                do = load_rows(do_ptrs, q_good, dv, size.DV)
+            if flags.EXACT:
+                out_ptrs = (given.out + row0 * size.DV + q_rows * size.DV)[None, :]
                 dp = _general_gap(
-                    (do_ptr + o_rows)[None, :], (out_ptr + o_rows)[None, :], q_good[None, :],
-                    val_ptrs[:, None], k_keep[:, None], keep, DV,
-                )  # fmt: skip
-            else:
-                dp = product(
-                    values, val_ptrs, k_keep, do, do_ptr + o_rows, q_good, DV, WIDE_V, COMPUTE, PRECISION, BLOCK_DV
+                    do_ptrs[None, :], out_ptrs, q_good[None, :], val_ptrs[:, None], k_keep[:, None], keep, size.DV
                 )
-            rows = l_row0 + q_rows * stride_lt
+            else:
+                dp = product(values, val_ptrs, k_keep, do, do_ptrs, q_good, size.DV, flags.WIDE_V, flags, blocks.DV)
+            inside = q_keep[None, :] & k_keep[:, None]
+            top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
+            inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
+            delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             g, p = _general_gradient(
-                x, dp, i[None, :], j[:, None], q_keep[None, :] & k_keep[:, None],
-                tl.load(top_ptr + rows, mask=q_keep, other=0.0)[None, :],
-                tl.load(inv_ptr + rows, mask=q_good, other=0.0)[None, :],
-                tl.load(delta_ptr + rows, mask=q_good, other=0.0)[None, :],
-                keep, bias_ptr, stride_sq, stride_sk, mask_ptr, stride_mq, stride_mk, dscores_ptr, None,
-                Tk, left, right, scale, ACT, FAST, FMA, EXACT, NATURAL, False, EDGE, HAS_LEFT, HAS_RIGHT,
-            )  # fmt: skip
-            if dk_ptr is not None:
-                if WIDE:
-                    q = tl.load(
-                        q_ptrs[:, None] + d_out[None, :], mask=q_good[:, None] & (d_out < D)[None, :], other=0.0
-                    )
-                dk = add_product(g * scale, q, dk, COMPUTE, PRECISION)
-            if dval_ptr is not None or SHARED:
-                if WIDE_V:
-                    do = tl.load(
-                        do_ptr + o_rows[:, None] + dv_out[None, :],
-                        mask=q_good[:, None] & (dv_out < DV)[None, :],
-                        other=0.0,
-                    )
-                if SHARED:
-                    dk = add_product(p, do, dk, COMPUTE, PRECISION)
+                x,
+                dp,
+                i[None, :],
+                j[:, None],
+                inside,
+                top,
+                inv,
+                delta,
+                keep,
+                score_bias,
+                mask,
+                given,
+                grads,
+                seq,
+                head,
+                Tq,
+                Tk,
+                window,
+                size,
+                flags,
+                EDGE,
+            )
+            if grads.k is not None:
+                if flags.WIDE:
+                    q = load_rows(q_ptrs, q_good, d_out, size.D)
+                dk = add_product(g * size.scale, q, dk, flags.COMPUTE, flags.PRECISION)
+            if grads.value is not None or flags.SHARED:
+                if flags.WIDE_V:
+                    do = load_rows(do_ptrs, q_good, dv_out, size.DV)
+                if flags.SHARED:
+                    dk = add_product(p, do, dk, flags.COMPUTE, flags.PRECISION)
                 else:
-                    dval = add_product(p, do, dval, COMPUTE, PRECISION)
-    if dk_ptr is not None:
-        tl.store(
-            dk_ptr + seq * stride_db + head * stride_dh + k_rows[:, None] * stride_dt + d_out[None, :],
-            dk.to(dk_ptr.dtype.element_ty),
-            mask=k_inside[:, None] & (d_out < D)[None, :],
-        )
-    if dval_ptr is not None:
-        tl.store(
-            dval_ptr + seq * stride_eb + head * stride_eh + k_rows[:, None] * stride_et + dv_out[None, :],
-            dval.to(dval_ptr.dtype.element_ty),
-            mask=k_inside[:, None] & (dv_out < DV)[None, :],
-        )
+                    dval = add_product(p, do, dval, flags.COMPUTE, flags.PRECISION)
+    row0 = first_row(k_spans, seq, head, size.H, Tk)
+    if grads.k is not None:
+        inside = k_inside[:, None] & (d_out < size.D)[None, :]
+        dk_ptrs = grads.k + row0 * size.D + k_rows[:, None] * size.D + d_out[None, :]
+        tl.store(dk_ptrs, dk.to(grads.k.dtype.element_ty), mask=inside)
+    if grads.value is not None:
+        inside = k_inside[:, None] & (dv_out < size.DV)[None, :]
+        dval_ptrs = grads.value + row0 * size.DV + k_rows[:, None] * size.DV + dv_out[None, :]
+        tl.store(dval_ptrs, dval.to(grads.value.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -504,23 +484,51 @@ def bwd_blocks(
 
 
 def general_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-    activation: str, scale: float, left: int | None, right: int | None, dropout_p: float, natural: bool,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    activation: str,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    natural: bool,
     needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, score_bias), None where `needs` is False.
 
     natural: whether the forward returned its scores, and took e^s of them (see general.py).
     """
     call = prepare(
-        query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        activation, scale, left, right, dropout_p, natural, backward=True,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        scale,
+        left,
+        right,
+        dropout_p,
+        natural,
+        backward=True,
+    )
     need_q, need_k, need_value, need_bias = needs
-    (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.sizes["DV"]
-    packed, exact = cu_seqlens_q is not None, call.flags["EXACT"]
+    (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
+    packed, exact, parts = cu_seqlens_q is not None, call.flags.EXACT, call.flags.PARTS
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device) if need_q else None
     dk = torch.empty(key.shape, dtype=key.dtype, device=key.device) if need_k else None
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
@@ -531,51 +539,34 @@ def general_bwd(
         delta = torch.zeros_like(top) if exact else (dout * out).sum(-1)
         delta = delta if dlse is None else delta - dlse[..., 1] * total
         top, inv = top.masked_fill(top == -torch.inf, 0), total.masked_fill(total == 0, torch.inf).reciprocal()
-        dout = dout.to(key.dtype).contiguous()
-        args = {
-            **call.tensors, **call.sizes, **call.flags, "PLAIN": call.plain and dscores is None,
-            "do_ptr": dout, "out_ptr": out.contiguous(), **strides("ob oh ot", dout, (0, 1, 2), packed=packed),
-            "top_ptr": top, "inv_ptr": inv, "delta_ptr": delta,
-            **strides("lb lh lt", top, (0, 1, 2), packed=packed),
-            "dscores_ptr": None if dscores is None else dscores.contiguous(), "dbias_ptr": dbias,
-            "dval_ptr": dvalue, **strides("eb eh et", dvalue, (0, 1, 2), packed=packed),
-        }  # fmt: skip
+        dscores = None if dscores is None else dscores.contiguous()
+        given = Given(dout.to(key.dtype).contiguous(), out.contiguous(), top, inv, delta.contiguous(), dscores)
+        plain, busy = call.plain and dscores is None, call.busy or dscores is not None
+        flags = call.flags._replace(PLAIN=plain)
 
-        def launch(kernel, grid: tuple[int, ...], blocks: Blocks, **more: object) -> None:
-            more |= {"WIDE": blocks.D < D, "WIDE_V": blocks.DV < DV}
-            more |= {f"BLOCK_{name}": getattr(blocks, name) for name in ("M", "N", "D", "DV")}
-            named = {name: {**args, **more}[name] for name in kernel.arg_names}
-            tight = exact or more["WIDE"] or more["WIDE_V"] or not (args["PLAIN"] and even(D, DV))
-            options = all_registers(call.chip) if tight else {}
-            fitted(kernel, named)[grid](**named, num_warps=blocks.warps, num_stages=blocks.stages, **options)
+        def run(kernel, grid: tuple[int, ...], blocks: Blocks, flags: Flags, **more: object) -> None:
+            tight = exact or blocks.D < D or blocks.DV < DV or not (plain and even(D, DV))
+            args = {**call.args, "given": given, "flags": fitting(flags, call.size, blocks), **more}
+            launch(kernel, grid, args, blocks, **(all_registers(call.chip) if tight else {}))
 
-        lengths, busy = (LONG, LONG) if packed else (Tq, Tk), call.busy or dscores is not None
-        parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, args["PLAIN"], busy, parts)
-        with torch.cuda.device_of(query):
-            gap = exact and (need_q or need_k or need_bias)  # the gradient of the values needs no δ
-            if gap or need_q or need_bias:
-                items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
-                of_queries = {"q_seq_ptr": items.seq, "q_first_ptr": items.first, "q_per_seq": items.per_seq}
-            if gap:
-                launch(
-                    _general_bwd_dq_kernel, (items.count, H, 1), for_q, GAP=True, **of_queries, dscores_ptr=None,
-                    dbias_ptr=None, dq_ptr=None, **strides("db dh dt", None, (0, 1, 2), packed=packed),
-                )  # fmt: skip
-            if need_q or need_bias:
-                made = torch.empty_like(query, memory_format=torch.contiguous_format) if dq is None else dq
-                launch(
-                    _general_bwd_dq_kernel, (items.count, H, triton.cdiv(D, for_q.D)), for_q, GAP=False,
-                    **of_queries, dq_ptr=made, **strides("db dh dt", made, (0, 1, 2), packed=packed),
-                )  # fmt: skip
-            if need_k or need_value:
-                items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
-                launch(
-                    _general_bwd_dkv_kernel,
-                    (items.count, H, max(triton.cdiv(D, for_k.D), triton.cdiv(DV, for_k.DV))), for_k,
-                    k_seq_ptr=items.seq, k_first_ptr=items.first, k_per_seq=items.per_seq,
-                    dk_ptr=dk, **strides("db dh dt", dk, (0, 1, 2), packed=packed),
-                )  # fmt: skip
+        lengths = (LONG, LONG) if packed else (Tq, Tk)
+        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts)
+        gap = exact and (need_q or need_k or need_bias)  # the gradient of the values needs no δ
+        if gap or need_q or need_bias:
+            items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
+            of_queries = {"q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq}
+        if gap:
+            only = {**of_queries, "grads": Grads(), "given": given._replace(dscores=None)}
+            run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True), **only)
+        if need_q or need_bias:
+            grid = items.count, H, triton.cdiv(D, for_q.D)
+            made = Grads(torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq, D)
+            run(_general_bwd_dq_kernel, grid, for_q, flags, **of_queries, grads=made._replace(bias=dbias))
+        if need_k or need_value:
+            items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
+            grid = items.count, H, max(triton.cdiv(D, for_k.D), triton.cdiv(DV, for_k.DV))
+            of_keys = {"k_spans": items.spans(call.args["k_spans"].cu), "per_seq": items.per_seq}
+            run(_general_bwd_dkv_kernel, grid, for_k, flags, **of_keys, grads=Grads(k=dk, value=dvalue))
     else:
         dq, dk, dvalue = (None if x is None else x.zero_() for x in (dq, dk, dvalue))
     return [dq, dk, dvalue, dbias.sum_to_size(score_bias.shape).to(score_bias.dtype) if need_bias else None]

@@ -199,9 +199,17 @@ class Call(NamedTuple):
 
 
 def prepare(
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor, indices: Tensor,
-    seed: Tensor | None, activation: str, dropout_p: float,
-) -> Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> Call:
     """Shapes as `fused_attn.reference.graph_attention` has them."""
     chip = chip_of(query.device)
     query, key, v, edge = unit(query), unit(key), unit(v), unit(edge)
@@ -210,20 +218,39 @@ def prepare(
     blocks = graph_blocks(chip, nodes, edges, H, A, DV)
     hubs = Hubs(nodes, edges, blocks.piece, Csr(indptr.contiguous(), indices.contiguous()))
     flags = Flags(
-        activation, chip.backend == "cuda" and key.element_size() == 2, chip.backend != "interpreter", value is None,
-        blocks.A < A or blocks.DV < DV, hubs.slots > 0,
-    )  # fmt: skip
+        activation,
+        chip.backend == "cuda" and key.element_size() == 2,
+        chip.backend != "interpreter",
+        value is None,
+        blocks.A < A or blocks.DV < DV,
+        hubs.slots > 0,
+    )
     args = {
-        "q": rows(query), "k": rows(key), "v": rows(v), "value": rows(values), "edge": rows(edge), "csr": hubs.csr,
-        "dropout": dropout(seed, dropout_p), "size": Size(H, A, DV), "flags": constants(flags),
-    }  # fmt: skip
+        "q": rows(query),
+        "k": rows(key),
+        "v": rows(v),
+        "value": rows(values),
+        "edge": rows(edge),
+        "csr": hubs.csr,
+        "dropout": dropout(seed, dropout_p),
+        "size": Size(H, A, DV),
+        "flags": constants(flags),
+    }
     return Call(chip, blocks, hubs, args)
 
 
 def graph_fwd(
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-    indices: Tensor, seed: Tensor | None, activation: str, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.graph_attention` has them."""
     (nodes, H, A), edges = query.shape, indices.numel()
     DV = (key if value is None else value).shape[2]
@@ -237,8 +264,13 @@ def graph_fwd(
     part = State(hubs.parts(H, DV), hubs.parts(H, 2), None)
     with torch.cuda.device_of(query):
         _graph_fwd_kernel[(hubs.items, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](
-            **call.args, **hubs.lengths, result=State(out, lse, scores), part=part, blocks=constants(blocks),
-            num_warps=blocks.warps, **unpressed(call.chip, A, DV),
-        )  # fmt: skip
+            **call.args,
+            **hubs.lengths,
+            result=State(out, lse, scores),
+            part=part,
+            blocks=constants(blocks),
+            num_warps=blocks.warps,
+            **unpressed(call.chip, A, DV),
+        )
         hubs.join(part.out, out, part.lse, lse)
     return out, lse, scores

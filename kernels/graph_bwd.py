@@ -271,11 +271,25 @@ def _graph_bwd_dk_kernel(
 
 
 def graph_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    query: Tensor, key: Tensor, v: Tensor, value: Tensor | None, edge: Tensor | None, indptr: Tensor,
-    indices: Tensor, transposed: tuple[Tensor, Tensor, Tensor] | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor, scores: Tensor, activation: str, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor | None,
+    edge: Tensor | None,
+    indptr: Tensor,
+    indices: Tensor,
+    transposed: tuple[Tensor, Tensor, Tensor] | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scores: Tensor,
+    activation: str,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (query, key, v, value, edge), None where `needs` is False.
 
     transposed: (indptr, indices, permutation) of the transposed structure, where key or value needs a gradient.
@@ -292,12 +306,17 @@ def graph_bwd(
     )
     scores = scores.contiguous()
     args = {
-        **call.args, "out": rows(out.contiguous()), "do": rows(dout.to(key.dtype).contiguous()),
+        **call.args,
+        "out": rows(out.contiguous()),
+        "do": rows(dout.to(key.dtype).contiguous()),
         "result": State(None, lse.contiguous(), scores),
         "cotangent": Cotangents(*(x if x is None else x.contiguous() for x in (dlse, dscores))),
         "made": Scores(torch.empty_like(scores), torch.empty_like(scores), hubs.parts(H)),
-        "dq_ptr": dq, "dk_ptr": dk, "dvalue_ptr": dvalue, "dedge_ptr": dedge,
-    }  # fmt: skip
+        "dq_ptr": dq,
+        "dk_ptr": dk,
+        "dvalue_ptr": dvalue,
+        "dedge_ptr": dedge,
+    }
 
     def launch(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
         every = {**args, **hubs.lengths, "csr": hubs.csr, "blocks": constants(blocks), **more}

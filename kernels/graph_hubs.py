@@ -88,7 +88,7 @@ def _graph_join_kernel(
     PIECE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """One head of the hub that begins in a chunk, if one does: it has the chunk's last edge, and the next one."""
     begin = tl.program_id(0).to(tl.int64) * PIECE
     head = tl.program_id(1)
@@ -172,6 +172,17 @@ class Hubs(NamedTuple):
         _, H, D = parts.shape
         block = min(128, triton.next_power_of_2(D))
         _graph_join_kernel[(self.slots // 2, H, triton.cdiv(D, block))](
-            parts, part_lse, self.csr, out, lse, **self.lengths, H=H, D=D, FMA=not INTERPRET, PIECE=self.piece,
-            BLOCK_I=16, BLOCK_D=block, num_warps=4,
-        )  # fmt: skip
+            parts,
+            part_lse,
+            self.csr,
+            out,
+            lse,
+            **self.lengths,
+            H=H,
+            D=D,
+            FMA=not INTERPRET,
+            PIECE=self.piece,
+            BLOCK_I=16,
+            BLOCK_D=block,
+            num_warps=4,
+        )

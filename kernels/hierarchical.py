@@ -144,9 +144,19 @@ def _hierarchical_fwd_kernel(
             at = seg * 0 + group
         x_ptrs = result.segments + seg * size.D
         s = _score(
-            x_ptrs, x_ptrs, at, seen, outer_weights, outer_context, size.D, size.OUTER_A, outer_flags, False,
-            blocks.OUTER_D, blocks.OUTER_A,
-        )  # fmt: skip
+            x_ptrs,
+            x_ptrs,
+            at,
+            seen,
+            outer_weights,
+            outer_context,
+            size.D,
+            size.OUTER_A,
+            outer_flags,
+            False,
+            blocks.OUTER_D,
+            blocks.OUTER_A,
+        )
         tl.store(result.outer_scores + seg[:, None], s, mask=exists[:, None])
         p, alpha, outer_m, outer_l = online_softmax(s, outer_m, outer_l)
         outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, size.D).to(tl.float32) * p, axis=0)
@@ -242,14 +252,28 @@ def fits(chip: Chip, width: int, D: int, rows: int, groups: int) -> bool:
 
 def hierarchical_fwd(
     h: Tensor,
-    w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
+    w: Tensor | None,
+    b: Tensor | None,
+    v: Tensor | None,
+    gate_w: Tensor | None,
+    gate_b: Tensor | None,
     context: Tensor | None,
-    outer_w: Tensor | None, outer_b: Tensor | None, outer_v: Tensor | None, outer_gate_w: Tensor | None,
-    outer_gate_b: Tensor | None, outer_context: Tensor | None,
-    mask: Tensor | None, inner_offsets: Tensor, outer_offsets: Tensor,
-    activation: str, gate_activation: str, context_per_row: bool,
-    outer_activation: str, outer_gate_activation: str, outer_context_per_row: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    outer_w: Tensor | None,
+    outer_b: Tensor | None,
+    outer_v: Tensor | None,
+    outer_gate_w: Tensor | None,
+    outer_gate_b: Tensor | None,
+    outer_context: Tensor | None,
+    mask: Tensor | None,
+    inner_offsets: Tensor,
+    outer_offsets: Tensor,
+    activation: str,
+    gate_activation: str,
+    context_per_row: bool,
+    outer_activation: str,
+    outer_gate_activation: str,
+    outer_context_per_row: bool,
+) -> tuple[Tensor, ...]:
     """(out, outer lse, outer scores, segments, inner lse, inner scores, pooled).
 
     As `fused_attn.reference.hierarchical_attention`; `pooled` is `segments` in float32, for the backward.
@@ -282,15 +306,18 @@ def hierarchical_fwd(
     call = prepare(h, *inner, None, mask, inner_offsets, None, *options)
     outer_call = prepare(result.segments, *outer, None, None, outer_offsets, None, *outer_options)
     args = call.args | {
-        "outer_weights": outer_call.args["weights"], "inner_ptr": call.cu_seqlens, "outer_ptr": outer_call.cu_seqlens,
+        "outer_weights": outer_call.args["weights"],
+        "inner_ptr": call.cu_seqlens,
+        "outer_ptr": outer_call.cu_seqlens,
         # A context is found by its own rows, of whichever level.
         "context": sequences(unit(context), packed=True),
         "outer_context": sequences(unit(outer_context), packed=True),
         "flags": constants(call.flags._replace(CTX_PER_ROW=True)),
         "outer_flags": constants(outer_call.flags._replace(CTX_PER_ROW=True)),
         "levels": constants(Levels(w is not None and blocks.D >= D, context_per_row, outer_context_per_row)),
-        "size": Size(D, call.size.A, outer_call.size.A), "result": result,
-    }  # fmt: skip
+        "size": Size(D, call.size.A, outer_call.size.A),
+        "result": result,
+    }
     tiles = Tiles(
         blocks.T, blocks.D, blocks.A, outer_blocks.D, outer_blocks.A, blocks.DV, SEGMENTS, blocks.warps, blocks.stages
     )

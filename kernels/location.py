@@ -174,9 +174,21 @@ def _location_fwd_kernel(
         for a0 in range(0, size.A, blocks.A):
             a = a0 + tl.arange(0, blocks.A)
             z, g = project(
-                h_ptrs, tile, rows, seq, keep, weights, context, a, num_seqs, size.D, size.A, flags, flags.RESIDENT,
+                h_ptrs,
+                tile,
+                rows,
+                seq,
+                keep,
+                weights,
+                context,
+                a,
+                num_seqs,
+                size.D,
+                size.A,
+                flags,
+                flags.RESIDENT,
                 blocks.D,
-            )  # fmt: skip
+            )
             u = activate(z, flags.ACT, flags.FAST)
             if weights.gw is not None:
                 u *= activate(g, flags.GATE_ACT, flags.FAST)
@@ -381,10 +393,22 @@ def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> tu
 
 
 def prepare(
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None,
-    seed: Tensor | None, activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
-) -> Call:  # fmt: skip
+    h: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    v: Tensor | None,
+    gate_w: Tensor | None,
+    gate_b: Tensor | None,
+    context: Tensor | None,
+    values: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    gate_activation: str,
+    dropout_p: float,
+    context_per_row: bool,
+) -> Call:
     chip = chip_of(h.device)
     packed = cu_seqlens is not None
     h, values, context = unit(h), unit(values), unit(context)
@@ -394,9 +418,13 @@ def prepare(
     size = Size(D, A, A if v is None else v.shape[1], (h if values is None else values).shape[-1])
     activations = (activation,) if gate_w is None else (activation, gate_activation)
     flags = Flags(
-        activation, gate_activation, h.dtype.itemsize == 2 and chip.backend == "cuda", context_per_row,
-        *matmul_flags(chip, h.dtype).values(), *_u_flags(chip, h.dtype, activations),
-    )  # fmt: skip
+        activation,
+        gate_activation,
+        h.dtype.itemsize == 2 and chip.backend == "cuda",
+        context_per_row,
+        *matmul_flags(chip, h.dtype).values(),
+        *_u_flags(chip, h.dtype, activations),
+    )
     if context is not None and not context_per_row:
         context = context[:, None]
     strides = [(0, 0) if x is None else x.stride() for x in (w, gate_w)]
@@ -416,16 +444,41 @@ def prepare(
 
 
 def location_fwd(
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens: Tensor | None, seed: Tensor | None,
-    activation: str, gate_activation: str, dropout_p: float, context_per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    h: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    v: Tensor | None,
+    gate_w: Tensor | None,
+    gate_b: Tensor | None,
+    context: Tensor | None,
+    values: Tensor | None,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    gate_activation: str,
+    dropout_p: float,
+    context_per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments and shapes as `fused_attn.reference.location_attention` has them."""
     call = prepare(
-        h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
-        activation, gate_activation, dropout_p, context_per_row,
-    )  # fmt: skip
+        h,
+        w,
+        b,
+        v,
+        gate_w,
+        gate_b,
+        context,
+        values,
+        mask,
+        cu_seqlens,
+        seed,
+        activation,
+        gate_activation,
+        dropout_p,
+        context_per_row,
+    )
     seqs, packed, (D, A, R, DV) = call.seqs, cu_seqlens is not None, call.size
     out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(seqs, R, device=h.device)
@@ -444,9 +497,13 @@ def location_fwd(
     m, l = (h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
     flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
     args = {
-        **call.args, "bias": entries(score_bias, packed=packed), "result": Result(out, lse, scores),
-        "parts": Parts(o, m, l), "rows_per_item": rows, "flags": constants(flags),
-    }  # fmt: skip
+        **call.args,
+        "bias": entries(score_bias, packed=packed),
+        "result": Result(out, lse, scores),
+        "parts": Parts(o, m, l),
+        "rows_per_item": rows,
+        "flags": constants(flags),
+    }
     launch(_location_fwd_kernel, (items.count,), args, blocks, **unpressed(call.chip, D, DV, A))
     if not (one_dv and alone):
         merge(o, m, l, items, out, lse, skip_single=one_dv)

@@ -26,7 +26,18 @@ from torch import Tensor
 from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit
 from .location import load_rows
-from .masks import Items, dropout, dropout_scale, key_range, locate, partition, sequence_of, visible, whole_range
+from .masks import (
+    Items,
+    dropout,
+    dropout_scale,
+    in_window,
+    locate,
+    partition,
+    sequence_of,
+    whole_window,
+    window,
+    window_range,
+)
 from .products import add_product
 from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
@@ -36,15 +47,15 @@ from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 
 
 @triton.jit
-def band(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, flags, BLOCK: tl.constexpr):
+def band(lo, hi, length, window, SCAN: tl.constexpr, BLOCK: tl.constexpr):
     """(first and past-the-last tile of keys that positions [lo, hi) walk, the tile whose scan has the others)."""
-    first, last = key_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
+    first, last = window_range(window, lo, hi, length)
     tile0 = first // BLOCK
     tile1 = tl.where(last > first, tl.cdiv(last, BLOCK), tile0)
     state = 0
-    if flags.SCAN:
-        first, last = whole_range(lo, hi, length, left, right, HAS_LEFT, HAS_RIGHT)
-        if HAS_LEFT:  # the scan runs backwards: tile t has those from t + 1 on
+    if SCAN:
+        first, last = whole_window(window, lo, hi, length)
+        if window.HAS_LEFT:  # the scan runs backwards: tile t has those from t + 1 on
             tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
             state = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK), 1), tiles) - 1
             tile1 = tl.minimum(tile1, state + 1)
@@ -164,8 +175,7 @@ def _location_window_fwd_kernel(
     per_seq,
     T,
     DV,
-    left,
-    right,
+    window,
     flags,
     blocks,
 ):
@@ -177,7 +187,7 @@ def _location_window_fwd_kernel(
     _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
     i = lo + tl.arange(0, blocks.T)
     inside = i < hi
-    tile0, tile1, state = band(lo, hi, length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT, flags, blocks.T)
+    tile0, tile1, state = band(lo, hi, length, window, flags.SCAN, blocks.T)
     m = tl.full([blocks.T], float("-inf"), tl.float32)
     l = tl.zeros([blocks.T], tl.float32)
     acc = tl.zeros([blocks.T, blocks.DV], tl.float32)
@@ -192,7 +202,7 @@ def _location_window_fwd_kernel(
         rows = (start + j).to(tl.int64)
         s = tl.load(scores_ptr + (seq * T + rows) * R + r, mask=j < length, other=float("-inf"))
         keep = s != float("-inf")
-        shown = visible(i, j, inside, keep, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
+        shown = in_window(window, i[:, None], j[None, :], inside[:, None] & keep[None, :])
         s = tl.where(shown, s[None, :], float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
         shift = pivot(m_new)
@@ -203,7 +213,7 @@ def _location_window_fwd_kernel(
         if dropout.seed is not None:
             p *= dropout_scale(dropout, j[None, :], seq * R + r, i[:, None])
         x = load_rows(sequence_ptr(values, seq, rows), keep, d, DV)
-        if flags.HAS_LEFT or flags.HAS_RIGHT:
+        if window.HAS_LEFT or window.HAS_RIGHT:
             # 0 * NaN is NaN: a value that is not finite is left out of the product, for those who see it to be NaN.
             finite = tl.abs(x.to(tl.float32)) < float("inf")
             x = tl.where(finite, x, 0.0)
@@ -258,8 +268,6 @@ class State(NamedTuple):
 class Flags(NamedTuple):
     """What kernels are compiled for."""
 
-    HAS_LEFT: bool
-    HAS_RIGHT: bool
     SCAN: bool
     EXACT: bool
     FMA: bool
@@ -307,9 +315,14 @@ class Call(NamedTuple):
 
 
 def prepare(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> Call:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> Call:
     chip = chip_of(values.device)
     packed, exact = cu_seqlens is not None, values.dtype == torch.float32
     length, DV = values.shape[-2:]
@@ -318,22 +331,36 @@ def prepare(
     blocks = window_blocks(chip, values.element_size(), length, DV, dropout_p > 0, packed)
     items = partition(seqs, length, blocks.T, cu_seqlens)
     flags = Flags(
-        left is not None, right is not None, dropout_p == 0 and (left is None or right is None) and blocks.scan,
-        exact, exact and chip.backend != "interpreter", *matmul_flags(chip, values.dtype).values(),
-    )  # fmt: skip
+        dropout_p == 0 and (left is None or right is None) and blocks.scan,
+        exact,
+        exact and chip.backend != "interpreter",
+        *matmul_flags(chip, values.dtype).values(),
+    )
     args = {
-        "scores_ptr": scores.contiguous(), "values": sequences(unit(values), packed=packed),
-        "scanned": State(None, None, None), "dropout": dropout(seed, dropout_p),
-        "spans": items.spans(cu_seqlens), "num_seqs": seqs, "per_seq": items.per_seq,
-        "T": 0 if packed else length, "DV": DV, "left": left or 0, "right": right or 0, "flags": constants(flags),
-    }  # fmt: skip
+        "scores_ptr": scores.contiguous(),
+        "values": sequences(unit(values), packed=packed),
+        "scanned": State(None, None, None),
+        "dropout": dropout(seed, dropout_p),
+        "spans": items.spans(cu_seqlens),
+        "num_seqs": seqs,
+        "per_seq": items.per_seq,
+        "T": 0 if packed else length,
+        "DV": DV,
+        "window": window(left, right),
+        "flags": constants(flags),
+    }
     return Call(items, scores.shape[-1], blocks, flags, all_registers(chip), args)
 
 
 def window_fwd(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """(out, lse) as `fused_attn.reference.windowed_attention` has them, out in float32."""
     DV = values.shape[-1]
     out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)

@@ -27,7 +27,7 @@ from .arguments import sequence_ptr
 from .chip import LENGTHS, pow2
 from .location import load_rows
 from .location_window import band, prepare
-from .masks import dropout_scale, locate, sequence_of, visible_pairs
+from .masks import dropout_scale, in_window, locate, mirrored, sequence_of
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse, store_lse
 
@@ -92,8 +92,7 @@ def _location_window_bwd_scores_kernel(
     per_seq,
     T,
     DV,
-    left,
-    right,
+    window,
     flags,
     blocks,
 ):
@@ -109,7 +108,7 @@ def _location_window_bwd_scores_kernel(
     keep = s != float("-inf")
     val_ptrs = sequence_ptr(values, seq, k_rows)
     # Key j is seen from [j - right, j + left].
-    tile0, tile1, state = band(lo, hi, length, right, left, flags.HAS_RIGHT, flags.HAS_LEFT, flags, blocks.T)
+    tile0, tile1, state = band(lo, hi, length, mirrored(window), flags.SCAN, blocks.T)
     ds = tl.zeros([blocks.T], tl.float32)
     if flags.SCAN:
         slot = (item0 + state) * R + r
@@ -119,7 +118,7 @@ def _location_window_bwd_scores_kernel(
         inside = i < length
         at = (seq * T + start + i) * R + r
         both = inside[:, None] & keep[None, :]
-        shown = visible_pairs(i[:, None], j[None, :], both, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
+        shown = in_window(window, i[:, None], j[None, :], both)
         top, inv = load_lse(lse_ptr + at * 2, inside)
         shown = shown & (inv != 0)[:, None]
         a = tl.where(shown, exp(s[None, :] - top[:, None], flags.FMA) * inv[:, None], 0.0)
@@ -163,8 +162,7 @@ def _location_window_bwd_values_kernel(
     T,
     R,
     DV,
-    left,
-    right,
+    window,
     flags,
     blocks,
 ):
@@ -175,7 +173,7 @@ def _location_window_bwd_values_kernel(
     _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
     j = lo + tl.arange(0, blocks.T)
     k_rows = seq * T + start + j
-    tile0, tile1, state = band(lo, hi, length, right, left, flags.HAS_RIGHT, flags.HAS_LEFT, flags, blocks.T)
+    tile0, tile1, state = band(lo, hi, length, mirrored(window), flags.SCAN, blocks.T)
     tile1 = tl.where(lo < hi, tile1, tile0)
     acc = tl.zeros([blocks.T, blocks.DV], tl.float32)
     for r in range(0, R):
@@ -191,9 +189,7 @@ def _location_window_bwd_values_kernel(
             inside = i < length
             at = (seq * T + start + i) * R + r
             both = inside[None, :] & keep[:, None]
-            shown = visible_pairs(
-                i[None, :], j[:, None], both, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT
-            )
+            shown = in_window(window, i[None, :], j[:, None], both)
             top, inv = load_lse(lse_ptr + at * 2, inside)
             shown = shown & (inv != 0)[None, :]
             a = tl.where(shown, exp(s[:, None] - top[None, :], flags.FMA) * inv[None, :], 0.0)  # [keys, positions]
@@ -209,10 +205,19 @@ def _location_window_bwd_values_kernel(
 
 
 def window_bwd(
-    dout: Tensor, dlse: Tensor | None,
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor,
-    left: int | None, right: int | None, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False."""
     need_scores, need_values = needs
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
@@ -225,9 +230,17 @@ def window_bwd(
     seen = torch.empty_like(lse)
     DV, hops = values.shape[-1], call.hops
     call.args.update(
-        do_ptr=dout, out_ptr=out, lse_ptr=lse, dlse_ptr=dlse if dlse is None else dlse.contiguous(), delta_ptr=delta,
-        seen_ptr=seen, count=delta.numel(), R=hops, ds_ptr=ds, dvalue_ptr=dvalue,
-    )  # fmt: skip
+        do_ptr=dout,
+        out_ptr=out,
+        lse_ptr=lse,
+        dlse_ptr=dlse if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        seen_ptr=seen,
+        count=delta.numel(),
+        R=hops,
+        ds_ptr=ds,
+        dvalue_ptr=dvalue,
+    )
     blocks = call.blocks
     narrow = blocks._replace(DV=pow2(DV, 16, 32))
     call.launch(_location_window_delta_kernel, triton.cdiv(delta.numel(), blocks.T), blocks=narrow)

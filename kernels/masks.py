@@ -6,14 +6,14 @@ map is made there without a synchronisation: the launch has as many items as the
 (`N // rows + S`), and those past the end find an empty range.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import untold
+from .arguments import pair_at, pair_ptr, untold
 
 
 class Spans(NamedTuple):
@@ -134,7 +134,7 @@ def sequence_of(seq, spans, T, num_seqs, per_seq):
 
 @triton.jit
 def dropout_scale(dropout, position, sequence, hop):
-    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
+    """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
     position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
     """
@@ -143,62 +143,6 @@ def dropout_scale(dropout, position, sequence, hop):
     c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
     word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
     return tl.where((word >> 8).to(tl.int32) >= dropout.threshold >> 2, dropout.scale, 0.0)
-
-
-@triton.jit
-def old_locate(item, cu_ptr, seq_ptr, first_ptr, T, num_seqs, per_seq, rows):
-    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
-    if cu_ptr is None:
-        seq = item // per_seq
-        part = item % per_seq
-        start = 0
-        length = T
-        items = per_seq
-    else:
-        if seq_ptr is None:
-            seq = item
-            part = 0
-            items = 1
-        else:
-            seq = tl.load(seq_ptr + item)
-            first = tl.load(first_ptr + seq)
-            part = item - first
-            items = tl.load(first_ptr + seq + 1, mask=seq < num_seqs, other=0) - first
-        start = tl.load(cu_ptr + seq)
-        # An item past the end has seq == num_seqs: an empty range.
-        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
-    lo = part * rows
-    return seq.to(tl.int64), start, lo, tl.minimum(lo + rows, length), items
-
-
-@triton.jit
-def old_sequence_of(seq, cu_ptr, first_ptr, T, num_seqs, per_seq):
-    """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
-    if cu_ptr is None:
-        start = seq * 0
-        length = T
-        item = seq * per_seq
-    else:
-        start = tl.load(cu_ptr + seq)
-        length = tl.load(cu_ptr + seq + 1, mask=seq < num_seqs, other=0) - start
-        if first_ptr is None:
-            item = seq
-        else:
-            item = tl.load(first_ptr + seq).to(tl.int64)
-    return start, length, item
-
-
-@triton.jit
-def old_dropout_scale(seed_ptr, position, sequence, hop, threshold, scale):
-    """0 where a weight is dropped and `scale` where it is kept; the same words as `reference.dropout_scale`.
-
-    position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
-    """
-    seed = tl.load(seed_ptr)
-    c0, c2 = tl.broadcast(position.to(tl.uint32), hop.to(tl.uint32))
-    c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
-    return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit
@@ -229,14 +173,31 @@ def visible_pairs(
 
 @triton.jit
 def visible(
-    i, j, q_inside, k_inside, mask_ptrs, stride_mq, stride_mk, left, right,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
+    i,
+    j,
+    q_inside,
+    k_inside,
+    mask_ptrs,
+    stride_mq,
+    stride_mk,
+    left,
+    right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
     """Which keys j [BLOCK_N] the queries i [BLOCK_M] see, [BLOCK_M, BLOCK_N]."""
     return visible_pairs(
-        i[:, None], j[None, :], q_inside[:, None] & k_inside[None, :], mask_ptrs, stride_mq, stride_mk, left, right,
-        HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
+        i[:, None],
+        j[None, :],
+        q_inside[:, None] & k_inside[None, :],
+        mask_ptrs,
+        stride_mq,
+        stride_mk,
+        left,
+        right,
+        HAS_LEFT,
+        HAS_RIGHT,
+    )
 
 
 @triton.jit
@@ -261,3 +222,61 @@ def whole_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: 
     if HAS_RIGHT:
         last = tl.minimum(lo + right + 1, length)
     return first, last
+
+
+class Window(NamedTuple):
+    """How many keys before its own place and after it a query sees."""
+
+    left: int  # 4 n + 3: see arguments.untold
+    right: int  # 4 n + 3
+    HAS_LEFT: Any  # constexpr; where not, it sees all that are before it
+    HAS_RIGHT: Any
+
+
+def window(left: int | None, right: int | None) -> Window:
+    """None: that side has no end."""
+    return Window(
+        untold(left or 0), untold(right or 0), tl.constexpr(left is not None), tl.constexpr(right is not None)
+    )
+
+
+@triton.jit
+def mirrored(window):
+    """The queries that see a key, as a window around its place."""
+    return Window(window.right, window.left, window.HAS_RIGHT, window.HAS_LEFT)
+
+
+@triton.jit
+def window_sides(window):
+    """(left, right) as int32: as 4 n + 3 a large one is an int64."""
+    return (window.left >> 2).to(tl.int32), (window.right >> 2).to(tl.int32)
+
+
+@triton.jit
+def window_range(window, lo, hi, length):
+    """First and past-the-last key that any query of [lo, hi) sees."""
+    left, right = window_sides(window)
+    return key_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+
+
+@triton.jit
+def whole_window(window, lo, hi, length):
+    """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
+    left, right = window_sides(window)
+    return whole_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+
+
+@triton.jit
+def window_pairs(window, mask, seq, head, i, j, inside):
+    """Which keys j the queries i of a head of a sequence see, as `visible_pairs` has them."""
+    shown = inside
+    if mask.ptr is not None:
+        shown = shown & (tl.load(pair_ptr(mask, seq, head) + pair_at(mask, i, j), mask=shown, other=0) != 0)
+    return in_window(window, i, j, shown)
+
+
+@triton.jit
+def in_window(window, i, j, inside):
+    """Which of the pairs `inside` of queries i and keys j are in the window."""
+    left, right = window_sides(window)
+    return visible_pairs(i, j, inside, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)

@@ -96,7 +96,7 @@ def _recurrent_fwd_kernel(
     limit,  # longest premise that is held
     flags,
     blocks,
-):  # fmt: skip
+):
     seq = tl.program_id(0).to(tl.int64)
     q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
     k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
@@ -271,9 +271,16 @@ class Call(NamedTuple):
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, mask: Tensor | None,
-    cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None,
-) -> Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    w_r: Tensor,
+    w_t: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+) -> Call:
     """Arguments by the kernels' names; shapes as `fused_attn.reference.word_by_word_attention` has them."""
     chip, packed = chip_of(query.device), cu_seqlens_premise is not None
     query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
@@ -282,12 +289,20 @@ def prepare(
     size = Size(query.shape[-1], value.shape[-1])
     flags = Flags(chip.backend == "cuda" and key.element_size() == 2, chip.backend != "interpreter", False)
     args = {
-        "q": sequences(query, packed=packed), "k": sequences(key, packed=packed),
-        "value": sequences(value, packed=packed), "w_ptr": w.contiguous(), "w_r": matrix(w_r), "w_t": matrix(w_t),
+        "q": sequences(query, packed=packed),
+        "k": sequences(key, packed=packed),
+        "value": sequences(value, packed=packed),
+        "w_ptr": w.contiguous(),
+        "w_r": matrix(w_r),
+        "w_t": matrix(w_t),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
-        "q_spans": Spans(hypothesis), "k_spans": Spans(premise), "size": size, "num_seqs": seqs,
-        "Th": 0 if packed else query.shape[1], "Ty": 0 if packed else key.shape[1],
-    }  # fmt: skip
+        "q_spans": Spans(hypothesis),
+        "k_spans": Spans(premise),
+        "size": size,
+        "num_seqs": seqs,
+        "Th": 0 if packed else query.shape[1],
+        "Ty": 0 if packed else key.shape[1],
+    }
     return Call(chip, seqs, size, flags, args)
 
 
@@ -311,9 +326,18 @@ def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: boo
 
 
 def recurrent_fwd(
-    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
-    mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, need_weights: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    w_r: Tensor,
+    w_t: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
     """(out, weights) in float32; arguments as `fused_attn.reference.word_by_word_attention` has them.
 
     The weights are written only where `need_weights` says so (padded batches only), else they are empty.

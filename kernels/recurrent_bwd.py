@@ -91,7 +91,7 @@ def _recurrent_bwd_kernel(
     limit,
     flags,
     blocks,
-):  # fmt: skip
+):
     seq = tl.program_id(0).to(tl.int64)
     q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
     k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
@@ -103,7 +103,6 @@ def _recurrent_bwd_kernel(
     dk_ptr = made.dk + k_row0 * size.A
     dvalue_ptr = made.dvalue + k_row0 * size.D
     dw_ptr = made.dw + seq * size.A
-    dstate_ptr = made.dstate + seq * size.D
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -130,14 +129,12 @@ def _recurrent_bwd_kernel(
             c = tl.load(c_row + a, mask=a < size.A, other=0.0)
             dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], flags.FAST)
-            s = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))
-            s = made_once(s)
+            s = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
             if given.dweights is not None:
                 g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
             p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, flags.FMA)
-            inv = finish(l)
-            p *= inv
+            p *= finish(l)
             ds = p * (g - tl.sum(p * g, axis=0))
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
             dk += dz
@@ -206,16 +203,15 @@ def _recurrent_bwd_kernel(
             from_c = vector_matrix(dc_row, None, w_r, d, size.A, size.D, blocks.K)
             from_u = vector_matrix(dr_row, given.gate + row * size.D, w_t, d, size.D, size.D, blocks.K)
             _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))
-            tl.store(dstate_ptr + d, from_c + from_u, mask=(d < size.D) & (t == 0))
+            tl.store(made.dstate + seq * size.D + d, from_c + from_u, mask=(d < size.D) & (t == 0))
         tl.debug_barrier()
 
     if flags.HELD:
-        mine = steps > 0
-        inside = ((j < length) & mine)[:, None]
+        inside = ((j < length) & (steps > 0))[:, None]
         row = j.to(tl.int64)[:, None]
         tl.store(dk_ptr + row * size.A + a[None, :], dk, mask=inside & (a < size.A)[None, :])
         tl.store(dvalue_ptr + row * size.D + d[None, :], dval, mask=inside & (d < size.D)[None, :])
-        tl.store(dw_ptr + a, dw, mask=(a < size.A) & mine)
+        tl.store(dw_ptr + a, dw, mask=(a < size.A) & (steps > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,11 +230,21 @@ def previous(out: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def recurrent_bwd(
-    dout: Tensor, dweights: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, w: Tensor, w_r: Tensor, w_t: Tensor, state: Tensor | None,
-    mask: Tensor | None, cu_seqlens_premise: Tensor | None, cu_seqlens_hypothesis: Tensor | None, out: Tensor,
+    dout: Tensor,
+    dweights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w: Tensor,
+    w_r: Tensor,
+    w_t: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_premise: Tensor | None,
+    cu_seqlens_hypothesis: Tensor | None,
+    out: Tensor,
     needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
     tensors = (query, key, value, w, w_r, w_t, state)
     call = prepare(*tensors[:-1], mask, cu_seqlens_premise, cu_seqlens_hypothesis)

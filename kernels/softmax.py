@@ -172,6 +172,19 @@ def merge(
     seqs, hops, width = out.shape
     block = min(128, triton.next_power_of_2(width))
     _merge_kernel[(seqs * hops, triton.cdiv(width, block))](
-        o, m, l, items.first, out, lse, items.per_seq, hops, width, unit,
-        FMA=not INTERPRET, SKIP_SINGLE=skip_single, BLOCK_I=16, BLOCK_DV=block, num_warps=4,
-    )  # fmt: skip
+        o,
+        m,
+        l,
+        items.first,
+        out,
+        lse,
+        items.per_seq,
+        hops,
+        width,
+        unit,
+        FMA=not INTERPRET,
+        SKIP_SINGLE=skip_single,
+        BLOCK_I=16,
+        BLOCK_DV=block,
+        num_warps=4,
+    )

@@ -274,10 +274,21 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
 
 
 def statistics_bwd(
-    dmean: Tensor, dvar: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    mean: Tensor, var: Tensor, lse: Tensor, scores: Tensor, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dmean: Tensor,
+    dvar: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    x: Tensor,
+    v: Tensor | None,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    lse: Tensor,
+    scores: Tensor,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (x, v, values), None where `needs` is False."""
     call = prepare(x, v, values, mask, cu_seqlens)
     need_x, need_v, need_values = needs
@@ -293,9 +304,16 @@ def statistics_bwd(
     mean_hi = mean.float()
     scores, dlse, dscores = (x if x is None or not x.numel() else x.contiguous() for x in (scores, dlse, dscores))
     state = State(
-        mean_hi, (mean - mean_hi).float(), var, lse, scores if scores.numel() else None,
-        dmean.float().contiguous(), dvar.contiguous(), dlse, dscores,
-    )  # fmt: skip
+        mean_hi,
+        (mean - mean_hi).float(),
+        var,
+        lse,
+        scores if scores.numel() else None,
+        dmean.float().contiguous(),
+        dvar.contiguous(),
+        dlse,
+        dscores,
+    )
     args = call.args | {"state": state, "dx_ptr": dx, "dval_ptr": dvalues}
     registers = unpressed(call.chip, C, A)
     if v is None:  # the scores are x, with all of their gradient

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused_attn import (
     ConcatAttention,
+    DistanceAttention,
     GeneralAttention,
     GraphAttention,
     HierarchicalAttention,
@@ -18,6 +19,7 @@ from fused_attn import (
     StatisticsPooling,
     WordByWordAttention,
     concat_attention,
+    distance_attention,
     general_attention,
     graph_attention,
     hierarchical_attention,
@@ -72,25 +74,31 @@ def offsets(rows: int, parts: int) -> Tensor:
     return torch.tensor([rows * i // parts for i in range(parts + 1)], dtype=torch.int32)
 
 
-def _rows() -> list[Row]:
-    made: list[Row] = []
+ROWS: dict[str, Row] = {}
 
-    def r(*shape: int) -> Tensor:
-        return torch.randn(*shape)
 
-    def add(name: str, call: Callable, make: Callable, module: nn.Module | None = None, **options) -> None:
-        made.append(Row(name, call, make, module, **options))
+def r(*shape: int) -> Tensor:
+    return torch.randn(*shape)
 
-    def seen(*shape: int) -> Tensor:
-        return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
 
-    def widens(x: Tensor, _: Tensor) -> Tensor:  # as a normalisation does
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+def add(name: str, call: Callable, make: Callable, module: nn.Module | None = None, **options) -> None:
+    ROWS[name] = Row(name, call, make, module, **options)
 
-    def score(t: dict[str, Tensor], p: str) -> Score:
-        gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
-        return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
 
+def seen(*shape: int) -> Tensor:
+    return torch.arange(shape[0] * shape[1]).view(shape) % 3 > 0
+
+
+def widens(x: Tensor, _: Tensor) -> Tensor:  # as a normalisation does
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def score(t: dict[str, Tensor], p: str) -> Score:
+    gate = (t[p + "gw"], t[p + "gb"]) if p + "gw" in t else None
+    return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
+
+
+def _location() -> None:
     add(
         "location padded", lambda i, h, w: location_attention(h, w, impl=i), lambda B, T: {"h": r(B, T, 4), "w": r(4)}
     )
@@ -145,6 +153,9 @@ def _rows() -> list[Row]:
             lambda i, c, window=window, **t: location_attention(**t, cu_seqlens=c, window=window, impl=i),
             lambda B, T: {"h": r(B * T, 4), "w": r(4), "c": offsets(B * T, B)},
         )
+
+
+def _pairs() -> None:
     add(
         "concat padded",
         lambda i, **t: concat_attention(**t, impl=i),
@@ -166,6 +177,23 @@ def _rows() -> list[Row]:
         "concat padded, one query",
         lambda i, **t: concat_attention(**t, impl=i),
         lambda B, T: {"query": r(B, 1, 4), "key": r(B, T, 4), "value": r(B, T, 4), "v": r(4)},
+    )
+    add(
+        "distance padded, all options",
+        lambda i, **t: distance_attention(**t, p=1, window=(2, 1), return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, T, 4),
+            "key": r(B, 2, T, 4),
+            "value": r(B, 2, T, 4),
+            "v": r(2, 4),
+            "mask": seen(B, T),
+            "score_bias": r(2, T, T),
+        },
+    )
+    add(
+        "distance packed",
+        lambda i, c, **t: distance_attention(**t, p=2, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
     )
     add(
         "concat packed",
@@ -200,6 +228,9 @@ def _rows() -> list[Row]:
         lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
         lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
     )
+
+
+def _statistics_and_graph() -> None:
     add("statistics padded", lambda i, h: statistics_pooling(h, impl=i), lambda B, T: {"h": r(B, T, 4)})
     add(
         "statistics padded, all options",
@@ -243,6 +274,9 @@ def _rows() -> list[Row]:
             "indices": torch.arange(2 * T) % T,
         },
     )
+
+
+def _two_levels_and_steps() -> None:
     add(
         "hierarchical",
         lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), impl=i),
@@ -316,6 +350,9 @@ def _rows() -> list[Row]:
             "score_bias": r(B, T),
         },
     )
+
+
+def _dropout_and_jagged() -> None:
     drops = (
         "compile",
         "inference_mode",
@@ -368,9 +405,7 @@ def _rows() -> list[Row]:
     )
     add(
         "hierarchical, a layer between that widens",
-        lambda i, h, a, b, **t: hierarchical_attention(
-            h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i
-        ),
+        lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i),
         lambda B, T: {
             "h": r(B * T, 4),
             "a": offsets(B * T, 2 * B),
@@ -381,7 +416,10 @@ def _rows() -> list[Row]:
             "ov": r(3),
         },
         columns=("compile", "autocast"),
-    )  # fmt: skip
+    )
+
+
+def _modules() -> None:
     torch.manual_seed(1)
     m: nn.Module
     m = LocationAttention(4, 3, hops=2, gated=True, context_dim=2)
@@ -393,6 +431,13 @@ def _rows() -> list[Row]:
         "ConcatAttention",
         lambda i, x, m=m, **t: m(**t, contexts=(x,), impl=i),
         lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4), "x": r(B, 2)},
+        m,
+    )
+    m = DistanceAttention(4, 4, 3, num_heads=2)
+    add(
+        "DistanceAttention",
+        lambda i, m=m, **t: m(**t, impl=i),
+        lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
         m,
     )
     m = GeneralAttention(4, num_heads=2)
@@ -442,7 +487,7 @@ def _rows() -> list[Row]:
         lambda B, T: {"query": r(B, 4), "key": r(B, T, 4), "previous": r(B, T)},
         m,
     )
-    return made
 
 
-ROWS = {row.name: row for row in _rows()}
+for _rows in (_location, _pairs, _statistics_and_graph, _two_levels_and_steps, _dropout_and_jagged, _modules):
+    _rows()

@@ -377,7 +377,8 @@ COLUMNS: dict[str, Callable[[Row, str], Pairs]] = {
     "grad(compile)": transformed(lambda f, c: func.grad(maybe(c, f))),
     "compile(grad(grad))": transformed(lambda f, c: maybe(c, double_grad(f), fullgraph=True)),
     "compile(vmap(grad))": transformed(
-        lambda f, c: lambda x: maybe(c, torch.vmap(func.grad(f)), fullgraph=True)(torch.stack([x, x + 1]))),
+        lambda f, c: lambda x: maybe(c, torch.vmap(func.grad(f)), fullgraph=True)(torch.stack([x, x + 1]))
+    ),
     "vmap": transformed(lambda f, c: samples(f, none=True), every=True),
     "vmap(grad)": transformed(lambda f, c: samples(func.grad(f)), every=True),
     "jacrev": transformed(lambda f, c: func.jacrev(f)),
@@ -404,7 +405,7 @@ COLUMNS: dict[str, Callable[[Row, str], Pairs]] = {
     "non-contiguous": same_inputs(noncontiguous),
     "expanded": same_inputs(expanded),
     "batch 1, length 1": same_loss(lambda f: f, sizes=((1, 5), (2, 1), (1, 1))),
-}  # fmt: skip
+}
 FORWARD = ("jvp", "jacfwd", "jvp(grad)")
 OF_MODULES = ("functional_call", "deepcopy", "pickle")
 

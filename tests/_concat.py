@@ -12,11 +12,21 @@ from _compare import Operator, assert_close, assert_matches_reference, evaluate
 from _location import ACTIVATIONS, offsets
 from torch import Tensor
 
-from fused_attn import concat_attention
+from fused_attn import concat_attention, distance_attention
 
 __all__ = [
-    "ACTIVATIONS", "ALL", "IMPLS", "ROWS", "Case", "check", "compare", "hide", "offsets", "operator", "pairwise",
-]  # fmt: skip
+    "ACTIVATIONS",
+    "ALL",
+    "IMPLS",
+    "ROWS",
+    "Case",
+    "check",
+    "compare",
+    "hide",
+    "offsets",
+    "operator",
+    "pairwise",
+]
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")
@@ -25,17 +35,18 @@ Window = tuple[int | None, int | None]
 
 
 def operator(**options) -> Operator:
-    """`concat_attention` as the comparator wants it; the options are fixed."""
+    """`concat_attention`, or with `p` `distance_attention`, as the comparator wants it; the options are fixed."""
+    attention = distance_attention if "p" in options else concat_attention
 
     def op(*, impl: str, query: Tensor, key: Tensor, value: Tensor, v: Tensor, **rest):
-        return concat_attention(query, key, value, v, **options, **rest, impl=impl)
+        return attention(query, key, value, v, **options, **rest, impl=impl)
 
     return op
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the values of the factors that the tests vary."""
+    """One call of concat or distance attention: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
     batch: int = 2  # sequences, where padded
@@ -46,6 +57,7 @@ class Case:
     heads: int | None = None
     v_heads: bool = True  # with heads, v is (H, A)
     activation: str = "tanh"
+    p: int | None = None  # of distance attention, in place of an activation
     ragged: bool = False
     mask: str = "none"  # none, keys, padding, pairs (both with rows that see nothing), empty or expanded (stride 0)
     window: Window | None = None
@@ -62,10 +74,9 @@ class Case:
 
     @property
     def op(self) -> Operator:
-        return operator(
-            activation=self.activation, window=self.window, dropout_p=self.dropout_p,
-            return_weights=self.return_weights and not self.ragged,
-        )  # fmt: skip
+        feature = {"activation": self.activation} if self.p is None else {"p": self.p}
+        weights = self.return_weights and not self.ragged
+        return operator(**feature, window=self.window, dropout_p=self.dropout_p, return_weights=weights)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Random inputs by name; the same on every device."""

@@ -17,9 +17,16 @@ from torch.utils._pytree import tree_leaves
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 # What takes both; the result is where the first of them is.
 COPIES = {
-    "copy_", "__getitem__", "__setitem__", "__set__", "to", "type_as", "set_", "_has_compatible_shallow_copy_type",
+    "copy_",
+    "__getitem__",
+    "__setitem__",
+    "__set__",
+    "to",
+    "type_as",
+    "set_",
+    "_has_compatible_shallow_copy_type",
     "_nested_view_from_jagged",
-}  # fmt: skip
+}
 # Their lengths and sizes of batches are on the host.
 RNNS = {"gru", "lstm", "rnn_tanh", "rnn_relu", "_pack_padded_sequence", "_pad_packed_sequence"}
 

@@ -40,9 +40,12 @@ class Case(_concat.Case):
     @property
     def op(self) -> Operator:
         return operator(
-            activation=self.activation, scale=self.scale, window=self.window, dropout_p=self.dropout_p,
+            activation=self.activation,
+            scale=self.scale,
+            window=self.window,
+            dropout_p=self.dropout_p,
             return_weights=self.return_weights and not self.ragged,
-        )  # fmt: skip
+        )
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         made = super().tensors(device)

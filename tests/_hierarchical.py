@@ -40,9 +40,17 @@ def operator(
             return Score(w, b, v, None if gate_w is None else (gate_w, gate_b), context, act, gate_act)
 
         result = hierarchical_attention(
-            h, inner_offsets, outer_offsets, score("inner", *activations[:2]), score("outer", *activations[2:]),
-            mask=mask, return_segments=True, return_weights=True, impl=impl, **options,
-        )  # fmt: skip
+            h,
+            inner_offsets,
+            outer_offsets,
+            score("inner", *activations[:2]),
+            score("outer", *activations[2:]),
+            mask=mask,
+            return_segments=True,
+            return_weights=True,
+            impl=impl,
+            **options,
+        )
         rest = [getattr(result, name).flatten() for name in result._fields[1:] if name in through]
         return (result.out, torch.cat(rest)) if rest else result.out
 

@@ -80,6 +80,7 @@ STEP = {
     "mask": bools(B, TK),
     "score_bias": floats(B, TK),
 }
+HEADS_PACKED = PACKED | {"query": floats(N, H, A), "key": floats(M, H, A)}
 NODES = {"query": floats(4, A), "key": floats(4, A), "v": floats(A), "indptr": INDPTR, "indices": INDICES}
 
 ROWS: dict[str, Row] = {
@@ -133,10 +134,18 @@ ROWS: dict[str, Row] = {
     "concat": Row(_function("concat_attention"), {**PAIRS, "v": floats(A), **MASKED}),
     "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED}),
     "concat, packed": Row(_function("concat_attention"), {**PACKED, "v": floats(A)}),
+    "distance": Row(_function("distance_attention"), {**PAIRS, "v": floats(A), **MASKED}),
+    "distance, packed": Row(_function("distance_attention"), {**PACKED, "v": floats(A)}),
+    "concat, packed heads": Row(
+        _function("concat_attention"), {**HEADS_PACKED, "value": floats(M, H, DV), "v": floats(A)}
+    ),
     "general": Row(_function("general_attention"), {**PAIRS, "weight": floats(A, A), **MASKED}),
     "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
     "general, dot": Row(_function("general_attention"), {"query": PAIRS["query"], "key": PAIRS["key"]}),
     "general, packed": Row(_function("general_attention"), {**PACKED, "weight": floats(A, A)}),
+    "general, packed heads": Row(
+        _function("general_attention"), {**HEADS_PACKED, "value": None, "weight": floats(A, A)}
+    ),
     "graph": Row(
         _function("graph_attention"),
         {
@@ -144,6 +153,17 @@ ROWS: dict[str, Row] = {
             "value": floats(4, DV),
             "edge": floats(E, A),
             "transposed": fused_attn.transpose_csr(INDPTR, INDICES, 4),
+        },
+    ),
+    "graph, heads": Row(
+        _function("graph_attention"),
+        {
+            **NODES,
+            "query": floats(4, H, A),
+            "key": floats(4, H, A),
+            "v": floats(H, A),
+            "value": floats(4, H, DV),
+            "edge": floats(E, H, A),
         },
     ),
     "csr_from_edges": Row(
@@ -200,6 +220,10 @@ ROWS: dict[str, Row] = {
     "StatisticsPooling": Row(
         _module("StatisticsPooling", D, A, per_channel=True, global_context=True),
         {"h": floats(N, D), "mask": bools(N), "cu_seqlens": CU_N},
+    ),
+    "DistanceAttention": Row(
+        _module("DistanceAttention", D, C, A, num_heads=H),
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED},
     ),
     "ConcatAttention": Row(
         _module("ConcatAttention", D, C, A, context_dims=[R], num_heads=H),
@@ -260,47 +284,77 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-HUGE = 10**400
-_NAMES: list[Any] = [[], {}, None, 3, "Tanh ", float("nan"), b"tanh"]
-_FLAGS: list[Any] = [None, "yes", 1, 0.0, [], {}, float("nan")]
-BAD_OPTIONS: dict[str, list[Any]] = {
-    "activation": _NAMES,
-    "gate_activation": _NAMES,
-    "impl": [[], {}, None, 3, "cuda", float("nan"), torch.ones(2)],
-    "dropout_p": [
-        "0.5",
-        None,
-        [],
-        {},
-        True,
-        1j,
-        float("nan"),
-        float("inf"),
-        -0.1,
-        1,
-        HUGE,
-        10**5000,
-        torch.tensor(0.5),
-    ],
-    "scale": ["1", None, [], {}, True, 1j, float("nan"), float("inf"), -HUGE, 10**5000, 1e300],
-    "floor": ["1", None, [], {}, False, float("nan"), float("inf"), -1.0, HUGE, 1e300],
-    "window": [3, [], {}, "ab", (1,), (1, 2, 3), (0.5, 0), (True, 0), (float("nan"), 0), ([], 0), [None, 0]],
-    "return_weights": _FLAGS,
-    "return_segments": _FLAGS,
-    "num_queries": [None, "3", 3.0, True, -1, HUGE, 10**5000, [], float("nan")],
-    "num_keys": [None, "3", 3.0, True, -1, HUGE, [], float("nan")],
-    "between": [3, "x", [], {}],
-    "gate": [3, (), (None, floats(A)), (floats(D, A),), (None, None), {}, floats(D, A)],
-    "transposed": [3, (), [INDPTR, INDICES, INDICES], (INDPTR, INDICES), {}, (None, None, None)],
-    "inner": [None, 3, SCORE._replace(gate=(None, None)), (floats(D, A),), SCORE._replace(activation=[])],
-    "outer": [None, 3, SCORE._replace(w=None, v=None), SCORE._replace(gate_activation={})],
-    "contexts": [3, None, [], [3], [None], [("query",)], [("value", floats(B, R))], [(3, floats(B, R))], "x"],
-    "x": [3, None, (), (floats(4, D),), (None, None), (floats(4, D),) * 3],
+HUGE, NAN, INFINITE = 10**400, float("nan"), float("inf")
+TENSOR = torch.tensor(0.5)
+BAD_OPTIONS: dict[str, dict[type[Exception], list[Any]]] = {
+    "activation": {ValueError: ["Tanh ", "softplus"], TypeError: [[], {}, None, 3, NAN, b"tanh"]},
+    "p": {
+        ValueError: [NAN, INFINITE, 0, -1, 1.5, 3, HUGE, 10**5000, 1e300],
+        TypeError: ["1", None, [], {}, True, 1j, TENSOR],
+    },
+    "impl": {ValueError: ["cuda"], TypeError: [[], {}, None, 3, NAN, TENSOR]},
+    "dropout_p": {
+        ValueError: [NAN, INFINITE, -0.1, 1, HUGE, 10**5000],
+        TypeError: ["0.5", None, [], {}, True, 1j, TENSOR],
+    },
+    "scale": {
+        ValueError: [NAN, INFINITE, -HUGE, 10**5000, 1e300],
+        TypeError: ["1", None, [], {}, True, 1j, TENSOR],
+    },
+    "floor": {ValueError: [NAN, INFINITE, -1.0, HUGE, 1e300], TypeError: ["1", None, [], {}, False]},
+    "window": {
+        TypeError: [
+            *(3, [], {}, "ab", [None, 0], (1,), (1, 2, 3)),
+            *((0.5, 0), (None, 0.5), (True, 0), (None, True), (NAN, 0), ([], 0)),
+        ]
+    },
+    "return_weights": {TypeError: [None, "yes", 1, 0.0, [], {}, NAN]},
+    "num_queries": {ValueError: [-1, HUGE, 10**5000], TypeError: [None, "3", 3.0, True, [], NAN]},
+    "between": {TypeError: [3, "x", [], {}]},
+    "gate": {
+        TypeError: [
+            *(3, (), {}, floats(D, A), (floats(D, A),), (floats(D, A), floats(A), floats(A))),
+            *((None, floats(A)), (None, None)),
+        ]
+    },
+    "transposed": {TypeError: [3, (), {}, INDPTR, (INDPTR, INDICES), [INDPTR, INDICES, INDICES], (None, None, None)]},
+    "inner": {
+        TypeError: [None, 3, (floats(D, A),), SCORE._replace(gate=(None, None)), SCORE._replace(activation=[])]
+    },
+    "outer": {
+        ValueError: [SCORE._replace(w=None, v=None)],
+        TypeError: [None, 3, floats(D), SCORE._replace(gate_activation={})],
+    },
+    "contexts": {
+        ValueError: [[], [("value", floats(B, R))]],
+        TypeError: [3, None, "x", [3], [None], [("query",)], [(3, floats(B, R))]],
+    },
+    "x": {ValueError: [(), (floats(4, D),), (floats(4, D),) * 3], TypeError: [3, None, (None, None)]},
+}
+BAD_OPTIONS |= {
+    "gate_activation": BAD_OPTIONS["activation"],
+    "return_segments": BAD_OPTIONS["return_weights"],
+    "num_keys": BAD_OPTIONS["num_queries"],
 }
 
 
 def tensors(arguments: dict[str, Any]) -> list[str]:
     return [name for name, x in arguments.items() if isinstance(x, Tensor)]
+
+
+def map_tensors(change: Callable[[Tensor], Any], x: Any) -> Any:
+    """`change` of every tensor in nested tuples, lists and dicts."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {name: map_tensors(change, item) for name, item in x.items()}
+    if isinstance(x, (tuple, list)):
+        y = [map_tensors(change, item) for item in x]
+        return type(x)(*y) if hasattr(x, "_fields") else type(x)(y)
+    return x
+
+
+WRONG_VALUES = {"rank + 3", "rank 0", "meta"}  # of the kinds below; the others are wrong types
 
 
 def bad_tensors(x: Tensor) -> dict[str, Any]:
@@ -312,6 +366,7 @@ def bad_tensors(x: Tensor) -> dict[str, Any]:
         "list": x.tolist(),
         "array": x.numpy(),
         "string": "x",
+        "number": 1.0,
         "sparse": x.to_sparse() if x.dim() else 1j,
         "nested": torch.nested.nested_tensor([x, x]),
         "quantised": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
@@ -331,19 +386,25 @@ def bad_tensors(x: Tensor) -> dict[str, Any]:
     return bad
 
 
-def bad_offsets(cu: Tensor, last: int) -> dict[str, Any]:
-    """Offsets that are wrong, where there are four of them."""
+def bad_numbers(last: int) -> dict[str, Tensor]:
+    """Four offsets whose numbers are wrong."""
     return {
         "decrease": ints(0, last, 1, last),
         "start past 0": ints(1, 2, 3, last),
         "start before 0": ints(-1, 2, 3, last),
         "end short": ints(0, 1, 2, last - 1),
         "end late": ints(0, 1, 2, last + 1),
+        "far": ints(0, 2**31 - 1, 2, last),
+    }
+
+
+def bad_offsets(cu: Tensor, last: int) -> dict[str, Any]:
+    """Offsets that are wrong, where there are four of them."""
+    return bad_numbers(last) | {
         "int64": cu.long(),
         "int16": cu.short(),
         "none": ints(),
         "of rank 2": cu[None],
         "list": cu.tolist(),
         "meta": cu.to("meta"),
-        "far": ints(0, 2**31 - 1, 2, last),
     }

@@ -22,9 +22,14 @@ def operator(**options) -> Operator:
     """`location_attention` over flat names, as the comparator wants it; the options are fixed."""
 
     def op(
-        *, impl: str, h: Tensor, w: Tensor | None = None, gate_w: Tensor | None = None, gate_b: Tensor | None = None,
+        *,
+        impl: str,
+        h: Tensor,
+        w: Tensor | None = None,
+        gate_w: Tensor | None = None,
+        gate_b: Tensor | None = None,
         **rest,
-    ):  # fmt: skip
+    ):
         gate = None if gate_w is None else (gate_w, gate_b)
         return location_attention(h, w, gate=gate, **{"return_weights": True, **options}, **rest, impl=impl)
 

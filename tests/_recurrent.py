@@ -119,7 +119,7 @@ def formula(*, impl, premise, hypothesis, w_y, w_h, w_r, w, w_t, state=None, mas
 
 def location_aware_formula(
     *, impl, query, key, value, v, previous, conv_weight, u, score_bias=None, mask=None, act=torch.tanh
-):  # fmt: skip
+):
     """One location-aware step: the oracle, which calls nothing of the package."""
     side = conv_weight.shape[1] // 2
     hidden = torch.zeros_like(previous, dtype=torch.bool) if mask is None else ~mask

@@ -82,7 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     whole = config.getoption("gpu") or config.getoption("tables")
     for table in () if whole else tables(long=False):
         for item in table[CASES:]:
-            item.add_marker("long")
+            if item.get_closest_marker("whole") is None:
+                item.add_marker("long")
     elsewhere = {id(item) for table in tables(long=True) if len(table) > CASES
                  for place, item in enumerate(table) if place % of_rest != which_rest - 1}  # fmt: skip
 

@@ -78,6 +78,7 @@ NO_KEYS = {
     "location, weights": lambda x: f.location_attention(x, x.new_ones(4), return_weights=True)[1],
     "window": lambda x: f.location_attention(x, x.new_ones(4), window=(1, 0)),
     "concat": lambda x: f.concat_attention(x.new_ones(2, 3, 4), x, x, x.new_ones(4)),
+    "distance": lambda x: f.distance_attention(x.new_ones(2, 3, 4), x, x, p=2),
     "general": lambda x: f.general_attention(x.new_ones(2, 3, 4), x),
     "general, weights": lambda x: f.general_attention(x.new_ones(2, 3, 4), x, return_weights=True)[0],
     "statistics": lambda x: torch.cat(f.statistics_pooling(x)),
@@ -104,8 +105,9 @@ def test_an_exported_program_takes_no_keys(name):
 
 
 # A context of one vector a sequence is a batch that PyTorch's exporter takes to have two at least.
-@pytest.mark.parametrize("name", [name for name in PACKED if name != "location packed, all options"
-                                  and not name.startswith("word")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [name for name in PACKED if name != "location packed, all options" and not name.startswith("word")]
+)
 def test_a_packed_batch_exports_from_one_sequence_up(name, device):
     exported(name, device)
 
@@ -143,8 +145,10 @@ def test_a_saved_program_gives_the_same_numbers_in_a_fresh_process(impl, device,
 def test_gradients_in_a_dispatch_mode_are_the_same(device):
     """The bodies of some operators differentiate: in a mode, functorch is switched off there."""
     x = torch.randn(2, 5, 4, device=device, requires_grad=True)
-    for loss in (lambda: f.general_attention(x, x).sin().sum(),
-                 lambda: f.location_attention(x, x[0, 0], window=(1, 1)).sin().sum()):  # fmt: skip
+    for loss in (
+        lambda: f.general_attention(x, x).sin().sum(),
+        lambda: f.location_attention(x, x[0, 0], window=(1, 1)).sin().sum(),
+    ):
         want = torch.autograd.grad(loss(), x)
         with FlopCounterMode(display=False):
             got = torch.autograd.grad(loss(), x)
@@ -180,12 +184,20 @@ NOTHING = {
         (lambda: f.ConcatAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 0), h(2, 3)]),
         (lambda: f.ConcatAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 3), h(2, 0)]),
     ],
+    "DistanceAttention": [
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(0, 3), h(0, 2)]),
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 0), h(2, 3)]),
+        (lambda: f.DistanceAttention(4, 4, 3, bias=True), lambda m, q, k: m(q, k), [h(2, 3), h(2, 0)]),
+    ],
     "GeneralAttention": [
         (lambda: f.GeneralAttention(4), lambda m, q, k: m(q, k), [h(0, 3), h(0, 2)]),
         (lambda: f.GeneralAttention(4), lambda m, q, k: m(q, k), [h(2, 0), h(2, 3)]),
         (lambda: f.GeneralAttention(4), lambda m, q, k: m(q, k), [h(2, 3), h(2, 0)]),
-        (lambda: f.GeneralAttention(4),
-         lambda m, q, k: m(q, k, cu_seqlens_q=no_offsets(1), cu_seqlens_k=no_offsets(1)), [h(0), h(0)]),
+        (
+            lambda: f.GeneralAttention(4),
+            lambda m, q, k: m(q, k, cu_seqlens_q=no_offsets(1), cu_seqlens_k=no_offsets(1)),
+            [h(0), h(0)],
+        ),
     ],
     "StatisticsPooling": [
         (lambda: f.StatisticsPooling(4, 3, per_channel=True, global_context=True), lambda m, x: m(x), [h(0, 3)]),
@@ -197,25 +209,34 @@ NOTHING = {
         (lambda: f.GraphAttention(4, 3), lambda m, x: m(x, torch.zeros(3).long(), torch.zeros(0).long()), [h(2)]),
     ],
     "HierarchicalAttention": [
-        (lambda o=o: f.HierarchicalAttention(4, 3, gated=True, **({"between": rnn(), "between_dim": 6} if o else {})),
-         lambda m, x, a=a: m(x, no_offsets(a), no_offsets(a) if a == 1 else torch.tensor([0, 2], dtype=torch.int32)),
-         [h(0)])
-        for o in (False, True) for a in (1, 3)
+        (
+            lambda o=o: f.HierarchicalAttention(
+                4, 3, gated=True, **({"between": rnn(), "between_dim": 6} if o else {})
+            ),
+            lambda m, x, a=a: m(
+                x, no_offsets(a), no_offsets(a) if a == 1 else torch.tensor([0, 2], dtype=torch.int32)
+            ),
+            [h(0)],
+        )
+        for o in (False, True)
+        for a in (1, 3)
     ],
     "RaggedRNN": [(rnn, lambda m, x, n=n: m(x, no_offsets(n)), [h(0)]) for n in (1, 3)],
     "WordByWordAttention": [
         (lambda: f.WordByWordAttention(4, 4, 3), lambda m, p, q: m(p, q), [h(0, 3), h(0, 2)]),
         (lambda: f.WordByWordAttention(4, 4, 3), lambda m, p, q: m(p, q), [h(2, 3), h(2, 0)]),
         (lambda: f.WordByWordAttention(4, 4, 3), lambda m, p, q: m(p, q), [h(2, 0), h(2, 3)]),
-        (lambda: f.WordByWordAttention(4, 4, 3),
-         lambda m, p, q: m(p, q, cu_seqlens_premise=no_offsets(1), cu_seqlens_hypothesis=no_offsets(1)),
-         [h(0), h(0)]),
+        (
+            lambda: f.WordByWordAttention(4, 4, 3),
+            lambda m, p, q: m(p, q, cu_seqlens_premise=no_offsets(1), cu_seqlens_hypothesis=no_offsets(1)),
+            [h(0), h(0)],
+        ),
     ],
     "LocationAwareAttention": [
         (lambda: f.LocationAwareAttention(4, 4, 3), lambda m, q, k: m(q, k)[0], [h(0), h(0, 3)]),
         (lambda: f.LocationAwareAttention(4, 4, 3), lambda m, q, k: m(q, k)[0], [h(2), h(2, 0)]),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -339,15 +360,17 @@ VARYING = {
     "general": (lambda x, cu, **o: f.general_attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
     "statistics": (lambda x, cu, **o: torch.cat(f.statistics_pooling(x, cu_seqlens=cu, **o)), CU),
     "hierarchical": (
-        lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE.to(x.device), f.Score(x[0]), f.Score(x[1]), **o), CU
+        lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE.to(x.device), f.Score(x[0]), f.Score(x[1]), **o),
+        CU,
     ),
     "words": (
         lambda x, cu, **o: f.word_by_word_attention(
             x, x, x[:4], x[:4], x[:4], x[0], x[:4], cu_seqlens_premise=cu, cu_seqlens_hypothesis=cu, **o
-        ), CU,
+        ),
+        CU,
     ),
     "graph": (lambda x, i, **o: f.graph_attention(x, x, x[0], STARTS.to(x.device), i, **o), SOURCES),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", pytest.param("triton", marks=pytest.mark.kernel)])

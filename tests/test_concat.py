@@ -37,9 +37,11 @@ PACKED = {
 # The blocked path is quick enough for larger sizes, and has float64.
 LARGE = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
-    "queries": (1, 5, 33, 70, 100), "keys": (1, 5, 33, 70, 100), "attn_dim": (1, 9, 64),
+    "queries": (1, 5, 33, 70, 100),
+    "keys": (1, 5, 33, 70, 100),
+    "attn_dim": (1, 9, 64),
     "value_dim": (1, 12, 70),
-}  # fmt: skip
+}
 TENSORS = ("query", "key", "value", "v", "score_bias")
 
 

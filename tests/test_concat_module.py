@@ -45,7 +45,7 @@ def test_shapes_are_those_of_the_form(own_value, heads, impl, device):
 def test_contexts_add_their_projections_to_the_score(heads, equal, device):
     module = ConcatAttention(
         QUERY, KEY, WIDTH, context_dims=DIMS, num_heads=heads, bias=True, activation="sigmoid"
-    ).to(device)  # fmt: skip
+    ).to(device)
     query, key, contexts = inputs(device, keys=4 if equal else 6)
     mask, window = torch.rand(2, key.shape[1], device=device) < 0.8, (1, 2)
     score_bias = torch.randn(4, 1, device=device) * torch.randn(key.shape[1], device=device)

@@ -17,9 +17,17 @@ def test_reference_is_the_formula(activation):
     """Against loops over numbers."""
     left, right = window = (2, 3)
     case = Case(
-        batch=1, queries=4, keys=6, attn_dim=3, value_dim=2, heads=2, activation=activation, mask="pairs",
-        window=window, score_bias="bhqk",
-    )  # fmt: skip
+        batch=1,
+        queries=4,
+        keys=6,
+        attn_dim=3,
+        value_dim=2,
+        heads=2,
+        activation=activation,
+        mask="pairs",
+        window=window,
+        score_bias="bhqk",
+    )
     tensors = in_double(case.tensors(torch.device("cpu")))
     out, weights = case.op(impl="reference", **tensors)
     numbers = {name: x.tolist() for name, x in tensors.items()}

@@ -29,14 +29,18 @@ both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ra
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("case", [
-    Case(batch=1, queries=3, keys=300, attn_dim=3),
-    Case(batch=1, queries=3, keys=300, attn_dim=3, heads=2, mask="empty", score_bias="hqk", dropout_p=0.3),
-    Case(batch=1, queries=20, keys=300, attn_dim=3, window=(4, 150), value_dim=70),
-    Case(batch=1, queries=70, keys=200, attn_dim=3, window=(4, 100), value_dim=3),
-    Case(queries=15, keys=300, attn_dim=3, ragged=True, heads=2),
-    Case(dtype=torch.bfloat16, batch=1, queries=3, keys=300, attn_dim=3, mask="keys"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, queries=3, keys=300, attn_dim=3),
+        Case(batch=1, queries=3, keys=300, attn_dim=3, heads=2, mask="empty", score_bias="hqk", dropout_p=0.3),
+        Case(batch=1, queries=20, keys=300, attn_dim=3, window=(4, 150), value_dim=70),
+        Case(batch=1, queries=70, keys=200, attn_dim=3, window=(4, 100), value_dim=3),
+        Case(queries=15, keys=300, attn_dim=3, ragged=True, heads=2),
+        Case(dtype=torch.bfloat16, batch=1, queries=3, keys=300, attn_dim=3, mask="keys"),
+    ],
+    ids=str,
+)
 def test_keys_in_parts_match_the_reference(case, device):
     """On a chip of many cores, few queries have their keys split."""
     chip = chips.chip_of(device)._replace(cores=1000)
@@ -79,9 +83,17 @@ def test_small_tiles_and_blocks_of_the_blocked_path_change_nothing(monkeypatch, 
 @both_forms
 def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, ragged, device):
     case = Case(
-        batch=1, queries=40, keys=40, attn_dim=3, heads=2, ragged=ragged, dropout_p=0.3, window=(20, 9),
-        mask="none" if ragged else "pairs", score_bias=None if ragged else "bhqk",
-    )  # fmt: skip
+        batch=1,
+        queries=40,
+        keys=40,
+        attn_dim=3,
+        heads=2,
+        ragged=ragged,
+        dropout_p=0.3,
+        window=(20, 9),
+        mask="none" if ragged else "pairs",
+        score_bias=None if ragged else "bhqk",
+    )
     tensors = case.tensors(device)
     whole = evaluate(case.op, tensors, "triton")
     monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)
@@ -270,9 +282,15 @@ def as_padded(case: Case, fill: float):
             for at, shape in ((at_q, q_shape), (at_k, k_shape))
         )
         out = concat_attention(
-            pad(query, at_q, q_shape), pad(key, at_k, k_shape), pad(value, at_k, k_shape), v, impl=impl,
-            mask=q_mask[:, :, None] & k_mask[:, None], window=case.window, dropout_p=case.dropout_p,
-        )  # fmt: skip
+            pad(query, at_q, q_shape),
+            pad(key, at_k, k_shape),
+            pad(value, at_k, k_shape),
+            v,
+            impl=impl,
+            mask=q_mask[:, :, None] & k_mask[:, None],
+            window=case.window,
+            dropout_p=case.dropout_p,
+        )
         return (out if case.heads is None else out.transpose(1, 2))[at_q]
 
     return padded_op
@@ -284,9 +302,7 @@ def as_padded(case: Case, fill: float):
 @pytest.mark.parametrize("heads", [None, 2])
 def test_padded_and_ragged_forms_of_the_same_batch_agree(heads, dropout_p, window, impl, device):
     lengths = {"q": [7, 0, 3, 1, 18], "k": [5, 2, 0, 34, 9]}
-    case = Case(
-        queries=29, keys=50, attn_dim=3, heads=heads, ragged=True, dropout_p=dropout_p, window=window
-    )  # fmt: skip
+    case = Case(queries=29, keys=50, attn_dim=3, heads=heads, ragged=True, dropout_p=dropout_p, window=window)
     tensors = case.tensors(device) | {f"cu_seqlens_{side}": offsets(x, device) for side, x in lengths.items()}
     exact = evaluate(case.op, in_double(tensors), "reference")
     rough = rough_runs(case.op, tensors)

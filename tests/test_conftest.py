@@ -137,7 +137,7 @@ def collected(names: list[str], marked: tuple[str, ...] = (), **options) -> list
         SimpleNamespace(
             nodeid=name,
             fixturenames=("device",),
-            get_closest_marker=lambda _, name=name: True if name in long else None,
+            get_closest_marker=lambda marker, name=name: True if marker == "long" and name in long else None,
             add_marker=lambda marker, name=name: long.add(name),
         )
         for name in names

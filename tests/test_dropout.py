@@ -14,6 +14,7 @@ CASES = {
     "location, packed hops": _location.Case(rows=5, batch=24, dropout_p=0.99, score="mlp_hops", ragged=True),
     "concat": _concat.Case(**FEW),
     "concat, packed": _concat.Case(**FEW, ragged=True),
+    "distance": _concat.Case(**FEW, p=1),
     "general": _general.Case(**FEW),
     "general, packed": _general.Case(**FEW, ragged=True),
     "graph": _graph.Case(queries=24, keys=9, edges=100, dropout_p=0.99),

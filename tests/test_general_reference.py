@@ -20,9 +20,21 @@ def test_reference_is_the_formula(activation, weight, own_value):
     """Against loops over numbers."""
     left, right = window = (2, 3)
     case = Case(
-        batch=1, queries=4, keys=6, attn_dim=3, value_dim=2, heads=2, activation=activation, mask="pairs",
-        window=window, score_bias="bhqk", weight=weight, query_dim=2, own_value=own_value, scale=0.7,
-    )  # fmt: skip
+        batch=1,
+        queries=4,
+        keys=6,
+        attn_dim=3,
+        value_dim=2,
+        heads=2,
+        activation=activation,
+        mask="pairs",
+        window=window,
+        score_bias="bhqk",
+        weight=weight,
+        query_dim=2,
+        own_value=own_value,
+        scale=0.7,
+    )
     tensors = in_double(case.tensors(torch.device("cpu")))
     out, weights = case.op(impl="reference", **tensors)
     matrix = tensors.get("weight", torch.eye(3, dtype=torch.float64)).expand(2, -1, -1).tolist()

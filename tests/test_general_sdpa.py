@@ -50,24 +50,28 @@ def test_auto_matches_the_reference_for_every_pair_of_factors(case, calls, devic
     assert calls or device.type == "cuda"
 
 
-@pytest.mark.parametrize(("changes", "on_cpu", "on_gpu"), [
-    ({}, True, True),
-    ({"window": (None, 0)}, True, True),
-    ({"weight": "heads"}, True, True),
-    ({"dtype": torch.bfloat16}, True, True),
-    ({"own_value": False}, True, False),
-    ({"mask": "keys"}, True, False),
-    ({"dtype": torch.float64}, True, False),
-    ({"value_dim": 9}, False, False),
-    ({"window": (None, -1)}, False, False),
-    ({"window": (3, 0)}, False, False),
-    ({"score_bias": "qk"}, False, False),
-    ({"dropout_p": 0.1}, False, False),
-    ({"activation": "tanh"}, False, False),
-    ({"scale": -1.0}, False, False),
-    ({"return_weights": True}, False, False),
-    ({"ragged": True}, False, False),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "on_cpu", "on_gpu"),
+    [
+        ({}, True, True),
+        ({"window": (None, 0)}, True, True),
+        ({"weight": "heads"}, True, True),
+        ({"dtype": torch.bfloat16}, True, True),
+        ({"own_value": False}, True, False),
+        ({"mask": "keys"}, True, False),
+        ({"dtype": torch.float64}, True, False),
+        ({"value_dim": 9}, False, False),
+        ({"window": (None, -1)}, False, False),
+        ({"window": (3, 0)}, False, False),
+        ({"score_bias": "qk"}, False, False),
+        ({"dropout_p": 0.1}, False, False),
+        ({"activation": "tanh"}, False, False),
+        ({"scale": -1.0}, False, False),
+        ({"return_weights": True}, False, False),
+        ({"ragged": True}, False, False),
+    ],
+    ids=str,
+)
 def test_auto_calls_pytorch_by_the_documented_rule(changes, on_cpu, on_gpu, calls, device):
     case = dataclasses.replace(BASE, **changes)
     case.op(impl="auto", **case.tensors(device))

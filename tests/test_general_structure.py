@@ -140,13 +140,19 @@ def test_some_queries_that_see_nothing_leave_the_others_alone(weights, impl, dev
 @pytest.mark.parametrize("mask", ["keys", "pairs"])
 @pytest.mark.parametrize("weight", ["none", "heads"])
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
-def test_masked_rows_are_never_read_and_have_zero_gradients(
-    weights, weight, mask, fill, own_value, impl, device
-):  # fmt: skip
+def test_masked_rows_are_never_read_and_have_zero_gradients(weights, weight, mask, fill, own_value, impl, device):
     case = Case(
-        batch=1, queries=7, keys=35, attn_dim=3, value_dim=3, heads=2, mask=mask, weight=weight, own_value=own_value,
+        batch=1,
+        queries=7,
+        keys=35,
+        attn_dim=3,
+        value_dim=3,
+        heads=2,
+        mask=mask,
+        weight=weight,
+        own_value=own_value,
         return_weights=weights,
-    )  # fmt: skip
+    )
     tensors = case.tensors(device)
     clean = evaluate(case.op, tensors, impl)
     hidden = hide(tensors, fill)
@@ -186,10 +192,15 @@ def as_padded(case: Case, fill: float):
             for at, shape in ((at_q, q_shape), (at_k, k_shape))
         )
         out = general_attention(
-            pad(query, at_q, q_shape), pad(key, at_k, k_shape), pad(value, at_k, k_shape), impl=impl,
-            scale=case.scale, mask=q_mask[:, :, None] & k_mask[:, None], window=case.window,
+            pad(query, at_q, q_shape),
+            pad(key, at_k, k_shape),
+            pad(value, at_k, k_shape),
+            impl=impl,
+            scale=case.scale,
+            mask=q_mask[:, :, None] & k_mask[:, None],
+            window=case.window,
             dropout_p=case.dropout_p,
-        )  # fmt: skip
+        )
         return out.transpose(1, 2)[at_q]
 
     return padded_op

@@ -106,24 +106,32 @@ def test_the_day_keeps_what_was_made_and_goes_on_after_failures_and_cut_offs(mad
     assert steps["absent"]["skipped"] == "no-such-program is not installed"
     assert steps["torch.compile"]["statuses"] == [-signal.SIGKILL]
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
-        "bench.json", "log.txt", "machine.json", "table.txt", "tests.jsonl"
-    ]  # fmt: skip
+        "bench.json",
+        "log.txt",
+        "machine.json",
+        "table.txt",
+        "tests.jsonl",
+    ]
     assert "it went wrong" in (tmp_path / "out" / "log.txt").read_text()
     text = (tmp_path / "out" / "table.txt").read_text()
     assert text in capsys.readouterr().out
     assert [line.split() for line in text.splitlines() if line.startswith("concat")] == [
-        ["concat", "1", "0", "0"], ["concat/square", "bf16", "2.0000", "50%", "4.50", "1.50"],
-    ]  # fmt: skip
+        ["concat", "1", "0", "0"],
+        ["concat/square", "bf16", "2.0000", "50%", "4.50", "1.50"],
+    ]
     facts = json.loads((tmp_path / "out" / "machine.json").read_text())
     assert facts.items() >= {**FACTS, "commit": "0123456789abcdef"}.items()
 
 
-@pytest.mark.parametrize("step", [
-    Step("tests", 1, [python(TESTS.format(outcome("test_graph.py::test_a", "failed"), 0))]),
-    Step("tests", 1, [python(FAILS)]),
-    Step("bfloat16", 1, [stubborn([row("fused", None)])], report=True),
-    Step("sanitizer", 1, [python("raise SystemExit(9)")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step("tests", 1, [python(TESTS.format(outcome("test_graph.py::test_a", "failed"), 0))]),
+        Step("tests", 1, [python(FAILS)]),
+        Step("bfloat16", 1, [stubborn([row("fused", None)])], report=True),
+        Step("sanitizer", 1, [python("raise SystemExit(9)")]),
+    ],
+)
 def test_what_is_wrong_is_the_exit_status(made_up, step):
     good = Step("before", 1, [python(TESTS.format(outcome("test_concat.py::test_a"), 0))])
     assert made_up(*([step] if step.commands == [python(FAILS)] else [good, step]), minutes=0.1) == 1
@@ -161,13 +169,18 @@ def test_a_signal_leaves_results_and_the_table_so_far(tmp_path, number):
         gpu.REPORT,
     )
     script = SCRIPT.format(
-        probe=PROBE, tests=python(TESTS.format(outcome("test_concat.py::test_a"), 0)), bench=bench,
+        probe=PROBE,
+        tests=python(TESTS.format(outcome("test_concat.py::test_a"), 0)),
+        bench=bench,
         later=python(f"open({str(tmp_path / 'later')!r}, 'w')"),
-    )  # fmt: skip
+    )
     day = subprocess.Popen(
-        [sys.executable, "-c", script, str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", script, str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         end = time.monotonic() + 60
         while not (out / "bench.json").exists():
@@ -211,8 +224,16 @@ def test_a_long_log_keeps_its_ends(tmp_path, monkeypatch):
 def test_every_step_is_a_command_that_its_program_understands(monkeypatch, capsys):
     steps = gpu.steps("python3", "abc", lambda name: True, lambda name: f"/usr/bin/{name}")
     assert [step.name for step in steps] == [
-        "compile", "tests", "bfloat16", "graph", "torch.compile", "peers", "float32", "counters", "sanitizer"
-    ]  # fmt: skip
+        "compile",
+        "tests",
+        "bfloat16",
+        "graph",
+        "torch.compile",
+        "peers",
+        "float32",
+        "counters",
+        "sanitizer",
+    ]
     for step in steps:
         for command in step.commands:
             if "bench.run" in command:
@@ -260,28 +281,42 @@ def test_the_table_says_passed_and_failed_and_every_case(tmp_path):
     path.write_text("".join(lines))
     graph = {"rows": [row("fused", 1.0, percent_of_ceiling=88.0)]}
     reports = {
-        "bfloat16": {"rows": [
-            row("fused", 2.0), row("reference", 9.0),
-            row("fused", 4.0, "forward+backward"), row("reference", 6.0, "forward+backward"),
-        ]},
-        "graph": graph, "torch.compile": {"rows": [row("compile", 3.0)]}, "peers": {"rows": [row("flex", 5.0)]},
+        "bfloat16": {
+            "rows": [
+                row("fused", 2.0),
+                row("reference", 9.0),
+                row("fused", 4.0, "forward+backward"),
+                row("reference", 6.0, "forward+backward"),
+            ]
+        },
+        "graph": graph,
+        "torch.compile": {"rows": [row("compile", 3.0)]},
+        "peers": {"rows": [row("flex", 5.0)]},
         "float32": {"rows": [row("fused", None, dtype="float32"), row("reference", 1.0, dtype="float32")]},
-    }  # fmt: skip
+    }
     facts = {
-        **FACTS, "commit": "0123456789abcdef", "dirty": True,
+        **FACTS,
+        "commit": "0123456789abcdef",
+        "dirty": True,
         "steps": [{"step": "tests", "seconds": 99.6, "cut_off": True}, {"step": "counters", "skipped": "no ncu"}],
         "counters": [{"kernel": "_a_kernel", gpu.COUNTERS[1]: "71.2", "launch__registers_per_thread": "128"}],
         "sanitizer": {"memcheck": "clean", "racecheck": "did not finish"},
-    }  # fmt: skip
+    }
     text = gpu_table.table(facts, gpu_table.outcomes_of(path), reports)
     words = [line.split() for line in text.splitlines()]
     assert text.startswith("NVIDIA Made Up, torch 2.11.0, Triton 3.6.0, commit 0123456789ab with changes\n")
     assert "tests 100 s (cut off), counters skipped: no ncu" in text
     for line in (
-        "location 7 0 0", "recurrent 0 1 0", "other 0 0 1", "FAILED test_word_by_word.py::test_x: ah",
-        "concat/square bf16 2.0000 50% 88% 4.50 1.50 4.0000 50% 1.50 flex 2.50", "concat/square f32 FAILED",
-        "FAILED concat/square/float32: wrong: out", "_a_kernel 71.2 128", "memcheck clean",
-    ):  # fmt: skip
+        "location 7 0 0",
+        "recurrent 0 1 0",
+        "other 0 0 1",
+        "FAILED test_word_by_word.py::test_x: ah",
+        "concat/square bf16 2.0000 50% 88% 4.50 1.50 4.0000 50% 1.50 flex 2.50",
+        "concat/square f32 FAILED",
+        "FAILED concat/square/float32: wrong: out",
+        "_a_kernel 71.2 128",
+        "memcheck clean",
+    ):
         assert line.split() in words
     assert max(map(len, text.splitlines())) <= 120
 

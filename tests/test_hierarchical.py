@@ -155,11 +155,18 @@ def test_reference_is_the_formula():
     case = Case(documents="mixed", dim=3, attn_dims=(4, 2), inner="gated", outer="gated", contexts=("row", "parent"))
     t = in_double(dataclasses.replace(case, mask="random").tensors(torch.device("cpu")))
     got = hierarchical_attention(
-        t["h"], t["inner_offsets"], t["outer_offsets"],
-        *(Score(t[f"{n}_w"], t[f"{n}_b"], t[f"{n}_v"], (t[f"{n}_gate_w"], t[f"{n}_gate_b"]), t[f"{n}_context"])
-          for n in ("inner", "outer")),
-        mask=t["mask"], return_segments=True, return_weights=True, impl="reference",
-    )  # fmt: skip
+        t["h"],
+        t["inner_offsets"],
+        t["outer_offsets"],
+        *(
+            Score(t[f"{n}_w"], t[f"{n}_b"], t[f"{n}_v"], (t[f"{n}_gate_w"], t[f"{n}_gate_b"]), t[f"{n}_context"])
+            for n in ("inner", "outer")
+        ),
+        mask=t["mask"],
+        return_segments=True,
+        return_weights=True,
+        impl="reference",
+    )
     x = {name: value.tolist() for name, value in t.items()}
 
     def score(level):
@@ -188,13 +195,25 @@ def test_is_two_calls_of_location_attention(impl, device):
 
     def two_calls(*, impl, h, inner_offsets, outer_offsets, inner_gate_w, inner_gate_b, outer_w, outer_b, **t):
         segments, word_weights = location_attention(
-            h, t["inner_w"], t["inner_b"], t["inner_v"], gate=(inner_gate_w, inner_gate_b),
-            context=t["inner_context"], cu_seqlens=inner_offsets, return_weights=True, impl=impl,
-        )  # fmt: skip
-        out, sentence_weights = location_attention(
-            segments, outer_w, outer_b, context=t["outer_context"], cu_seqlens=outer_offsets, return_weights=True,
+            h,
+            t["inner_w"],
+            t["inner_b"],
+            t["inner_v"],
+            gate=(inner_gate_w, inner_gate_b),
+            context=t["inner_context"],
+            cu_seqlens=inner_offsets,
+            return_weights=True,
             impl=impl,
-        )  # fmt: skip
+        )
+        out, sentence_weights = location_attention(
+            segments,
+            outer_w,
+            outer_b,
+            context=t["outer_context"],
+            cu_seqlens=outer_offsets,
+            return_weights=True,
+            impl=impl,
+        )
         return out, torch.cat([segments.flatten(), word_weights, sentence_weights])
 
     tensors = case.tensors(device)
@@ -220,8 +239,10 @@ def test_returns_a_tensor_or_what_was_asked_for(impl, device):
         assert isinstance(got, HierarchicalOutput)
         assert torch.equal(got.out, out)
         assert [None if x is None else tuple(x.shape) for x in got[1:]] == [
-            (6, 17) if segments else None, (24,) if weights else None, (6,) if weights else None,
-        ]  # fmt: skip
+            (6, 17) if segments else None,
+            (24,) if weights else None,
+            (6,) if weights else None,
+        ]
 
 
 def test_one_launch_is_for_narrow_rows_and_many_or_short_documents():

@@ -68,12 +68,12 @@ def test_sentences_that_see_nothing_are_as_if_they_were_not_there(impl, device):
     h = torch.randn(7, 17, generator=rng).to(device)
     mask = torch.tensor([1, 1, 1, 0, 0, 1, 1], dtype=torch.bool, device=device)
     hidden = tensors | {
-        "h": h, "mask": mask,
-        "inner_offsets": offsets([0, 3, 2, 0, 2], device), "outer_offsets": offsets([5], device),
-    }  # fmt: skip
-    absent = tensors | {
-        "h": h[mask], "inner_offsets": offsets([3, 2], device), "outer_offsets": offsets([2], device),
-    }  # fmt: skip
+        "h": h,
+        "mask": mask,
+        "inner_offsets": offsets([0, 3, 2, 0, 2], device),
+        "outer_offsets": offsets([5], device),
+    }
+    absent = tensors | {"h": h[mask], "inner_offsets": offsets([3, 2], device), "outer_offsets": offsets([2], device)}
     op = operator(through=("outer_weights",))
     got, want = evaluate(op, hidden, impl), evaluate(op, absent, impl)
     assert got.outputs["weights"][[0, 2, 3]].tolist() == [0, 0, 0]
@@ -154,9 +154,12 @@ def test_many_sentences_of_every_length_cross_the_blocks(device):
         return torch.randn(shape, generator=rng).to(device)
 
     tensors |= {
-        "h": randn(sum(lengths), 17), "inner_context": randn(20, 1, 9), "outer_context": randn(1, 20, 5),
-        "inner_offsets": offsets(lengths, device), "outer_offsets": offsets([1, 19], device),
-    }  # fmt: skip
+        "h": randn(sum(lengths), 17),
+        "inner_context": randn(20, 1, 9),
+        "outer_context": randn(1, 20, 5),
+        "inner_offsets": offsets(lengths, device),
+        "outer_offsets": offsets([1, 19], device),
+    }
     tensors["outer_context"][0, 19] += 3 * tensors["outer_v"].sign()
     assert_matches_reference(case.op, tensors)
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from _inputs import BAD_OPTIONS, ROWS, bad_offsets, bad_tensors, tensors
+from _inputs import BAD_OPTIONS, ROWS, bad_offsets, bad_tensors, map_tensors, tensors
 
 pytestmark = pytest.mark.long
 SHARES, CALLS = 12, 500
@@ -16,22 +16,13 @@ GOOD_OPTIONS = {
     "activation": ["identity", "tanh", "relu", "sigmoid", "leaky_relu", "gelu", "silu"],
     "gate_activation": ["tanh", "sigmoid"],
     "impl": ["auto", "reference", "triton"],
+    "p": [1, 2, 1.0],
     "scale": [0, 0.5, -2, 1e-30],
     "floor": [0, 1e-3, 10**6],
     "window": [None, (None, 0), (None, -1), (1, 1), (0, None), (-2, 5), (10**30, 10**5000), (-3, -4)],
     "return_weights": [True, False],
     "return_segments": [True, False],
 }
-
-
-def map_tensors(change, x):
-    """`change` of every tensor in nested tuples and lists."""
-    if isinstance(x, torch.Tensor):
-        return change(x)
-    if isinstance(x, (tuple, list)):
-        y = [map_tensors(change, item) for item in x]
-        return type(x)(*y) if hasattr(x, "_fields") else type(x)(y)
-    return x
 
 
 def resized(x, axis, size):
@@ -67,14 +58,15 @@ def size_of_all(draw, arguments, names, row):
             x = resized(x, axis, new) if n == old else x
         return x
 
-    arguments.update({n: map_tensors(change, x) for n, x in arguments.items()})
+    arguments.update(map_tensors(change, arguments))
 
 
 def option(draw, arguments, names, row):
     has = [n for n in inspect.signature(ROWS[row].function).parameters if n in BAD_OPTIONS or n in GOOD_OPTIONS]
     if has:
         name = draw.choice(has)
-        arguments[name] = draw.choice(BAD_OPTIONS.get(name, []) + 2 * GOOD_OPTIONS.get(name, []))
+        bad = [x for values in BAD_OPTIONS.get(name, {}).values() for x in values]
+        arguments[name] = draw.choice(bad + 2 * GOOD_OPTIONS.get(name, []))
 
 
 def offsets(draw, arguments, names, row):
@@ -106,7 +98,7 @@ def dtype(draw, arguments, names, row):
     def change(x):
         return x.to(to) if x.dtype == torch.float32 and x.layout == torch.strided and not x.is_nested else x
 
-    arguments.update({n: map_tensors(change, x) for n, x in arguments.items()})
+    arguments.update(map_tensors(change, arguments))
 
 
 def layout(draw, arguments, names, row):
@@ -178,9 +170,7 @@ def test_spoiled_calls_are_right_or_name_an_argument(share):
             assert named, (share, i, row, got)
             assert named[1] in inspect.signature(ROWS[row].function).parameters, (share, i, row, got)
             continue
-        exact = {
-            n: map_tensors(lambda x: x.double() if x.is_floating_point() else x, x) for n, x in arguments.items()
-        }
+        exact = map_tensors(lambda x: x.double() if x.is_floating_point() else x, arguments)
         if "impl" in inspect.signature(ROWS[row].function).parameters:
             exact["impl"] = "reference"
         want = outcome(row, exact)

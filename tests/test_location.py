@@ -114,9 +114,14 @@ def test_jagged_tensors_are_ragged_batches(score, return_weights, device):
     def op(*, impl, h, context, values, score_bias, cu_seqlens, **parameters):
         if h.dtype == torch.float64:  # the oracle has no nested tensors
             return packed(
-                impl=impl, h=h, context=context[None], values=values, score_bias=score_bias,
-                cu_seqlens=cu_seqlens, **parameters,
-            )  # fmt: skip
+                impl=impl,
+                h=h,
+                context=context[None],
+                values=values,
+                score_bias=score_bias,
+                cu_seqlens=cu_seqlens,
+                **parameters,
+            )
         jagged = {
             name: torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long())
             for name, x in {"h": h, "context": context, "values": values, "score_bias": score_bias}.items()

@@ -51,8 +51,12 @@ def test_hidden_rows_change_no_gradient_of_the_module(module, ragged, context, f
     lead = (15,) if ragged else (3, 5)
     mask = torch.tensor([1, 1, 0, 1, 0] + [0] * 5 + [1] * 5, dtype=torch.bool, device=device).view(lead)
     entries = lead if context == "row" else (len(lengths),) if ragged else (3,)
-    tensors = {"h": torch.randn(*lead, 6), "values": torch.randn(*lead, 2), "score_bias": torch.randn(lead),
-               "context": torch.randn(*entries, 3)}  # fmt: skip
+    tensors = {
+        "h": torch.randn(*lead, 6),
+        "values": torch.randn(*lead, 2),
+        "score_bias": torch.randn(lead),
+        "context": torch.randn(*entries, 3),
+    }
     tensors = {n: x.to(device) for n, x in tensors.items()}
     unread = (
         ~mask
@@ -89,9 +93,15 @@ def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, betwee
     elif between == "gru":
         layer = RaggedRNN(torch.nn.GRU(6, 4))
     module = HierarchicalAttention(
-        6, 5, 3, gated=gated, inner_context_dim=2, outer_context_dim=2, between=layer,
+        6,
+        5,
+        3,
+        gated=gated,
+        inner_context_dim=2,
+        outer_context_dim=2,
+        between=layer,
         between_dim=None if layer is None else 4,
-    ).to(device)  # fmt: skip
+    ).to(device)
     inner, outer = offsets([3, 0, 2, 4, 2], device), offsets([3, 0, 1, 1], device)
     mask = torch.tensor(
         [1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool, device=device
@@ -101,8 +111,14 @@ def test_hidden_rows_change_no_gradient_of_the_hierarchical_module(gated, betwee
 
     def run(tensors):
         tensors = leaves(tensors)
-        out = module(tensors["h"], inner, outer, mask=mask, impl=impl,
-                     **{n: x[:, None] for n, x in tensors.items() if n != "h"})  # fmt: skip
+        out = module(
+            tensors["h"],
+            inner,
+            outer,
+            mask=mask,
+            impl=impl,
+            **{n: x[:, None] for n, x in tensors.items() if n != "h"},
+        )
         return parameters_of(module, out, tensors)
 
     clean = run({n: x.clone() for n, x in tensors.items()})
@@ -132,11 +148,14 @@ EVERY = [
     for dropout_p in (0.0, 0.3)
 ]
 KERNEL = [  # in the interpreter, where each takes seconds
-    ("triton", (None, 0), "h", False, 0.0), ("triton", (None, -1), "values", True, 0.0),
-    ("triton", (1, None), "h", True, 0.0), ("triton", (0, None), "context", False, 0.0),
-    ("triton", (2, 1), "values", False, 0.3), ("triton", (0, 0), "h", False, 0.0),
+    ("triton", (None, 0), "h", False, 0.0),
+    ("triton", (None, -1), "values", True, 0.0),
+    ("triton", (1, None), "h", True, 0.0),
+    ("triton", (0, None), "context", False, 0.0),
+    ("triton", (2, 1), "values", False, 0.3),
+    ("triton", (0, 0), "h", False, 0.0),
     ("triton", (None, 2), "score_bias", False, 0.3),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +167,19 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
     if impl == "blocked" and device.type != "cpu":
         pytest.skip("auto is the kernel on a GPU")
     rows, at = 18, 11
-    case = Case(rows=rows, batch=2, dim=3, attn_dim=2, hops=2, score="gated_hops", context="row", values=3,
-                score_bias=True, ragged=False, dropout_p=dropout_p)  # fmt: skip
+    case = Case(
+        rows=rows,
+        batch=2,
+        dim=3,
+        attn_dim=2,
+        hops=2,
+        score="gated_hops",
+        context="row",
+        values=3,
+        score_bias=True,
+        ragged=False,
+        dropout_p=dropout_p,
+    )
     tensors = case.tensors(device)
     if ragged:
         tensors = {n: x.flatten(0, 1) if x.shape[:2] == (2, rows) else x for n, x in tensors.items()}
@@ -161,8 +191,9 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         tensors = {n: x.detach().clone().requires_grad_(x.is_floating_point()) for n, x in tensors.items()}
         torch.manual_seed(7)
         gates = tuple(x.detach().clone().requires_grad_() for x in gate)
-        out = location_attention(**tensors, gate=gates, window=window, dropout_p=dropout_p,
-                                 impl={"blocked": "auto"}.get(impl, impl))  # fmt: skip
+        out = location_attention(
+            **tensors, gate=gates, window=window, dropout_p=dropout_p, impl={"blocked": "auto"}.get(impl, impl)
+        )
         out = out.view(2, rows, 2, 3)
         named = {n: x for n, x in tensors.items() if x.requires_grad} | dict(
             zip(("gate_w", "gate_b"), gates, strict=True)

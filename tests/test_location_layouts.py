@@ -62,16 +62,18 @@ SCORES = {
 
 @table("ragged,score,layout", (False, True), SCORES, LAYOUTS, of_kernel=3, torch_paths=["reference"])
 def test_location_takes_any_layout(layout, score, ragged, impl, device):
-    case = Case(batch=2, rows=18, dim=6, attn_dim=4, hops=2, ragged=ragged, score_bias=True, mask="random",
-                **SCORES[score])  # fmt: skip
+    case = Case(
+        batch=2, rows=18, dim=6, attn_dim=4, hops=2, ragged=ragged, score_bias=True, mask="random", **SCORES[score]
+    )
     check(case.op, case.tensors(device), layout, impl)
 
 
 @table("window,layout", ((None, 0), (1, None), (2, 1)), LAYOUTS, of_kernel=3)
 def test_the_windowed_form_takes_any_layout(layout, window, impl, device):
     ragged = window[1] is None
-    case = Case(batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True,
-                mask="random")  # fmt: skip
+    case = Case(
+        batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True, mask="random"
+    )
     check(operator(window=window, return_weights=not ragged), case.tensors(device), layout, impl)
 
 

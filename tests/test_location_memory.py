@@ -42,8 +42,9 @@ class _Peak(TorchDispatchMode):
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and not any(
                 y.untyped_storage()._cdata == x.untyped_storage()._cdata
-                for y in tree_leaves((args, kwargs)) if isinstance(y, Tensor)
-            ):  # fmt: skip
+                for y in tree_leaves((args, kwargs))
+                if isinstance(y, Tensor)
+            ):
                 storage = x.untyped_storage()
                 if storage._cdata not in self.known:
                     self.known.add(storage._cdata)
@@ -81,12 +82,19 @@ def inputs(B, T, D, A, R=None, DV=None, gated=False, context=False, ragged=False
     lead = (B * T,) if ragged else (B, T)
     width = A or R
     return {
-        "h": new(*lead, D), "w": new(D, width), "b": new(width), "v": None if A is None else new(A, R or 1),
-        "gate_w": new(D, A) if gated else None, "gate_b": new(A) if gated else None,
-        "context": new(B, width) if context else None, "values": None if DV is None else new(*lead, DV),
-        "score_bias": None, "mask": new(*lead, dtype=torch.bool),
-        "cu_seqlens": new(B + 1, dtype=torch.int32) if ragged else None, "seed": None,
-    }  # fmt: skip
+        "h": new(*lead, D),
+        "w": new(D, width),
+        "b": new(width),
+        "v": None if A is None else new(A, R or 1),
+        "gate_w": new(D, A) if gated else None,
+        "gate_b": new(A) if gated else None,
+        "context": new(B, width) if context else None,
+        "values": None if DV is None else new(*lead, DV),
+        "score_bias": None,
+        "mask": new(*lead, dtype=torch.bool),
+        "cu_seqlens": new(B + 1, dtype=torch.int32) if ragged else None,
+        "seed": None,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -104,9 +112,7 @@ def test_temporaries_stay_in_the_workspace(sizes, dtype):
     needs = [tensors[name] is not None for name in names]
     dout = torch.empty_like(out)
     with _Peak() as backward:
-        grads = location_bwd.location_bwd(
-            dout, None, None, *tensors.values(), out, lse, scores, *options, needs
-        )  # fmt: skip
+        grads = location_bwd.location_bwd(dout, None, None, *tensors.values(), out, lse, scores, *options, needs)
     parameters = 4 * sum(tensors[name].numel() for name in names[1:6] if tensors[name] is not None)
     sequences = 4 * tensors["context"].numel() if tensors["context"] is not None else 0
     offsets = 16 * len(tensors["h"]) if tensors["cu_seqlens"] is not None else 0

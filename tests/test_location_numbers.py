@@ -32,9 +32,22 @@ def softmax_of_seen(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def by_formula(
-    *, h, w=None, b=None, v=None, gate_w=None, gate_b=None, context=None, values=None, score_bias=None, mask=None,
-    activation="tanh", gate_activation="sigmoid", window=None, impl=None,
-):  # fmt: skip
+    *,
+    h,
+    w=None,
+    b=None,
+    v=None,
+    gate_w=None,
+    gate_b=None,
+    context=None,
+    values=None,
+    score_bias=None,
+    mask=None,
+    activation="tanh",
+    gate_activation="sigmoid",
+    window=None,
+    impl=None,
+):
     """Location attention of a padded batch in float64: the output and the weights, as the package has them."""
     h, w, b, v, gate_w, gate_b, context, values, score_bias = (
         x if x is None else x.double() for x in (h, w, b, v, gate_w, gate_b, context, values, score_bias)
@@ -87,9 +100,17 @@ def test_the_reference_and_its_gradients_are_the_formula(score, window, device):
 @table("score,window", SCORES, WINDOWS, of_kernel=3)
 def test_outputs_weights_and_gradients_are_those_of_the_formula(score, window, impl, device):
     case = Case(
-        batch=2, rows=7, dim=4, attn_dim=3, hops=2, score=score, context="sequence", values=3, score_bias=True,
+        batch=2,
+        rows=7,
+        dim=4,
+        attn_dim=3,
+        hops=2,
+        score=score,
+        context="sequence",
+        values=3,
+        score_bias=True,
         mask="empty",
-    )  # fmt: skip
+    )
     against_the_formula(case, window, impl, device, torch.float32)
 
 
@@ -110,8 +131,12 @@ def two_levels(h, inner_offsets, outer_offsets, inner, outer, mask):
     seen = torch.tensor([bool(mask[a:b].any()) for a, b in itertools.pairwise(cut)], device=h.device)
     cut = outer_offsets.tolist()
     groups = [pool(segments[a:b], seen[a:b], ow, ov) for a, b in itertools.pairwise(cut)]
-    return (torch.stack([x for x, _ in groups]), segments, torch.cat([x for _, x in pooled]),
-            torch.cat([x for _, x in groups]))  # fmt: skip
+    return (
+        torch.stack([x for x, _ in groups]),
+        segments,
+        torch.cat([x for _, x in pooled]),
+        torch.cat([x for _, x in groups]),
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -130,9 +155,16 @@ def test_two_levels_are_those_of_the_formula(impl, device):
             results = two_levels(h, inner, outer, (w, v), (ow, ov), mask)
         else:
             results = hierarchical_attention(
-                h, inner, outer, Score(w, v=v), Score(ow, v=ov), mask=mask, return_segments=True,
-                return_weights=True, impl=impl,
-            )  # fmt: skip
+                h,
+                inner,
+                outer,
+                Score(w, v=v),
+                Score(ow, v=ov),
+                mask=mask,
+                return_segments=True,
+                return_weights=True,
+                impl=impl,
+            )
         return results[0], torch.cat([x.flatten() for x in results[1:]])
 
     exact = evaluate(op, in_double(tensors), "reference")
@@ -256,6 +288,23 @@ def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(dtype, scale,
     assert_as_exact(evaluate(op, tensors, impl), rough, exact, dtype=dtype)
 
 
+@table("score,values", ("linear_hops", "mlp_hops", "mlp"), (None, 4), of_kernel=6)
+def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, values, impl, device):
+    """Scores of 100: what a row keeps of its gradient is less than the rounding of the sum it is taken from."""
+    activation, scaled = (
+        ("identity", ("w", "score_bias")) if score == "linear_hops" else ("tanh", ("v", "score_bias"))
+    )
+    op = operator(activation=activation)
+    for rows in range(14, 30):
+        case = Case(
+            batch=2, rows=rows, dim=5, hops=2, score=score, activation=activation, values=values, score_bias=True
+        )
+        tensors = case.tensors(device)
+        tensors |= {name: tensors[name] * 100 for name in scaled}
+        exact = evaluate(op, in_double(tensors), "reference")
+        assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors, large=True), exact, dtype=torch.float32)
+
+
 # --- 16 bits -----------------------------------------------------------------------------------------------------
 
 WIDE = {
@@ -273,8 +322,19 @@ WIDE = {
 @table("score,window", WIDE, (None, (None, 0), (2, 1)), of_kernel=3)
 def test_products_past_float16_are_those_of_float32(score, window, impl, device):
     """Projections and scores of millions: finite, and the same whatever else is asked for."""
-    case = Case(dtype=torch.float16, batch=2, rows=12, dim=32, attn_dim=32, hops=2, activation="identity",
-                gate_activation="identity", score_bias=True, context="sequence", **WIDE[score])  # fmt: skip
+    case = Case(
+        dtype=torch.float16,
+        batch=2,
+        rows=12,
+        dim=32,
+        attn_dim=32,
+        hops=2,
+        activation="identity",
+        gate_activation="identity",
+        score_bias=True,
+        context="sequence",
+        **WIDE[score],
+    )
     tensors = case.tensors(device)
     for name in ("h", "w", "v", "gate_w", "context"):
         if name in tensors:

@@ -8,7 +8,7 @@ import torch
 from _location import ACTIVATIONS, SCORES, Case
 
 from fused_attn import location_attention
-from fused_attn.reference import _philox
+from fused_attn._dropout import _philox
 
 # By the formulas of their definitions, not by PyTorch's functions.
 BY_HAND = {
@@ -46,15 +46,25 @@ def attend_by_hand(activation, gate_activation, h, w, b, v, gate_w, gate_b, cont
 def test_reference_is_the_formula(activation, score):
     gate_activation = ACTIVATIONS[-1 - ACTIVATIONS.index(activation)]
     case = Case(
-        rows=6, dim=3, attn_dim=4, hops=2, score=score, context="sequence", values=5, score_bias=True, mask="empty",
-    )  # fmt: skip
+        rows=6, dim=3, attn_dim=4, hops=2, score=score, context="sequence", values=5, score_bias=True, mask="empty"
+    )
     t = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors(torch.device("cpu")).items()}
     gate = (t["gate_w"], t["gate_b"]) if "gate_w" in t else None
     out, weights = location_attention(
-        t["h"], t.get("w"), t["b"], t.get("v"), gate=gate, context=t["context"], values=t["values"],
-        activation=activation, gate_activation=gate_activation, mask=t["mask"], score_bias=t["score_bias"],
-        return_weights=True, impl="reference",
-    )  # fmt: skip
+        t["h"],
+        t.get("w"),
+        t["b"],
+        t.get("v"),
+        gate=gate,
+        context=t["context"],
+        values=t["values"],
+        activation=activation,
+        gate_activation=gate_activation,
+        mask=t["mask"],
+        score_bias=t["score_bias"],
+        return_weights=True,
+        impl="reference",
+    )
 
     # Give every score a hop axis, a linear one the v of its hop, and projected rows the identity.
     out, weights = (x if score.endswith("hops") else x[:, None] for x in (out, weights))
@@ -64,10 +74,18 @@ def test_reference_is_the_formula(activation, score):
     for seq in range(3):
         for hop in range(v.shape[1]):
             by_hand = attend_by_hand(
-                activation, gate_activation, t["h"][seq].tolist(), w.tolist(), b.tolist(), v[:, hop].tolist(),
-                *((x.tolist() for x in gate) if gate else (None, None)), context[seq].tolist(),
-                t["values"][seq].tolist(), t["score_bias"][seq].tolist(), t["mask"][seq].tolist(),
-            )  # fmt: skip
+                activation,
+                gate_activation,
+                t["h"][seq].tolist(),
+                w.tolist(),
+                b.tolist(),
+                v[:, hop].tolist(),
+                *((x.tolist() for x in gate) if gate else (None, None)),
+                context[seq].tolist(),
+                t["values"][seq].tolist(),
+                t["score_bias"][seq].tolist(),
+                t["mask"][seq].tolist(),
+            )
             for got, want in zip((out[seq, hop], weights[seq, hop]), by_hand, strict=True):
                 torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
@@ -77,14 +95,29 @@ def test_reference_of_packed_rows_is_that_of_each_segment_alone():
     t = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors(torch.device("cpu")).items()}
     gate = (t["gate_w"], t["gate_b"])
     out, weights = location_attention(
-        t["h"], t["w"], t["b"], t["v"], gate=gate, context=t["context"], mask=t["mask"],
-        cu_seqlens=t["cu_seqlens"], return_weights=True, impl="reference",
-    )  # fmt: skip
+        t["h"],
+        t["w"],
+        t["b"],
+        t["v"],
+        gate=gate,
+        context=t["context"],
+        mask=t["mask"],
+        cu_seqlens=t["cu_seqlens"],
+        return_weights=True,
+        impl="reference",
+    )
     for seq, (lo, hi) in enumerate(itertools.pairwise(t["cu_seqlens"].tolist())):
         alone, its_weights = location_attention(
-            t["h"][None, lo:hi], t["w"], t["b"], t["v"], gate=gate, context=t["context"][:, lo:hi],
-            mask=t["mask"][None, lo:hi], return_weights=True, impl="reference",
-        )  # fmt: skip
+            t["h"][None, lo:hi],
+            t["w"],
+            t["b"],
+            t["v"],
+            gate=gate,
+            context=t["context"][:, lo:hi],
+            mask=t["mask"][None, lo:hi],
+            return_weights=True,
+            impl="reference",
+        )
         torch.testing.assert_close(out[seq], alone[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(weights[lo:hi], its_weights[0].mT, rtol=1e-12, atol=1e-12)
 

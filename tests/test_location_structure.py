@@ -75,9 +75,15 @@ def test_parts_of_segments_of_every_length_are_merged(short_items, device):
 @pytest.mark.parametrize("context", ["row", "sequence"])
 def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, context, ragged, device):
     case = Case(
-        rows=100, score="gated_hops", context=context, values=7, score_bias=True, mask="random", ragged=ragged,
+        rows=100,
+        score="gated_hops",
+        context=context,
+        values=7,
+        score_bias=True,
+        mask="random",
+        ragged=ragged,
         dropout_p=0.3,
-    )  # fmt: skip
+    )
     tensors = case.tensors(device)
     whole = evaluate(case.op, tensors, "triton")
     monkeypatch.setattr(location_bwd, "WORKSPACE_BYTES", 1)
@@ -157,9 +163,7 @@ def test_one_sequence_that_sees_nothing_leaves_the_others_alone(impl, device):
     ):
         for name in names:
             assert largest(family[name][1]) == 0, name
-    others = {
-        name: x[[0, 2]] if name in ("h", "context", "score_bias", "mask") else x for name, x in tensors.items()
-    }  # fmt: skip
+    others = {name: x[[0, 2]] if name in ("h", "context", "score_bias", "mask") else x for name, x in tensors.items()}
     alone = case.op(impl=impl, **others)
     for name, x in zip(("output", "weights"), alone, strict=True):
         torch.testing.assert_close(result.outputs[name][[0, 2]], x)
@@ -186,9 +190,14 @@ def as_padded(op, fill):
         )
         context = None if context is None else pad(context[0])
         out, weights = op(
-            impl=impl, h=pad(h), context=context, values=pad(values), score_bias=pad(score_bias), mask=mask,
+            impl=impl,
+            h=pad(h),
+            context=context,
+            values=pad(values),
+            score_bias=pad(score_bias),
+            mask=mask,
             **parameters,
-        )  # fmt: skip
+        )
         return out, (weights.mT if weights.dim() == 3 else weights)[at]
 
     return padded_op
@@ -201,8 +210,8 @@ def as_padded(op, fill):
 def test_padded_and_ragged_forms_of_the_same_bags_agree(score, dropout_p, fill, impl, device):
     lengths = [7, 0, 63, 1, 30]
     case = Case(
-        rows=sum(lengths), score=score, ragged=True, context="row", values=7, score_bias=True, dropout_p=dropout_p,
-    )  # fmt: skip
+        rows=sum(lengths), score=score, ragged=True, context="row", values=7, score_bias=True, dropout_p=dropout_p
+    )
     tensors = case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}
     exact = evaluate(case.op, in_double(tensors), "reference")
     rough = evaluate(case.op, tensors, "reference")
@@ -216,8 +225,8 @@ def test_padded_and_ragged_forms_of_the_same_bags_agree(score, dropout_p, fill, 
 @both_forms
 def test_masked_rows_are_never_read_and_have_zero_gradients(ragged, dtype, fill, impl, device):
     case = Case(
-        dtype=dtype, rows=70, score="gated", context="row", values=7, score_bias=True, mask="random", ragged=ragged,
-    )  # fmt: skip
+        dtype=dtype, rows=70, score="gated", context="row", values=7, score_bias=True, mask="random", ragged=ragged
+    )
     tensors = case.tensors(device)
     clean = evaluate(case.op, tensors, impl)
     hidden = ~tensors["mask"]

@@ -31,9 +31,12 @@ def inputs(dtype=torch.float64, device="cpu"):
     inner = torch.arange(4) < torch.tensor(COMPONENTS)[..., None]
     x = torch.randn(3, 3, 4, FEATURES, dtype=dtype, generator=rng).to(device).requires_grad_()
     arguments = {
-        "users": torch.tensor([3, 0, 1]), "items": torch.tensor([[1, 5], [2, 0], [4, 4]]), "history": history,
-        "history_mask": mask, "component_mask": inner,
-    }  # fmt: skip
+        "users": torch.tensor([3, 0, 1]),
+        "items": torch.tensor([[1, 5], [2, 0], [4, 4]]),
+        "history": history,
+        "history_mask": mask,
+        "component_mask": inner,
+    }
     return x, {n: y.to(device) for n, y in arguments.items()}
 
 

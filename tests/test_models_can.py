@@ -66,9 +66,7 @@ def by_hand(p, vectors, lengths, activation="tanh", attention=True, feedback=Tru
             alphas.append([])
             if not h:
                 continue
-            inner = [
-                p["state_proj.weight"] @ s + p["word_proj.weight"] @ x + p["word_proj.bias"] for x in h
-            ]  # fmt: skip
+            inner = [p["state_proj.weight"] @ s + p["word_proj.weight"] @ x + p["word_proj.bias"] for x in h]
             e = [torch.sigmoid(p["score_proj.weight"] @ torch.tanh(x) + p["score_proj.bias"]) for x in inner]
             alphas[-1] = softmax([u @ x for x in e])
             s = gru_step(sum(c * x for c, x in zip(alphas[-1], h, strict=True)), s, *sentence)
@@ -92,9 +90,12 @@ def test_matches_the_formulas(options, feedback):
     vectors, lengths = inputs()
     out, weights = call(can, vectors, lengths, feedback, return_weights=True)
     results = by_hand(
-        dict(can.named_parameters()), vectors, (LENGTHS, QUESTION_LENGTHS, FEEDBACK_LENGTHS), feedback=feedback,
+        dict(can.named_parameters()),
+        vectors,
+        (LENGTHS, QUESTION_LENGTHS, FEEDBACK_LENGTHS),
+        feedback=feedback,
         **options,
-    )  # fmt: skip
+    )
     expected = torch.stack([r[0] for r in results])
     torch.testing.assert_close(out, expected)
     gamma, alpha, beta = (torch.zeros_like(x) for x in weights)
@@ -123,9 +124,11 @@ def test_padding_does_not_leak(attention):
             past = torch.arange(x.shape[-2]) >= n[..., None]
             padded.append(x.detach().masked_fill(past[..., None], filling).requires_grad_())
         out, weights = call(can, padded, lengths, return_weights=True)
-        return out, *weights, *torch.autograd.grad(out.square().sum(), [*padded, *(
-            x for x in can.parameters() if x.requires_grad
-        )])  # fmt: skip
+        return (
+            out,
+            *weights,
+            *torch.autograd.grad(out.square().sum(), [*padded, *(x for x in can.parameters() if x.requires_grad)]),
+        )
 
     for x, y in zip(run(0.0), run(torch.nan), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)

@@ -93,12 +93,15 @@ def test_progress_is_lines_that_are_flushed_where_the_output_is_no_terminal(monk
         assert [line.split(": ")[2].split(" epochs")[0] for line in shown] == [f"{first + i} of 6" for i in range(4)]
 
 
-@pytest.mark.parametrize(("environment", "arguments", "threads"), [
-    ({}, [], [1]),
-    ({}, ["--threads", "3"], [3]),
-    ({"OMP_NUM_THREADS": "2"}, [], []),  # PyTorch's own reading of it
-    ({"OMP_NUM_THREADS": "2"}, ["--threads", "3"], [3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environment", "arguments", "threads"),
+    [
+        ({}, [], [1]),
+        ({}, ["--threads", "3"], [3]),
+        ({"OMP_NUM_THREADS": "2"}, [], []),  # PyTorch's own reading of it
+        ({"OMP_NUM_THREADS": "2"}, ["--threads", "3"], [3]),
+    ],
+)
 def test_one_thread_unless_more_are_asked_for(monkeypatch, tmp_path, environment, arguments, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
@@ -133,11 +136,14 @@ def test_bad_arguments_end_with_the_usage(monkeypatch, arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("attention", "uniform", "words"), [
-    ([0.9, 0.8], [0.5, 0.7], "attention helps: +0.250"),
-    ([0.9, 0.6], [0.5, 0.7], "attention does not clearly help: +0.150 on average, better with 1 of 2"),
-    ([0.5, 0.6], [0.5, 0.7], "attention does not help: -0.050"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attention", "uniform", "words"),
+    [
+        ([0.9, 0.8], [0.5, 0.7], "attention helps: +0.250"),
+        ([0.9, 0.6], [0.5, 0.7], "attention does not clearly help: +0.150 on average, better with 1 of 2"),
+        ([0.5, 0.6], [0.5, 0.7], "attention does not help: -0.050"),
+    ],
+)
 def test_verdict(attention, uniform, words):
     assert words in cli.verdict({True: attention, False: uniform})
 

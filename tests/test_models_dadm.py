@@ -95,9 +95,10 @@ def test_missing_models_do_not_leak(options):
     def run(filling):
         given = {
             n: x.detach().masked_fill(~others["mask"].view(3, M, *[1] * (x.dim() - 2)), filling).requires_grad_()
-            if n != "content" else x
+            if n != "content"
+            else x
             for n, x in tensors.items()
-        }  # fmt: skip
+        }
         out, weights = dadm(**given, **others, return_weights=True)
         leaves = [x for n, x in given.items() if n != "content"]
         return out, weights, *torch.autograd.grad(out.square().sum(), [*leaves, *dadm.parameters()])

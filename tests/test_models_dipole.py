@@ -38,9 +38,9 @@ def formula(model, x, lengths, score, strict):
                     s = torch.stack([h[t] @ p["attend.weight"] @ h[i] for i in seen])
                 else:
                     w = torch.cat([p["attend.query_proj.weight"], p["attend.key_proj.weight"]], 1)  # of [h_t; h_i]
-                    s = torch.stack([
-                        p["attend.score.weight"][0] @ torch.tanh(w @ torch.cat([h[t], h[i]])) for i in seen
-                    ])  # fmt: skip
+                    s = torch.stack(
+                        [p["attend.score.weight"][0] @ torch.tanh(w @ torch.cat([h[t], h[i]])) for i in seen]
+                    )
                 a = s.exp() / s.exp().sum()
                 c = sum(a[i] * h[i] for i in seen)
                 row = torch.cat([a, row[len(seen) :]])

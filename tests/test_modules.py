@@ -25,8 +25,11 @@ FORMS = {
     "gated": (
         {"attn_dim": ATTN_DIM, "gated": True},
         {
-            "proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,),
-            "gate.weight": (ATTN_DIM, DIM), "gate.bias": (ATTN_DIM,), "score.weight": (1, ATTN_DIM),
+            "proj.weight": (ATTN_DIM, DIM),
+            "proj.bias": (ATTN_DIM,),
+            "gate.weight": (ATTN_DIM, DIM),
+            "gate.bias": (ATTN_DIM,),
+            "score.weight": (1, ATTN_DIM),
         },
         False,
     ),
@@ -49,12 +52,14 @@ FORMS = {
     "mlp with a context": (
         {"attn_dim": ATTN_DIM, "context_dim": 4},
         {
-            "proj.weight": (ATTN_DIM, DIM), "proj.bias": (ATTN_DIM,), "score.weight": (1, ATTN_DIM),
+            "proj.weight": (ATTN_DIM, DIM),
+            "proj.bias": (ATTN_DIM,),
+            "score.weight": (1, ATTN_DIM),
             "context.weight": (ATTN_DIM, 4),
         },
         False,
     ),
-}  # fmt: skip
+}
 each_form = pytest.mark.parametrize(("arguments", "parameters", "hop_axis"), FORMS.values(), ids=FORMS.keys())
 
 
@@ -108,10 +113,19 @@ def test_forward_is_the_function_on_the_parameters(device):
     got = module(h, context=context, values=values, mask=mask, score_bias=score_bias, return_weights=True)
     p = dict(module.named_parameters())
     want = location_attention(
-        h, p["proj.weight"].T, p["proj.bias"], p["score.weight"].T, gate=(p["gate.weight"].T, p["gate.bias"]),
-        context=context @ p["context.weight"].T, values=values, activation="relu", gate_activation="tanh",
-        mask=mask, score_bias=score_bias, return_weights=True,
-    )  # fmt: skip
+        h,
+        p["proj.weight"].T,
+        p["proj.bias"],
+        p["score.weight"].T,
+        gate=(p["gate.weight"].T, p["gate.bias"]),
+        context=context @ p["context.weight"].T,
+        values=values,
+        activation="relu",
+        gate_activation="tanh",
+        mask=mask,
+        score_bias=score_bias,
+        return_weights=True,
+    )
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -137,25 +151,6 @@ def test_dropout_is_for_training_only(device):
     assert torch.equal(module(h), plain(h))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"dim": 0}, "dim"),
-        ({"dim": 3, "attn_dim": 0}, "attn_dim"),
-        ({"dim": 3, "hops": 0}, "hops"),
-        ({"dim": 3, "context_dim": 0}, "context_dim"),
-        ({"dim": 3, "gated": True}, "attn_dim"),
-        ({"dim": 3, "activation": "softplus"}, "activation"),
-        ({"dim": 3, "gate_activation": "softplus"}, "gate_activation"),
-        ({"dim": 3, "dropout": 1.0}, "dropout"),
-    ],
-    ids=str,
-)
-def test_constructor_errors_name_the_argument(arguments, name):
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*; got "):
-        LocationAttention(**arguments)
-
-
 def test_context_and_context_dim_go_together():
     h, context = torch.randn(2, 7, DIM), torch.randn(2, 4)
     with pytest.raises(ValueError, match=r"^context: expected None, since context_dim is None; got a tensor"):
@@ -175,6 +170,7 @@ def test_repr_shows_the_options():
 
 MODULES = {
     "location": lambda **made: fused_attn.LocationAttention(4, 3, hops=2, gated=True, context_dim=5, **made),
+    "distance": lambda **made: fused_attn.DistanceAttention(4, 5, 3, num_heads=2, bias=True, **made),
     "concat": lambda **made: fused_attn.ConcatAttention(4, 5, 3, context_dims=(2,), num_heads=2, bias=True, **made),
     "general": lambda **made: fused_attn.GeneralAttention(4, 5, num_heads=2, **made),
     "hierarchical": lambda **made: fused_attn.HierarchicalAttention(4, 3, gated=True, inner_context_dim=2, **made),

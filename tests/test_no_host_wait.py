@@ -16,6 +16,7 @@ from fused_attn import (
     Score,
     concat_attention,
     csr_from_edges,
+    distance_attention,
     general_attention,
     graph_attention,
     hierarchical_attention,
@@ -29,11 +30,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
-METHODS = (
-    "item", "tolist", "numpy", "__int__", "__index__", "__bool__", "__float__", "__contains__", "nonzero", "argwhere",
-    "masked_select", "unique", "unique_consecutive", "repeat_interleave", "cpu", "is_nonzero", "equal", "allclose",
-)  # fmt: skip
 FUNCTIONS = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "repeat_interleave", "equal")
+METHODS = (*FUNCTIONS, "item", "tolist", "numpy", "cpu", "is_nonzero", "allclose")
+METHODS += ("__int__", "__index__", "__bool__", "__float__", "__contains__")
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def score() -> dict[str, Tensor]:
 
 
 def pairs(op, **options) -> Call:
-    v = [rows(8)] if op is concat_attention else []
+    v = [] if op is general_attention else [rows(8)]
     cu = {"cu_seqlens_q": offsets(20, 0, 23, 3), "cu_seqlens_k": offsets(5, 2, 33, 0)}
     return partial(op, rows(N, 8), rows(40, 8), rows(40, 6), *v, **cu, **options)
 
@@ -114,9 +113,17 @@ def graph(transposed: bool = False, **options) -> Call:
 
 def words() -> Call:
     return partial(
-        word_by_word_attention, rows(40, 6), rows(N, 6), rows(6, 4), rows(6, 4), rows(6, 4), rows(4), rows(6, 6),
-        cu_seqlens_premise=offsets(5, 2, 33, 0), cu_seqlens_hypothesis=offsets(20, 0, 23, 3),
-    )  # fmt: skip
+        word_by_word_attention,
+        rows(40, 6),
+        rows(N, 6),
+        rows(6, 4),
+        rows(6, 4),
+        rows(6, 4),
+        rows(4),
+        rows(6, 6),
+        cu_seqlens_premise=offsets(5, 2, 33, 0),
+        cu_seqlens_hypothesis=offsets(20, 0, 23, 3),
+    )
 
 
 CALLS = {
@@ -126,6 +133,7 @@ CALLS = {
     "location window": lambda: location(8, 4, window=(None, 0)),
     "location window, two ends": lambda: location(8, window=(3, 3)),
     "concat": lambda: pairs(concat_attention),
+    "distance": lambda: pairs(distance_attention),
     "concat, window and dropout": lambda: pairs(concat_attention, window=(4, 0), dropout_p=0.5),
     "general": lambda: pairs(general_attention),
     "general, window and dropout": lambda: pairs(general_attention, window=(4, 0), dropout_p=0.5),

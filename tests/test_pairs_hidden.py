@@ -19,6 +19,8 @@ CASES = {
     "concat, bfloat16": _concat.Case(**SIZES, window=NEAR, score_bias="qk", dropout_p=0.3, dtype=torch.bfloat16),
     "concat, identity": _concat.Case(**SIZES | {"queries": 21}, window=LATE, mask="pairs", activation="identity"),
     "concat, packed": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR),
+    "distance": _concat.Case(**SIZES, window=CAUSAL, p=1),
+    "distance, squares": _concat.Case(**SIZES | HEADS, window=NEAR, mask="pairs", p=2),
     "general": _general.Case(**SIZES, window=CAUSAL, weight="matrix"),
     "general, late": _general.Case(**SIZES | {"queries": 21}, window=LATE, activation="tanh", weight="matrix"),
     "general, near": _general.Case(**SIZES | HEADS, window=NEAR, mask="pairs", weight="heads"),
@@ -31,7 +33,7 @@ CASES = {
     "general, packed": _general.Case(
         **SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR, weight="matrix"
     ),
-}  # fmt: skip
+}
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 every_impl = pytest.mark.parametrize("impl", ALL)
 each_fill = pytest.mark.parametrize("fill", [torch.nan, torch.inf])
@@ -179,9 +181,12 @@ def test_hidden_rows_leave_the_parameters_of_concat_attention_alone(structure, a
 
     clean = run(query, key, of_key, of_sequence, of_query)
     spoilt = run(
-        spoil(query, q_seen, fill), spoil(key, k_seen, fill), spoil(of_key, k_seen, fill),
-        spoil(of_sequence, q_seen.any(1), fill), spoil(of_query, q_seen, fill),
-    )  # fmt: skip
+        spoil(query, q_seen, fill),
+        spoil(key, k_seen, fill),
+        spoil(of_key, k_seen, fill),
+        spoil(of_sequence, q_seen.any(1), fill),
+        spoil(of_query, q_seen, fill),
+    )
     torch.testing.assert_close(spoilt, clean)
 
 

@@ -13,6 +13,7 @@ CASES = {
     "concat, one v": _concat.Case(**SIZES, v_heads=False, score_bias="hq1", mask="keys", dropout_p=0.3),
     "concat, identity": _concat.Case(**SIZES, activation="identity", mask="keys", window=(2, 3)),
     "concat, packed": _concat.Case(**SIZES | {"queries": 12, "keys": 14}, ragged=True, dropout_p=0.3),
+    "distance": _concat.Case(**SIZES, p=1, score_bias="bhqk", mask="pairs"),
     "concat, one query": _concat.Case(**SIZES | {"queries": 1, "heads": None}, score_bias="bqk", mask="pairs"),
     "general": _general.Case(**SIZES, score_bias="bhqk", mask="pairs", weight="heads", query_dim=6),
     "general, keys are values": _general.Case(**SIZES, own_value=False, score_bias="hq1", mask="keys", dropout_p=0.3),
@@ -20,7 +21,7 @@ CASES = {
     "general, dot": _general.Case(**SIZES | {"value_dim": 4}, return_weights=False),
     "general, dot and mask": _general.Case(**SIZES, own_value=False, mask="pairs", return_weights=False),
     "general, packed": _general.Case(**SIZES | {"queries": 12, "keys": 14}, ragged=True, weight="heads"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", ALL)

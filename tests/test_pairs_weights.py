@@ -37,7 +37,10 @@ def textbook(case):
 
     def formula(*, query, key, mask, value=None, v=None, weight=None, score_bias=0.0):
         act = ACTIVATIONS[case.activation]
-        if v is not None:
+        if getattr(case, "p", None) is not None:
+            distances = (query[..., :, None, :] - key[..., None, :, :]).abs() ** case.p
+            scores = -(distances * (v if v.dim() == 1 else v[:, None, None])).sum(-1)
+        elif v is not None:
             pairs = act(query[..., :, None, :] + key[..., None, :, :])
             scores = (pairs * (v if v.dim() == 1 else v[:, None, None])).sum(-1)
         else:
@@ -64,6 +67,10 @@ CASES = {
     "concat, window": _concat.Case(queries=19, keys=21, attn_dim=4, heads=2, score_bias="bhqk", window=(9, 12)),
     "concat, one query": _concat.Case(queries=1, keys=21, attn_dim=4, value_dim=6, score_bias="bqk"),
     "concat, identity": _concat.Case(batch=1, queries=5, keys=21, activation="identity", score_bias="qk"),
+    "distance": _concat.Case(queries=5, keys=21, attn_dim=4, value_dim=6, p=1, score_bias="qk"),
+    "distance, squares": _concat.Case(
+        queries=19, keys=21, attn_dim=4, heads=2, p=2, score_bias="bhqk", window=(9, 12)
+    ),
     "general": _general.Case(batch=1, queries=5, keys=21, attn_dim=4, value_dim=6, score_bias="qk"),
     "general, window": _general.Case(queries=19, keys=40, attn_dim=4, heads=2, score_bias="bhqk", window=(9, 12)),
     "general, keys are values": _general.Case(batch=1, queries=5, keys=40, own_value=False, score_bias="qk"),

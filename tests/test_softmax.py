@@ -42,14 +42,18 @@ FAMILIES = {
         h[:1], h, v, torch.tensor([0, 3], device=h.device), torch.tensor([2, 1, 0], device=h.device), impl=impl
     ),
     "hierarchical": lambda h, v, impl: fused_attn.hierarchical_attention(
-        h, torch.tensor([0, 2, 3], dtype=torch.int32, device=h.device),
-        torch.tensor([0, 2], dtype=torch.int32, device=h.device), fused_attn.Score(v), fused_attn.Score(v), impl=impl,
+        h,
+        torch.tensor([0, 2, 3], dtype=torch.int32, device=h.device),
+        torch.tensor([0, 2], dtype=torch.int32, device=h.device),
+        fused_attn.Score(v),
+        fused_attn.Score(v),
+        impl=impl,
     ),
     "statistics": lambda h, v, impl: fused_attn.statistics_pooling(h[None], v.diag(), None, v, impl=impl)[0],
     "word by word": lambda h, v, impl: fused_attn.word_by_word_attention(
         h[None], h[None, :1], *[v.diag()] * 3, v, v.diag(), impl=impl
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.kernel), "reference"])

@@ -63,11 +63,16 @@ def _location_aware_tensors(device, dtype=torch.float32, batch=3, keys=9, width=
         return torch.randn(shape, generator=rng).to(device, dtype)
 
     return {
-        "query": made(batch, width), "key": made(batch, keys, width), "value": made(batch, keys, 5), "v": made(width),
-        "previous": made(batch, keys).float().softmax(1).to(dtype), "conv_weight": made(2, 3), "u": made(2, width),
+        "query": made(batch, width),
+        "key": made(batch, keys, width),
+        "value": made(batch, keys, 5),
+        "v": made(width),
+        "previous": made(batch, keys).float().softmax(1).to(dtype),
+        "conv_weight": made(2, 3),
+        "u": made(2, width),
         "score_bias": made(batch, keys),
         "mask": (torch.arange(keys) < torch.tensor([[keys], [max(keys - 3, 1)], [1]] * batch)[:batch]).to(device),
-    }  # fmt: skip
+    }
 
 
 _frames = _statistics_pooling.Case(rows=21, dim=9, attn_dim=6, values=7, context="sequence")
@@ -80,10 +85,11 @@ FAMILIES = {
     "words": _of(_recurrent.Case(state=True, mask="some"), _recurrent.formula, "w"),
     "streamed": _of(
         _recurrent.Case(batch=2, premise=35, hypothesis=2, dim=19, attn_dim=33, state=True, mask="some"),
-        _recurrent.formula, "w",
+        _recurrent.formula,
+        "w",
     ),
     "step": Family(_location_aware, _recurrent.location_aware_formula, _location_aware_tensors, "v"),
-}  # fmt: skip
+}
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 

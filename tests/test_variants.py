@@ -14,7 +14,17 @@ pytest.importorskip("rich", reason="the table prints with rich")
 ROOT = Path(__file__).parent.parent
 # The kernels must be imported without the interpreter, which this process may have on.
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-FAMILIES = {"location", "location window", "concat", "general", "hierarchical", "statistics", "graph", "recurrent"}
+FAMILIES = {
+    "location",
+    "location window",
+    "concat",
+    "distance",
+    "general",
+    "hierarchical",
+    "statistics",
+    "graph",
+    "recurrent",
+}
 KERNELS = 32  # at least: a family whose kernels are not met counts nothing
 
 
@@ -43,7 +53,7 @@ import torch
 from bench.variants import record
 from bench.families.location import LocationCase
 from bench.families.problem import BF16
-from fused_attn.kernels import chip, location
+from fused_attn.kernels import arguments, location
 from fused_attn.kernels.chip import LENGTHS
 
 case = lambda T: LocationCase(BF16, 3, T, 64, 32)
@@ -51,12 +61,14 @@ with record("sm_90") as keys:
     case(64).launch()
     case(60).launch()
 assert {len(k) for k in keys.values()} == {1}, keys
-location.fitted = lambda kernel, args: chip._loose(kernel, ())  # the same kernel, by another object
+launch, jit = location.launch, arguments.triton.jit
+# The same kernel, by another object.
+location.launch = lambda kernel, *args, **more: launch(jit(kernel.fn, do_not_specialize=LENGTHS), *args, **more)
 with record("sm_90") as keys:
     case(64).launch()
 assert all(len(k) == 1 for k in keys.values())
-kernel = location._location_fwd_kernel
-location.fitted = lambda kernel, args: chip.triton.jit(kernel.fn)  # nothing left out: each of these is a variant
+# Nothing left out: each of these is a variant.
+location.launch = lambda kernel, *args, **more: launch(jit(kernel.fn), *args, **more)
 with record("sm_90") as keys:
     for T in (1, 63, 64):
         case(T).launch()
@@ -71,20 +83,17 @@ def test_a_kernel_that_is_compiled_for_its_lengths_is_counted() -> None:
 
 STRIDES = """
 import torch
-from fused_attn.kernels.chip import fitted, strides, stride_of
-from fused_attn.kernels.general import _general_fwd_kernel as kernel
+from fused_attn.kernels.arguments import heads, untold
+from fused_attn.kernels.chip import stride_of
 
-def loose(*tensors):
-    args = {}
-    for letter, x in zip("qku", tensors):
-        args |= strides(f"{letter}b {letter}h {letter}t", x, (0, 1, 2), packed=False)
-    return set(fitted(kernel, args).do_not_specialize) - set(kernel.do_not_specialize)
+def outer(x):
+    found = heads(x, packed=False)
+    return found.EVEN.value, found.stride_b, found.stride_h
 
 whole, odd = (torch.empty(2, 3, 32, n) for n in (64, 36))
-assert fitted(kernel, strides("qb qh qt", whole, (0, 1, 2), packed=False)) is kernel
-assert loose(whole, whole, whole) == set()
-assert loose(whole, odd, whole) == {"stride_kb", "stride_kh"}  # multiples of 16 here, and not at other lengths
-assert loose(whole, whole[:, :, :1], whole) == set()
+assert outer(whole) == (True, 3 * 32 * 64, 32 * 64)
+assert outer(odd) == (False, untold(3 * 32 * 36), untold(32 * 36))  # multiples of 16 here, and not at other lengths
+assert outer(whole[:, :, :1]) == (True, 3 * 32 * 64, 32 * 64)
 assert stride_of(torch.empty(2, 8, 1).transpose(1, 2), 1) == 8  # PyTorch says 1
 print("passed")
 """

@@ -17,7 +17,7 @@ from _compare import (
     in_double,
     largest,
     strided_offsets,
-)  # fmt: skip
+)
 from _location import offsets
 from _recurrent import FLOATING, Case, check, operator, pairwise
 from hypothesis import given, settings
@@ -45,8 +45,10 @@ FACTORS = {
     "return_weights": (True, False),
 }
 PACKED = {name: FACTORS[name] for name in ("dtype", "dim", "attn_dim", "state", "layout")} | {
-    "premise": (3, 20, 70), "hypothesis": (1, 9), "ragged": (True,),
-}  # fmt: skip
+    "premise": (3, 20, 70),
+    "hypothesis": (1, 9),
+    "ragged": (True,),
+}
 HELD = Case(state=True, mask="some")
 STREAMED = Case(batch=1, premise=35, hypothesis=3, dim=19, attn_dim=33, state=True, mask="some")
 RAGGED = Case(premise=41, hypothesis=9, ragged=True, state=True)
@@ -114,9 +116,12 @@ def test_a_gradient_of_the_last_state_alone_goes_back_through_all_steps(case, de
 def batches(draw) -> tuple[Case, list[tuple[int, int]]]:
     lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 4)), max_size=4))
     case = Case(
-        premise=sum(p for p, _ in lengths), hypothesis=sum(h for _, h in lengths), ragged=True,
-        dim=draw(st.sampled_from([2, 17])), attn_dim=draw(st.sampled_from([3, 20])),
-    )  # fmt: skip
+        premise=sum(p for p, _ in lengths),
+        hypothesis=sum(h for _, h in lengths),
+        ragged=True,
+        dim=draw(st.sampled_from([2, 17])),
+        attn_dim=draw(st.sampled_from([3, 20])),
+    )
     return case, lengths
 
 
@@ -175,9 +180,12 @@ def test_reference_of_packed_rows_is_that_of_each_sequence_alone():
     shared = {name: t[name] for name in ("w_y", "w_h", "w_r", "w", "w_t")}
     for s, ((y0, y1), (h0, h1)) in enumerate(ends):
         alone = word_by_word_attention(
-            t["premise"][None, y0:y1], t["hypothesis"][None, h0:h1], **shared, state=t["state"][s : s + 1],
+            t["premise"][None, y0:y1],
+            t["hypothesis"][None, h0:h1],
+            **shared,
+            state=t["state"][s : s + 1],
             impl="reference",
-        )  # fmt: skip
+        )
         torch.testing.assert_close(out[h0:h1], alone[0], rtol=1e-12, atol=1e-12)
 
 
@@ -210,9 +218,16 @@ def test_ragged_batches_without_a_hypothesis_give_nothing(lengths, impl, device)
 @pytest.mark.parametrize("dims", [(7, 6), (19, 33)], ids=["held", "streamed"])
 def test_without_a_visible_word_the_state_is_carried_alone(dims, form, impl, device):
     case = Case(
-        batch=1, premise=0 if form == "no words" else 5, hypothesis=3, dim=dims[0], attn_dim=dims[1], state=True,
-        mask="some" if form == "masked" else "none", ragged=form == "ragged", return_weights=form != "ragged",
-    )  # fmt: skip
+        batch=1,
+        premise=0 if form == "no words" else 5,
+        hypothesis=3,
+        dim=dims[0],
+        attn_dim=dims[1],
+        state=True,
+        mask="some" if form == "masked" else "none",
+        ragged=form == "ragged",
+        return_weights=form != "ragged",
+    )
     tensors = case.tensors(device)
     if form == "masked":
         tensors["mask"] = torch.zeros_like(tensors["mask"])
@@ -263,9 +278,15 @@ def test_raw_operators_read_no_masked_key_or_value(case, device):
 def raw(case, t):
     """The arguments of the raw forward by name, and its results with the gradients of the raw backward."""
     made = {
-        "query": t["hypothesis"] @ t["w_h"], "key": t["premise"] @ t["w_y"], "value": t["premise"], "w": t["w"],
-        "w_r": t["w_r"], "w_t": t["w_t"], "state": t["state"], "mask": t["mask"],
-    }  # fmt: skip
+        "query": t["hypothesis"] @ t["w_h"],
+        "key": t["premise"] @ t["w_y"],
+        "value": t["premise"],
+        "w": t["w"],
+        "w_r": t["w_r"],
+        "w_t": t["w_t"],
+        "state": t["state"],
+        "mask": t["mask"],
+    }
     made |= {name: t[name] for name in ("key", "value") if name in t}
     out, weights = torch.ops.fused_attn.word_by_word_fwd(*made.values(), None, None, True, False)
     needs = [True] * 7
@@ -294,9 +315,12 @@ def test_padded_and_ragged_forms_of_the_same_batch_agree(impl, device):
 
         words = torch.arange(41, device=device) < cu_seqlens_premise.diff()[:, None]
         out = operator()(
-            impl=impl, premise=pad(premise, cu_seqlens_premise, torch.nan),
-            hypothesis=pad(hypothesis, cu_seqlens_hypothesis, 1.0), mask=words, **parameters,
-        )  # fmt: skip
+            impl=impl,
+            premise=pad(premise, cu_seqlens_premise, torch.nan),
+            hypothesis=pad(hypothesis, cu_seqlens_hypothesis, 1.0),
+            mask=words,
+            **parameters,
+        )
         return torch.cat([x[:n] for x, n in zip(out, cu_seqlens_hypothesis.diff().tolist(), strict=True)])
 
     assert_close(evaluate(as_padded, tensors, impl), evaluate(case.op, tensors, impl))

@@ -32,9 +32,3 @@ def test_module_is_the_function_on_its_weights(case, impl, device):
     sum(x.square().sum() for x in (got if weighted else (got,))).backward()
     assert all(x.grad.count_nonzero() > 0 for x in module.parameters())
     assert [name for name, _ in module.named_parameters()] == [f"{name}.weight" for name in layers]
-
-
-@pytest.mark.parametrize("name", ["premise_dim", "hypothesis_dim", "attn_dim"])
-def test_constructor_errors_name_the_argument(name):
-    with pytest.raises(ValueError, match=rf"^{name}: expected at least 1; got 0"):
-        WordByWordAttention(**{"premise_dim": 2, "hypothesis_dim": 2, "attn_dim": 2, name: 0})

@@ -14,7 +14,7 @@ from typing import Any
 from .compile_case import CompileCase, blocks
 from .problem import Op
 
-FAMILIES = ("location", "concat", "general", "graph", "hierarchical", "recurrent", "statistics")
+FAMILIES = ("location", "concat", "distance", "general", "graph", "hierarchical", "recurrent", "statistics")
 
 _files = {family: import_module(f".{family}", __name__) for family in FAMILIES}
 REGISTRY: list[Op] = [file.OP for file in _files.values()]

@@ -150,6 +150,8 @@ COMPILED = [
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", **_ALL),
     GeneralCase(F16, 16, 4, 256, 256, 64, ragged=True, dropout=0.1),
     GeneralCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, window=(None, -1)),
+    # sides that are no int32 as 4 n + 3
+    GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # float32
     GeneralCase(F32, 4, 8, 1024, 1024, 64, 64),
     GeneralCase(F32, 4, 8, 1024, 1024, 128),

@@ -205,6 +205,7 @@ _WINDOWS = [
     WindowCase(F32, 16, 4096, 256, (None, 0)),
     WindowCase(F32, 16, 4096, 256, (None, 0), tf32=True),
     WindowCase(BF16, 64, 100, 100, (None, -1), ragged=True),
+    WindowCase(BF16, 64, 100, 64, (10**9, -(10**9)), ragged=True),  # no int32 as 4 n + 3
     WindowCase(F32, 64, 100, 100, (3, None), ragged=True),
     WindowCase(F16, 16, 1024, 64, (8, 8), R=4),
     WindowCase(F32, 16, 1024, 64, (8, 8), R=4, dropout=0.1),

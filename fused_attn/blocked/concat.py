@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import dropout_scale, in_parts, normaliser, readable, sound
+from .._dropout import dropout_scale
+from ..reference import in_parts, normaliser, readable, sound
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ FEW = 16
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 
 _ATEN = torch.ops.aten
-# From z to act(z); and from (g, z or act(z)) to g act'. silu and gelu want z, the others what is in the buffer.
+# From z to act(z); and from (g, z or act(z)) to g act'. `_WANTS_Z` want z, the others what is in the buffer.
 _FORWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh": lambda z, out: _ATEN.tanh.out(z, out=out),
     "sigmoid": lambda z, out: _ATEN.sigmoid.out(z, out=out),
@@ -68,6 +69,8 @@ _FORWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leaky_relu": lambda z, out: _ATEN.leaky_relu.out(z, 0.2, out=out),
     "silu": lambda z, out: _ATEN.silu.out(z, out=out),
     "gelu": lambda z, out: _ATEN.gelu.out(z, out=out),
+    "abs": lambda z, out: _ATEN.abs.out(z, out=out),
+    "square": lambda z, out: _ATEN.square.out(z, out=out),
 }
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh": lambda g, y: _ATEN.tanh_backward.grad_input(g, y, grad_input=y),
@@ -76,8 +79,10 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leaky_relu": lambda g, y: _ATEN.leaky_relu_backward.grad_input(g, y, 0.2, True, grad_input=y),
     "silu": lambda g, z: _ATEN.silu_backward.grad_input(g, z, grad_input=z),
     "gelu": lambda g, z: _ATEN.gelu_backward.grad_input(g, z, grad_input=z),
+    "abs": lambda g, z: z.sgn_().mul_(g),
+    "square": lambda g, z: z.mul_(2).mul_(g),
 }
-_WANTS_Z = ("silu", "gelu")
+_WANTS_Z = ("silu", "gelu", "abs", "square")
 
 
 class _Tile(NamedTuple):
@@ -127,10 +132,23 @@ class _Call:
     """What forward and backward share: the tiles, their scores, and the activations of a block."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-        activation: str, left: int | None, right: int | None, dropout_p: float, *, guarded: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        v: Tensor,
+        score_bias: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seed: Tensor | None,
+        activation: str,
+        left: int | None,
+        right: int | None,
+        dropout_p: float,
+        *,
+        guarded: bool = False,
+    ) -> None:
         if mask is not None:  # what no query or key may use can hold anything, NaN too
             query, key, value = readable(mask, query, key, value)
         (self.B, self.H, self.Tq, self.A), self.Tk = query.shape, key.shape[2]
@@ -202,9 +220,14 @@ class _Call:
                 for b in range(0, self.B, batch):
                     for h in range(0, self.H, heads):
                         yield _Tile(
-                            slice(b, min(b + batch, self.B)), slice(h, min(h + heads, self.H)),
-                            slice(q0 + i, q0 + end), slice(k0 + lo, k0 + hi), seq if self.ragged else b, i, lo,
-                        )  # fmt: skip
+                            slice(b, min(b + batch, self.B)),
+                            slice(h, min(h + heads, self.H)),
+                            slice(q0 + i, q0 + end),
+                            slice(k0 + lo, k0 + hi),
+                            seq if self.ragged else b,
+                            i,
+                            lo,
+                        )
 
     def _positions(self, t: _Tile) -> tuple[Tensor, Tensor]:
         device = self.q.device
@@ -304,17 +327,40 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def concat_fwd(
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    activation: str, left: int | None, right: int | None, dropout_p: float, need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
 
     The scores are written only where `need_scores` says so, else they are empty.
     """
     args = (
-        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        left,
+        right,
+        dropout_p,
+    )
     made = _paced(_forward, _Call(*args), need_scores)
     if in_parts(mask, None, left, right) and not made[0].isfinite().all():
         made = _paced(_forward, _Call(*args, guarded=True), need_scores)
@@ -347,16 +393,42 @@ def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def concat_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    query: Tensor, key: Tensor, value: Tensor, v: Tensor, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor,
-    activation: str, left: int | None, right: int | None, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    activation: str,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
     args = (
-        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        activation,
+        left,
+        right,
+        dropout_p,
+    )
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
     made = _paced(_backward, _Call(*args), dout, dlse, dscores, score_bias, needs)
     if in_parts(mask, None, left, right) and not all(grad is None or grad.isfinite().all() for grad in made):
@@ -369,9 +441,13 @@ def concat_bwd(
 
 
 def _backward(
-    call: _Call, dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, score_bias: Tensor | None,
+    call: _Call,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    score_bias: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     """What `concat_bwd` returns, wide, all made or not."""
     activation = call.act
     need_q, need_k, need_value, need_v, need_bias = needs

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._dropout import dropout_scale
 from .._operators import vjp
-from ..reference import dropout_scale, in_window, normaliser
+from ..reference import in_window, normaliser
 
 CHUNK = 64
 """Rows of a chunk; of windows bounded on both sides up to `WIDE`, so that a chunk has not many times as many keys."""
@@ -66,9 +67,16 @@ class _Rows(NamedTuple):
 
 
 def _sum(
-    rows: _Rows, chunks: _Chunks, i: Tensor, base: Tensor | int, width: int, left: int | None, right: int | None,
-    seed: Tensor | None = None, dropout_p: float = 0.0,
-) -> _State:  # fmt: skip
+    rows: _Rows,
+    chunks: _Chunks,
+    i: Tensor,
+    base: Tensor | int,
+    width: int,
+    left: int | None,
+    right: int | None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> _State:
     """States of the positions i (chunks, n), over the keys of `width` positions from `base` (chunks, 1) on."""
     j = base + torch.arange(width, device=i.device).expand(len(i), -1)
     inside = (j >= 0) & (j < chunks.length)
@@ -154,18 +162,28 @@ def clip_window(left: int | None, right: int | None, length: int) -> tuple[int |
 
 
 def window_fwd(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """(out, lse), as `fused_attn.reference.windowed_attention` has them, out in at least float32."""
     out, lse, spoilt = _sums(scores, values, cu_seqlens, seed, left, right, dropout_p)
     return out.masked_fill(spoilt[..., None], torch.nan), lse.masked_fill(spoilt[..., None], torch.nan)
 
 
 def _sums(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None,
-    left: int | None, right: int | None, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse) over the rows that are finite, and which of them see one that is not."""
     R, width = scores.shape[-1], values.shape[-1]
     dtype = torch.promote_types(values.dtype, torch.float32)
@@ -210,10 +228,18 @@ def _sees_any(rows: Tensor, cu: Tensor, left: int | None, right: int | None) -> 
 
 
 def window_bwd(
-    dout: Tensor, dlse: Tensor | None,
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, lse: Tensor,
-    left: int | None, right: int | None, dropout_p: float, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    scores: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False.
 
     In float64: where one key has all the weight, its gradient is the difference of two equal sums. A position that is

@@ -102,9 +102,12 @@ def draw(panels: list[Panel], path: Path) -> None:
 
     heights = [len(panel.rows) + 2.5 for panel in panels]
     figure, axes = plt.subplots(
-        len(panels), squeeze=False, layout="constrained", height_ratios=heights,
+        len(panels),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
         figsize=(max(6.0, 1 + 0.45 * max(len(p.columns) for p in panels)), 0.6 + 0.42 * sum(heights)),
-    )  # fmt: skip
+    )
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         axis.imshow(panel.weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axis.set_title(panel.title, fontsize=9, loc="left")

@@ -192,9 +192,16 @@ class ACF(nn.Module):
         # What is summed is what is scored, so it is projected once, and the masked rows before they meet W: 0 · NaN.
         projected = nn.functional.linear(x.masked_fill(~mask[..., None], 0), part.proj.weight)
         pooled, weights = location_attention(
-            projected, None, part.proj.bias, part.score.weight[0], context=part.context(each),
-            activation="relu", mask=mask, return_weights=True, impl=self.impl,
-        )  # fmt: skip
+            projected,
+            None,
+            part.proj.bias,
+            part.score.weight[0],
+            context=part.context(each),
+            activation="relu",
+            mask=mask,
+            return_weights=True,
+            impl=self.impl,
+        )
         return pooled, weights
 
     def extra_repr(self) -> str:

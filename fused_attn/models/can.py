@@ -144,9 +144,9 @@ class CAN(nn.Module):
         shown, visible = length_mask(lengths, length), lengths > 0
         g, asked = self._encode("question", question, question_lengths, batch)
 
-        pooled, gamma = cast("tuple[Tensor, Tensor]", self.question_pool(
-            g, mask=asked, return_weights=True, impl=self.impl
-        ))  # fmt: skip
+        pooled, gamma = cast(
+            "tuple[Tensor, Tensor]", self.question_pool(g, mask=asked, return_weights=True, impl=self.impl)
+        )
         u = _ACTIVATIONS[self.activation](self.question_proj(pooled))
         scale = 1.0 if self.attention else 0.0
         projected = self.word_proj(h)

@@ -90,9 +90,15 @@ class CRSum(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            words=words, embed_dim=embed_dim, hidden_dim=hidden_dim, attn_dim=attn_dim, window=window,
-            filter_width=filter_width, mlp_dim=mlp_dim, features=features or None,
-        )  # fmt: skip
+            words=words,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
+            attn_dim=attn_dim,
+            window=window,
+            filter_width=filter_width,
+            mlp_dim=mlp_dim,
+            features=features or None,
+        )
         check_choice("sides", sides, ("apart", "together"))
         check_choice("score", score, ("concat", "cosine"))
         self.window, self.sides, self.score, self.features = window, sides, score, features
@@ -134,9 +140,15 @@ class CRSum(nn.Module):
             else:
                 unit = F.normalize(h, dim=-1)
                 result = general_attention(
-                    unit, unit, h, scale=float(self.attention), mask=mask, window=window, return_weights=True,
+                    unit,
+                    unit,
+                    h,
+                    scale=float(self.attention),
+                    mask=mask,
+                    window=window,
+                    return_weights=True,
                     impl=self.impl,
-                )  # fmt: skip
+                )
             vectors.append(result[0])
             weights.append(result[1])
         return vectors, weights

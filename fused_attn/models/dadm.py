@@ -78,9 +78,13 @@ class DADM(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            num_models=num_models, content_dim=content_dim, attn_dim=attn_dim, state_dim=state_dim,
-            num_times=num_times, num_categories=num_categories,
-        )  # fmt: skip
+            num_models=num_models,
+            content_dim=content_dim,
+            attn_dim=attn_dim,
+            state_dim=state_dim,
+            num_times=num_times,
+            num_categories=num_categories,
+        )
         check_choice("score", score, ("concat", "location"))
         check_choice("combine", combine, ("mixture", "product"))
         if score == "location" and state_dim is None:
@@ -160,9 +164,14 @@ class DADM(nn.Module):
 
         if isinstance(self.attend, ConcatAttention):
             out, weights = self.attend(
-                content[:, None], keys, values, mask=mask, return_weights=True, impl=self.impl,
+                content[:, None],
+                keys,
+                values,
+                mask=mask,
+                return_weights=True,
+                impl=self.impl,
                 score_bias=None if added is None else added[:, None],
-            )  # fmt: skip
+            )
             out, weights = out[:, 0], weights[:, 0]
         else:
             out, weights = self.attend(
@@ -172,9 +181,14 @@ class DADM(nn.Module):
             share = torch.sigmoid(self.mix)
             # The prior is attention too, and its scores are the keys: one number a model.
             prior, prior_weights = location_attention(
-                log_prior[..., None], log_prior.new_ones(1), values=values, activation="identity", mask=mask,
-                return_weights=True, impl=self.impl,
-            )  # fmt: skip
+                log_prior[..., None],
+                log_prior.new_ones(1),
+                values=values,
+                activation="identity",
+                mask=mask,
+                return_weights=True,
+                impl=self.impl,
+            )
             out, weights = share * out + (1 - share) * prior, share * weights + (1 - share) * prior_weights
         out = out[..., 0] if flat else out
         return (out, weights) if return_weights else out

@@ -79,9 +79,13 @@ class Dipole(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            codes=codes, labels=labels, embed_dim=embed_dim, hidden_dim=hidden_dim, output_dim=output_dim,
+            codes=codes,
+            labels=labels,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
             attn_dim=attn_dim,
-        )  # fmt: skip
+        )
         check_choice("score", score, ("location", "general", "concat"))
         self.score, self.impl = score, impl
         self.window = (None, -1 if strict else 0)

@@ -88,9 +88,13 @@ class PositionalAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(
-            words=words, embed_dim=embed_dim, hidden_dim=hidden_dim, attn_dim=attn_dim, position_dim=position_dim,
+            words=words,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
+            attn_dim=attn_dim,
+            position_dim=position_dim,
             positions=positions,
-        )  # fmt: skip
+        )
         check_choice("question_pool", question_pool, ("mean", "max", "last"))
         if sigma <= 0:
             raise ValueError(f"sigma: expected a positive number; got {sigma}")
@@ -184,9 +188,10 @@ class PositionalAttention(nn.Module):
         pairs, each = candidates.flatten(), candidates.shape[1]  # a row for every question and candidate
         position = self.positional(
             question.repeat_interleave(each, 0), q_mask.repeat_interleave(each, 0), answers[pairs], a_mask[pairs]
-        )  # fmt: skip
-        r_a, weights = cast("tuple[Tensor, Tensor]", self.attend(
-            h[pairs], context=position, mask=a_mask[pairs], return_weights=True, impl=self.impl
-        ))  # fmt: skip
+        )
+        r_a, weights = cast(
+            "tuple[Tensor, Tensor]",
+            self.attend(h[pairs], context=position, mask=a_mask[pairs], return_weights=True, impl=self.impl),
+        )
         near = -(r_q.repeat_interleave(each, 0) - r_a).abs().sum(-1)
         return (near.view(batch, each), weights.view(batch, each, -1)) if return_weights else near.view(batch, each)

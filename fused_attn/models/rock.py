@@ -73,7 +73,7 @@ class Rock(nn.Module):
         super().__init__()
         check_sizes(
             variables=variables, classes=classes, hidden_dim=hidden_dim, attn_dim=attn_dim, query_dim=query_dim
-        )  # fmt: skip
+        )
         self.variables, self.query_dim, self.impl = variables, query_dim, impl
         self.encoders = nn.ModuleList(
             nn.GRU(1, hidden_dim, batch_first=True, bidirectional=True) for _ in range(1 if shared else variables)

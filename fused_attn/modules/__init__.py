@@ -1,6 +1,7 @@
 """Thin `torch.nn` modules over the functions: they own parameters and nothing else."""
 
 from .concat import ConcatAttention
+from .distance import DistanceAttention
 from .general import GeneralAttention
 from .graph import GraphAttention
 from .hierarchical import HierarchicalAttention, RaggedRNN
@@ -10,6 +11,7 @@ from .statistics import StatisticsPooling
 
 __all__ = [
     "ConcatAttention",
+    "DistanceAttention",
     "GeneralAttention",
     "GraphAttention",
     "HierarchicalAttention",

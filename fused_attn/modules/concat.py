@@ -194,9 +194,18 @@ class ConcatAttention(nn.Module):
         else:
             v = v[0]
         return concat_attention(
-            q, k, value, v, activation=self.activation, mask=mask, window=window, score_bias=score_bias,
-            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            q,
+            k,
+            value,
+            v,
+            activation=self.activation,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""

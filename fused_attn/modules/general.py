@@ -11,6 +11,7 @@ from .._checks import FINITE, argument, check_activation, check_count, check_dro
 from .._habits import explicit
 from .._ops import Impl
 from ..general import general_attention
+from ..segments import Offsets
 from ._layers import factory
 
 _INPUTS = {
@@ -101,8 +102,8 @@ class GeneralAttention(nn.Module):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -147,10 +148,21 @@ class GeneralAttention(nn.Module):
             query, key = every_head(query), every_head(key)
             value = every_head(value) if value is not None and value.dim() == rank else value
         return general_attention(
-            query, key, value, self.weight, scale=self.scale, activation=self.activation, mask=mask, window=window,
-            score_bias=score_bias, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            self.weight,
+            scale=self.scale,
+            activation=self.activation,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""

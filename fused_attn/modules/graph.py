@@ -19,7 +19,7 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..graph import Transposed, graph_attention
+from ..graph import Graph, Transposed, csr_of, graph_attention
 from ._layers import factory, read, reset_layers
 
 _INPUTS = {
@@ -133,8 +133,8 @@ class GraphAttention(nn.Module):
     def forward(
         self,
         x: Tensor | tuple[Tensor, Tensor],
-        indptr: Tensor,
-        indices: Tensor,
+        indptr: Tensor | Graph,
+        indices: Tensor | None = None,
         *,
         edge: Tensor | None = None,
         transposed: Transposed | None = None,
@@ -168,9 +168,12 @@ class GraphAttention(nn.Module):
             raise ValueError(f"x: expected nodes, or a pair of query nodes and key nodes; got a tuple of {len(x)}")
         query, key = x if isinstance(x, tuple) else (x, x)
         check = module_checker(
-            _INPUTS, weight_of(self.key_proj), query_dim=width_of(self.query_proj), key_dim=width_of(self.key_proj),
+            _INPUTS,
+            weight_of(self.key_proj),
+            query_dim=width_of(self.query_proj),
+            key_dim=width_of(self.key_proj),
             edge_dim=width_of(self.edge_proj),
-        )  # fmt: skip
+        )
         check("x[0]" if isinstance(x, tuple) else "x", query)
         if isinstance(x, tuple) or width_of(self.query_proj) != width_of(self.key_proj):
             check("x[1]", key)
@@ -178,6 +181,8 @@ class GraphAttention(nn.Module):
             expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
         check.bind("Nq+1", query.shape[0] + 1, "x")
+        structure = (indptr, indices)
+        indptr, indices, _ = csr_of(indptr, indices, transposed)
         check("indices", indices)
         check("indptr", indptr)
         check("edge", edge)
@@ -189,11 +194,17 @@ class GraphAttention(nn.Module):
         query, key = _reached(query, key, indptr, indices)
         keys = heads(self.key_proj(key))
         results = graph_attention(
-            keys if same else heads(self.query_proj(query)), keys, read("score", self.score).weight, indptr, indices,
+            keys if same else heads(self.query_proj(query)),
+            keys,
+            read("score", self.score).weight,
+            *structure,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
-            activation=self.activation, dropout_p=self.dropout if self.training else 0.0, transposed=transposed,
-            return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            activation=self.activation,
+            dropout_p=self.dropout if self.training else 0.0,
+            transposed=transposed,
+            return_weights=return_weights,
+            impl=impl,
+        )
         out, weights = results if isinstance(results, tuple) else (results, None)
         out = out.flatten(1) if self.concat else out.mean(1)
         out = out if self.bias is None else out + self.bias.to(out.dtype)

@@ -23,6 +23,7 @@ from .._ops import Impl, exports_from_one, forward_mode
 from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
+from ..segments import Offsets, as_offsets
 from ._layers import factory, project, read, reset_layers
 from .location import LocationAttention, gate_of
 
@@ -144,9 +145,13 @@ class HierarchicalAttention(nn.Module):
         factory(device, dtype)
         outer_dim = inner_dim if outer_dim is None else outer_dim
         sizes = {
-            "dim": dim, "inner_dim": inner_dim, "outer_dim": outer_dim, "between_dim": between_dim,
-            "inner_context_dim": inner_context_dim, "outer_context_dim": outer_context_dim,
-        }  # fmt: skip
+            "dim": dim,
+            "inner_dim": inner_dim,
+            "outer_dim": outer_dim,
+            "between_dim": between_dim,
+            "inner_context_dim": inner_context_dim,
+            "outer_context_dim": outer_context_dim,
+        }
         for name, size in sizes.items():
             if size is not None:
                 check_count(name, size, 1)
@@ -158,9 +163,15 @@ class HierarchicalAttention(nn.Module):
 
         def level(width: int, attn_dim: int, context_dim: int | None) -> LocationAttention:
             return LocationAttention(
-                width, attn_dim, gated=gated, activation=activation, bias=bias, context_dim=context_dim,
-                device=device, dtype=dtype,
-            )  # fmt: skip
+                width,
+                attn_dim,
+                gated=gated,
+                activation=activation,
+                bias=bias,
+                context_dim=context_dim,
+                device=device,
+                dtype=dtype,
+            )
 
         self.inner = level(dim, inner_dim, inner_context_dim)
         self.between = between
@@ -174,8 +185,8 @@ class HierarchicalAttention(nn.Module):
     def forward(
         self,
         h: Tensor,
-        inner_offsets: Tensor,
-        outer_offsets: Tensor,
+        inner_offsets: Offsets,
+        outer_offsets: Offsets,
         *,
         mask: Tensor | None = None,
         inner_context: Tensor | None = None,
@@ -193,6 +204,7 @@ class HierarchicalAttention(nn.Module):
             without its width, or missing with it.
 
         """
+        inner_offsets, outer_offsets = as_offsets(inner_offsets), as_offsets(outer_offsets)
         sizes = {
             f"{name}_context_dim": width_of(x.context) for name, x in (("inner", self.inner), ("outer", self.outer))
         }
@@ -207,11 +219,17 @@ class HierarchicalAttention(nn.Module):
             if context is not None:
                 check_context(check, f"{name}_context", context)
         return hierarchical_attention(
-            h, inner_offsets, outer_offsets,
-            _score_of("inner", self.inner, inner_context), _score_of("outer", self.outer, outer_context),
-            between=self.between, mask=mask, return_segments=return_segments, return_weights=return_weights,
+            h,
+            inner_offsets,
+            outer_offsets,
+            _score_of("inner", self.inner, inner_context),
+            _score_of("outer", self.outer, outer_context),
+            between=self.between,
+            mask=mask,
+            return_segments=return_segments,
+            return_weights=return_weights,
             impl=impl,
-        )  # fmt: skip
+        )
 
 
 def _check_given(name: str, level: LocationAttention, context: Tensor | None) -> None:
@@ -228,7 +246,11 @@ def _score_of(name: str, level: LocationAttention, context: Tensor | None) -> Sc
     assert level.score is not None
     proj, score = read(f"{name}.proj", level.proj), read(f"{name}.score", level.score)
     return Score(
-        proj.weight.t(), proj.bias, score.weight[0], gate_of(level, f"{name}.gate"),
+        proj.weight.t(),
+        proj.bias,
+        score.weight[0],
+        gate_of(level, f"{name}.gate"),
         None if level.context is None or context is None else project(level.context, context),
-        level.activation, level.gate_activation,
-    )  # fmt: skip
+        level.activation,
+        level.gate_activation,
+    )

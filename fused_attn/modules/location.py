@@ -21,19 +21,21 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..location import _a_sequence, check_context, location_attention
+from ..segments import Offsets, as_offsets
 from ._layers import factory, project, read, reset_layers
 
 _INPUTS = {
     packed: {
         "h": argument("N dim" if packed else "B T dim", hint="" if packed else "packed rows go with cu_seqlens"),
         "context": argument(
-            "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim" if packed
+            "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim"
+            if packed
             else "B context_dim | B T context_dim"
         ),
         "cu_seqlens": offsets_of("S"),
     }
     for packed in (False, True)
-}  # fmt: skip
+}
 
 
 class LocationAttention(nn.Module):
@@ -118,7 +120,7 @@ class LocationAttention(nn.Module):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -131,13 +133,12 @@ class LocationAttention(nn.Module):
             without `context_dim`, or missing with it.
 
         """
+        cu_seqlens = as_offsets(cu_seqlens)
         if (context is None) != (self.context is None):
             given = "None" if context is None else "a tensor"
             wanted = "None, since context_dim is None" if self.context is None else "a tensor, by context_dim"
             raise ValueError(f"context: expected {wanted}; got {given}")
-        check_module_inputs(
-            h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context)
-        )  # fmt: skip
+        check_module_inputs(h, context, cu_seqlens, weight_of(self.proj), width_of(self.proj), width_of(self.context))
         if context is not None and self.context is not None:
             context = project(self.context, context)
         proj = read("proj", self.proj)
@@ -151,12 +152,23 @@ class LocationAttention(nn.Module):
             w, b = w[:, 0], None if b is None else b[0]
             context = None if context is None else context.squeeze(-1)
         return location_attention(
-            h, w, b, v,
+            h,
+            w,
+            b,
+            v,
             gate=gate_of(self),
-            context=context, values=values, activation=self.activation, gate_activation=self.gate_activation,
-            mask=mask, window=window, score_bias=score_bias, cu_seqlens=cu_seqlens,
-            dropout_p=self.dropout if self.training else 0.0, return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            context=context,
+            values=values,
+            activation=self.activation,
+            gate_activation=self.gate_activation,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""
@@ -173,9 +185,13 @@ def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor
 
 
 def check_module_inputs(
-    h: Tensor, context: Tensor | None, cu_seqlens: Tensor | None, weight: Tensor | None, dim: int | None,
+    h: Tensor,
+    context: Tensor | None,
+    cu_seqlens: Tensor | None,
+    weight: Tensor | None,
+    dim: int | None,
     context_dim: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Check what the module projects by its own names; the rest is left to the function, whose names are the same."""
     jagged = isinstance(h, Tensor) and h.is_nested
     for name, x in (("h", h), ("context", context)) if jagged else ():

@@ -19,6 +19,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
+from ..segments import Offsets
 from ._layers import factory, project, read, reset_layers
 
 _WORDS = {
@@ -94,16 +95,18 @@ class WordByWordAttention(nn.Module):
         *,
         state: Tensor | None = None,
         mask: Tensor | None = None,
-        cu_seqlens_premise: Tensor | None = None,
-        cu_seqlens_hypothesis: Tensor | None = None,
+        cu_seqlens_premise: Offsets | None = None,
+        cu_seqlens_hypothesis: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """r of every word of the hypothesis; shapes, results and errors are those of `word_by_word_attention`."""
         check = module_checker(
-            _WORDS[cu_seqlens_premise is not None], weight_of(self.premise_proj),
-            premise_dim=width_of(self.premise_proj), hypothesis_dim=width_of(self.hypothesis_proj),
-        )  # fmt: skip
+            _WORDS[cu_seqlens_premise is not None],
+            weight_of(self.premise_proj),
+            premise_dim=width_of(self.premise_proj),
+            hypothesis_dim=width_of(self.hypothesis_proj),
+        )
         check("premise", premise)
         check("hypothesis", hypothesis)
         check("state", state)
@@ -112,11 +115,20 @@ class WordByWordAttention(nn.Module):
             return read(name, getattr(self, name)).weight
 
         return word_by_word_attention(
-            premise, hypothesis, weight("premise_proj").t(), weight("hypothesis_proj").t(),
-            weight("state_proj").t(), weight("score")[0], weight("carry").t(), state=state, mask=mask,
-            cu_seqlens_premise=cu_seqlens_premise, cu_seqlens_hypothesis=cu_seqlens_hypothesis,
-            return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            premise,
+            hypothesis,
+            weight("premise_proj").t(),
+            weight("hypothesis_proj").t(),
+            weight("state_proj").t(),
+            weight("score")[0],
+            weight("carry").t(),
+            state=state,
+            mask=mask,
+            cu_seqlens_premise=cu_seqlens_premise,
+            cu_seqlens_hypothesis=cu_seqlens_hypothesis,
+            return_weights=return_weights,
+            impl=impl,
+        )
 
 
 class LocationAwareAttention(nn.Module):
@@ -234,21 +246,30 @@ class LocationAwareAttention(nn.Module):
 
         """
         check = module_checker(
-            _STEP, weight_of(self.key_proj), query_dim=width_of(self.query_proj), key_dim=width_of(self.key_proj),
+            _STEP,
+            weight_of(self.key_proj),
+            query_dim=width_of(self.query_proj),
+            key_dim=width_of(self.key_proj),
             attn_dim=width_of(self.score),
-        )  # fmt: skip
+        )
         check("query", query)
         check("key", key)
         check("projected", projected)
         projected = self.project_keys(key, mask) if projected is None else projected
         return location_aware_attention(
-            project(self.query_proj, query), projected, key if value is None else value,
+            project(self.query_proj, query),
+            projected,
+            key if value is None else value,
             read("score", self.score).weight[0],
-            key.new_zeros(key.shape[:2]) if previous is None else previous, read("conv", self.conv).weight[:, 0],
+            key.new_zeros(key.shape[:2]) if previous is None else previous,
+            read("conv", self.conv).weight[:, 0],
             read("location_proj", self.location_proj).weight.t(),
-            activation=self.activation, mask=mask, score_bias=score_bias,
-            dropout_p=self.dropout if self.training else 0.0, impl=impl,
-        )  # fmt: skip
+            activation=self.activation,
+            mask=mask,
+            score_bias=score_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            impl=impl,
+        )
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""

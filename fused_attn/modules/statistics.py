@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._checks import check_activation, check_count, check_flag, weight_of, width_of
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
+from ..segments import Offsets, as_offsets
 from ..statistics import statistics_pooling
 from ._layers import factory, read, reset_layers
 from .location import check_module_inputs
@@ -78,11 +79,12 @@ class StatisticsPooling(nn.Module):
         h: Tensor,
         *,
         mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool `h` to ``[mean; std]``, ``(B, 2D)``; shapes, weights and errors are those of `statistics_pooling`."""
+        cu_seqlens = as_offsets(cu_seqlens)
         check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
         context = None
         if self.context is not None:
@@ -92,10 +94,17 @@ class StatisticsPooling(nn.Module):
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
         proj, score = read("proj", self.proj), read("score", self.score).weight
         mean, std, *weights = statistics_pooling(
-            h, proj.weight.t(), proj.bias, score.t() if self.per_channel else score[0],
-            context=context, activation=self.activation, mask=mask, cu_seqlens=cu_seqlens,
-            return_weights=return_weights, impl=impl,
-        )  # fmt: skip
+            h,
+            proj.weight.t(),
+            proj.bias,
+            score.t() if self.per_channel else score[0],
+            context=context,
+            activation=self.activation,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            return_weights=return_weights,
+            impl=impl,
+        )
         pooled = torch.cat([mean, std], dim=-1)
         return (pooled, weights[0]) if weights else pooled
 

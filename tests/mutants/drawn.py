@@ -17,47 +17,65 @@ def _tests(names: str) -> tuple[str, ...]:
 _PAIRS = "pairs_weights pairs_hidden pairs_layouts pairs_wide"
 _LAST = "inputs no_host_wait variants compositions"  # of every family, and slow to see what its own tests see
 TESTS = {
-    "_checks": _tests("inputs location_errors concat_errors general_errors graph_errors statistics_errors "
-                      "hierarchical_errors word_by_word_errors location_aware inputs_drawn"),
+    "_checks": _tests("errors inputs location_aware inputs_drawn"),
     "_habits": _tests("inputs"),
     "_ops": _tests("location_reference inputs chips compositions"),
     "_operators": _tests("compositions inputs"),
-    "reference": _tests("location_reference concat_reference three_families location_numbers general "
-                        "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
-                        f"{_PAIRS} location_hidden concat_structure concat_exactness"),
-    "_ragged_rnn": _tests("hierarchical_errors location_hidden compositions_sizes compositions"),
-    "location_window": _tests("location_window location_window_memory location_numbers location_layouts "
-                              f"location_hidden {_LAST}"),
+    "reference": _tests(
+        "location_reference concat_reference three_families location_numbers general "
+        "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
+        f"{_PAIRS} location_hidden concat_structure concat_exactness"
+    ),
+    "_ragged_rnn": _tests("hierarchical_module location_hidden compositions_sizes compositions"),
+    "location_window": _tests(
+        f"location_window location_window_memory location_numbers location_layouts location_hidden {_LAST}"
+    ),
     "blocked/location": _tests("location_window location_numbers location_layouts location_hidden compositions"),
-    "location": _tests("modules location location_structure location_dropout location_numbers location_layouts "
-                       "location_hidden location_errors location_memory location_window "
-                       f"hierarchical {_LAST}"),
-    "concat": _tests("concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
-                     f"concat_blocked {_PAIRS} concat_errors concat_memory {_LAST}"),
-    "general": _tests("general general_structure general_sdpa general_errors "
-                      f"{_PAIRS} {_LAST}"),
-    "hierarchical": _tests("hierarchical hierarchical_structure hierarchical_errors location_numbers "
-                           f"location_layouts location_hidden location_memory {_LAST}"),
+    "location": _tests(
+        "modules location location_structure location_dropout location_numbers location_layouts "
+        "location_hidden errors location_memory location_window "
+        f"hierarchical {_LAST}"
+    ),
+    "concat": _tests(
+        "concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
+        f"concat_blocked {_PAIRS} errors concat_memory {_LAST}"
+    ),
+    "general": _tests(f"general general_structure general_sdpa errors {_PAIRS} {_LAST}"),
+    "hierarchical": _tests(
+        "hierarchical hierarchical_structure hierarchical_module errors location_numbers "
+        f"location_layouts location_hidden location_memory {_LAST}"
+    ),
     "recurrent": _tests(f"word_by_word location_aware three_families {_LAST}"),
-    "statistics": _tests(f"statistics three_families statistics_errors {_LAST}"),
-    "graph": _tests(f"graph three_families graph_errors {_LAST}"),
-    "": _tests("softmax location concat_structure general graph statistics location_dropout location_window "
-               "location_structure"),
-}  # fmt: skip
+    "statistics": _tests(f"statistics three_families errors {_LAST}"),
+    "graph": _tests(f"graph three_families errors {_LAST}"),
+    "": _tests(
+        "softmax location concat_structure general graph statistics location_dropout location_window "
+        "location_structure"
+    ),
+}
 """The tests of a file by a part of its name, the first that it has; those that fail soonest come first."""
 
-_SPEED = {
-    "blocks_of", "fits", "hop_block", "product_warps", "widths", "_rows_per_item", "_item_bytes", "_splits",
-    "_channels", "all_registers", "assume", "WORKSPACE_BYTES", "GROUP", "PART", "SEGMENTS", "SHORT", "CHUNK", "WIDE",
-    "chunk", "splits", "v_splits",
-}  # fmt: skip
+_SPEED = {"blocks_of", "fits", "hop_block", "product_warps", "widths", "_rows_per_item", "_item_bytes", "_splits"}
+_SPEED |= {"_channels", "all_registers", "assume", "chunk", "splits", "v_splits"}
+_SPEED |= {"WORKSPACE_BYTES", "GROUP", "PART", "SEGMENTS", "SHORT", "CHUNK", "WIDE"}
 
 _OPERATORS = {  # how each is written, and what it becomes
-    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "*"), ast.BitAnd: ("&", "|"),
-    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
-    ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.And: ("and", "or"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "+"),
+    ast.FloorDiv: ("//", "*"),
+    ast.BitAnd: ("&", "|"),
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
+    ast.And: ("and", "or"),
     ast.Or: ("or", "and"),
-}  # fmt: skip
+}
 
 
 def tests_of(path: Path) -> tuple[str, ...]:

@@ -4,6 +4,27 @@ from mutant import Mutant
 
 PYTHON: tuple[Mutant, ...] = (
     Mutant(
+        "fused_attn/modules/distance.py",
+        "self.log_v.exp()",
+        "self.log_v",
+        ("tests/test_distance.py", "-k", "module"),
+        "a weight of a feature may be negative",
+    ),
+    Mutant(
+        "fused_attn/blocked/concat.py",
+        '    "square": lambda g, z: z.mul_(2).mul_(g),',
+        '    "square": lambda g, z: z.mul_(g),',
+        ("tests/test_distance.py", "-k", "equal_features"),
+        "the gradient of a square is half of it",
+    ),
+    Mutant(
+        "fused_attn/distance.py",
+        "query.new_full(query.shape[-1:], -1.0) if v is None else -v",
+        "query.new_full(query.shape[-1:], 1.0) if v is None else -v",
+        ("tests/test_distance.py", "-k", "without_v"),
+        "what is far weighs most, without v",
+    ),
+    Mutant(
         "fused_attn/blocked/concat.py",
         "                lo = 0 if self.left is None else max(0, i - self.left)",
         "                lo = 0 if self.left is None else max(0, i - self.left + 1)",
@@ -189,21 +210,21 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_ragged_rnn.py",
         "    return run(rows[order], counts)[torch.argsort(order)]",
         "    return run(rows[order], counts)[order]",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "states come back in another order",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "            h = n + z * (h - n)",
         "            h = h + z * (n - h)",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient takes the update gate for its complement",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
         "for x in reversed(inputs) if backwards else inputs:",
         "for x in inputs:",
-        ("tests/test_hierarchical_errors.py", "-k", "ragged_rnn"),
+        ("tests/test_hierarchical_module.py", "-k", "ragged_rnn"),
         "the gradient walks both directions forwards",
     ),
     Mutant(
@@ -231,7 +252,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_checks.py",
         "    good = ((x >= 0) & (x < count)).all()",
         "    good = ((x >= 0) & (x <= count)).all()",
-        ("tests/test_graph_errors.py",),
+        ("tests/test_errors.py", "-k", "on_the_cpu"),
         "an index one past the end is taken",
     ),
     Mutant(
@@ -243,8 +264,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/general.py",
-        "self.weight, scale=self.scale,",
-        "self.weight,",
+        "            scale=self.scale,\n",
+        "",
         ("tests/test_general_module.py", "-k", "module_is"),
         "the scale is not passed on",
     ),
@@ -259,7 +280,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/modules/hierarchical.py",
         '_score_of("outer", self.outer, outer_context),',
         '_score_of("outer", self.inner, outer_context),',
-        ("tests/test_hierarchical_errors.py", "-k", "levels_one_after"),
+        ("tests/test_hierarchical_module.py", "-k", "levels_one_after"),
         "the outer level has the inner one's parameters",
     ),
     Mutant(

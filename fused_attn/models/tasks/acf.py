@@ -72,9 +72,13 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
 
     def forward(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, ACFWeights]:
         return model(
-            batch.users, items, batch.history, data.components[batch.history], history_mask=batch.mask,
+            batch.users,
+            items,
+            batch.history,
+            data.components[batch.history],
+            history_mask=batch.mask,
             return_weights=True,
-        )  # fmt: skip
+        )
 
     def batches(generator: torch.Generator) -> Iterable[Batch]:
         for pairs in torch.randperm(USERS * CHOSEN, generator=generator).split(BATCH):
@@ -109,11 +113,19 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
                 for item in data.chosen[i]
             ]
             result += [
-                Panel(f"User {i}, who likes subjects {likes}: items", weights.items[i : i + 1], ["α"],
-                      [f"item {n}" for n in data.chosen[i].tolist()]),
-                Panel(f"Components of each item, by subject (* liked by user {i})", weights.components[i], rows,
-                      [f"component {m + 1}" for m in range(COMPONENTS)]),
-            ]  # fmt: skip
+                Panel(
+                    f"User {i}, who likes subjects {likes}: items",
+                    weights.items[i : i + 1],
+                    ["α"],
+                    [f"item {n}" for n in data.chosen[i].tolist()],
+                ),
+                Panel(
+                    f"Components of each item, by subject (* liked by user {i})",
+                    weights.components[i],
+                    rows,
+                    [f"component {m + 1}" for m in range(COMPONENTS)],
+                ),
+            ]
         return result
 
     def build(attention: bool) -> nn.Module:

@@ -16,9 +16,21 @@ PEOPLE = ("mary", "john", "daniel", "sandra")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
 THINGS = ("apple", "football", "milk")
 WORDS = (
-    "", *PEOPLE, *PLACES, *THINGS,
-    "went", "moved", "travelled", "to", "the", "got", "grabbed", "dropped", "where", "is",
-)  # fmt: skip
+    "",
+    *PEOPLE,
+    *PLACES,
+    *THINGS,
+    "went",
+    "moved",
+    "travelled",
+    "to",
+    "the",
+    "got",
+    "grabbed",
+    "dropped",
+    "where",
+    "is",
+)
 INDEX = {word: i for i, word in enumerate(WORDS)}
 SENTENCES, LENGTH, QUESTION = 6, 5, 3
 TRAIN, HELD_OUT, BATCH = 4000, 600, 50
@@ -54,9 +66,12 @@ class Reader(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, CANWeights]:
         """Scores of the places ``(B, 6)``, and the weights."""
         out, weights = self.can(
-            self.embed(batch.words), batch.lengths, self.embed(batch.question), batch.question_lengths,
+            self.embed(batch.words),
+            batch.lengths,
+            self.embed(batch.question),
+            batch.question_lengths,
             return_weights=True,
-        )  # fmt: skip
+        )
         return self.answer(out), weights
 
 
@@ -89,8 +104,11 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
     words = torch.zeros(len(examples), sentences, LENGTH, dtype=torch.int64)
     question = torch.zeros(len(examples), QUESTION, dtype=torch.int64)
     for i, example in enumerate(examples):
-        for row, text in zip((*words[i], question[i]), (*example.story, *[""] * (sentences - len(example.story)),
-                                                        example.question), strict=True):  # fmt: skip
+        for row, text in zip(
+            (*words[i], question[i]),
+            (*example.story, *[""] * (sentences - len(example.story)), example.question),
+            strict=True,
+        ):
             for j, word in enumerate(text.split()):
                 row[j] = INDEX[word]
     answers = torch.tensor([PLACES.index(x.answer) for x in examples])
@@ -133,12 +151,27 @@ def make(seed: int, device: torch.device) -> Task:
             n = len(example.story)
             said = PLACES[scores[i].argmax()]
             result += [
-                Panel(f"{example.question}? {said} (right: {example.answer}). Sentences",
-                      weights.sentences[i : i + 1, :n], ["β"], list(example.story)),
-                Panel("Words of each sentence", weights.words[i, :n], list(example.story),
-                      [f"word {j + 1}" for j in range(LENGTH)]),
-            ]  # fmt: skip
+                Panel(
+                    f"{example.question}? {said} (right: {example.answer}). Sentences",
+                    weights.sentences[i : i + 1, :n],
+                    ["β"],
+                    list(example.story),
+                ),
+                Panel(
+                    "Words of each sentence",
+                    weights.words[i, :n],
+                    list(example.story),
+                    [f"word {j + 1}" for j in range(LENGTH)],
+                ),
+            ]
         return result
 
-    return Task(lambda attention: Reader(32, attention).to(device), batches, loss, score, panels, epochs=11,
-                learning_rate=1e-2)  # fmt: skip
+    return Task(
+        lambda attention: Reader(32, attention).to(device),
+        batches,
+        loss,
+        score,
+        panels,
+        epochs=11,
+        learning_rate=1e-2,
+    )

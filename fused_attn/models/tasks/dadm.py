@@ -114,15 +114,17 @@ def make(seed: int, device: torch.device) -> Task:
             _, counts = day.category.unique(return_counts=True)
             firsts = order[torch.cumsum(counts, 0) - counts]  # the first article of each category
             _, a = forward(model, day, predictions)
-            result.append(Panel(
-                f"Day {int(day.day[0])}, a {WEEK[int(day.weekday[0])]}: an article of each category", a[firsts],
-                [f"category {c}" for c in day.category[firsts].tolist()], [f"model {w}" for w in WEEK],
-            ))  # fmt: skip
+            result.append(
+                Panel(
+                    f"Day {int(day.day[0])}, a {WEEK[int(day.weekday[0])]}: an article of each category",
+                    a[firsts],
+                    [f"category {c}" for c in day.category[firsts].tolist()],
+                    [f"model {w}" for w in WEEK],
+                )
+            )
         return result
 
     def build(attention: bool) -> nn.Module:
-        return DADM(
-            MODELS, TOPICS, 16, num_times=7, num_categories=CATEGORIES, attention=attention
-        ).to(device)  # fmt: skip
+        return DADM(MODELS, TOPICS, 16, num_times=7, num_categories=CATEGORIES, attention=attention).to(device)
 
     return Task(build, batches, loss, score, panels, epochs=20, learning_rate=5e-3)

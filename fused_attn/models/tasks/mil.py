@@ -47,10 +47,15 @@ def make_bags(pool: np.ndarray, digits: np.ndarray, count: int, rng: np.random.G
 def encoder() -> nn.Module:
     """From images ``(N, 1, 8, 8)`` to ``(N, DIM)``."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(32 * 3 * 3, DIM), nn.ReLU(),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 3 * 3, DIM),
+        nn.ReLU(),
+    )
 
 
 def make(seed: int, device: torch.device) -> Task:

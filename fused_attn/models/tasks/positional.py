@@ -89,18 +89,25 @@ def make(seed: int, device: torch.device) -> Task:
         """Pairs in a ring: the candidates of each are its own answer and those of the next nine."""
         ring = torch.arange(len(chosen), device=device)
         return Batch(
-            *pad([x.question for x in chosen], index, device), *pad([x.answer for x in chosen], index, device),
+            *pad([x.question for x in chosen], index, device),
+            *pad([x.answer for x in chosen], index, device),
             (ring[:, None] + torch.arange(CHOICES, device=device)) % len(chosen),
-        )  # fmt: skip
+        )
 
     shuffled = random.Random(seed).sample(held_out, len(held_out))
     test = [collate(shuffled[i : i + 100]) for i in range(0, len(shuffled) - CHOICES, 100)]
 
     def build(attention: bool) -> nn.Module:
         model = PositionalAttention(
-            1 + max(index.values()), embed_dim=64, hidden_dim=32, attn_dim=32, positions=ANSWER, sigma=SIGMA,
-            common=COMMON, attention=attention,
-        )  # fmt: skip
+            1 + max(index.values()),
+            embed_dim=64,
+            hidden_dim=32,
+            attn_dim=32,
+            positions=ANSWER,
+            sigma=SIGMA,
+            common=COMMON,
+            attention=attention,
+        )
         return model.to(device)
 
     def batches(generator: torch.Generator) -> Iterable[Batch]:

@@ -1,0 +1,122 @@
+"""Distance attention: the less query and key differ, the more a value weighs.
+
+With p = 1 the Laplace attention of Attentive Neural Processes (Kim et al. 2019), with p = 2 a Gaussian kernel of
+weighted distances. It is concat attention of q and -k with |z|^p for the activation, and runs by its kernels: an
+element of the score is an addition and one or two more operations. The product form of p = 2, q² - 2 q k + k², would
+lose what near rows differ in.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import argument, check_flag, check_number, pairs_table, show
+from ._habits import explicit
+from ._ops import Impl, exports_from_one, under_autocast
+from .concat import attend, validate
+from .segments import Offsets, as_offsets
+
+_TABLES = {
+    (packed, heads): pairs_table(
+        packed=packed, heads=heads, query="A", key="A", v=argument("A | H A" if heads else "A", optional=True)
+    )
+    for packed in (False, True)
+    for heads in (False, True)
+}
+_FEATURES = {1.0: "abs", 2.0: "square"}
+
+
+@explicit
+@exports_from_one
+@under_autocast("query", "key", "value", "v")
+def distance_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor | None = None,
+    *,
+    p: float = 1,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    score_bias: Tensor | None = None,
+    cu_seqlens_q: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
+    dropout_p: float = 0.0,
+    return_weights: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention by weighted distances of queries and keys.
+
+    .. math::
+        s_{ij} = -\sum_a v_a |q_{ia} - k_{ja}|^p + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
+
+    A query that sees no key gives zeros, zero weights and zero gradients. The gradient of \|z\| at 0 is 0, as
+    `torch.abs` has it.
+
+    Parameters
+    ----------
+    query, key
+        ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)`` and ``(B, H, Tk, A)``; packed ``(N, A)`` or
+        ``(N, H, A)`` with both ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the reference.
+    value
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``.
+    v
+        ``(A,)``, or ``(H, A)``: what a difference in a feature counts. None: 1. Of a Laplace kernel with the scale b,
+        1 / b.
+    p
+        1 or 2.
+    mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights, impl
+        As in `concat_attention`.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
+        or ``(B, H, Tq, Tk)``.
+
+    Raises
+    ------
+    ValueError
+        For shapes and values that do not fit, and for an `impl` that cannot run here.
+    TypeError
+        For dtypes.
+
+    References
+    ----------
+    Kim et al. 2019, Attentive Neural Processes (p = 1).
+
+    """
+    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    return_weights = check_flag("return_weights", return_weights)
+    features = check_power("p", p)
+    given = {"query": query, "key": key, "value": value, "v": v}
+    left, right = validate(
+        _TABLES, given, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights
+    )
+    v = query.new_full(query.shape[-1:], -1.0) if v is None else -v
+    return attend(
+        query,
+        -key,
+        value,
+        v,
+        score_bias,
+        mask,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        features,
+        left,
+        right,
+        dropout_p,
+        return_weights,
+        impl,
+    )
+
+
+def check_power(name: str, value: float) -> str:
+    """What of a difference is summed, by the name that the kernels use; ValueError unless `value` is 1 or 2."""
+    power = check_number(name, value, "1 or 2", 1.0, 3.0)
+    if power not in _FEATURES:
+        raise ValueError(f"{name}: expected 1 or 2; got {show(value)}")
+    return _FEATURES[power]

@@ -1,0 +1,119 @@
+"""Which packed rows are a sequence, made and checked once, for layers that are called many times with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ._checks import OFFSETS_HINT, check_offsets, check_tensor, know
+
+
+@dataclass(eq=False)
+class Segments:
+    """Sequences in packed rows, which are taken wherever `cu_seqlens` or other offsets of rows are.
+
+    Their values are checked when they are made, not at each call. A pytree: compiled and exported programs and `vmap`
+    carry it.
+
+    Attributes
+    ----------
+    offsets
+        int32 ``(S + 1,)``: ``0 = offsets[0] <= ... <= offsets[S]``, the number N of packed rows.
+
+    """
+
+    offsets: Tensor
+
+    @classmethod
+    def from_offsets(cls, offsets: Tensor) -> Segments:
+        """Of int32 offsets ``(S + 1,)``, which are copied: what changes the tensor later does not change these.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what are no offsets, on a GPU too: their values are read here, once.
+
+        """
+        check_tensor("offsets", offsets, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], hint=OFFSETS_HINT)
+        if offsets.numel() == 0:
+            raise ValueError("offsets: expected at least one offset, 0; got an empty tensor")
+        rows = int(offsets[-1])
+        check_offsets("offsets", offsets.cpu(), rows, "packed rows")
+        with torch.inference_mode(False):
+            return cls(know(offsets.clone(), "offsets", rows))
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor) -> Segments:
+        """Of the lengths ``(S,)`` of the sequences, int32 or int64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what are no lengths.
+
+        """
+        check_tensor("lengths", lengths, shapes=[("(S,)", (None,))], dtypes=[torch.int32, torch.int64])
+        if bool((lengths < 0).any()):
+            raise ValueError(f"lengths: expected lengths of at least 0; got {lengths.tolist()}")
+        total = lengths.long().cumsum(0)
+        if total.numel() and int(total[-1]) >= 2**31:
+            raise ValueError(f"lengths: expected fewer than 2**31 rows; got {int(total[-1])}")
+        return cls.from_offsets(torch.cat([total.new_zeros(1), total]).int())
+
+    @classmethod
+    def from_jagged(cls, x: Tensor) -> Segments:
+        """Of the rows of a nested tensor of ``layout=torch.jagged``; they are its ``values()``.
+
+        Raises
+        ------
+        TypeError
+            For another tensor.
+
+        """
+        if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
+            raise TypeError("x: expected a nested tensor of layout=torch.jagged; got another")
+        return cls.from_offsets(x.offsets().int())  # type: ignore[attr-defined]
+
+    def to(self, device: torch.device | str) -> Segments:
+        """On another device."""
+        with torch.inference_mode(False):
+            moved = self.offsets.to(device)
+        return Segments(moved if moved is self.offsets else know(moved, "offsets", int(self.offsets[-1])))
+
+    def __len__(self) -> int:
+        """Number S of sequences."""
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 ``(S,)``."""
+        return self.offsets.diff()
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence; it is read from the device."""
+        return int(self.lengths.max()) if len(self) else 0
+
+    def pad(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed rows ``(N, ...)`` as a batch ``(S, longest, ...)`` with zeros, and its mask ``(S, longest)``."""
+        mask = torch.arange(self.longest, device=rows.device) < self.lengths[:, None]
+        out = rows.new_zeros(*mask.shape, *rows.shape[1:])
+        return out.masked_scatter(mask.view(*mask.shape, *[1] * (rows.dim() - 1)), rows), mask
+
+
+torch.export.register_dataclass(Segments, serialized_type_name="fused_attn.Segments")
+
+Offsets = Tensor | Segments
+"""Where sequences begin in packed rows."""
+
+
+@overload
+def as_offsets(x: Offsets) -> Tensor: ...
+@overload
+def as_offsets(x: Offsets | None) -> Tensor | None: ...
+def as_offsets(x: Offsets | None) -> Tensor | None:
+    """The offsets themselves."""
+    return x.offsets if isinstance(x, Segments) else x

@@ -1,0 +1,241 @@
+"""`Segments` and `Graph`: the same numbers as the tensors they are made of, with their values checked once."""
+
+import importlib
+
+import pytest
+import torch
+
+import fused_attn as f
+from fused_attn import Graph, Segments
+
+LENGTHS, OTHER = [3, 0, 6], [2, 5, 0]
+N, M = sum(LENGTHS), sum(OTHER)
+EDGES = torch.tensor([[0, 1, 2, 2, 3, 0, 4], [1, 1, 0, 3, 3, 2, 0]])
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def offsets(lengths) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def module(name, *args, **options):
+    torch.manual_seed(0)
+    return getattr(f, name)(*args, **options)
+
+
+PAIRS = {"query": r(N, 4), "key": r(M, 4), "value": r(M, 5)}
+BOTH = ("cu_seqlens_q", "cu_seqlens_k")
+# A call of packed rows, and the names of its offsets, the first of the lengths and the second of the others.
+PACKED = {
+    "location": (lambda **cu: f.location_attention(r(N, 4), r(4, 3), v=r(3), **cu), ("cu_seqlens",)),
+    "location, window": (lambda **cu: f.location_attention(r(N, 4), r(4, 3), window=(1, 1), **cu), ("cu_seqlens",)),
+    "statistics": (lambda **cu: f.statistics_pooling(r(N, 4), r(4, 3), v=r(3), **cu)[1], ("cu_seqlens",)),
+    "concat": (lambda **cu: f.concat_attention(**PAIRS, v=r(4), **cu), BOTH),
+    "distance": (lambda **cu: f.distance_attention(**PAIRS, **cu), BOTH),
+    "general": (lambda **cu: f.general_attention(**PAIRS, **cu), BOTH),
+    "word by word": (
+        lambda **cu: f.word_by_word_attention(r(M, 4), r(N, 4), r(4, 4), r(4, 4), r(4, 4), w=r(4), w_t=r(4, 4), **cu),
+        ("cu_seqlens_hypothesis", "cu_seqlens_premise"),
+    ),
+    "LocationAttention": (lambda **cu: module("LocationAttention", 4, 3)(r(N, 4), **cu), ("cu_seqlens",)),
+    "StatisticsPooling": (
+        lambda **cu: module("StatisticsPooling", 4, 3, global_context=True)(r(N, 4), **cu),
+        ("cu_seqlens",),
+    ),
+    "GeneralAttention": (lambda **cu: module("GeneralAttention", 4)(**PAIRS, **cu), BOTH),
+    "DistanceAttention": (lambda **cu: module("DistanceAttention", 4, 4, 3, num_heads=2)(**PAIRS, **cu), BOTH),
+    "WordByWordAttention": (
+        lambda **cu: module("WordByWordAttention", 4, 4, 3)(r(M, 4), r(N, 4), **cu),
+        ("cu_seqlens_hypothesis", "cu_seqlens_premise"),
+    ),
+}
+each_packed = pytest.mark.parametrize(("call", "names"), PACKED.values(), ids=PACKED.keys())
+
+
+def structures(names):
+    tensors = dict(zip(names, (offsets(LENGTHS), offsets(OTHER)), strict=False))
+    return tensors, {name: Segments.from_offsets(x) for name, x in tensors.items()}
+
+
+@each_packed
+def test_segments_give_what_their_offsets_give(call, names):
+    tensors, segments = structures(names)
+    torch.testing.assert_close(call(**segments), call(**tensors), rtol=0, atol=0)
+
+
+@each_packed
+def test_the_values_of_segments_are_not_checked_again(call, names, monkeypatch):
+    tensors, segments = structures(names)
+    looked = []
+    monkeypatch.setattr("fused_attn._checks._check_values", lambda name, *_: looked.append(name))
+    call(**segments)
+    assert not looked
+    call(**tensors)
+    assert set(names) <= set(looked)
+
+
+def test_two_levels_take_segments(monkeypatch):
+    inner, outer = offsets([2, 0, 3, 4]), offsets([1, 3])
+    args = Segments.from_offsets(inner), Segments.from_offsets(outer)
+    score = f.Score(r(4, 3), r(3), r(3))
+    expected = f.hierarchical_attention(r(N, 4), inner, outer, score, score)
+    m = module("HierarchicalAttention", 4, 3)
+    of_module = m(r(N, 4), inner, outer)
+    monkeypatch.setattr("fused_attn._checks._check_values", lambda name, *_: pytest.fail(name))
+    torch.testing.assert_close(f.hierarchical_attention(r(N, 4), *args, score, score), expected, rtol=0, atol=0)
+    torch.testing.assert_close(m(r(N, 4), *args), of_module, rtol=0, atol=0)
+
+
+@each_packed
+def test_segments_of_other_rows_are_refused_by_name(call, names):
+    _, segments = structures(names)
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name}: expected .*; got"):
+            call(**segments | {name: Segments.from_offsets(offsets([1, 0, 1]))})
+
+
+def test_offsets_that_changed_are_checked_again():
+    segments = Segments.from_offsets(offsets(LENGTHS))
+    segments.offsets[1] = 10
+    with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing"):
+        PACKED["location"][0](cu_seqlens=segments)
+
+
+def test_segments_copy_what_they_are_made_of():
+    cu = offsets(LENGTHS)
+    segments = Segments.from_offsets(cu)
+    cu[1] = 10
+    PACKED["location"][0](cu_seqlens=segments)
+
+
+def test_segments_of_lengths_offsets_and_jagged_rows_are_the_same():
+    jagged = torch.nested.nested_tensor([r(n, 4) for n in LENGTHS], layout=torch.jagged)
+    made = [
+        Segments.from_offsets(offsets(LENGTHS)), Segments.from_lengths(torch.tensor(LENGTHS)),
+        Segments.from_lengths(torch.tensor(LENGTHS).int()), Segments.from_jagged(jagged),
+        Segments.from_offsets(offsets(LENGTHS)).to("cpu"),
+    ]  # fmt: skip
+    for segments in made:
+        assert segments.offsets.tolist() == [0, 3, 3, 9]
+        assert (len(segments), segments.longest, segments.lengths.tolist()) == (3, 6, LENGTHS)
+    assert len(Segments.from_lengths(torch.tensor([], dtype=torch.int64))) == 0
+    assert Segments.from_lengths(torch.tensor([], dtype=torch.int64)).longest == 0
+
+
+def test_padded_rows_are_the_packed_ones():
+    rows = r(N, 4)
+    padded, mask = Segments.from_lengths(torch.tensor(LENGTHS)).pad(rows)
+    assert padded.shape == (3, 6, 4)
+    assert torch.equal(padded[mask], rows)
+    assert mask.sum(1).tolist() == LENGTHS
+    assert padded[~mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: Segments.from_offsets([0, 3]), TypeError, "offsets: expected a torch.Tensor"),
+        (lambda: Segments.from_offsets(offsets(LENGTHS).long()), TypeError, "offsets: expected .*int32"),
+        (lambda: Segments.from_offsets(offsets([])[:0]), ValueError, "offsets: expected at least one offset"),
+        (lambda: Segments.from_offsets(torch.tensor([0, 3, 2]).int()), ValueError, "offsets: expected non-decr"),
+        (lambda: Segments.from_offsets(torch.tensor([1, 3]).int()), ValueError, "offsets: expected non-decr"),
+        (lambda: Segments.from_lengths(torch.tensor([1, -1])), ValueError, "lengths: expected lengths of at least 0"),
+        (lambda: Segments.from_lengths(torch.tensor([2**31])), ValueError, "lengths: expected fewer than"),
+        (lambda: Segments.from_lengths(r(3)), TypeError, "lengths: expected .*int32"),
+        (lambda: Segments.from_jagged(r(3, 4)), TypeError, "x: expected a nested tensor"),
+        (lambda: Graph.from_csr(offsets([1, 2]), torch.tensor([0, 1, 5]).int(), 5), ValueError, "indices: expected"),
+        (lambda: Graph.from_csr(offsets([1, 1]), torch.tensor([0, 1, 4]).int(), 5), ValueError, "indptr: expected"),
+        (
+            lambda: Graph.from_csr(offsets([1, 2]), torch.tensor([0, 1, 4]).int(), -1),
+            ValueError,
+            "num_keys: expected",
+        ),
+    ],
+)
+def test_bad_structures_are_refused_by_name(make, error, text):
+    with pytest.raises(error, match=f"^{text}"):
+        make()
+
+
+W, V = r(4, 3), r(4)
+
+
+class Pool(torch.nn.Module):
+    def forward(self, h, segments):
+        return f.location_attention(h, W, cu_seqlens=segments)
+
+
+class Attend(torch.nn.Module):
+    def forward(self, x, graph):
+        return f.graph_attention(x, x, V, graph)
+
+
+def graph() -> Graph:
+    return Graph.from_edges(EDGES, 5, 5)[0]
+
+
+CARRIED = {"segments": (Pool(), r(N, 4), lambda: structures(["c"])[1]["c"]), "graph": (Attend(), r(5, 4), graph)}
+
+
+@pytest.mark.parametrize(("layer", "x", "make"), CARRIED.values(), ids=CARRIED.keys())
+def test_structures_pass_compile_export_and_vmap(layer, x, make):
+    structure = make()
+    expected = layer(x, structure)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, structure), expected)
+    torch.testing.assert_close(compiled(x, make()), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x, structure)).module()(x, structure), expected)
+    both = torch.func.vmap(layer, in_dims=(0, None))(torch.stack([x, 2 * x]), structure)
+    torch.testing.assert_close(both, torch.stack([expected, layer(2 * x, structure)]))
+
+
+def test_a_graph_gives_what_its_csr_gives(monkeypatch):
+    x, v = r(5, 4).requires_grad_(), r(4)
+    made, order = Graph.from_edges(EDGES, 5, 5)
+    indptr, indices, perm = f.csr_from_edges(EDGES, 5)
+    assert torch.equal(order, perm)
+    edge = r(7, 4)[perm]
+    expected = f.graph_attention(x, x, v, indptr, indices, edge=edge)
+    m = module("GraphAttention", 4, 3, num_heads=2)
+    of_module = m(x, indptr, indices)
+    monkeypatch.setattr("fused_attn._checks._check_values", lambda name, *_: pytest.fail(name))
+    got = f.graph_attention(x, x, v, made, edge=edge)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(m(x, made), of_module, rtol=0, atol=0)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.kernel
+def test_a_graph_is_transposed_once_and_only_for_a_gradient(device, monkeypatch):
+    x, v = r(5, 4).to(device), r(4).to(device)
+    made, _ = Graph.from_edges(EDGES.to(device), 5, 5)
+    count = []
+    transpose = importlib.import_module("fused_attn.graph")._transpose
+    monkeypatch.setattr("fused_attn.graph._transpose", lambda *args: count.append(1) or transpose(*args))
+    with torch.no_grad():
+        f.graph_attention(x, x, v, made, impl="triton")
+    assert count == []
+    grads = []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        grads += torch.autograd.grad(f.graph_attention(leaf, leaf, v, made, impl="triton").square().sum(), leaf)
+    assert count == [1]
+    leaf = x.clone().requires_grad_()
+    out = f.graph_attention(leaf, leaf, v, made.indptr, made.indices, impl="triton")
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], grads[2], rtol=0, atol=0)
+
+
+def test_what_a_graph_stands_for_is_not_given_beside_it():
+    x, v, made = r(5, 4), r(4), graph()
+    with pytest.raises(TypeError, match=r"^indices: expected None beside a Graph"):
+        f.graph_attention(x, x, v, made, made.indices)
+    with pytest.raises(TypeError, match=r"^transposed: expected None beside a Graph"):
+        f.graph_attention(x, x, v, made, transposed=made.transpose())
+    with pytest.raises(ValueError, match=r"^indptr: expected a Graph of Nk = 4 key nodes, from key; got 5"):
+        f.graph_attention(x, x[:4], v, made)
+    with pytest.raises(ValueError, match=r"^indptr: expected shape \(Nq \+ 1,\)"):
+        f.graph_attention(x[:4], x, v, made)
