@@ -14,7 +14,8 @@ import torch
 
 from bench import run, run_table
 from bench.families import REGISTRY
-from bench.families.problem import MODES, Case, Cost, Op, ragged_lengths, visible_pairs
+from bench.families.problem import MODES, Case, Cost, Op
+from bench.families.sizes import ragged_lengths, visible_pairs
 from bench.peers import Peer
 from fused_attn import concat_attention, location_attention
 

@@ -16,24 +16,8 @@ from fused_attn import concat_attention
 
 from ..peers import Peer, concat_flex, concat_keops
 from .compile_case import PairCase, blocks
-from .problem import (
-    BF16,
-    F16,
-    F32,
-    Case,
-    Cost,
-    Inputs,
-    Op,
-    Sizes,
-    costs,
-    count_rows,
-    drawing,
-    index_bytes,
-    shape_of,
-    structure_of,
-    visible_pairs,
-    window_of,
-)
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, count_rows, drawing, index_bytes, shape_of, structure_of, visible_pairs, window_of
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:

@@ -8,7 +8,8 @@ from typing import Any
 from fused_attn import distance_attention
 
 from .concat import ConcatCase, _cost, _inputs
-from .problem import BF16, F32, Case, Op, Sizes, window_of
+from .problem import BF16, F32, Case, Op, Sizes
+from .sizes import window_of
 
 _NP = {"Tq": 1024, "Tk": 1024, "A": 128, "Dv": 128}
 
@@ -27,9 +28,7 @@ OP = Op(
         Case("laplace", {"B": 16, **_NP, "p": 1}, check={"B": 4}),
         Case("laplace", {"B": 16, **_NP, "p": 1}, F32, check={"B": 4}),
         Case("squares", {"B": 16, **_NP, "p": 2}, check={"B": 4}),
-        Case(
-            "laplace-small", {"B": 4, "Tq": 256, "Tk": 512, "A": 128, "Dv": 128, "p": 1}, F32, "cpu", check={"B": 2}
-        ),
+        Case("laplace-small", {"B": 4, **_NP, "Tq": 256, "Tk": 512, "p": 1}, F32, "cpu", check={"B": 2}),
     ),
 )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,14 +100,14 @@ def _window(r: _Draw) -> WindowCase:
     )
 
 
-def _concat(r: _Draw) -> ConcatCase:
+def _concat(r: _Draw, activations: tuple[str, ...] = ACTIVATIONS) -> ConcatCase:
     ragged = r.yes(0.3)
     return ConcatCase(
         r.dtype(),
         r.size(64),
         r.size(16),
         *(r.size(2048) for _ in range(4)),
-        r.choice(ACTIVATIONS),
+        r.choice(activations),
         mask=None if ragged else r.choice((None, 2, 3)),
         window=r.window(),
         bias=not ragged and r.yes(0.3),
@@ -224,6 +225,7 @@ DRAW: tuple[tuple[str, Callable[[_Draw], Any]], ...] = (
     ("location", _location),
     ("general", _general),
     ("location", _linear_hops),
+    ("distance", partial(_concat, activations=("abs", "square"))),
 )
 
 

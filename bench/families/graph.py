@@ -16,7 +16,8 @@ from torch import Tensor
 from fused_attn import csr_from_edges, graph_attention, transpose_csr
 
 from .compile_case import CompileCase, blocks
-from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes, costs, drawing
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, drawing
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:

@@ -19,7 +19,8 @@ from fused_attn import Score, hierarchical_attention
 
 from ..peers import Peer, hierarchical_padded
 from .compile_case import CompileCase, blocks
-from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes, costs, drawing, offsets_of
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, drawing, offsets_of
 
 
 def _lengths(sizes: Sizes) -> tuple[list[int], list[int]]:

@@ -16,22 +16,8 @@ from torch import Tensor
 from fused_attn import location_attention
 
 from .compile_case import CompileCase, SequenceCase, blocks
-from .problem import (
-    BF16,
-    F16,
-    F32,
-    Case,
-    Cost,
-    Inputs,
-    Op,
-    Sizes,
-    costs,
-    count_sequences,
-    drawing,
-    shape_of,
-    structure_of,
-    window_of,
-)
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, count_sequences, drawing, shape_of, structure_of, window_of
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:

@@ -15,23 +15,8 @@ import torch
 from fused_attn import word_by_word_attention
 
 from .compile_case import CompileCase, blocks
-from .problem import (
-    BF16,
-    F16,
-    F32,
-    Case,
-    Cost,
-    Inputs,
-    Op,
-    Sizes,
-    costs,
-    count_rows,
-    drawing,
-    index_bytes,
-    shape_of,
-    structure_of,
-    visible_pairs,
-)
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, count_rows, drawing, index_bytes, shape_of, structure_of, visible_pairs
 
 
 def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
