@@ -36,7 +36,7 @@ from torch import Tensor
 from .activations import activate
 from .arguments import constants, entries, head_ptr, heads, launch, pair_at, pair_ptr, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
-from .concat_factors import FACTOR, factors, readable, row_of, rows_of, tile_at
+from .concat_factors import FACTOR, factors, readable, rows_before, rows_of, tile_at
 from .masks import Items, dropout, dropout_scale, key_range, row_codes, visible_pairs
 from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
@@ -178,8 +178,9 @@ def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
 
 
 @triton.jit
-def _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size):
+def _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size):
     """The output and (m, l) of a tile whose program has seen all its keys."""
+    rows = before + q_at
     store_lse(result.lse + rows * 2, m, l, q_inside)
     tl.store(result.out + rows[:, None] * size.DV + dv[None, :], acc * finish(l)[:, None], mask=keep)
 
@@ -218,7 +219,7 @@ def _concat_fwd_kernel(
     q_at = (q_start + i).to(tl.int64)
     q_ptrs = head_ptr(q, seq, head) + q_at * q.stride_t
     q_keep = readable(q_inside, q_rows, seq, q_at, flags)
-    rows = row_of(seq, head, q_at, q_side, Tq, size.H)
+    before = rows_before(seq, head, q_side, Tq, size.H)
     k_ptr = head_ptr(k, seq, head)
     value_ptr = head_ptr(value, seq, head)
     v_ptr = v.ptr + head * size.AP
@@ -254,7 +255,7 @@ def _concat_fwd_kernel(
         s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
-            pair = row_of(seq, head, i[:, None], q_side, Tq, size.H) * Tk + j[None, :]
+            pair = (before + i[:, None]) * Tk + j[None, :]
             tl.store(result.scores + pair, s, mask=q_inside[:, None] & k_inside[None, :])
         m_new = tl.maximum(m, tl.max(s, axis=1))
         shift = pivot(m_new)
@@ -266,7 +267,7 @@ def _concat_fwd_kernel(
             p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
         v_keep = k_keep
         if k_side.codes is not None:
-            code = tl.load(k_side.codes + row_of(seq, head, k_at, k_side, Tk, size.H), mask=k_keep, other=0)
+            code = tl.load(k_side.codes + rows_before(seq, head, k_side, Tk, size.H) + k_at, mask=k_keep, other=0)
             v_keep = code == 1
             p = tl.where(shown & (code == 3)[None, :], float("nan"), p)
         values = tl.load(
@@ -278,12 +279,12 @@ def _concat_fwd_kernel(
 
     keep = q_inside[:, None] & (dv < size.DV)[None, :]
     if result.o is None:
-        _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size)
+        _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size)
     else:
         if splits == 1:
-            _store_whole(result, rows, dv, acc, m, l, q_inside, keep, size)
+            _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size)
         else:
-            rows = rows * splits + split
+            rows = (before + q_at) * splits + split
             tl.store(result.m + rows, m, mask=q_inside)
             tl.store(result.l + rows, l, mask=q_inside)
             tl.store(result.o + rows[:, None] * size.DV + dv[None, :], acc, mask=keep)

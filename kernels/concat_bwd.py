@@ -34,7 +34,7 @@ from torch import Tensor
 from .arguments import head_ptr, launch, untold
 from .chip import LENGTHS, LONG, Chip, pow2, tile_rows, unpressed
 from .concat import Call, prepare
-from .concat_factors import factors, readable, row_of, rows_of, tile_at
+from .concat_factors import factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Saved, Workspace, gradient_tile, staying, walk_tile
 from .masks import key_range
 from .products import add_product
@@ -181,7 +181,7 @@ def _concat_bwd_dq_kernel(
         if not flags.EXACT:
             s1 = total[:, None] - 2.0 * s1
     part = split.to(tl.int64) * (q_side.num_seqs >> 2)
-    rows = part * size.H * Tq + row_of(seq, head, at, q_side, Tq, size.H)
+    rows = part * size.H * Tq + (rows_before(seq, head, q_side, Tq, size.H) + at)
     some = (lo + m < hi)[:, None] & (d < size.A)[None, :]
     tl.store(grads.q + rows[:, None] * size.A + d[None, :], vector * s2, mask=some)
     item = part * (q_side.per_seq >> 2) * size.H + q_tile
@@ -265,7 +265,7 @@ def _concat_bwd_dk_kernel(
     vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
     if flags.ACT == "tanh":
         s2 *= 4.0
-    ptrs = grads.k + row_of(seq, head, at, k_side, Tk, size.H)[:, None] * size.A + d[None, :]
+    ptrs = grads.k + rows_before(seq, head, k_side, Tk, size.H) * size.A + at[:, None] * size.A + d[None, :]
     some = (j < k_hi)[:, None] & (d < size.A)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
 
@@ -298,6 +298,7 @@ def _concat_bwd_dvalue_kernel(
     r = tl.arange(0, blocks.R)
     m = tl.arange(0, blocks.M)
     j = k_lo + offset + r
+    before = rows_before(seq, head, q_side, Tq, size.H)
     acc = tl.zeros([blocks.R, blocks.DV], tl.float32)
     q_tile0 = tl.maximum(q_item0 - q_first, 0)
     q_tile1 = tl.minimum(q_item0 + q_items - q_first, tl.cdiv(tl.maximum(q_length, 0), blocks.M))
@@ -312,13 +313,13 @@ def _concat_bwd_dvalue_kernel(
             slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
             p = tl.load(work.p + slot + (offset + r)[:, None] * blocks.M + m[None, :])
             do = tl.load(
-                saved.do + row_of(seq, head, q_at, q_side, Tq, size.H)[:, None] * size.DV + d[None, :],
+                saved.do + (before + q_at)[:, None] * size.DV + d[None, :],
                 mask=q_keep[:, None] & (d < size.DV)[None, :],
                 other=0.0,
             )
             acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
-    rows = row_of(seq, head, (k_start + j).to(tl.int64), k_side, Tk, size.H)
-    ptrs = grads.value + rows[:, None] * size.DV + d[None, :]
+    at = (k_start + j).to(tl.int64)
+    ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at[:, None] * size.DV + d[None, :]
     some = (j < k_hi)[:, None] & (d < size.DV)[None, :]
     tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + acc, mask=some)
 

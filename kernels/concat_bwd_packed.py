@@ -22,7 +22,7 @@ from .arguments import head_ptr, launch, untold
 from .chip import LENGTHS, all_registers
 from .concat import Call
 from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
-from .concat_factors import row_of, rows_of, tile_at
+from .concat_factors import rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Workspace, gradient_tile, staying, walk_tile
 from .masks import key_range
 
@@ -57,7 +57,7 @@ def _concat_bwd_queries_kernel(
     at = (q_start + lo + m).to(tl.int64)
     q_keep = lo + m < hi
     q_ptrs = head_ptr(q, seq, head) + at * q.stride_t
-    rows = row_of(seq, head, at, q_side, Tq, size.H)
+    dq_ptrs = grads.q + rows_before(seq, head, q_side, Tq, size.H) * size.A + at * size.A
     q_tile = q_item.to(tl.int64) * size.H + head
     first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
     tile0 = first // blocks.N
@@ -129,7 +129,7 @@ def _concat_bwd_queries_kernel(
                     total = tl.sum(tl.load(work.g + slot + n[:, None] * blocks.M + m[None, :]), axis=0)
                     s1 = total[:, None] - 2.0 * s1
             vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-            ptrs = grads.q + rows[:, None] * size.A + d[None, :]
+            ptrs = dq_ptrs[:, None] + d[None, :]
             some = q_keep[:, None] & (d < size.A)[None, :]
             tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
             ptrs = grads.v + q_tile * size.AP + d
@@ -265,12 +265,12 @@ def _add_to_keys(
     safe = tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE
     count = tl.minimum(blocks.M, tl.cdiv(hi - lo, 2) * 2)
     q_keep = lo + m < hi
-    do_ptrs = saved.do + row_of(seq, head, row0 + m, q_side, Tq, size.H) * size.DV
+    do_ptrs = saved.do + rows_before(seq, head, q_side, Tq, size.H) * size.DV + (row0 + m) * size.DV
+    before = rows_before(seq, head, k_side, Tk, size.H)
     for r0 in range(0, tl.minimum(blocks.N, k_hi - k_lo), blocks.R):
         j = k_lo + r0 + r
         k_keep = j < k_hi
         at = (k_start + j).to(tl.int64)
-        rows = row_of(seq, head, at, k_side, Tk, size.H)
         if grads.k is not None:
             for d0 in range(0, size.AP, blocks.D):
                 d = d0 + tl.arange(0, blocks.D)
@@ -302,7 +302,7 @@ def _add_to_keys(
                 if flags.ACT == "tanh":
                     s2 *= 4.0
                 vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-                ptrs = grads.k + rows[:, None] * size.A + d[None, :]
+                ptrs = grads.k + before * size.A + at[:, None] * size.A + d[None, :]
                 some = k_keep[:, None] & (d < size.A)[None, :]
                 tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
         if grads.value is not None:
@@ -311,7 +311,7 @@ def _add_to_keys(
                 d = d0 + tl.arange(0, blocks.DV)
                 some = (d < size.DV)[None, :]
                 do = tl.load(do_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & some, other=0.0)
-                ptrs = grads.value + rows[:, None] * size.DV + d[None, :]
+                ptrs = grads.value + before * size.DV + at[:, None] * size.DV + d[None, :]
                 old = tl.load(ptrs, mask=k_keep[:, None] & some, other=0.0)
                 new = tl.dot(p.to(flags.COMPUTE), do.to(flags.COMPUTE), input_precision=flags.PRECISION)
                 tl.store(ptrs, old + new, mask=k_keep[:, None] & some)

@@ -50,12 +50,12 @@ def rows_of(seq, side, T):
 
 
 @triton.jit
-def row_of(seq, head, rows, side, T, H):
-    """Numbers of rows among those of all heads, of contiguous tensors (B, H, T); packed B = 1. seq, head: int64."""
+def rows_before(seq, head, side, T, H):
+    """Rows of a contiguous tensor (B, H, T) before those of a head, of a sequence; packed B = 1. Both are int64."""
     if side.cu is None:
-        return (seq * H + head) * T + rows
+        return (seq * H + head) * T
     else:
-        return head * T + rows
+        return head * T
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import entry_ptr, head_ptr
 from .concat import add_bias, concat_scores, reciprocal
-from .concat_factors import readable, row_of
+from .concat_factors import readable, rows_before
 from .masks import dropout_scale, key_range
 from .products import add_product
 from .softmax import exp, load_lse
@@ -100,7 +100,9 @@ def gradient_tile(
             blocks,
         )
         s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
-        rows = row_of(seq, head, q_at, q_side, Tq, size.H)
+        before = rows_before(seq, head, q_side, Tq, size.H)
+        rows = before + q_at
+        wide = before * size.DV + q_at * size.DV
         top, inv = load_lse(saved.lse + rows * 2, q_keep)
         delta = tl.load(saved.delta + rows, mask=q_keep, other=0.0)
         p = tl.where(shown, exp(s - top[:, None], flags.EXACT and flags.FMA) * inv[:, None], 0.0)
@@ -112,14 +114,14 @@ def gradient_tile(
         value_ptrs = head_ptr(value, seq, head) + k_at * value.stride_t
         if flags.EXACT:
             for d in range(0, size.DV):
-                do = tl.load(saved.do + rows * size.DV + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
-                out = tl.load(saved.out + rows * size.DV + d, mask=q_keep, other=0.0)[:, None]
+                do = tl.load(saved.do + wide + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+                out = tl.load(saved.out + wide + d, mask=q_keep, other=0.0)[:, None]
                 values = tl.load(value_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
                 if dropout.seed is not None:
                     values *= kept
                 dp = tl.fma(do, values - out, dp)
         else:
-            do_ptrs = saved.do + rows * size.DV
+            do_ptrs = saved.do + wide
             for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + tl.arange(0, blocks.DV)
                 some = (d < size.DV)[None, :]
@@ -129,7 +131,7 @@ def gradient_tile(
             if dropout.seed is not None:
                 dp *= kept
         g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN
-        pair = row_of(seq, head, i[:, None], q_side, Tq, size.H) * Tk + j[None, :]
+        pair = (before + i[:, None]) * Tk + j[None, :]
         if saved.scores is not None:
             g += tl.load(saved.scores + pair, mask=shown, other=0.0)
         if work.bias is not None:
