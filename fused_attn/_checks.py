@@ -513,24 +513,6 @@ def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int 
 # --- Queries and keys ----------------------------------------------------------------------------------------------
 
 
-def pairs_table(*, packed: bool, heads: bool, query: str, key: str, **more: Argument) -> Table:
-    """The table of a family of queries and keys, whose widths are called `query` and `key`."""
-    h = "H " if heads else ""
-    q, k = ("N ", "M ") if packed else ("B Tq ", "B Tk ")
-    at = q.index(" ") + 1  # heads come after the batch, or after packed rows
-    return {
-        "query": argument(f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first"),
-        "key": argument(f"{k[:at]}{h}{k[at:]}{key}"),
-        "value": argument(f"{k[:at]}{h}{k[at:]}Dv"),
-        "mask": mask_of("B Tk | B Tq Tk"),
-        "score_bias": Argument((), "bias", True, False, ""),
-        "cu_seqlens_q": offsets_of("S"),
-        "cu_seqlens_k": offsets_of("S"),
-        "offsets": offsets_of("any"),
-        **more,
-    }
-
-
 def check_packed(
     given: dict[str, Any],
     queries: Tensor | None,
@@ -578,22 +560,3 @@ def check_score_bias(check: Checker, score_bias: Tensor | None, full: Sequence[i
         raise ValueError(
             f"score_bias: expected a shape that broadcasts to {words} = {tuple(full)}; got {tuple(score_bias.shape)}"
         )
-
-
-def check_structure(
-    check: Checker,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    window: tuple[int | None, int | None] | None,
-    score_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[int | None, int | None]:
-    """Check what says which pairs of queries and keys meet, after the rows; return the window's sides."""
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        names = "cu_seqlens_q", "cu_seqlens_k"
-        check_both(check, names, (cu_seqlens_q, cu_seqlens_k), (query.shape[0], key.shape[0]))
-    check("mask", mask)
-    check_score_bias(check, score_bias, (*query.shape[:-1], key.shape[-2]))
-    return check_window(window)

@@ -67,13 +67,12 @@ def explicit(fn: Callable[P, T]) -> Callable[P, T]:
     }
     hints = {name: text for name, text in hints.items() if text is not None}
 
-    has_not = fn.__qualname__.removesuffix(".forward")
-
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in kwargs:
-            if name in hints:
-                raise TypeError(f"{name}: expected {hints[name]}; got {name}=, which {has_not} does not have")
+            if name in hints:  # of a forward the module's name: a base class may have it
+                who = type(args[0]).__name__ if fn.__name__ == "forward" else fn.__name__
+                raise TypeError(f"{name}: expected {hints[name]}; got {name}=, which {who} does not have")
         return fn(*args, **kwargs)
 
     return call

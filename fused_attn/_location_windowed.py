@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,22 +11,23 @@ from . import reference
 from ._operators import Operator, launcher
 from ._tracing import in_graph
 from .blocked import location as blocked
+from .kernels.inputs import WindowInputs
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, in_blocks = args
+def _fwd(inputs: WindowInputs, in_blocks: bool) -> tuple[Tensor, Tensor]:
     if in_blocks:
-        return blocked.window_fwd(*inputs)
-    return cast("tuple[Tensor, Tensor]", launcher("location_window.window_fwd")(*inputs[:4], *_clipped(*inputs)))
+        return blocked.window_fwd(inputs)
+    return cast("tuple[Tensor, Tensor]", launcher("location_window.window_fwd")(_clipped(inputs)))
 
 
-def _clipped(scores: Tensor, *args: Any) -> tuple[int | None, int | None, float]:
-    """(left, right, dropout_p) for the kernels, which take a side that reaches past the rows as open."""
-    *_, left, right, dropout_p = args
-    return *blocked.clip_window(left, right, scores.shape[-2]), dropout_p
+def _clipped(inputs: WindowInputs) -> WindowInputs:
+    """For the kernels, which take a side that reaches past the rows as open."""
+    left, right = blocked.clip_window(inputs.left, inputs.right, inputs.scores.shape[-2])
+    return inputs._replace(left=left, right=right)
 
 
-def _fake(scores: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake(inputs: WindowInputs, in_blocks: bool) -> tuple[Tensor, Tensor]:
+    scores, values, *_ = inputs
     dtype = torch.promote_types(values.dtype, torch.float32)
     return (
         scores.new_empty(*scores.shape, values.shape[-1], dtype=dtype),
@@ -34,39 +35,30 @@ def _fake(scores: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    *cotangents, scores, values, cu_seqlens, seed, out, lse, left, right, dropout_p, in_blocks, needs = args
-    inputs: list[Any] = [*cotangents, scores, values, cu_seqlens, seed]
+def _bwd(
+    inputs: WindowInputs,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    in_blocks: bool,
+    needs: list[bool],
+) -> list[Tensor | None]:
     if in_blocks:
-        return blocked.window_bwd(*inputs, lse, left, right, dropout_p, needs)  # type: ignore[call-arg]
-    grads = launcher("location_window_bwd.window_bwd")(
-        *inputs, out, lse, *_clipped(scores, left, right, dropout_p), needs
-    )
+        return blocked.window_bwd(inputs, lse, dout, dlse, needs)
+    grads = launcher("location_window_bwd.window_bwd")(_clipped(inputs), out, lse, dout, dlse, needs)
     return cast("list[Tensor | None]", grads)
 
 
-def _formula(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _formula(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
     """What second derivatives are taken of: in blocks; to the compiler, which must know all sizes, of all pairs."""
-    if in_graph():
-        return reference.windowed_attention(
-            scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
-        )
-    return blocked.window_fwd(scores, values, cu_seqlens, seed, left, right, dropout_p)
+    return reference.windowed_attention(inputs) if in_graph() else blocked.window_fwd(inputs)
 
 
 WINDOW = Operator(
     "location_window",
+    WindowInputs,
     differentiable="scores values",
-    constant="cu_seqlens? seed?",
-    options="int? left, int? right, float dropout_p",
     choices="bool in_blocks",
     results="out lse",
     saved="out lse",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 import types
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,6 +175,26 @@ def launcher(path: str) -> Callable[..., Any]:
     return launch
 
 
+_KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    bool: "bool",
+    float: "float",
+    int | None: "int?",
+}
+
+
+def _kinds(inputs: type[Any]) -> dict[str, str]:
+    """The fields of a class of inputs, and what a schema calls their types."""
+    return {name: _KINDS[kind] for name, kind in typing.get_type_hints(inputs).items()}
+
+
+def schema(inputs: type[Any]) -> str:
+    """What an operator that takes these inputs says of them."""
+    return ", ".join(f"{kind} {name}" for name, kind in _kinds(inputs).items())
+
+
 class Operator:
     """A differentiable operator: its results, their gradients and the gradients of those, in every composition.
 
@@ -183,13 +205,12 @@ class Operator:
     ----------
     name
         Of the raw operators.
-    differentiable, constant
-        Names of the tensors that have gradients, and of those that have none, in their order; with a ``?`` those
-        that may be None.
-    options
-        What the formula has after the tensors, as a schema says it: ``"str activation, float scale"``.
+    inputs
+        The class of what it takes, tensors and then options: see `fused_attn.kernels.inputs`.
+    differentiable
+        Names of the tensors that have gradients, the first ones.
     choices
-        What does not concern the formula, after the options: ``"bool blocked"``.
+        What does not concern the formula, as a schema says it: ``"bool in_blocks"``.
     results
         Names of the results, which are all differentiable. One with a ``?`` is made where the choice ``need_<name>``
         is True; else it is of size 0.
@@ -198,24 +219,23 @@ class Operator:
     dense
         So many of the first results, saved ones, have a gradient of zeros where they have none.
     forward
-        ``(*tensors, *options, *choices) -> results``.
+        ``(inputs, *choices) -> results``.
     backward
-        ``(*gradients of the results, *tensors, *saved, *options, *choices, needs) -> gradients``, one a
-        differentiable tensor, or None for one that is not needed; needs: a bool for each.
+        ``(inputs, *saved, *gradients of the results, *choices, needs) -> gradients``, one a differentiable tensor, or
+        None for one that is not needed; needs: a bool for each.
     fake
         As `forward`, of tensors that have shapes and no numbers.
     formula
-        ``(*tensors, **options) -> results`` in plain PyTorch.
+        ``inputs -> results`` in plain PyTorch; it may know more than the operator.
 
     """
 
     def __init__(
         self,
         name: str,
+        inputs: type[Any],
         *,
         differentiable: str,
-        constant: str,
-        options: str,
         results: str,
         saved: str,
         choices: str = "",
@@ -225,50 +245,63 @@ class Operator:
         fake: Callable[..., tuple[Tensor, ...]],
         formula: Callable[..., tuple[Tensor, ...]],
     ) -> None:
-        tensors = [*differentiable.split(), *constant.split()]
+        kinds = _kinds(inputs)
+        tensors = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
         made = results.split()
-        self.name, self.dense, self._formula = name, dense, formula
+        self.name, self.inputs, self.dense, self.formula = name, inputs, dense, formula
         self.tensors, self.gradients, self.results = len(tensors), len(differentiable.split()), len(made)
-        self.options, chosen = ([x.split()[1] for x in some.split(", ") if x] for some in (options, choices))
-        names, options = self.options + chosen, ", ".join(filter(None, (options, choices)))
+        self.options = len(kinds) - len(tensors)
         self.saved = [[x.rstrip("?") for x in made].index(x) for x in saved.split()]
-        self.optional = {i: names.index(f"need_{x[:-1]}") for i, x in enumerate(made) if x.endswith("?")}
-        cotangents = [f"d{x.rstrip('?')}{'' if i < dense else '?'}" for i, x in enumerate(made)]
-
-        def schema(*names: str) -> str:
-            return ", ".join(f"Tensor{'?' * x.endswith('?')} {x.rstrip('?')}" for x in names)
+        chosen = [x.split()[1] for x in choices.split(", ") if x]
+        self.optional = {
+            i: self.options + chosen.index(f"need_{x[:-1]}") for i, x in enumerate(made) if x.endswith("?")
+        }
+        cotangents = [f"Tensor{'?' * (i >= dense)} d{x.rstrip('?')}" for i, x in enumerate(made)]
+        fields = [f"{kind} {x}" for x, kind in kinds.items()]
+        kept, more = [f"Tensor {x}" for x in saved.split()], [choices] if choices else []
 
         def out(count: int) -> str:
             return f"({', '.join(['Tensor'] * count)})"
 
+        def results_of(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+            return lambda *args: run(inputs(*args[: len(kinds)]), *args[len(kinds) :])
+
         def gradients(*args: Any) -> tuple[Tensor, ...]:
             """Contiguous, as the compiler is told; no list, which batched gradients do not know."""
-            return tuple(args[0].new_empty(0) if g is None else g.contiguous() for g in backward(*args))
+            given, tensors, saved, options, rest = self.parted(args)
+            grads = backward(inputs(*tensors, *options), *saved, *given, *rest)
+            return tuple(args[0].new_empty(0) if g is None else g.contiguous() for g in grads)
 
         def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
             pairs = zip(args[self.results : self.results + self.gradients], args[-1], strict=True)
             return tuple(x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in pairs)
 
-        self.fwd = raw_op(f"{name}_fwd", f"({schema(*tensors)}, {options}) -> {out(self.results)}", forward, fake)
-        inputs = f"{schema(*cotangents, *tensors, *saved.split())}, {options}, bool[] needs"
-        self.bwd = raw_op(f"{name}_bwd", f"({inputs}) -> {out(self.gradients)}", gradients, fake_gradients)
+        given = ", ".join(fields + more)
+        self.fwd = raw_op(f"{name}_fwd", f"({given}) -> {out(self.results)}", results_of(forward), results_of(fake))
+        given = ", ".join(
+            [*cotangents, *fields[: self.tensors], *kept, *fields[self.tensors :], *more, "bool[] needs"]
+        )
+        self.bwd = raw_op(f"{name}_bwd", f"({given}) -> {out(self.gradients)}", gradients, fake_gradients)
         title = name.title().replace("_", "")
         self._apply = left_to_autograd(types.new_class(title, (_Forward,)))
         self._backward = left_to_autograd(types.new_class(f"{title}Gradients", (_Backward,)))
         _OPERATORS[name] = self
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """The results for tensors and options, in their order."""
-        return self._apply(self.name, *args)
+    def __call__(self, inputs: Any, *choices: Any) -> tuple[Tensor, ...]:
+        """The results."""
+        return self._apply(self.name, *inputs, *choices)
 
-    def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        """The gradients for what `backward` of the declaration takes."""
-        return self._backward(self.name, *args)
+    def backward(
+        self, inputs: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], *rest: Any
+    ) -> tuple[Tensor, ...]:
+        """The gradients, for choices and needs in `rest`."""
+        tensors, options = inputs[: self.tensors], inputs[self.tensors :]
+        return self._backward(self.name, *cotangents, *tensors, *saved, *options, *rest)
 
-    def formula(self, *args: Any, **more: Any) -> tuple[Tensor, ...]:
-        """As a call, by the formula, which may know more than the operator; choices may be left out."""
-        options = dict(zip(self.options, args[self.tensors :], strict=False))
-        return self._formula(*args[: self.tensors], **options, **more)
+    def parted(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What the raw backward takes: gradients of results, tensors, results, options, choices and needs."""
+        ends = (0, *itertools.accumulate((self.results, self.tensors, len(self.saved), self.options)), len(args))
+        return tuple(args[start:end] for start, end in itertools.pairwise(ends))
 
 
 _OPERATORS: dict[str, Operator] = {}  # by name: the compiler reaches neither a closure nor an object in arguments
@@ -288,7 +321,7 @@ class _Forward(torch.autograd.Function):
         ctx.operator, *args = inputs  # not `ctx.name`, a method of the node, which anomaly mode calls
         op = _OPERATORS[ctx.operator]
         ctx.save_for_backward(*args[: op.tensors], *(output[i] for i in op.saved))
-        ctx.options = args[op.tensors :]
+        ctx.options = args[op.tensors :]  # and choices
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -301,7 +334,7 @@ class _Forward(torch.autograd.Function):
             starts[i] = torch.zeros_like(saved[op.tensors + i]) if starts[i] is None else starts[i]
         for i, option in op.optional.items():
             starts[i] = starts[i] if ctx.options[option] else None
-        grads = op.backward(*starts, *saved, *ctx.options, needs)
+        grads = op._backward(op.name, *starts, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - 1 - op.gradients)
         return (None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *none)
 
@@ -320,9 +353,8 @@ class _Backward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.operator, *args, ctx.needs = inputs
         op = _OPERATORS[ctx.operator]
-        tensors = op.results + op.tensors
-        ctx.save_for_backward(*args[:tensors])
-        ctx.options = args[tensors + len(op.saved) :]
+        cotangents, tensors, _, ctx.options, _ = op.parted(args)
+        ctx.save_for_backward(*cotangents, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -332,7 +364,7 @@ class _Backward(torch.autograd.Function):
         cotangents, tensors = saved[: op.results], saved[op.results :]
         primals, constant = tensors[: op.gradients], tensors[op.gradients :]
         d_primals, d_cotangents = _second_order(
-            lambda *p: op.formula(*p, *constant, *ctx.options), primals, cotangents, ctx.needs, grads
+            lambda *p: op.formula(op.inputs(*p, *constant, *ctx.options)), primals, cotangents, ctx.needs, grads
         )
         none = [None] * (len(ctx.needs_input_grad) - 1 - op.results - op.gradients)
         return (None, *d_cotangents, *d_primals, *none)

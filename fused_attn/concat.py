@@ -5,48 +5,31 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import (
-    Checker,
-    Table,
-    argument,
-    check_activation,
-    check_dropout,
-    check_flag,
-    check_packed,
-    check_structure,
-    pairs_table,
-)
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from ._pairs import canonical, check_pairs, pairs_tables, shaped
 from .blocked import concat as blocked
+from .kernels.inputs import ConcatInputs, LocationInputs
 from .location import LOCATION
 from .segments import Offsets, as_offsets
 
-_TABLES = {
-    (packed, heads): pairs_table(
-        packed=packed, heads=heads, query="A", key="A", v=argument("A | H A" if heads else "A", linear=True)
-    )
-    for packed in (False, True)
-    for heads in (False, True)
-}
+_TABLES = pairs_tables("A", "A", linear=True, v="A")
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, in_blocks = args  # type: ignore[assignment]
+def _fwd(inputs: ConcatInputs, need_scores: bool, in_blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
     run: Any = blocked.concat_fwd if in_blocks else launcher("concat.concat_fwd")
-    return cast("tuple[Tensor, Tensor, Tensor]", run(*args))
+    return cast("tuple[Tensor, Tensor, Tensor]", run(inputs, need_scores))
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_scores = args[-2]
+def _fake(inputs: ConcatInputs, need_scores: bool, in_blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     dtype = torch.promote_types(value.dtype, torch.float32)
     return (
@@ -56,17 +39,16 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
+def _bwd(inputs: ConcatInputs, *args: Any) -> list[Tensor | None]:
     *args, _, in_blocks, needs = args  # type: ignore[assignment]
     run: Any = blocked.concat_bwd if in_blocks else launcher("concat_bwd.concat_bwd")
-    return cast("list[Tensor | None]", run(*args, needs))
+    return cast("list[Tensor | None]", run(inputs, *args, needs))
 
 
 _CONCAT = Operator(
     "concat",
-    differentiable="query key value v score_bias?",
-    constant="mask? cu_seqlens_q? cu_seqlens_k? seed?",
-    options="str activation, int? left, int? right, float dropout_p",
+    ConcatInputs,
+    differentiable="query key value v score_bias",
     choices="bool need_scores, bool in_blocks",
     results="out lse scores?",
     saved="out lse",
@@ -143,126 +125,69 @@ def concat_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, packed rows with a mask, a bias or weights to return, and an `impl` that
+        cannot run here.
 
     References
     ----------
     Bahdanau et al. 2015; Luong et al. 2015 (concat); Rocktäschel et al. 2016; Ma et al. 2017 (Dipole).
 
     """
-    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
-    given = {"query": query, "key": key, "value": value, "v": v}
-    left, right = validate(
-        _TABLES, given, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights
-    )
-    check_activation("activation", activation)
-    return attend(
-        query,
-        key,
-        value,
-        v,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        activation,
-        left,
-        right,
-        dropout_p,
+    offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
+    options = (activation, None, None, dropout_p)
+    given, return_weights = check_pairs(
+        _TABLES,
+        ConcatInputs(query, key, value, v, score_bias, mask, *offsets, None, *options),
+        {"v": v},
+        window,
         return_weights,
-        impl,
     )
+    return attend(given, return_weights, impl)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    return_weights: bool,
-    impl: Impl,
-) -> Tensor | tuple[Tensor, Tensor]:
+def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tuple[Tensor, Tensor]:
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
-    packed = cu_seqlens_q is not None
-    heads = query.dim() == (3 if packed else 4)
-
-    def canonical(x: Tensor) -> Tensor:
-        x = x if heads else x.unsqueeze(1)
-        return x.transpose(0, 1)[None] if packed else x
-
-    if score_bias is not None and not heads:
-        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1)))[:, None]
-    if score_bias is not None:
-        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1, 1)))
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    query, key, value = canonical(query), canonical(key), canonical(value)
-    v = v.expand(query.shape[1], -1) if v.dim() == 1 else v
-    scores: Tensor | None = None
+    inputs = canonical(given)
+    query, _, _, v, *_ = inputs
+    inputs = inputs._replace(v=v.expand(query.shape[1], -1) if v.dim() == 1 else v)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
-    tail = (mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, float(dropout_p))
-    if kernel or in_blocks:
-        if activation == "identity":  # v · (q + k) is a number a query and a number a key
-            if mask is not None:  # rows that may be NaN, before they meet a number
-                queries, keys = reference.used_rows(mask)
-                query = query.masked_fill(~queries[:, None, :, None], 0)
-                key = key.masked_fill(~keys[:, None, :, None], 0)
-            wide = torch.promote_types(query.dtype, torch.float32)
-            sums = wide if query.element_size() == 2 else torch.float64  # one rounding
-            parts = reference.in_parts(mask, cu_seqlens_q, left, right)
-
-            def score(x: Tensor) -> Tensor:
-                bad = None
-                if parts:
-                    x, bad = reference.sound(x)
-                x = (x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide)
-                return x if bad is None else x.masked_fill(bad, torch.nan)
-
-            query, key = score(query), score(key)
-            v = v.new_ones(v.shape[0], 1, dtype=wide)
-        if query.shape[1:3] == (1, 1) and left is None and right is None and not packed:
-            out, lse, scores = _pooled(query, key, value, v, score_bias, mask, seed, activation, dropout_p, kernel)
-        else:
-            out, lse, scores = _CONCAT(query, key, value, v, score_bias, *tail, return_weights, in_blocks)
+    if not (kernel or in_blocks):
+        out, weights = _CONCAT.formula(inputs, weights_only=True)
+        return shaped(given, out, weights if return_weights else None)
+    if inputs.activation == "identity":
+        inputs = _summed(inputs)
+    everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
+    if query.shape[1:3] == (1, 1) and everywhere:
+        out, lse, scores = _pooled(inputs, kernel)
     else:
-        out, weights = _CONCAT.formula(query, key, value, v, score_bias, *tail, weights_only=True)
-    out = out.to(value.dtype)
-    out = out[0].transpose(0, 1) if packed else out
-    out = out if heads else out.squeeze(1)
-    if not return_weights:
-        return out
-    weights = (weights if scores is None else weights_from(scores, lse[..., None, :], dim=-1)).to(out.dtype)
-    return out, weights if heads else weights.squeeze(1)
+        out, lse, scores = _CONCAT(inputs, return_weights, in_blocks)
+    return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
 
 
-def _pooled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(inputs: ConcatInputs) -> ConcatInputs:
+    """Of the identity, whose v · (q + k) is a number a query and a number a key: one feature."""
+    query, key, _, v, _, mask, cu_seqlens, *_ = inputs
+    if mask is not None:  # rows that may be NaN, before they meet a number
+        queries, keys = reference.used_rows(mask)
+        query = query.masked_fill(~queries[:, None, :, None], 0)
+        key = key.masked_fill(~keys[:, None, :, None], 0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    sums = wide if query.element_size() == 2 else torch.float64  # one rounding
+    parts = reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right)
+
+    def score(x: Tensor) -> Tensor:
+        bad = None
+        if parts:
+            x, bad = reference.sound(x)
+        x = (x.to(sums) * v.to(sums)[:, None]).sum(-1, keepdim=True).to(wide)
+        return x if bad is None else x.masked_fill(bad, torch.nan)
+
+    return inputs._replace(query=score(query), key=score(key), v=v.new_ones(v.shape[0], 1, dtype=wide))
+
+
+def _pooled(inputs: ConcatInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor]:
     """One query and one head a sequence, by the location family: keys projected already, the query a context.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
@@ -270,6 +195,7 @@ def _pooled(
     factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
+    query, key, value, v, score_bias, mask, _, _, seed, activation, _, _, dropout_p = inputs
     keys = mask
     if mask is not None:
         keys = mask if mask.dim() == 2 else mask[:, 0]
@@ -277,45 +203,8 @@ def _pooled(
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
     if not kernel:
         query, key, v = reference.widened(query, key, v)
+    score = (key[:, 0], None, None, v.mT, None, None, query[:, 0, 0])
+    options = (activation, "sigmoid", dropout_p, False)
     run = LOCATION if kernel else LOCATION.formula
-    out, lse, scores = run(
-        key[:, 0],
-        None,
-        None,
-        v.mT,
-        None,
-        None,
-        query[:, 0, 0],
-        value[:, 0],
-        bias,
-        keys,
-        None,
-        seed,
-        activation,
-        "sigmoid",
-        float(dropout_p),
-        False,
-    )
+    out, lse, scores = run(LocationInputs(*score, value[:, 0], bias, keys, None, seed, *options))
     return out[:, None], lse[:, None], scores.mT[:, None]
-
-
-def validate(
-    tables: dict[tuple[bool, bool], Table],
-    given: Mapping[str, Tensor | None],
-    mask: Tensor | None,
-    window: tuple[int | None, int | None] | None,
-    score_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_p: float,
-    return_weights: bool,
-) -> tuple[int | None, int | None]:
-    """Check every argument, the tensors by the table for packed rows and heads; return the window's sides."""
-    query, key = cast("Tensor", given["query"]), cast("Tensor", given["key"])
-    whole = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
-    packed = check_packed(whole, cu_seqlens_q, cu_seqlens_k)
-    check = Checker(tables[packed, query.dim() == (3 if packed else 4)])
-    for name, x in given.items():
-        check(name, x)
-    check_dropout("dropout_p", dropout_p)
-    return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

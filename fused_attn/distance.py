@@ -8,21 +8,19 @@ lose what near rows differ in.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
-from ._checks import argument, check_flag, check_number, pairs_table, show
+from ._checks import check_number, show
 from ._habits import explicit
 from ._ops import Impl, exports_from_one, under_autocast
-from .concat import attend, validate
+from ._pairs import check_pairs, pairs_tables
+from .concat import attend
+from .kernels.inputs import ConcatInputs
 from .segments import Offsets, as_offsets
 
-_TABLES = {
-    (packed, heads): pairs_table(
-        packed=packed, heads=heads, query="A", key="A", v=argument("A | H A" if heads else "A", optional=True)
-    )
-    for packed in (False, True)
-    for heads in (False, True)
-}
+_TABLES = pairs_tables("A", "A", v="A?")
 _FEATURES = {1.0: "abs", 2.0: "square"}
 
 
@@ -76,42 +74,21 @@ def distance_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, a `p` that is neither 1 nor 2, and an `impl` that cannot run here.
 
     References
     ----------
     Kim et al. 2019, Attentive Neural Processes (p = 1).
 
     """
-    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
+    offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
+    structure = (score_bias, mask, *offsets, None)
+    inputs = ConcatInputs(query, key, value, cast("Tensor", v), *structure, "identity", None, None, dropout_p)
+    inputs, return_weights = check_pairs(_TABLES, inputs, {"v": v}, window, return_weights)
     features = check_power("p", p)
-    given = {"query": query, "key": key, "value": value, "v": v}
-    left, right = validate(
-        _TABLES, given, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights
-    )
     v = query.new_full(query.shape[-1:], -1.0) if v is None else -v
-    return attend(
-        query,
-        -key,
-        value,
-        v,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        features,
-        left,
-        right,
-        dropout_p,
-        return_weights,
-        impl,
-    )
+    return attend(inputs._replace(key=-key, v=v, activation=features), return_weights, impl)
 
 
 def check_power(name: str, value: float) -> str:

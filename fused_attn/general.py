@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import (
-    Checker,
-    argument,
-    check_activation,
-    check_dropout,
-    check_flag,
-    check_number,
-    check_packed,
-    check_structure,
-    pairs_table,
-)
+from ._checks import check_number
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from ._pairs import canonical, check_pairs, pairs_tables, shaped
+from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
 
 _TABLES = {
-    (packed, heads, weighted): pairs_table(
-        packed=packed,
-        heads=heads,
-        query="Dq" if weighted else "D",
-        key="Dk" if weighted else "D",
-        weight=argument("Dq Dk | H Dq Dk" if heads else "Dq Dk", linear=True),
-    )
-    for packed in (False, True)
-    for heads in (False, True)
-    for weighted in (False, True)
+    False: pairs_tables("D", "D", keys_are_values=True),
+    True: pairs_tables("Dq", "Dk", keys_are_values=True, linear=True, weight="Dq Dk"),
 }
 
 
@@ -68,27 +52,26 @@ def _sdpa(
     return attend(query, key, value, attn_mask=shown | blind, scale=scale).masked_fill(blind, 0)
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, sdpa = args  # type: ignore[assignment]
+def _fwd(inputs: GeneralInputs, need_scores: bool, sdpa: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not sdpa:
-        return cast("tuple[Tensor, Tensor, Tensor]", launcher("general.general_fwd")(*args))
-    query, key, value, _, mask, *_, scale, _, right, _, _ = args
-    out = _sdpa(mask, right == 0, scale, query, key, value)
+        return cast("tuple[Tensor, Tensor, Tensor]", launcher("general.general_fwd")(inputs, need_scores))
+    query, key, value, _, mask, *_ = inputs
+    out = _sdpa(mask, inputs.right == 0, inputs.scale, query, key, value)
     if out.device.type == "cpu":
         # Rows that are not finite: PyTorch's attention multiplies them by 0 where hidden, and gives 0 for a query.
         lost = ~query.isfinite().all(-1)
         if mask is not None:
             lost &= reference.used_rows(mask)[0][:, None]
-        if lost.any() or (reference.in_parts(mask, None, None, right) and not out.isfinite().all()):
-            out = _GENERAL.formula(*args)[0]
+        if lost.any() or (reference.in_parts(mask, None, None, inputs.right) and not out.isfinite().all()):
+            out = _GENERAL.formula(inputs)[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
     # Some of its backends lay the output out as the query is; the compiler was told otherwise.
     out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
     return out, lse, out.new_zeros(0, dtype=torch.float32)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_scores = args[-2]
+def _fake(inputs: GeneralInputs, need_scores: bool, sdpa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     value = key if value is None else value
     return (
@@ -98,28 +81,37 @@ def _fake(query: Tensor, key: Tensor, value: Tensor | None, *args: Any) -> tuple
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    *args, sdpa, needs = args  # type: ignore[assignment]
+def _bwd(
+    inputs: GeneralInputs,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    need_scores: bool,
+    sdpa: bool,
+    needs: list[bool],
+) -> list[Tensor | None]:
     if not sdpa:
-        return cast("list[Tensor | None]", launcher("general_bwd.general_bwd")(*args, needs))
-    dout, (query, key, value, *constant), options = args[0], args[3:11], args[13:]
-    (_, mask, *_), (_, scale, _, right, *_) = constant, options
+        run = launcher("general_bwd.general_bwd")
+        return cast("list[Tensor | None]", run(inputs, out, lse, dout, dlse, dscores, need_scores, needs))
+    query, key, value, _, mask, *_ = inputs
     rows = (query, key) if value is None else (query, key, value)
 
     def pull(formula: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return vjp(lambda *rows: (formula(*rows),), rows, (dout.to(query.dtype),))
 
-    made = pull(functools.partial(_sdpa, mask, right == 0, scale))
-    if reference.in_parts(mask, None, None, right) and not all(g.isfinite().all() for g in made):  # as in `_fwd`
-        made = pull(lambda q, k, v=None: _GENERAL.formula(q, k, v, *constant, *options)[0])
+    made = pull(functools.partial(_sdpa, mask, inputs.right == 0, inputs.scale))
+    parts = reference.in_parts(mask, None, None, inputs.right)
+    if parts and not all(g.isfinite().all() for g in made):  # as in `_fwd`
+        made = pull(lambda q, k, v=None: _GENERAL.formula(inputs._replace(query=q, key=k, value=v))[0])
     return [g if need else None for g, need in zip((*made, None, None), needs, strict=False)]
 
 
 _GENERAL = Operator(
     "general",
-    differentiable="query key value? score_bias?",
-    constant="mask? cu_seqlens_q? cu_seqlens_k? seed?",
-    options="str activation, float scale, int? left, int? right, float dropout_p",
+    GeneralInputs,
+    differentiable="query key value score_bias",
     choices="bool need_scores, bool sdpa",
     results="out lse scores?",
     saved="out lse",
@@ -205,99 +197,54 @@ def general_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, a `scale` that the scores cannot hold, and an `impl` that cannot run here.
 
     References
     ----------
     Luong et al. 2015 (dot, general); Ma et al. 2017 (Dipole).
 
     """
-    cu_seqlens_q, cu_seqlens_k = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
-    left, right = _validate_general(
-        query,
-        key,
-        value,
-        weight,
-        scale,
-        activation,
-        mask,
+    offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
+    options = (activation, scale, None, None, dropout_p)
+    given, return_weights = check_pairs(
+        _TABLES[weight is not None],
+        GeneralInputs(query, key, value, score_bias, mask, *offsets, None, *options),
+        {} if weight is None else {"weight": weight},
         window,
-        score_bias,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        dropout_p,
         return_weights,
     )
-    packed = cu_seqlens_q is not None
-    heads = query.dim() == (3 if packed else 4)
-
-    def canonical(x: Tensor) -> Tensor:
-        x = x if heads else x.unsqueeze(1)
-        return x.transpose(0, 1)[None] if packed else x
-
-    if score_bias is not None and not heads:
-        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1)))[:, None]
-    if score_bias is not None:
-        score_bias = score_bias.expand(torch.broadcast_shapes(score_bias.shape, (1, 1, 1, 1)))
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    query, key = canonical(query), canonical(key)
-    value, dtype = None if value is None else canonical(value), key.dtype
-    scores: Tensor | None = None
+    # What the scores are made in holds it: float32, or float64 for float64.
+    most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
+    scale = check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
+    inputs = canonical(given)._replace(scale=scale)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    options = (activation, float(scale), left, right, float(dropout_p))
-    sdpa = (
-        impl == "auto"
-        and not return_weights
-        and _sdpa_serves(query, key, value, weight, score_bias, mask, cu_seqlens_q, *options, kernel=kernel)
-    )
-    tail = (score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, *options)
-    if kernel or sdpa:
-        if weight is not None:
-            if mask is not None:  # rows that may be NaN, before they meet a number
-                query = query.masked_fill(~reference.used_rows(mask)[0][:, None, :, None], 0)
-            bad = None
-            if reference.in_parts(mask, cu_seqlens_q, left, right):
-                query, bad = reference.sound(query)
-            if sdpa:
-                query, key, value, weight = reference.widened(query, key, value, weight)
-            query = query @ weight
-            query = query if bad is None else query.masked_fill(bad, torch.nan)
-        out, lse, scores = _GENERAL(query, key, value, *tail, return_weights, sdpa)
-    else:
-        out, weights = _GENERAL.formula(query, key, value, *tail, weight=weight, weights_only=True)
-    out = out.to(dtype)
-    out = out[0].transpose(0, 1) if packed else out
-    out = out if heads else out.squeeze(1)
-    if not return_weights:
-        return out
-    weights = (weights if scores is None else weights_from(scores, lse[..., None, :], dim=-1)).to(out.dtype)
-    return out, weights if heads else weights.squeeze(1)
+    sdpa = impl == "auto" and not return_weights and _sdpa_serves(inputs, weight, kernel)
+    if not (kernel or sdpa):
+        out, weights = _GENERAL.formula(inputs, weight=weight, weights_only=True)
+        return shaped(given, out, weights if return_weights else None)
+    if weight is not None:
+        inputs = _projected(inputs, weight, sdpa)
+    out, lse, scores = _GENERAL(inputs, return_weights, sdpa)
+    return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
 
 
-def _sdpa_serves(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    weight: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    *,
-    kernel: bool,
-) -> bool:
+def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInputs:
+    """With the queries multiplied by the weight."""
+    query, key, value, _, mask, cu_seqlens, *_ = inputs
+    if mask is not None:  # rows that may be NaN, before they meet a number
+        query = query.masked_fill(~reference.used_rows(mask)[0][:, None, :, None], 0)
+    bad = None
+    if reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right):
+        query, bad = reference.sound(query)
+    if sdpa:
+        query, key, value, weight = reference.widened(query, key, value, weight)
+    query = query @ weight
+    query = query if bad is None else query.masked_fill(bad, torch.nan)
+    return inputs._replace(query=query, key=key, value=value)
+
+
+def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> bool:
     """Whether `impl="auto"` calls `scaled_dot_product_attention`: the rule that `general_attention` documents.
 
     `kernel`: whether the Triton kernel would take the call. On a CPU it would not, and the choice is between this and
@@ -305,7 +252,8 @@ def _sdpa_serves(
     """
     if forward_mode():
         return False
-    same = activation == "identity" and scale > 0 and dropout_p == 0 and score_bias is None and cu_seqlens is None
+    query, key, value, bias, mask, cu_seqlens, _, _, activation, scale, left, right, dropout_p = inputs
+    same = activation == "identity" and scale > 0 and dropout_p == 0 and bias is None and cu_seqlens is None
     if not same or left is not None or right not in (None, 0):
         return False
     if value is not None and value.shape[-1] != key.shape[-1]:
@@ -314,36 +262,3 @@ def _sdpa_serves(
         return query.device.type == "cpu"
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, weight))
     return value is not None and mask is None and right is None and not gradient
-
-
-def _validate_general(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-    activation: str,
-    mask: Tensor | None,
-    window: tuple[int | None, int | None] | None,
-    score_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_p: float,
-    return_weights: bool,
-) -> tuple[int | None, int | None]:
-    """Check every argument; return the window's sides."""
-    given = {"mask": mask, "score_bias": score_bias, "return_weights": return_weights}
-    packed = check_packed(given, cu_seqlens_q, cu_seqlens_k)
-    check = Checker(_TABLES[packed, query.dim() == (3 if packed else 4), weight is not None])
-    check("query", query)
-    check("key", key)
-    if value is not None:
-        check("value", value)
-    if weight is not None:
-        check("weight", weight)
-    # What the scores are made in holds it: float32, or float64 for float64.
-    most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
-    check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
-    check_activation("activation", activation)
-    check_dropout("dropout_p", dropout_p)
-    return check_structure(check, query, key, mask, window, score_bias, cu_seqlens_q, cu_seqlens_k)

@@ -26,6 +26,7 @@ from ._checks import (
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from .kernels.inputs import GraphInputs
 
 Transposed = tuple[Tensor, Tensor, Tensor]
 
@@ -188,16 +189,8 @@ class Graph:
 torch.export.register_dataclass(Graph, serialized_type_name="fused_attn.Graph")
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    value: Tensor | None,
-    edge: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, _, value, _, _, indices, *_ = inputs
     nodes, heads, _ = query.shape
     value = key if value is None else value
     return (
@@ -207,35 +200,24 @@ def _fake(
     )
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """By the kernel: it has no use for the transposed structure."""
-    return cast("tuple[Tensor, Tensor, Tensor]", launcher("graph.graph_fwd")(*args[:7], *args[10:]))
-
-
-def _bwd(*args: Any) -> list[Tensor | None]:
-    key, indptr, indices, *transposed = args[4], *args[8:13]
+def _bwd(inputs: GraphInputs, *args: Any) -> list[Tensor | None]:
     needs = args[-1]
-    structure = None
-    if needs[1] or needs[3]:
-        structure = _transpose(indptr, indices, key.shape[0]) if transposed[0] is None else tuple(transposed)
-    return cast("list[Tensor | None]", launcher("graph_bwd.graph_bwd")(*args[:10], structure, *args[13:]))
-
-
-def _formula(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.graph_attention(*args[:7], *args[10:], **options)
+    if (needs[1] or needs[3]) and inputs.perm is None:
+        made = _transpose(inputs.indptr, inputs.indices, inputs.key.shape[0])
+        inputs = inputs._replace(indptr_t=made[0], indices_t=made[1], perm=made[2])
+    return cast("list[Tensor | None]", launcher("graph_bwd.graph_bwd")(inputs, *args))
 
 
 _GRAPH = Operator(
     "graph",
-    differentiable="query key v value? edge?",
-    constant="indptr indices indptr_t? indices_t? perm? seed?",
-    options="str activation, float dropout_p",
+    GraphInputs,
+    differentiable="query key v value edge",
     results="out lse scores",
     saved="out lse scores",
-    forward=_fwd,
+    forward=launcher("graph.graph_fwd"),
     backward=_bwd,
     fake=_fake,
-    formula=_formula,
+    formula=reference.graph_attention,
 )
 
 
@@ -332,9 +314,8 @@ def graph_attention(
     if graph is not None:
         transposed = graph.transpose() if kernel and torch.is_grad_enabled() else None
     run = _GRAPH if kernel else _GRAPH.formula
-    out, lse, scores = run(
-        *rows, v, *more, indptr, indices, *(transposed or (None, None, None)), seed, activation, float(dropout_p)
-    )
+    structure = (indptr, indices, *(transposed or (None, None, None)))
+    out, lse, scores = run(GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p)))
     out = out.to(key.dtype)
     out = out if heads else out.squeeze(1)
     if not return_weights:

@@ -6,7 +6,7 @@ Both levels are location attention; the kernel runs both in one launch. Known fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._operators import left_to_autograd, raw_op
+from ._operators import launcher, left_to_autograd, raw_op, schema
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from .kernels.inputs import HierarchicalInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
 
@@ -36,12 +37,6 @@ _LEVELS = {
     for level, rows, seq in (("inner", "N", "S"), ("outer", "S", "G"))
 }
 _SCORE = 6  # tensors of a canonical score
-_LEVEL = "Tensor? {0}w, Tensor? {0}b, Tensor? {0}v, Tensor? {0}gate_w, Tensor? {0}gate_b, Tensor? {0}context"
-_INPUTS = f"Tensor h, {_LEVEL.format('')}, {_LEVEL.format('outer_')}, Tensor? mask, Tensor inner, Tensor outer"
-_OPTIONS = (
-    "str activation, str gate_activation, bool context_per_row, "
-    "str outer_activation, str outer_gate_activation, bool outer_context_per_row"
-)
 
 
 class Score(NamedTuple):
@@ -71,16 +66,10 @@ class HierarchicalOutput(NamedTuple):
     outer_weights: Tensor | None
 
 
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    from .kernels.hierarchical import hierarchical_fwd
-
-    return hierarchical_fwd(*args)
-
-
-def _fwd_fake(h: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inner_offsets, outer_offsets = args[2 * _SCORE + 1 : 2 * _SCORE + 3]
+def _fwd_fake(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
+    h = inputs.h
     rows, width = h.shape
-    seqs, groups = inner_offsets.shape[0] - 1, outer_offsets.shape[0] - 1
+    seqs, groups = inputs.inner_offsets.shape[0] - 1, inputs.outer_offsets.shape[0] - 1
     return (
         h.new_empty(groups, 1, width, dtype=torch.float32),
         h.new_empty(groups, 1, 2, dtype=torch.float32),
@@ -93,7 +82,10 @@ def _fwd_fake(h: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 _hierarchical_fwd = raw_op(
-    "hierarchical_fwd", f"({_INPUTS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 7)})", _fwd, _fwd_fake
+    "hierarchical_fwd",
+    f"({schema(HierarchicalInputs)}) -> ({', '.join(['Tensor'] * 7)})",
+    lambda *args: launcher("hierarchical.hierarchical_fwd")(HierarchicalInputs(*args)),
+    lambda *args: _fwd_fake(HierarchicalInputs(*args)),
 )
 
 
@@ -130,33 +122,18 @@ class _HierarchicalAttention(torch.autograd.Function):
         _: Tensor | None,
     ) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        h, *score = saved[: 1 + 2 * _SCORE]
-        mask, inner_offsets, outer_offsets, *results = saved[1 + 2 * _SCORE :]
-        out, outer_lse, outer_scores, segments, lse, scores, pooled = results
-        activation, gate_activation, per_row, *outer_options = ctx.options
+        inputs = HierarchicalInputs(*saved[: 1 + 2 * _SCORE + 3], *ctx.options)
+        out, outer_lse, outer_scores, segments, lse, scores, pooled = saved[1 + 2 * _SCORE + 3 :]
         needs = ctx.needs_input_grad
         inner_needs, outer_needs = needs[: 1 + _SCORE], needs[1 + _SCORE : 1 + 2 * _SCORE]
         grads: list[Tensor | None] = [None] * len(needs)
 
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
+            dout = torch.zeros_like(out) if dout is None else dout
             through, *parameters = LOCATION.backward(
-                torch.zeros_like(out) if dout is None else dout,
-                d_outer_lse,
-                d_outer_scores,
-                segments,
-                *score[_SCORE:],
-                None,
-                None,
-                lse[:, 0, 0] != -torch.inf,
-                outer_offsets,
-                None,
-                out,
-                outer_lse,
-                outer_scores,
-                outer_options[0],
-                outer_options[1],
-                0.0,
-                outer_options[2],
+                inputs.level(segments, lse[:, 0, 0] != -torch.inf, outer=True),
+                (out, outer_lse, outer_scores),
+                (dout, d_outer_lse, d_outer_scores),
                 (any(inner_needs), *outer_needs, False, False),
             )[: 1 + _SCORE]
             grads[1 + _SCORE : 1 + 2 * _SCORE] = parameters
@@ -165,34 +142,15 @@ class _HierarchicalAttention(torch.autograd.Function):
         if any(inner_needs):
             dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
             grads[: 1 + _SCORE] = LOCATION.backward(
-                dpooled,
-                dlse,
-                dscores,
-                h,
-                *score[:_SCORE],
-                None,
-                None,
-                mask,
-                inner_offsets,
-                None,
-                pooled,
-                lse,
-                scores,
-                activation,
-                gate_activation,
-                0.0,
-                per_row,
+                inputs.level(inputs.h, inputs.mask, outer=False),
+                (pooled, lse, scores),
+                (dpooled, dlse, dscores),
                 (*inner_needs, False, False),
             )[: 1 + _SCORE]
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 _hierarchical_attention = left_to_autograd(_HierarchicalAttention)
-
-
-def _launch(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """One level by the kernel of location attention, with the signature of `reference.location_attention`."""
-    return cast("tuple[Tensor, Tensor, Tensor]", LOCATION(*tensors, *options.values()))
 
 
 @explicit
@@ -299,19 +257,15 @@ def hierarchical_attention(
         return rows
 
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
+    tensors = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
+    inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
-        both = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
-        results = _hierarchical_attention(h, *both, *inner_level[_SCORE:], *outer_level[_SCORE:])[:_SCORE]
+        results = _hierarchical_attention(*inputs)[:-1]
     else:
         results = reference.hierarchical_attention(
-            h,
-            inner_level,
-            outer_level,
-            mask,
-            inner_offsets,
-            outer_offsets,
+            inputs,
             between=None if between is None else checked,
-            attend=_launch if kernel else reference.location_attention,
+            attend=LOCATION if kernel else reference.location_attention,
         )
     out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
     out = out.squeeze(1).to(h.dtype)

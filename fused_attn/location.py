@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._location_windowed import WINDOW
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from .kernels.inputs import LocationInputs, WindowInputs
 from .segments import Offsets, as_offsets
 
 
@@ -57,11 +58,8 @@ _TABLES = {
 }
 
 
-def _fake(
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens: Tensor | None, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
+    h, w, _, v, _, _, _, values, _, _, cu_seqlens, *_ = inputs
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     hops = cast("Tensor", w if v is None else v).shape[1]
     width = (h if values is None else values).shape[-1]
@@ -74,9 +72,8 @@ def _fake(
 
 LOCATION = Operator(
     "location",
-    differentiable="h w? b? v? gate_w? gate_b? context? values? score_bias?",
-    constant="mask? cu_seqlens? seed?",
-    options="str activation, str gate_activation, float dropout_p, bool context_per_row",
+    LocationInputs,
+    differentiable="h w b v gate_w gate_b context values score_bias",
     results="out lse scores",
     saved="out lse scores",
     forward=launcher("location.location_fwd"),
@@ -174,10 +171,9 @@ def location_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, packed rows with a window whose weights are asked for, and an `impl` that
+        cannot run here.
 
     References
     ----------
@@ -213,7 +209,7 @@ def location_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=h.device)
-    args = (
+    inputs = LocationInputs(
         h,
         w if w is None or w.dim() == 2 else w[:, None],
         b if b is None or b.dim() == 1 else b[None],
@@ -229,10 +225,10 @@ def location_attention(
     kernel = use_triton(impl, h.device, unsupported)
     run = LOCATION if kernel else LOCATION.formula
     if window is not None:
-        scores = _row_scores(run, args, kernel)
-        tail = (h if values is None else values, cu_seqlens, seed, left, right, float(dropout_p))
-        return _windowed(scores, *tail, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
-    out, lse, scores = run(*args)
+        both = _row_scores(run, inputs, kernel), h if values is None else values
+        windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
+        return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
+    out, lse, scores = run(inputs)
     out = out.to(h.dtype)
     out = out if hop_axis else out.squeeze(1)
     if not return_weights:
@@ -249,36 +245,38 @@ def location_attention(
     return out, weights
 
 
-def _row_scores(run: Any, args: tuple[Any, ...], kernel: bool) -> Tensor:
+def _row_scores(run: Any, inputs: LocationInputs, kernel: bool) -> Tensor:
     """The scores of all rows, for a window: not pooled, and without dropout."""
-    h, *score, context, _, score_bias, mask, cu_seqlens, _, activation, gate_activation, _, per_row = args
+    h, context, mask = inputs.h, inputs.context, inputs.mask
     bad = None
     if not kernel:
         # 0 * NaN is NaN: the row of one that only the window hides would reach the gradients of the parameters. The
         # kernels leave out the rows that have no gradient.
         bad = ~h.isfinite().all(-1, keepdim=True)
-        if per_row:
+        if inputs.context_per_row:
+            assert context is not None
             bad = bad | ~context.isfinite().all(-1, keepdim=True)
             context = context.masked_fill(bad, 0)
         bad = bad if mask is None else bad & mask[..., None]
         h = h.masked_fill(bad, 0)
-    options = (activation, gate_activation, 0.0, per_row)
-    scores = run(h, *score, context, None, score_bias, mask, cu_seqlens, None, *options)[2]
+    scores = run(inputs._replace(h=h, context=context, values=None, seed=None, dropout_p=0.0))[2]
     return cast("Tensor", scores if bad is None else scores.masked_fill(bad, torch.nan))
 
 
 def _windowed(
-    scores: Tensor, values: Tensor, cu_seqlens: Tensor | None, seed: Tensor | None, left: int | None,
-    right: int | None, dropout_p: float, dtype: torch.dtype, impl: Impl, kernel: bool, hop_axis: bool,
-    return_weights: bool, offsets: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """One output a position, from the scores ``(B, T, R)`` or ``(N, R)``."""
+    inputs: WindowInputs,
+    dtype: torch.dtype,
+    impl: Impl,
+    kernel: bool,
+    hop_axis: bool,
+    return_weights: bool,
+    offsets: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One output a position."""
     if impl == "reference" or forward_mode():
-        out, lse = reference.windowed_attention(
-            scores, values, cu_seqlens, seed, left=left, right=right, dropout_p=dropout_p
-        )
+        out, lse = reference.windowed_attention(inputs)
     else:
-        out, lse = WINDOW(scores, values, cu_seqlens, seed, left, right, dropout_p, not kernel)
+        out, lse = WINDOW(inputs, not kernel)
     out = out.to(dtype)
     out = out if hop_axis else out.squeeze(-2)
     if offsets is not None:
@@ -286,8 +284,9 @@ def _windowed(
     if not return_weights:
         return out
 
+    scores = inputs.scores
     j = torch.arange(scores.shape[1], device=scores.device)
-    shown = reference.in_window(j[:, None], j, left, right, torch.ones_like(j, dtype=torch.bool))
+    shown = reference.in_window(j[:, None], j, inputs.left, inputs.right, torch.ones_like(j, dtype=torch.bool))
     # A position that sees NaN is NaN, but sends none if nothing comes back to it.
     lse = lse.transpose(1, 2)[..., None, :]
     spoilt = lse[..., 1].isnan()

@@ -6,7 +6,7 @@ second the last weights are part of the next score, and the loop is the user's: 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton
 from .concat import concat_attention
+from .kernels.inputs import WordByWordInputs
 from .segments import Offsets, as_offsets
 
 _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
@@ -65,32 +66,38 @@ _LOCATION_AWARE = {
 }
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    need_weights = args[-2]
+def _fake(inputs: WordByWordInputs, need_weights: bool, plain: bool) -> tuple[Tensor, Tensor]:
+    query, key, value, *_ = inputs
     shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(*query.shape[:-1], value.shape[-1], dtype=dtype), query.new_empty(shape, dtype=dtype)
 
 
-def _fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, need_weights, plain = args
+def _fwd(inputs: WordByWordInputs, need_weights: bool, plain: bool) -> tuple[Tensor, Tensor]:
     if not plain:
-        return cast("tuple[Tensor, Tensor]", launcher("recurrent.recurrent_fwd")(*inputs, need_weights))
-    out, weights = reference.word_by_word_attention(*inputs)
+        return cast("tuple[Tensor, Tensor]", launcher("recurrent.recurrent_fwd")(inputs, need_weights))
+    out, weights = reference.word_by_word_attention(inputs)
     wide = torch.promote_types(out.dtype, torch.float32)
     return out.to(wide, copy=True), weights if need_weights else weights.new_empty(0)  # no word: out is an input's
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
-    *args, _, plain, needs = args  # type: ignore[assignment]
+def _bwd(
+    inputs: WordByWordInputs,
+    out: Tensor,
+    dout: Tensor,
+    dweights: Tensor | None,
+    need_weights: bool,
+    plain: bool,
+    needs: list[bool],
+) -> list[Tensor | None]:
     if not plain:
-        return cast("list[Tensor | None]", launcher("recurrent_bwd.recurrent_bwd")(*args, needs))
-    dout, dweights, *inputs, _ = args
+        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, out, dout, dweights, needs)
+        return cast("list[Tensor | None]", grads)
     at = [i for i, need in enumerate(needs) if need]
 
     def fn(*live: Tensor) -> tuple[Tensor, Tensor]:
         full = dict(zip(at, live, strict=True))
-        return reference.word_by_word_attention(*(full.get(i, x) for i, x in enumerate(inputs)))
+        return reference.word_by_word_attention(WordByWordInputs(*(full.get(i, x) for i, x in enumerate(inputs))))
 
     made = dict(zip(at, vjp(fn, [inputs[i] for i in at], (dout, dweights)), strict=True)) if at else {}
     return [made.get(i) for i in range(len(needs))]
@@ -98,9 +105,8 @@ def _bwd(*args: Any) -> list[Tensor | None]:
 
 _WORD_BY_WORD = Operator(
     "word_by_word",
-    differentiable="query key value w w_r w_t state?",
-    constant="mask? cu_seqlens_premise? cu_seqlens_hypothesis?",
-    options="",
+    WordByWordInputs,
+    differentiable="query key value w w_r w_t state",
     choices="bool need_weights, bool plain",  # plain: by the reference, whose loop is not the compiler's to unroll
     results="out weights?",
     saved="out",
@@ -174,10 +180,8 @@ def word_by_word_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, packed rows whose weights are asked for, and an `impl` that cannot run here.
 
     References
     ----------
@@ -212,9 +216,9 @@ def word_by_word_attention(
         wide = torch.promote_types(premise.dtype, torch.float32)
         query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        out, weights = _WORD_BY_WORD(query, key, *more, return_weights, not kernel)
+        out, weights = _WORD_BY_WORD(WordByWordInputs(query, key, *more), return_weights, not kernel)
     else:
-        out, weights = reference.word_by_word_attention(query, key, *more)
+        out, weights = reference.word_by_word_attention(WordByWordInputs(query, key, *more))
     out = out.to(premise.dtype)
     return (out, weights.to(out.dtype)) if return_weights else out
 
@@ -319,10 +323,8 @@ def location_aware_attention(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, an even width of `conv_weight`, and an `impl` that cannot run here.
 
     References
     ----------

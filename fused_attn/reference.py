@@ -15,6 +15,16 @@ from torch import Tensor
 
 from ._dropout import dropout_scale
 from ._tracing import every_sample, in_graph
+from .kernels.inputs import (
+    ConcatInputs,
+    GeneralInputs,
+    GraphInputs,
+    HierarchicalInputs,
+    LocationInputs,
+    StatisticsInputs,
+    WindowInputs,
+    WordByWordInputs,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -62,44 +72,21 @@ def softmax_of_rows(scores: Tensor, segment: Tensor | None, count: int) -> tuple
     return weights / (total[:, None] if segment is None else total[segment]), lse
 
 
-def location_attention(
-    h: Tensor,
-    w: Tensor | None,
-    b: Tensor | None,
-    v: Tensor | None,
-    gate_w: Tensor | None,
-    gate_b: Tensor | None,
-    context: Tensor | None,
-    values: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *,
-    activation: str,
-    gate_activation: str,
-    dropout_p: float,
-    context_per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
     r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
 
     .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
         \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
 
-    Shapes: ``h (B, T, D)`` or packed ``(N, D)``; ``w (D, A)``; ``v (A, R)``, or None with ``A = R``;
-    ``w`` None leaves the product out; ``context`` ``(S, A)``, or one vector a row where ``context_per_row``; ``S`` is
-    the number of sequences.
-
     Returns ``out (S, R, Dv)`` in the dtype of ``values``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
     least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
     """
+    h, *score, values, score_bias, mask, cu_seqlens, seed, activation, gate_activation, dropout_p, per_row = inputs
     rows = h.shape[:-1]
     dtype = (h if values is None else values).dtype
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
     h = h.to(wide)
-    w, b, v, gate_w, gate_b, context, values = (
-        x if x is None else x.to(wide) for x in (w, b, v, gate_w, gate_b, context, values)
-    )
+    w, b, v, gate_w, gate_b, context, values = (x if x is None else x.to(wide) for x in (*score, values))
     values = h if values is None else values
     if cu_seqlens is None:
         segment = torch.arange(rows[0], device=h.device)[:, None]
@@ -112,11 +99,11 @@ def location_attention(
         h = h.masked_fill(~mask[..., None], 0)
         values = values.masked_fill(~mask[..., None], 0)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
-    if context is not None and not context_per_row:
+    if context is not None and not per_row:
         if cu_seqlens is None and mask is not None:  # of a sequence that sees nothing
             context = context.masked_fill(~mask.any(1, keepdim=True), 0)
         context = context[segment]
-    if context is not None and mask is not None and (context_per_row or cu_seqlens is not None):
+    if context is not None and mask is not None and (per_row or cu_seqlens is not None):
         context = context.masked_fill(~mask[..., None], 0)
 
     z = h if w is None else h @ w
@@ -151,26 +138,18 @@ def location_attention(
     return out.to(dtype), lse, scores
 
 
-def windowed_attention(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    *,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def windowed_attention(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
     r"""The windowed form of location attention, from its scores: one output a position, as if T queries came.
 
     .. math:: o_i = \sum_j softmax_j(s_j) \, value_j \quad over \quad i - left <= j <= i + right
 
-    Shapes: ``scores (B, T, R)`` or packed ``(N, R)``, ``values (B, T, Dv)`` or ``(N, Dv)``, which may hold anything
-    where the scores are ``-inf``. Dropout draws as for R heads: of key j, sequence and hop, and query i.
+    The values may hold anything where the scores are ``-inf``. Dropout draws as for R heads: of key j,
+    sequence and hop, and query i.
 
     Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``values``, and ``lse``, see `normaliser`,
     with 2 for the last axis.
     """
+    scores, values, cu_seqlens, seed, left, right, dropout_p = inputs
     if cu_seqlens is not None:
         scores, values = scores[None], values[None]
     (B, T, R), width, dtype = scores.shape, values.shape[-1], values.dtype
@@ -180,11 +159,9 @@ def windowed_attention(
     holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
     bad = holed | ~(scores < torch.inf)
     values = values.masked_fill(hidden | holed, 0)
-    out, lse, *_ = _attend(
-        scores.masked_fill(bad, -torch.inf).mT[:, :, None].expand(B, R, T, T),
-        values[:, None].expand(B, R, T, width), None, None, cu_seqlens, cu_seqlens, seed,
-        left=left, right=right, dropout_p=dropout_p,
-    )  # fmt: skip
+    pairs = scores.masked_fill(bad, -torch.inf).mT[:, :, None].expand(B, R, T, T)
+    of_hops = values[:, None].expand(B, R, T, width)
+    out, lse, *_ = _attend(pairs, of_hops, None, None, cu_seqlens, cu_seqlens, seed, left, right, dropout_p)
     seq, i = positions(B, T, cu_seqlens, scores.device)
     shown = in_window(i[:, :, None], i[:, None], left, right, seq[:, :, None] == seq[:, None])
     spoilt = (shown[..., None] & bad[:, None]).any(2)[..., None]  # (B, T, R, 1)
@@ -216,87 +193,51 @@ def in_window(i: Tensor, j: Tensor, left: int | None, right: int | None, among: 
     return among
 
 
-def concat_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    *,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    weights_only: bool = False,
-) -> tuple[Tensor, ...]:
+def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
 
-    Shapes: ``query (B, H, Tq, A)``, ``key (B, H, Tk, A)``, ``value (B, H, Tk, Dv)``, ``v (H, A)``, ``mask (B, Tk)``
-    or ``(B, Tq, Tk)``, ``score_bias`` broadcastable to ``(B, H, Tq, Tk)``. Packed rows come as one sequence, B = 1,
-    with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is visible to query i iff
-    ``i - left <= j <= i + right``, None for an open side.
+    Packed rows come as one sequence with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is
+    visible to query i iff ``i - left <= j <= i + right``, None for an open side.
 
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
     least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible; with `weights_only`
     out and the weights before dropout.
     """
+    query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
     query, key, value = readable(mask, query, key, value)
     query, key, v = widened(query, key, v)
     bad = None
-    if in_parts(mask, cu_seqlens_q, left, right):
+    if in_parts(mask, offsets[0], left, right):
         bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
         (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
         bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * FEATURES[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
-    return _attend(
-        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,
-    )  # fmt: skip
+    structure = (mask, *offsets, seed, left, right, dropout_p)
+    return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 
 
 def general_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    *,
-    activation: str,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    weight: Tensor | None = None,
-    weights_only: bool = False,
+    inputs: GeneralInputs, *, weight: Tensor | None = None, weights_only: bool = False
 ) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
 
-    Shapes: ``query (B, H, Tq, Dq)``, ``key (B, H, Tk, Dk)``, ``value (B, H, Tk, Dv)``, None for the keys;
-    ``weight (Dq, Dk)`` or ``(H, Dq, Dk)``, None for the identity with ``Dq = Dk``. The other arguments and the
-    results are those of `concat_attention`.
+    `weight`: W, ``(Dq, Dk)`` or ``(H, Dq, Dk)``, for queries ``(B, H, Tq, Dq)``; None: the identity. The results are
+    those of `concat_attention`.
     """
+    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p = inputs
     query, key, value = readable(mask, query, key, key if value is None else value)
     query, key, weight = widened(query, key, weight)
     bad = None
-    if in_parts(mask, cu_seqlens_q, left, right):
+    if in_parts(mask, offsets[0], left, right):
         (query, bad_q), (key, bad_k) = sound(query), sound(key)
         bad = bad_q | bad_k.mT
     scores = ACTIVATIONS[activation](scale * ((query if weight is None else query @ weight) @ key.mT))
-    return _attend(
-        scores, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed,
-        left=left, right=right, dropout_p=dropout_p, bad=bad, weights_only=weights_only,
-    )  # fmt: skip
+    structure = (mask, *offsets, seed, left, right, dropout_p)
+    return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 
 
 def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,10 +286,10 @@ def _attend(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
-    *,
     left: int | None,
     right: int | None,
     dropout_p: float,
+    *,
     bad: Tensor | None = None,
     weights_only: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -392,35 +333,25 @@ def _attend(
     return out, normaliser(top, torch.exp(scores - pivot).sum(-1)), scores
 
 
-def word_by_word_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w: Tensor,
-    w_r: Tensor,
-    w_t: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_premise: Tensor | None,
-    cu_seqlens_hypothesis: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     r"""Word-by-word attention on canonical arguments, as `fused_attn.recurrent` passes them.
 
     .. math:: \alpha_t = softmax_j(w \cdot \tanh(key_j + query_t + r_{t-1} W_r)), \quad
         r_t = \sum_j \alpha_{tj} \, value_j + \tanh(r_{t-1} W_t)
 
-    Shapes: ``query (B, Th, A)``, ``key (B, Ty, A)``, ``value (B, Ty, D)``, ``w (A,)``, ``w_r (D, A)``,
-    ``w_t (D, D)``, ``state (B, D)`` for r_0, zeros where None; ``mask (B, Ty)``. Packed rows come as ``(N, width)``
-    with both ``cu_seqlens``, and are padded here, see `pad`.
+    The state is r_0, zeros where None. Packed rows are padded here, see `pad`.
 
     Returns r of every step, ``(B, Th, D)`` or ``(N, D)``, and in at least float32 the weights ``(B, Th, Ty)``, of
     which packed rows have none, ``(0,)``.
     """
+    query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
         rows = query.shape[0]
         (key, value), mask = pad(cu_seqlens_premise, key, value)
         (query,), _ = pad(cu_seqlens_hypothesis, query)
-        out, weights = word_by_word_attention(query, key, value, w, w_r, w_t, state, mask, None, None)
+        out, weights = word_by_word_attention(
+            WordByWordInputs(query, key, value, w, w_r, w_t, state, mask, None, None)
+        )
         seq, t = positions(1, rows, cu_seqlens_hypothesis, query.device)
         return out[seq[0], t[0]], weights.new_zeros(0)
     hidden = None
@@ -469,31 +400,18 @@ def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     return [x[rows].masked_fill(~inside[..., None], 0) for x in packed], inside
 
 
-def graph_attention(
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    value: Tensor | None,
-    edge: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    seed: Tensor | None,
-    *,
-    activation: str,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
     r"""Graph attention (GATv2) on canonical arguments, as `fused_attn.graph` passes them.
 
     .. math:: s_e = v \cdot act(q_i + k_j + edge_e), \quad o_i = \sum_e softmax_e(s_e) \, value_j
         \quad over \quad indptr_i <= e < indptr_{i+1}, \quad j = indices_e
 
-    Shapes: ``query (Nq, H, A)``, ``key (Nk, H, A)``, ``v (H, A)``, ``value (Nk, H, Dv)``, None for the keys,
-    ``edge (E, H, A)``, ``indptr (Nq + 1,)``, ``indices (E,)``. Dropout draws of an edge's place among those of its
-    node, node and head.
+    Dropout draws of an edge's place among those of its node, node and head.
 
     Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, ``lse (Nq, H, 2)``, see `normaliser`, and in at
     least float32 ``scores (E, H)``.
     """
+    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
     node = segment_ids(indptr, indices.shape[0])
     dtype, wide = key.dtype, torch.promote_types(key.dtype, torch.float32)
     query, v = query.to(wide), v.to(wide)  # before anything can overflow
@@ -514,59 +432,41 @@ def graph_attention(
 
 
 def hierarchical_attention(
-    h: Tensor,
-    inner: tuple[Any, ...],
-    outer: tuple[Any, ...],
-    mask: Tensor | None,
-    inner_offsets: Tensor,
-    outer_offsets: Tensor,
+    inputs: HierarchicalInputs,
     *,
     between: Callable[[Tensor, Tensor], Tensor] | None = None,
-    attend: Callable[..., tuple[Tensor, Tensor, Tensor]] = location_attention,
+    attend: Callable[[LocationInputs], tuple[Tensor, ...]] = location_attention,
 ) -> tuple[Tensor, ...]:
     r"""Two levels of location attention: rows into segments, segments into groups.
 
     .. math:: x_i = \sum_{j \in i} softmax_j(s(h_j)) h_j, \quad y = between(x), \quad
         o_g = \sum_{i \in g} softmax_i(t(y_i)) y_i
 
-    `inner` and `outer` are canonical arguments of a level: ``(w, b, v, gate_w, gate_b, context, activation,
-    gate_activation, context_per_row)``. A segment that sees no row is zero and hidden from the outer level.
-    `attend` computes a level, by default as the textbook has it.
+    A segment that sees no row is zero and hidden from the outer level. `attend` computes a level, by default as the
+    textbook has it.
 
     Returns ``out (G, 1, D')``, the outer ``lse (G, 1, 2)`` and ``scores (S, 1)``, the segments ``x (S, D)`` in the
     dtype of ``h``, the inner ``lse (S, 1, 2)`` and ``scores (N, 1)``.
     """
-
-    def level(
-        rows: Tensor, arguments: tuple[Any, ...], shown: Tensor | None, offsets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        *score, activation, gate_activation, context_per_row = arguments
-        return attend(
-            rows, *score, None, None, shown, offsets, None, activation=activation, gate_activation=gate_activation,
-            dropout_p=0.0, context_per_row=context_per_row,
-        )  # fmt: skip
-
-    pooled, lse, scores = level(h, inner, mask, inner_offsets)
-    segments = pooled.squeeze(1).to(h.dtype)
-    rows = segments if between is None else between(segments, outer_offsets)
-    top = level(rows, outer, lse[:, 0, 0] != -torch.inf, outer_offsets)
+    pooled, lse, scores = attend(inputs.level(inputs.h, inputs.mask, outer=False))
+    segments = pooled.squeeze(1).to(inputs.h.dtype)
+    rows = segments if between is None else between(segments, inputs.outer_offsets)
+    top = attend(inputs.level(rows, lse[:, 0, 0] != -torch.inf, outer=True))
     return *top, segments, lse, scores
 
 
-def statistics_pooling(
-    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_scores: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Weighted mean and variance over the frames, on canonical arguments, as `fused_attn.statistics` passes them.
 
     .. math:: s_{jc} = u_j \cdot v_c, \quad \alpha_{jc} = softmax_j(s_{jc}), \quad
         mean_c = \sum_j \alpha_{jc} x_{jc}, \quad var_c = \sum_j \alpha_{jc} (x_{jc} - mean_c)^2
 
-    Shapes: ``values (B, T, C)`` or packed ``(N, C)``; with ``v (A, C)`` `x` is the features u ``(B, T, A)`` or
-    ``(N, A)``; without it the scores ``(B, T)`` or ``(N,)``, one for all channels.
+    With ``v`` `x` is the features u; without it the scores, one for all channels.
 
     Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, ``lse (S, C, 2)``, ``(S, 1, 2)`` without v, and
     with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
     """
+    x, v, values, mask, cu_seqlens = inputs
     scores = x[..., None] if v is None else x
     if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
         scores, values = (y.masked_fill(~mask[..., None], 0) for y in (scores, values))

@@ -6,7 +6,6 @@ scores where a frame has one, and makes the softmax and both moments.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from ._checks import Checker, argument, check_activation, check_flag, check_numb
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from .kernels.inputs import StatisticsInputs
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
 from .segments import Offsets, as_offsets
@@ -32,9 +32,8 @@ _TABLES = {
 }
 
 
-def _fake(
-    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, need_scores: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(inputs: StatisticsInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, v, values, _, cu_seqlens = inputs
     seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels = values.shape[-1]
     return (
@@ -45,16 +44,15 @@ def _fake(
     )
 
 
-def _bwd(*args: Any) -> list[Tensor | None]:
+def _bwd(inputs: StatisticsInputs, *args: Any) -> list[Tensor | None]:
     *args, _, needs = args  # type: ignore[assignment]
-    return cast("list[Tensor | None]", launcher("statistics_bwd.statistics_bwd")(*args, needs))
+    return cast("list[Tensor | None]", launcher("statistics_bwd.statistics_bwd")(inputs, *args, needs))
 
 
 _STATISTICS = Operator(
     "statistics",
-    differentiable="x v? values",
-    constant="mask? cu_seqlens?",
-    options="",
+    StatisticsInputs,
+    differentiable="x v values",
     choices="bool need_scores",
     results="mean var lse scores?",
     saved="mean var lse scores",
@@ -62,7 +60,7 @@ _STATISTICS = Operator(
     forward=launcher("statistics.statistics_fwd"),
     backward=_bwd,
     fake=_fake,
-    formula=functools.partial(reference.statistics_pooling, return_scores=True),
+    formula=reference.statistics_pooling,
 )
 
 
@@ -135,10 +133,8 @@ def statistics_pooling(
 
     Raises
     ------
-    ValueError
-        For shapes and values that do not fit, and for an `impl` that cannot run here.
-    TypeError
-        For dtypes.
+    ValueError, TypeError
+        For arguments that do not fit, `w` without `v`, and an `impl` that cannot run here.
 
     References
     ----------
@@ -171,7 +167,8 @@ def statistics_pooling(
             x = x.to(h.dtype)
     per_channel = None if v is None or v.dim() == 1 else v
     return_scores = return_weights and per_channel is not None
-    mean, var, lse, scores = run(x, per_channel, h if values is None else values, mask, cu_seqlens, return_scores)
+    inputs = StatisticsInputs(x, per_channel, h if values is None else values, mask, cu_seqlens)
+    mean, var, lse, scores = run(inputs, return_scores)
     results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
     if not return_weights:
         return results

@@ -37,6 +37,7 @@ from .activations import activate
 from .arguments import constants, entries, head_ptr, heads, launch, pair_at, pair_ptr, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
 from .concat_factors import FACTOR, factors, readable, rows_before, rows_of, tile_at
+from .inputs import ConcatInputs
 from .masks import Items, dropout, dropout_scale, key_range, row_codes, visible_pairs
 from .products import add_product
 from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
@@ -382,22 +383,9 @@ class Call(NamedTuple):
     args: dict[str, Any]  # by the kernels' names
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> Call:
-    """Arguments by the kernels' names; shapes as `fused_attn.reference.concat_attention` has them."""
+def prepare(inputs: ConcatInputs) -> Call:
+    """Arguments by the kernels' names."""
+    query, key, value, v, score_bias, mask, cu_seqlens_q, _, seed, activation, left, right, dropout_p = inputs
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed, exact = cu_seqlens_q is not None, value.dtype == torch.float32
@@ -443,30 +431,14 @@ def prepare(
     return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
 
 
-def concat_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
+def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.concat_attention` has them.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
     """
-    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
-    call = prepare(
-        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )
+    query, key, value, _, _, mask, *offsets, _, activation, left, right, _ = inputs
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
+    call = prepare(inputs)
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)

@@ -36,6 +36,7 @@ from .chip import LENGTHS, LONG, Chip, pow2, tile_rows, unpressed
 from .concat import Call, prepare
 from .concat_factors import factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Saved, Workspace, gradient_tile, staying, walk_tile
+from .inputs import ConcatInputs
 from .masks import key_range
 from .products import add_product
 
@@ -366,31 +367,18 @@ def bwd_blocks(
 
 
 def concat_bwd(
+    inputs: ConcatInputs,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
-    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
-    call = prepare(
-        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, left, right, dropout_p
-    )
+    query, key, value, v, score_bias, _, *offsets, _, activation, _, _, _ = inputs
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
+    call = prepare(inputs)
     need_q, need_k, need_value, need_v, need_bias = needs
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed = cu_seqlens_q is not None

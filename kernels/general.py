@@ -30,6 +30,7 @@ from torch import Tensor
 from .activations import activate
 from .arguments import constants, head_ptr, heads, launch, pair_at, pair_ptr, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, unit, unpressed
+from .inputs import GeneralInputs
 from .location import load_rows
 from .masks import (
     Items,
@@ -364,28 +365,13 @@ class Call(NamedTuple):
     args: dict[str, object]  # by the kernels' names
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    natural: bool,
-    *,
-    backward: bool = False,
-) -> Call:
-    """Shapes as `fused_attn.reference.general_attention` has them.
+def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> Call:
+    """Arguments by the kernels' names.
 
     backward: it multiplies with the queries too, and must not with those that are not finite.
     """
+    query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, *options = inputs
+    scale, left, right, dropout_p = options
     chip, packed = chip_of(query.device), cu_seqlens_q is not None
     (B, H, Tq, D), Tk = query.shape, key.shape[2]
     query, key = unit(query), unit(key)
@@ -458,42 +444,13 @@ def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
     return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
 
 
-def general_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores); arguments as `fused_attn.reference.general_attention` has them, the weight apart.
+def general_fwd(inputs: GeneralInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.general_attention` has them, the weight apart.
 
     The scores are written only where `need_scores` says so (padded batches only), else they are empty.
     """
-    call = prepare(
-        query,
-        key,
-        value,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seed,
-        activation,
-        scale,
-        left,
-        right,
-        dropout_p,
-        need_scores,
-    )
+    call = prepare(inputs, need_scores)
+    query, key, cu_seqlens_q = inputs.query, inputs.key, inputs.cu_seqlens_q
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     out = query.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(B, H, Tq, device=query.device)

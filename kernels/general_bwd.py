@@ -40,6 +40,7 @@ from .general import (
     whole_tiles,
     widths,
 )
+from .inputs import GeneralInputs
 from .location import load_rows
 from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_pairs, window_range
 from .products import add_product
@@ -484,24 +485,12 @@ def bwd_blocks(
 
 
 def general_bwd(
+    inputs: GeneralInputs,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    activation: str,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
     natural: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
@@ -509,23 +498,8 @@ def general_bwd(
 
     natural: whether the forward returned its scores, and took e^s of them (see general.py).
     """
-    call = prepare(
-        query,
-        key,
-        value,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seed,
-        activation,
-        scale,
-        left,
-        right,
-        dropout_p,
-        natural,
-        backward=True,
-    )
+    call = prepare(inputs, natural, backward=True)
+    query, key, value, score_bias, _, cu_seqlens_q, cu_seqlens_k, *_ = inputs
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     packed, exact, parts = cu_seqlens_q is not None, call.flags.EXACT, call.flags.PARTS

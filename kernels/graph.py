@@ -28,6 +28,7 @@ from .activations import activate
 from .arguments import constants, rows
 from .chip import LENGTHS, Chip, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
+from .inputs import GraphInputs
 from .masks import dropout, dropout_scale
 from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
 
@@ -198,19 +199,8 @@ class Call(NamedTuple):
     args: dict[str, object]
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    value: Tensor | None,
-    edge: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-) -> Call:
-    """Shapes as `fused_attn.reference.graph_attention` has them."""
+def prepare(inputs: GraphInputs) -> Call:
+    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
     chip = chip_of(query.device)
     query, key, v, edge = unit(query), unit(key), unit(v), unit(edge)
     values = key if value is None else unit(value)
@@ -239,19 +229,9 @@ def prepare(
     return Call(chip, blocks, hubs, args)
 
 
-def graph_fwd(
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    value: Tensor | None,
-    edge: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores); arguments as `fused_attn.reference.graph_attention` has them."""
+def graph_fwd(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.graph_attention` has them."""
+    query, key, _, value, _, _, indices, *_ = inputs
     (nodes, H, A), edges = query.shape, indices.numel()
     DV = (key if value is None else value).shape[2]
     out = query.new_empty(nodes, H, DV, dtype=torch.float32)
@@ -259,7 +239,7 @@ def graph_fwd(
     scores = torch.empty(edges, H, dtype=torch.float32, device=query.device)
     if out.numel() == 0 or edges == 0:
         return out.zero_(), no_key(lse), scores
-    call = prepare(query, key, v, value, edge, indptr, indices, seed, activation, dropout_p)
+    call = prepare(inputs)
     blocks, hubs = call.blocks, call.hubs
     part = State(hubs.parts(H, DV), hubs.parts(H, 2), None)
     with torch.cuda.device_of(query):

@@ -30,6 +30,7 @@ from .arguments import constants, rows
 from .chip import LENGTHS, all_registers, unpressed
 from .graph import Blocks, State, graph_blocks, load_edges, load_heads, prepare
 from .graph_hubs import Csr, Hubs, edges_of, slots_of
+from .inputs import GraphInputs
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
 
@@ -271,33 +272,20 @@ def _graph_bwd_dk_kernel(
 
 
 def graph_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    dscores: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    value: Tensor | None,
-    edge: Tensor | None,
-    indptr: Tensor,
-    indices: Tensor,
-    transposed: tuple[Tensor, Tensor, Tensor] | None,
-    seed: Tensor | None,
+    inputs: GraphInputs,
     out: Tensor,
     lse: Tensor,
     scores: Tensor,
-    activation: str,
-    dropout_p: float,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (query, key, v, value, edge), None where `needs` is False.
-
-    transposed: (indptr, indices, permutation) of the transposed structure, where key or value needs a gradient.
-    """
-    inputs = (query, key, v, value, edge)
+    """Gradients of (query, key, v, value, edge), None where `needs` is False; those of key and value transposed."""
+    query, key, v, value, edge, _, indices, *transposed, _, _, _ = inputs
     if query.numel() == 0 or indices.numel() == 0:
-        return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
-    call = prepare(*inputs, indptr, indices, seed, activation, dropout_p)
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
+    call = prepare(inputs)
     hubs, (H, A, DV) = call.hubs, call.args["size"]
     need_q, need_k, need_v, need_value, need_edge = needs
     dq, dk, dvalue, dedge = (

@@ -27,6 +27,7 @@ from torch import Tensor
 from .activations import activate
 from .arguments import constants, entry_ptr, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unit, unpressed
+from .inputs import HierarchicalInputs
 from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
 from .softmax import finish, new_lse, online_softmax, store_lse
 
@@ -250,51 +251,26 @@ def fits(chip: Chip, width: int, D: int, rows: int, groups: int) -> bool:
     return width >= D and (groups >= chip.cores or rows <= groups * SHORT)
 
 
-def hierarchical_fwd(
-    h: Tensor,
-    w: Tensor | None,
-    b: Tensor | None,
-    v: Tensor | None,
-    gate_w: Tensor | None,
-    gate_b: Tensor | None,
-    context: Tensor | None,
-    outer_w: Tensor | None,
-    outer_b: Tensor | None,
-    outer_v: Tensor | None,
-    outer_gate_w: Tensor | None,
-    outer_gate_b: Tensor | None,
-    outer_context: Tensor | None,
-    mask: Tensor | None,
-    inner_offsets: Tensor,
-    outer_offsets: Tensor,
-    activation: str,
-    gate_activation: str,
-    context_per_row: bool,
-    outer_activation: str,
-    outer_gate_activation: str,
-    outer_context_per_row: bool,
-) -> tuple[Tensor, ...]:
+def hierarchical_fwd(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
     """(out, outer lse, outer scores, segments, inner lse, inner scores, pooled).
 
     As `fused_attn.reference.hierarchical_attention`; `pooled` is `segments` in float32, for the backward.
     """
+    h, w, context, outer_w, outer_context = inputs.h, inputs.w, inputs.context, inputs.outer_w, inputs.outer_context
+    inner = inputs.level(h, inputs.mask, outer=False)
     chip = chip_of(h.device)
     rows, D = h.shape
-    seqs, groups = inner_offsets.numel() - 1, outer_offsets.numel() - 1
+    seqs, groups = inputs.inner_offsets.numel() - 1, inputs.outer_offsets.numel() - 1
     widths = [D if x is None else x.shape[1] for x in (w, outer_w)]
-    gated = gate_w is not None or outer_gate_w is not None
+    gated = inputs.gate_w is not None or inputs.outer_gate_w is not None
     plain = not gated and context is None and outer_context is None
-    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, v is None, outer_v is None, gated, plain)
-    inner = (w, b, v, gate_w, gate_b, context)
-    outer = (outer_w, outer_b, outer_v, outer_gate_w, outer_gate_b, outer_context)
-    options = (activation, gate_activation, 0.0, context_per_row)
-    outer_options = (outer_activation, outer_gate_activation, 0.0, outer_context_per_row)
+    linear = inputs.v is None, inputs.outer_v is None
+    blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, *linear, gated, plain)
     if not fits(chip, min(blocks.DV, outer_blocks.DV), D, rows, groups):
-        pooled, inner_lse, inner_scores = location_fwd(h, *inner, None, None, mask, inner_offsets, None, *options)
+        pooled, inner_lse, inner_scores = location_fwd(inner)
         segments = pooled.squeeze(1).to(h.dtype, copy=True)
-        seen = inner_lse[:, 0, 0] != -torch.inf
-        level = location_fwd(segments, *outer, None, None, seen, outer_offsets, None, *outer_options)
-        return *level, segments, inner_lse, inner_scores, pooled
+        top = location_fwd(inputs.level(segments, inner_lse[:, 0, 0] != -torch.inf, outer=True))
+        return *top, segments, inner_lse, inner_scores, pooled
 
     new: Callable[..., Tensor] = h.new_empty
     outer_lse, inner_lse = (new_lse(n, 1, device=h.device) for n in (groups, seqs))
@@ -303,8 +279,8 @@ def hierarchical_fwd(
     result = Result(out, outer_lse, outer_scores, new(seqs, D), inner_lse, inner_scores, pooled)
     if groups == 0:
         return tuple(result)
-    call = prepare(h, *inner, None, mask, inner_offsets, None, *options)
-    outer_call = prepare(result.segments, *outer, None, None, outer_offsets, None, *outer_options)
+    call = prepare(inner)
+    outer_call = prepare(inputs.level(result.segments, None, outer=True))
     args = call.args | {
         "outer_weights": outer_call.args["weights"],
         "inner_ptr": call.cu_seqlens,
@@ -314,7 +290,9 @@ def hierarchical_fwd(
         "outer_context": sequences(unit(outer_context), packed=True),
         "flags": constants(call.flags._replace(CTX_PER_ROW=True)),
         "outer_flags": constants(outer_call.flags._replace(CTX_PER_ROW=True)),
-        "levels": constants(Levels(w is not None and blocks.D >= D, context_per_row, outer_context_per_row)),
+        "levels": constants(
+            Levels(w is not None and blocks.D >= D, inputs.context_per_row, inputs.outer_context_per_row)
+        ),
         "size": Size(D, call.size.A, outer_call.size.A),
         "result": result,
     }

@@ -21,6 +21,7 @@ from torch import Tensor
 from .activations import activate
 from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .inputs import LocationInputs
 from .masks import Items, dropout, dropout_scale, locate, partition
 from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
@@ -392,23 +393,9 @@ def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> tu
     return tuple(matmul_flags(chip, dtype).values())
 
 
-def prepare(
-    h: Tensor,
-    w: Tensor | None,
-    b: Tensor | None,
-    v: Tensor | None,
-    gate_w: Tensor | None,
-    gate_b: Tensor | None,
-    context: Tensor | None,
-    values: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    gate_activation: str,
-    dropout_p: float,
-    context_per_row: bool,
-) -> Call:
+def prepare(inputs: LocationInputs) -> Call:
+    h, w, b, v, gate_w, gate_b, context, values, _, mask, cu_seqlens, seed, *options = inputs
+    activation, gate_activation, dropout_p, context_per_row = options
     chip = chip_of(h.device)
     packed = cu_seqlens is not None
     h, values, context = unit(h), unit(values), unit(context)
@@ -443,42 +430,10 @@ def prepare(
     return Call(seqs, length, size, flags, chip, cu_seqlens, args)
 
 
-def location_fwd(
-    h: Tensor,
-    w: Tensor | None,
-    b: Tensor | None,
-    v: Tensor | None,
-    gate_w: Tensor | None,
-    gate_b: Tensor | None,
-    context: Tensor | None,
-    values: Tensor | None,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    gate_activation: str,
-    dropout_p: float,
-    context_per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores); arguments and shapes as `fused_attn.reference.location_attention` has them."""
-    call = prepare(
-        h,
-        w,
-        b,
-        v,
-        gate_w,
-        gate_b,
-        context,
-        values,
-        mask,
-        cu_seqlens,
-        seed,
-        activation,
-        gate_activation,
-        dropout_p,
-        context_per_row,
-    )
+def location_fwd(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.location_attention` has them."""
+    call = prepare(inputs)
+    h, w, v, cu_seqlens = inputs.h, inputs.w, inputs.v, inputs.cu_seqlens
     seqs, packed, (D, A, R, DV) = call.seqs, cu_seqlens is not None, call.size
     out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
     lse = new_lse(seqs, R, device=h.device)
@@ -498,7 +453,7 @@ def location_fwd(
     flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
     args = {
         **call.args,
-        "bias": entries(score_bias, packed=packed),
+        "bias": entries(inputs.score_bias, packed=packed),
         "result": Result(out, lse, scores),
         "parts": Parts(o, m, l),
         "rows_per_item": rows,

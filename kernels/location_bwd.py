@@ -31,6 +31,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import constants, entry_ptr, launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows, unpressed
+from .inputs import LocationInputs
 from .location import WORKSPACE_BYTES, Blocks, Call, Result, hop_block, load_rows, matmul, prepare, project
 from .masks import Items, dropout_scale, locate, sequence_of
 from .products import add_product
@@ -435,6 +436,10 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         if hopper and hop == 1 and whole:
             return Blocks(tile_rows(T, 64), pow2(D, 16, 32), block_a, warps=8, R=hop)
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8, R=hop)
+    if hop > 64:  # of so many hops dO has an address an element where rows are no vectors, which spilled
+        return Blocks(
+            tile_rows(T, 32), pow2(D, 16, 64 if whole else 16), hop if linear else pow2(A, 16, 32), warps=8, R=hop
+        )
     if not whole or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8, R=hop)
     block_t = tile_rows(T, 128 if hopper and hop == 1 else 64)
@@ -442,21 +447,21 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
 
 
 def location_bwd(
-    dout: Tensor, dlse: Tensor | None, dscores: Tensor | None,
-    h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
-    cu_seqlens: Tensor | None, seed: Tensor | None,
-    out: Tensor, lse: Tensor, scores: Tensor,
-    activation: str, gate_activation: str, dropout_p: float, context_per_row: bool, needs: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
+    inputs: LocationInputs,
+    out: Tensor,
+    lse: Tensor,
+    scores: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor | None]:
     """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False."""
-    call = prepare(
-        h, w, b, v, gate_w, gate_b, context, values, mask, cu_seqlens, seed,
-        activation, gate_activation, dropout_p, context_per_row,
-    )  # fmt: skip
+    call = prepare(inputs)
+    h, w, b, v, gate_w, gate_b, context, values, score_bias, *_ = inputs
     need_h, need_w, need_b, need_v, need_gw, need_gb, need_ctx, need_values, need_bias = needs
     D, A, R, DV = call.size
-    a_sequence = need_ctx and not context_per_row
+    a_sequence = need_ctx and not inputs.context_per_row
 
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=h.device)
     ww = call.args["weights"].w if gate_w is None else torch.cat([w, gate_w], dim=1)
@@ -486,7 +491,7 @@ def location_bwd(
     of_h |= {} if values is None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
 
-    many = h.element_size() == 4 and R > 32  # hops, of products that are sums of their own
+    many = R > (32 if h.element_size() == 4 else 64)  # hops, in float32 of products that are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
     dz_blocks = blocks
     if h.element_size() == 4 and v is not None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit
+from .inputs import WindowInputs
 from .location import load_rows
 from .masks import (
     Items,
@@ -314,15 +315,8 @@ class Call(NamedTuple):
         return args["scanned"]
 
 
-def prepare(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> Call:
+def prepare(inputs: WindowInputs) -> Call:
+    scores, values, cu_seqlens, seed, left, right, dropout_p = inputs
     chip = chip_of(values.device)
     packed, exact = cu_seqlens is not None, values.dtype == torch.float32
     length, DV = values.shape[-2:]
@@ -352,26 +346,21 @@ def prepare(
     return Call(items, scores.shape[-1], blocks, flags, all_registers(chip), args)
 
 
-def window_fwd(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def window_fwd(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) as `fused_attn.reference.windowed_attention` has them, out in float32."""
+    scores, values, cu_seqlens, *_ = inputs
     DV = values.shape[-1]
     out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)
     lse = new_lse(*scores.shape, device=scores.device)
     if lse.numel() == 0:
         return out, lse
-    call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
+    call = prepare(inputs)
     if call.flags.SCAN:
         terms = values[None] if cu_seqlens is not None else values
         terms = unit(terms)[:, None].expand(-1, call.hops, -1, -1)
-        call.args["scanned"] = call.scan(terms, call.args["scores_ptr"], None, lse=False, reverse=left is not None)
+        call.args["scanned"] = call.scan(
+            terms, call.args["scores_ptr"], None, lse=False, reverse=inputs.left is not None
+        )
     grid = call.items.count, call.hops, max(1, triton.cdiv(DV, call.blocks.DV))  # lse is there without values
     call.launch(_location_window_fwd_kernel, *grid, out_ptr=out, lse_ptr=lse)
     return out, lse

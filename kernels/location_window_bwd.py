@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .arguments import sequence_ptr
 from .chip import LENGTHS, pow2
+from .inputs import WindowInputs
 from .location import load_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, in_window, locate, mirrored, sequence_of
@@ -205,26 +206,16 @@ def _location_window_bwd_values_kernel(
 
 
 def window_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    needs: list[bool],
+    inputs: WindowInputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False."""
+    scores, values, cu_seqlens, *_ = inputs
     need_scores, need_values = needs
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
     dvalue = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
     if lse.numel() == 0:
         return [None if grad is None else grad.zero_() for grad in (ds, dvalue)]
-    call = prepare(scores, values, cu_seqlens, seed, left, right, dropout_p)
+    call = prepare(inputs)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     seen = torch.empty_like(lse)
@@ -247,7 +238,7 @@ def window_bwd(
     call.args["lse_ptr"] = seen
     if call.flags.SCAN:
         terms = (dout if cu_seqlens is None else dout[None]).transpose(1, 2)
-        call.args["scanned"] = call.scan(terms, seen, delta, lse=True, reverse=right is not None)
+        call.args["scanned"] = call.scan(terms, seen, delta, lse=True, reverse=inputs.right is not None)
     if need_scores:
         call.launch(_location_window_bwd_scores_kernel, call.items.count, hops)
     if need_values:

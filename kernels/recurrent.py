@@ -30,6 +30,7 @@ from torch import Tensor
 from .activations import tanh
 from .arguments import constants, entries, entry_ptr, launch, matrix, sequence_ptr, sequences
 from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit
+from .inputs import WordByWordInputs
 from .location import load_rows
 from .masks import Spans, sequence_of
 from .softmax import exp, finish, pivot, rounded_product
@@ -270,18 +271,9 @@ class Call(NamedTuple):
     args: dict[str, object]
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w: Tensor,
-    w_r: Tensor,
-    w_t: Tensor,
-    mask: Tensor | None,
-    cu_seqlens_premise: Tensor | None,
-    cu_seqlens_hypothesis: Tensor | None,
-) -> Call:
-    """Arguments by the kernels' names; shapes as `fused_attn.reference.word_by_word_attention` has them."""
+def prepare(inputs: WordByWordInputs) -> Call:
+    """Arguments by the kernels' names."""
+    query, key, value, w, w_r, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     chip, packed = chip_of(query.device), cu_seqlens_premise is not None
     query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
     premise, hypothesis = (x if x is None else x.contiguous() for x in (cu_seqlens_premise, cu_seqlens_hypothesis))
@@ -325,24 +317,13 @@ def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: boo
         launch(kernel, (call.seqs,), args, blocks, **all_registers(call.chip))
 
 
-def recurrent_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w: Tensor,
-    w_r: Tensor,
-    w_t: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_premise: Tensor | None,
-    cu_seqlens_hypothesis: Tensor | None,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, weights) in float32; arguments as `fused_attn.reference.word_by_word_attention` has them.
+def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool) -> tuple[Tensor, Tensor]:
+    """(out, weights) in float32, as `fused_attn.reference.word_by_word_attention` has them.
 
     The weights are written only where `need_weights` says so (padded batches only), else they are empty.
     """
-    call = prepare(query, key, value, w, w_r, w_t, mask, cu_seqlens_premise, cu_seqlens_hypothesis)
+    call = prepare(inputs)
+    query, key, value, *_, state, _, cu_seqlens_premise, _ = inputs
     packed = cu_seqlens_premise is not None
     out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32, device=query.device)
     shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)

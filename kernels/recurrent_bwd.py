@@ -27,6 +27,7 @@ from torch import Tensor
 from .activations import tanh
 from .arguments import Matrix, sequence_ptr
 from .chip import LENGTHS
+from .inputs import WordByWordInputs
 from .location import load_rows
 from .masks import sequence_of
 from .recurrent import launch_forms, premise_keys, prepare, score_tile, softmax_step, vector_matrix
@@ -230,24 +231,11 @@ def previous(out: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def recurrent_bwd(
-    dout: Tensor,
-    dweights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w: Tensor,
-    w_r: Tensor,
-    w_t: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_premise: Tensor | None,
-    cu_seqlens_hypothesis: Tensor | None,
-    out: Tensor,
-    needs: list[bool],
+    inputs: WordByWordInputs, out: Tensor, dout: Tensor, dweights: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
-    tensors = (query, key, value, w, w_r, w_t, state)
-    call = prepare(*tensors[:-1], mask, cu_seqlens_premise, cu_seqlens_hypothesis)
+    query, key, value, _, w_r, w_t, state, _, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
+    call = prepare(inputs)
     A, D = call.size
 
     def zeros(*shape: int) -> Tensor:
@@ -270,4 +258,4 @@ def recurrent_bwd(
         rows = before.flatten(0, -2).t()
         dw_r, dw_t = rows @ dc.flatten(0, -2), rows @ (dr * gate).flatten(0, -2)
         made = (dc, dk, dval, dw.sum(0), dw_r, dw_t, dstate)
-    return [g.to(x.dtype) if need else None for g, x, need in zip(made, tensors, needs, strict=True)]
+    return [g.to(x.dtype) if need else None for g, x, need in zip(made, inputs, needs, strict=False)]

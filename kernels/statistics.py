@@ -38,6 +38,7 @@ from .arguments import (
     sequences,
 )
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .inputs import StatisticsInputs
 from .location import load_rows, matmul
 from .masks import Items, locate, partition
 from .softmax import finish, new_lse, no_key, pivot, store_lse
@@ -336,7 +337,8 @@ class Call(NamedTuple):
         return items
 
 
-def prepare(x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Call:
+def prepare(inputs: StatisticsInputs) -> Call:
+    x, v, values, mask, cu_seqlens = inputs
     chip, packed = chip_of(values.device), cu_seqlens is not None
     v, values, cu_seqlens = unit(v), unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     size = Size(0 if v is None else v.shape[0], values.shape[-1])
@@ -354,11 +356,10 @@ def prepare(x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu
     return Call(seqs, length, size, chip, flags, cu_seqlens, args)
 
 
-def statistics_fwd(
-    x: Tensor, v: Tensor | None, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_scores: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, var, lse, scores); arguments and shapes as `fused_attn.reference.statistics_pooling` has them."""
-    call = prepare(x, v, values, mask, cu_seqlens)
+def statistics_fwd(inputs: StatisticsInputs, return_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, var, lse, scores) as `fused_attn.reference.statistics_pooling` has them."""
+    call = prepare(inputs)
+    _, v, values, _, cu_seqlens = inputs
     seqs, (A, C) = call.seqs, call.size
     R = 1 if v is None else C
     state = State(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .arguments import entry_ptr, launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, even, pow2, tile_rows, unpressed
+from .inputs import StatisticsInputs
 from .location import load_rows
 from .masks import Items, locate
 from .products import add_product
@@ -274,23 +275,20 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
 
 
 def statistics_bwd(
-    dmean: Tensor,
-    dvar: Tensor,
-    dlse: Tensor | None,
-    dscores: Tensor | None,
-    x: Tensor,
-    v: Tensor | None,
-    values: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    inputs: StatisticsInputs,
     mean: Tensor,
     var: Tensor,
     lse: Tensor,
     scores: Tensor,
+    dmean: Tensor,
+    dvar: Tensor,
+    dlse: Tensor | None,
+    dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (x, v, values), None where `needs` is False."""
-    call = prepare(x, v, values, mask, cu_seqlens)
+    call = prepare(inputs)
+    x, v, values, _, cu_seqlens = inputs
     need_x, need_v, need_values = needs
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None

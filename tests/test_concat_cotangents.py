@@ -8,6 +8,7 @@ from _compare import Result, assert_as_exact, in_double, nudged, projection
 from _concat import Case
 
 from fused_attn import concat, reference
+from fused_attn.kernels.inputs import ConcatInputs
 
 RESULTS = ("output", "lse", "scores")
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "blocked")
@@ -24,13 +25,11 @@ def derivatives(case: Case, tensors, impl: str, through) -> Result:
     """The three results where they are finite, and the gradients that random ones of `through` give."""
     leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
     seed = torch.tensor([5], device=tensors["query"].device) if case.dropout_p else None
-    *inputs, activation, left, right, dropout_p = case.raw_arguments(leaves, seed)
+    inputs = ConcatInputs(*case.raw_arguments(leaves, seed))
     if impl == "reference":
-        results = reference.concat_attention(
-            *inputs, activation=activation, left=left, right=right, dropout_p=dropout_p
-        )
+        results = reference.concat_attention(inputs)
     else:
-        results = concat._CONCAT(*inputs, activation, left, right, dropout_p, "scores" in through, impl == "blocked")
+        results = concat._CONCAT(inputs, "scores" in through, impl == "blocked")
     named = dict(zip(RESULTS, results, strict=True))
     # Rows that see nothing and pairs that are hidden have random gradients too: no input may feel them.
     cotangents = [projection(named[name], RESULTS.index(name)) for name in through]

@@ -25,6 +25,7 @@ from test_location_reference import BY_HAND
 from fused_attn import csr_from_edges, graph, graph_attention, location_attention, transpose_csr
 from fused_attn.kernels import graph as kernels
 from fused_attn.kernels.chip import chip_of
+from fused_attn.kernels.inputs import GraphInputs
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 both_values = pytest.mark.parametrize("value_dim", [5, None], ids=["values", "keys"])
@@ -105,9 +106,9 @@ def test_free_gradients_of_the_output_and_the_normaliser_match_the_reference(pie
     tensors = Case(edges=4 + pieces * piece).tensors(device)
 
     def op(*, impl, query, key, v, value, edge, indptr, indices):
-        rest = (indptr, indices, None, None, None, None, "leaky_relu", 0.0)
+        structure = (indptr, indices, None, None, None, None)
         run = graph._GRAPH if impl == "triton" else graph._GRAPH.formula
-        out, lse, _ = run(query, key, v, value, edge, *rest)
+        out, lse, _ = run(GraphInputs(query, key, v, value, edge, *structure, "leaky_relu", 0.0))
         return out, lse[..., 1].where(lse[..., 1] > 0, 1).log()  # no edge: 0
 
     assert_matches_reference(op, tensors)

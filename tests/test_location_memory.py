@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="kernels are in Triton")
 from fused_attn.kernels import chip, hierarchical, location, location_bwd, softmax
+from fused_attn.kernels.inputs import HierarchicalInputs, LocationInputs
 
 MIB = 2**20
 
@@ -105,9 +106,9 @@ def inputs(B, T, D, A, R=None, DV=None, gated=False, context=False, ragged=False
 def test_temporaries_stay_in_the_workspace(sizes, dtype):
     """Beside the results: the workspace, a sum a sequence, and a few times the parameters, summed in parts."""
     tensors = inputs(**sizes, dtype=dtype)
-    options = ("tanh", "sigmoid", 0.0, False)
+    given = LocationInputs(*tensors.values(), "tanh", "sigmoid", 0.0, False)
     with _Peak() as forward:
-        out, lse, scores = location.location_fwd(*tensors.values(), *options)
+        out, lse, scores = location.location_fwd(given)
     kept = nbytes(out, lse, scores)
     assert forward.most <= kept + location.WORKSPACE_BYTES * 1.01 + nbytes(out) + 8 * 2**20
 
@@ -115,7 +116,7 @@ def test_temporaries_stay_in_the_workspace(sizes, dtype):
     needs = [tensors[name] is not None for name in names]
     dout = torch.empty_like(out)
     with _Peak() as backward:
-        grads = location_bwd.location_bwd(dout, None, None, *tensors.values(), out, lse, scores, *options, needs)
+        grads = location_bwd.location_bwd(given, out, lse, scores, dout, None, None, needs)
     parameters = 4 * sum(tensors[name].numel() for name in names[1:6] if tensors[name] is not None)
     sequences = 4 * tensors["context"].numel() if tensors["context"] is not None else 0
     offsets = 16 * len(tensors["h"]) if tensors["cu_seqlens"] is not None else 0
@@ -136,7 +137,7 @@ def test_two_levels_keep_no_more_than_their_segments(groups):
     h = new(5 * sentences, D)
     with _Peak() as peak:
         results = hierarchical.hierarchical_fwd(
-            h, *level, *level, None, *offsets, "tanh", "sigmoid", False, "tanh", "sigmoid", False
+            HierarchicalInputs(h, *level, *level, None, *offsets, "tanh", "sigmoid", False, "tanh", "sigmoid", False)
         )
     segments = results[-1]
     assert peak.most <= nbytes(*results) + nbytes(segments) + location.WORKSPACE_BYTES

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from fused_attn import LocationAttention, location_attention, reference
 from fused_attn._location_windowed import WINDOW
 from fused_attn.blocked import location as in_blocks
+from fused_attn.kernels.inputs import WindowInputs
 
 WINDOWS = ((None, 0), (None, -1), (None, 5), (None, -3), (None, 40), (0, None), (3, None), (-2, None), (40, None))
 WINDOWS += ((2, 2), (5, -1), (-1, 4), (0, 0), (-30, 33), (None, None), (10**9, 10**9), (None, -(10**9)))
@@ -150,12 +151,8 @@ def test_segments_of_every_length_match_the_reference(device):
 
 
 def raw(scores, values, cu, seed, window, dropout_p, impl):
-    if impl == "reference":
-        out, lse = reference.windowed_attention(
-            scores, values, cu, seed, left=window[0], right=window[1], dropout_p=dropout_p
-        )
-        return out, lse
-    return WINDOW(scores, values, cu, seed, *window, dropout_p, impl == "blocked")
+    inputs = WindowInputs(scores, values, cu, seed, *window, dropout_p)
+    return reference.windowed_attention(inputs) if impl == "reference" else WINDOW(inputs, impl == "blocked")
 
 
 @pytest.mark.parametrize("through", [("output", "lse"), ("lse",)], ids="+".join)
@@ -572,10 +569,11 @@ def test_blocked_path_is_linear_in_the_rows(ragged, window, device):
     for rows in (1024, 2048, 4096):
         scores, values = torch.randn(rows, 1), torch.randn(rows, 8)
         cu = torch.tensor([0, 10, 10, rows], dtype=torch.int32)
-        inputs = (scores, values, cu, None) if ragged else (scores[None], values[None], None, None)
+        tensors = (scores, values, cu, None) if ragged else (scores[None], values[None], None, None)
+        inputs = WindowInputs(*tensors, *window, 0.0)
         with Recorder() as seen:
-            out, lse = in_blocks.window_fwd(*inputs, *window, 0.0)
-            in_blocks.window_bwd(out, lse, *inputs, lse, *window, 0.0, [True, True])
+            out, lse = in_blocks.window_fwd(inputs)
+            in_blocks.window_bwd(inputs, lse, out, lse, [True, True])
         counts.append((seen.largest, seen.work))
     for (before, work), (after, more) in itertools.pairwise(counts):
         assert after <= 2.1 * before

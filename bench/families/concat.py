@@ -112,14 +112,15 @@ class ConcatCase(PairCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import concat, concat_bwd
+        from fused_attn.kernels.inputs import ConcatInputs
 
         B, H, Tq, Tk = self._lead
         rows = ((B, H, Tq, self.A), (B, H, Tk, self.A), (B, H, Tk, self.DV), (H, self.A))
         tensors = (*(self._empty(*shape) for shape in rows), *self._structure())
-        options = (self.activation, *self.window, self.dropout)
-        out, lse, _ = concat.concat_fwd(*tensors, *options, False)
+        inputs = ConcatInputs(*tensors, self.activation, *self.window, self.dropout)
+        out, lse, _ = concat.concat_fwd(inputs, False)
         needs = [True] * 4 + [self.bias]
-        concat_bwd.concat_bwd(out, None, None, *tensors, out, lse, *options, needs)
+        concat_bwd.concat_bwd(inputs, out, lse, out, None, None, needs)
 
 
 COMPILED = [

@@ -106,6 +106,7 @@ class GeneralCase(PairCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import general, general_bwd
+        from fused_attn.kernels.inputs import GeneralInputs
 
         B, H, Tq, Tk = self._lead
         tensors = (
@@ -114,11 +115,11 @@ class GeneralCase(PairCase):
             None if self.DV is None else self._empty(B, H, Tk, self.DV),
             *self._structure(),
         )
-        options = (self.activation, 0.125, *self.window, self.dropout)
-        out, lse, scores = general.general_fwd(*tensors, *options, self.weights)
+        inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
+        out, lse, scores = general.general_fwd(inputs, self.weights)
         needs = [True, True, self.DV is not None, self.bias]
         dscores = scores if self.weights else None
-        general_bwd.general_bwd(out, None, dscores, *tensors, out, lse, *options, self.weights, needs)
+        general_bwd.general_bwd(inputs, out, lse, out, None, dscores, self.weights, needs)
 
 
 _ALL = {"mask": 3, "window": (100, 0), "bias": True, "weights": True, "dropout": 0.1}

@@ -102,9 +102,10 @@ class GraphCase(CompileCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import graph, graph_bwd
+        from fused_attn.kernels.inputs import GraphInputs
 
         H, A, keys = self.H, self.A, self.keys or self.N
-        tensors = (
+        inputs = GraphInputs(
             self._empty(self.N, H, A),
             self._empty(keys, H, A),
             self._empty(H, A),
@@ -112,17 +113,17 @@ class GraphCase(CompileCase):
             self._empty(self.E, H, A) if self.edge else None,
             self._empty(self.N + 1, dtype=self.index),
             self._empty(self.E, dtype=self.index),
-        )
-        transposed = (
             self._empty(keys + 1, dtype=self.index),
             self._empty(self.E, dtype=self.index),
             self._empty(self.E, dtype=torch.int64),
+            self._seed(self.dropout),
+            self.activation,
+            self.dropout,
         )
-        seed, options = self._seed(self.dropout), (self.activation, self.dropout)
-        out, lse, scores = graph.graph_fwd(*tensors, seed, *options)
+        out, lse, scores = graph.graph_fwd(inputs)
         cotangents = (out, lse, scores) if self.weights else (out, None, None)
         needs = [True, True, True, self.DV is not None, self.edge]
-        graph_bwd.graph_bwd(*cotangents, *tensors, transposed, seed, out, lse, scores, *options, needs)
+        graph_bwd.graph_bwd(inputs, out, lse, scores, *cotangents, needs)
 
 
 COMPILED = [

@@ -108,6 +108,7 @@ class HierarchicalCase(CompileCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import hierarchical
+        from fused_attn.kernels.inputs import HierarchicalInputs
 
         def score(width: int | None, parents: int, rows: int) -> tuple[Tensor | None, ...]:
             A = width or 1
@@ -117,7 +118,7 @@ class HierarchicalCase(CompileCase):
             return w, self._empty(A), v, *gate, context
 
         options = (self.activation, "sigmoid", self.context == "row")
-        hierarchical.hierarchical_fwd(
+        inputs = HierarchicalInputs(
             self._empty(self.N, self.D),
             *score(self.A, self.S, self.N),
             *score(self.outer_A, self.G, self.S),
@@ -127,6 +128,7 @@ class HierarchicalCase(CompileCase):
             *options,
             *options,
         )
+        hierarchical.hierarchical_fwd(inputs)
 
 
 _DOCUMENTS = {"G": 256, "S": 2560, "N": 51_200}

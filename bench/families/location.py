@@ -123,11 +123,12 @@ class LocationCase(SequenceCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import location, location_bwd
+        from fused_attn.kernels.inputs import LocationInputs
 
         rows, width = self._rows, self.R if self.A is None else self.A
         gate = (self._empty(self.D, width), self._empty(width)) if self.gates else (None, None)
         contexts = {"row": (*rows, width), "sequence": (self.B, width)}
-        tensors = (
+        inputs = LocationInputs(
             self._empty(*rows, self.D),
             None if self.projected else self._empty(self.D, width),
             self._empty(width),
@@ -139,11 +140,13 @@ class LocationCase(SequenceCase):
             self._empty(*rows, dtype=torch.bool) if self.mask else None,
             self._offsets,
             self._seed(self.dropout),
+            self.activation,
+            "sigmoid",
+            self.dropout,
+            self.context == "row",
         )
-        options = (self.activation, "sigmoid", self.dropout, self.context == "row")
-        out, lse, scores = location.location_fwd(*tensors, *options)
-        needs = [x is not None for x in tensors[:9]]
-        location_bwd.location_bwd(out, lse, scores, *tensors, out, lse, scores, *options, needs)
+        results = location.location_fwd(inputs)
+        location_bwd.location_bwd(inputs, *results, *results, [x is not None for x in inputs[:9]])
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,12 @@ class WindowCase(SequenceCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import location_window, location_window_bwd
+        from fused_attn.kernels.inputs import WindowInputs
 
         scores, values = self._empty(*self._rows, self.R, dtype=F32), self._empty(*self._rows, self.DV)
-        inputs, options = (scores, values, self._offsets, self._seed(self.dropout)), (*self.window, self.dropout)
-        out, lse = location_window.window_fwd(*inputs, *options)
-        location_window_bwd.window_bwd(out, lse, *inputs, out, lse, *options, [True, True])
+        inputs = WindowInputs(scores, values, self._offsets, self._seed(self.dropout), *self.window, self.dropout)
+        results = location_window.window_fwd(inputs)
+        location_window_bwd.window_bwd(inputs, *results, *results, [True, True])
 
 
 _MLP = [

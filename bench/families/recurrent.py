@@ -91,15 +91,16 @@ class WordCase(CompileCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import recurrent, recurrent_bwd
+        from fused_attn.kernels.inputs import WordByWordInputs
 
         B, Tk, Tq, D, A = self.B, self.Tk, self.Tq, self.D, self.A
         premise, hypothesis = ((B * Tk,), (B * Tq,)) if self.ragged else ((B, Tk), (B, Tq))
         offsets = self._empty(B + 1, dtype=torch.int32) if self.ragged else None
         shapes = ((*hypothesis, A), (*premise, A), (*premise, D), (A,), (D, A), (D, D), (B, D))
         mask = self._empty(B, Tk, dtype=torch.bool) if self.mask else None
-        tensors = (*(self._empty(*shape) for shape in shapes), mask, offsets, offsets)
-        out, weights = recurrent.recurrent_fwd(*tensors, self.weights)
-        recurrent_bwd.recurrent_bwd(out, weights if self.weights else None, *tensors, out, [True] * 7)
+        inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, offsets, offsets)
+        out, weights = recurrent.recurrent_fwd(inputs, self.weights)
+        recurrent_bwd.recurrent_bwd(inputs, out, out, weights if self.weights else None, [True] * 7)
 
 
 COMPILED = [

@@ -84,9 +84,10 @@ class StatisticsCase(SequenceCase):
 
     def _launch(self) -> None:
         from fused_attn.kernels import statistics, statistics_bwd
+        from fused_attn.kernels.inputs import StatisticsInputs
 
         rows = self._rows
-        tensors = (
+        inputs = StatisticsInputs(
             self._empty(*rows, dtype=F32) if self.A is None else self._empty(*rows, self.A),
             None if self.A is None else self._empty(self.A, self.D),
             self._empty(*rows, self.D),
@@ -94,10 +95,10 @@ class StatisticsCase(SequenceCase):
             self._offsets,
         )
         returned = self.weights and self.A is not None
-        mean, var, lse, scores = statistics.statistics_fwd(*tensors, returned)
+        mean, var, lse, scores = statistics.statistics_fwd(inputs, returned)
         needs = [True, self.A is not None, True]
         cotangents = mean, var, lse if self.weights else None, scores if returned else None
-        statistics_bwd.statistics_bwd(*cotangents, *tensors, mean, var, lse, scores, needs)
+        statistics_bwd.statistics_bwd(inputs, mean, var, lse, scores, *cotangents, needs)
 
 
 COMPILED = [

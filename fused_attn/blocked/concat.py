@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dropout import dropout_scale
+from ..kernels.inputs import ConcatInputs
 from ..reference import in_parts, normaliser, readable, sound
 
 T = TypeVar("T")
@@ -131,24 +132,9 @@ class _Pace:
 class _Call:
     """What forward and backward share: the tiles, their scores, and the activations of a block."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        v: Tensor,
-        score_bias: Tensor | None,
-        mask: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seed: Tensor | None,
-        activation: str,
-        left: int | None,
-        right: int | None,
-        dropout_p: float,
-        *,
-        guarded: bool = False,
-    ) -> None:
+    def __init__(self, inputs: ConcatInputs, *, guarded: bool = False) -> None:
+        query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, self.seed, *options = inputs
+        activation, self.left, self.right, self.dropout_p = options
         if mask is not None:  # what no query or key may use can hold anything, NaN too
             query, key, value = readable(mask, query, key, value)
         (self.B, self.H, self.Tq, self.A), self.Tk = query.shape, key.shape[2]
@@ -160,7 +146,7 @@ class _Call:
             bounded = activation in ("tanh", "sigmoid")
             (self.q, self.bad_q), (self.k, self.bad_k) = (sound(x, nan_only=bounded) for x in (self.q, self.k))
             self.value, self.bad_value = sound(self.value)
-        self.mask, self.seed, self.left, self.right, self.dropout_p = mask, seed, left, right, dropout_p
+        self.mask = mask
         self.bias = None if score_bias is None else score_bias.expand(self.B, self.H, self.Tq, self.Tk)
         if cu_seqlens_q is None or cu_seqlens_k is None:
             self.segments = [(0, self.Tq, 0, self.Tk)]
@@ -326,44 +312,14 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, pivot, p.sum(-1, keepdim=True)
 
 
-def concat_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    need_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores); arguments as `fused_attn.reference.concat_attention` has them.
+def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.concat_attention` has them.
 
     The scores are written only where `need_scores` says so, else they are empty.
     """
-    args = (
-        query,
-        key,
-        value,
-        v,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seed,
-        activation,
-        left,
-        right,
-        dropout_p,
-    )
-    made = _paced(_forward, _Call(*args), need_scores)
-    if in_parts(mask, None, left, right) and not made[0].isfinite().all():
-        made = _paced(_forward, _Call(*args, guarded=True), need_scores)
+    made = _paced(_forward, _Call(inputs), need_scores)
+    if in_parts(inputs.mask, None, inputs.left, inputs.right) and not made[0].isfinite().all():
+        made = _paced(_forward, _Call(inputs, guarded=True), need_scores)
     return made
 
 
@@ -393,50 +349,24 @@ def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def concat_bwd(
+    inputs: ConcatInputs,
+    out: Tensor,
+    lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    score_bias: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    activation: str,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
-    args = (
-        query,
-        key,
-        value,
-        v,
-        score_bias,
-        mask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seed,
-        activation,
-        left,
-        right,
-        dropout_p,
-    )
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
-    made = _paced(_backward, _Call(*args), dout, dlse, dscores, score_bias, needs)
-    if in_parts(mask, None, left, right) and not all(grad is None or grad.isfinite().all() for grad in made):
-        made = _paced(_backward, _Call(*args, guarded=True), dout, dlse, dscores, score_bias, needs)
-    likes = (query, key, value, v, score_bias)
+    given = (dout, dlse, dscores, inputs.score_bias, needs)
+    made = _paced(_backward, _Call(inputs), *given)
+    some = in_parts(inputs.mask, None, inputs.left, inputs.right)
+    if some and not all(grad is None or grad.isfinite().all() for grad in made):
+        made = _paced(_backward, _Call(inputs, guarded=True), *given)
     return [
         grad.to(like.dtype).reshape(like.shape) if need and grad is not None and like is not None else None
-        for need, grad, like in zip(needs, made, likes, strict=True)
+        for need, grad, like in zip(needs, made, inputs[:5], strict=True)
     ]
 
 

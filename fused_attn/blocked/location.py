@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .._dropout import dropout_scale
 from .._operators import vjp
+from ..kernels.inputs import WindowInputs
 from ..reference import in_window, normaliser
 
 CHUNK = 64
@@ -161,30 +162,15 @@ def clip_window(left: int | None, right: int | None, length: int) -> tuple[int |
     return left, right
 
 
-def window_fwd(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def window_fwd(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
     """(out, lse), as `fused_attn.reference.windowed_attention` has them, out in at least float32."""
-    out, lse, spoilt = _sums(scores, values, cu_seqlens, seed, left, right, dropout_p)
+    out, lse, spoilt = _sums(inputs)
     return out.masked_fill(spoilt[..., None], torch.nan), lse.masked_fill(spoilt[..., None], torch.nan)
 
 
-def _sums(
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse) over the rows that are finite, and which of them see one that is not."""
+    scores, values, cu_seqlens, seed, left, right, dropout_p = inputs
     R, width = scores.shape[-1], values.shape[-1]
     dtype = torch.promote_types(values.dtype, torch.float32)
     hidden = (scores == -torch.inf).all(-1, keepdim=True)  # those rows of the values may hold anything
@@ -228,17 +214,7 @@ def _sees_any(rows: Tensor, cu: Tensor, left: int | None, right: int | None) -> 
 
 
 def window_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    scores: Tensor,
-    values: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    left: int | None,
-    right: int | None,
-    dropout_p: float,
-    needs: list[bool],
+    inputs: WindowInputs, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False.
 
@@ -247,12 +223,12 @@ def window_bwd(
     """
 
     def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        return _sums(scores.double(), values.double(), cu_seqlens, seed, left, right, dropout_p)[:2]
+        return _sums(inputs._replace(scores=scores.double(), values=values.double()))[:2]
 
     spoilt = lse[..., 1].isnan()
     sends = (dout != 0).any(-1)
     if dlse is not None:
         sends |= (dlse != 0).any(-1)
     dout = dout.double().masked_fill((spoilt & sends)[..., None], torch.nan)
-    grads = vjp(forward, (scores, values), (dout, dlse))
+    grads = vjp(forward, inputs[:2], (dout, dlse))
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

@@ -159,10 +159,10 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/_location_windowed.py",
-        "_clipped(scores, left, right, dropout_p), needs",
-        "_clipped(scores, right, left, dropout_p), needs",
+        "return inputs._replace(left=left, right=right)",
+        "return inputs._replace(left=right, right=left)",
         ("tests/test_location_window.py", "-k", "every_window"),
-        "the kernel's backward has the sides of the window in the other order",
+        "the kernels have the sides of the window in the other order",
     ),
     Mutant(
         "fused_attn/_operators.py",

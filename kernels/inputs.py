@@ -1,0 +1,156 @@
+"""What the operator of a family takes, its tensors first and then its options: the same for every implementation.
+
+Shapes: B sequences of T rows, or N packed rows of S sequences where there are offsets; H heads, R hops, A the width
+of a score, Dv that of the values. What each is for says the function of the same name in `fused_attn.reference`.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LocationInputs(NamedTuple):
+    """Of location attention."""
+
+    h: Tensor  # (B, T, D) or (N, D)
+    w: Tensor | None  # (D, A); None leaves the product out
+    b: Tensor | None  # (A,)
+    v: Tensor | None  # (A, R); None: A = R
+    gate_w: Tensor | None  # (D, A)
+    gate_b: Tensor | None  # (A,)
+    context: Tensor | None  # (S, A), or a vector a row: see context_per_row
+    values: Tensor | None  # (B, T, Dv) or (N, Dv); None: h
+    score_bias: Tensor | None  # (B, T) or (N,)
+    mask: Tensor | None  # bool (B, T) or (N,)
+    cu_seqlens: Tensor | None  # (S + 1,)
+    seed: Tensor | None  # (1,) int64, for dropout
+    activation: str
+    gate_activation: str
+    dropout_p: float
+    context_per_row: bool
+
+
+class WindowInputs(NamedTuple):
+    """Of location attention with a window, from its scores."""
+
+    scores: Tensor  # (B, T, R) or (N, R)
+    values: Tensor  # (B, T, Dv) or (N, Dv)
+    cu_seqlens: Tensor | None  # (S + 1,)
+    seed: Tensor | None
+    left: int | None
+    right: int | None
+    dropout_p: float
+
+
+class ConcatInputs(NamedTuple):
+    """Of concat attention, and of distance attention, which differs in what is made of query + key."""
+
+    query: Tensor  # (B, H, Tq, A); packed, as all of these, with B = 1
+    key: Tensor  # (B, H, Tk, A)
+    value: Tensor  # (B, H, Tk, Dv)
+    v: Tensor  # (H, A)
+    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
+    mask: Tensor | None  # bool (B, Tk) or (B, Tq, Tk)
+    cu_seqlens_q: Tensor | None  # (S + 1,)
+    cu_seqlens_k: Tensor | None  # (S + 1,)
+    seed: Tensor | None
+    activation: str
+    left: int | None
+    right: int | None
+    dropout_p: float
+
+
+class GeneralInputs(NamedTuple):
+    """Of general attention, whose weight has met the queries."""
+
+    query: Tensor  # (B, H, Tq, D); packed, as all of these, with B = 1
+    key: Tensor  # (B, H, Tk, D)
+    value: Tensor | None  # (B, H, Tk, Dv); None: the keys
+    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
+    mask: Tensor | None  # bool (B, Tk) or (B, Tq, Tk)
+    cu_seqlens_q: Tensor | None  # (S + 1,)
+    cu_seqlens_k: Tensor | None  # (S + 1,)
+    seed: Tensor | None
+    activation: str
+    scale: float
+    left: int | None
+    right: int | None
+    dropout_p: float
+
+
+class WordByWordInputs(NamedTuple):
+    """Of word-by-word attention."""
+
+    query: Tensor  # (B, Th, A) or (N, A): the hypothesis
+    key: Tensor  # (B, Ty, A) or (N, A): the premise
+    value: Tensor  # (B, Ty, D) or (N, D)
+    w: Tensor  # (A,)
+    w_r: Tensor  # (D, A)
+    w_t: Tensor  # (D, D)
+    state: Tensor | None  # (B, D)
+    mask: Tensor | None  # bool (B, Ty)
+    cu_seqlens_premise: Tensor | None  # (S + 1,)
+    cu_seqlens_hypothesis: Tensor | None  # (S + 1,)
+
+
+class GraphInputs(NamedTuple):
+    """Of graph attention."""
+
+    query: Tensor  # (Nq, H, A)
+    key: Tensor  # (Nk, H, A)
+    v: Tensor  # (H, A)
+    value: Tensor | None  # (Nk, H, Dv); None: the keys
+    edge: Tensor | None  # (E, H, A)
+    indptr: Tensor  # (Nq + 1,)
+    indices: Tensor  # (E,)
+    indptr_t: Tensor | None  # (Nk + 1,): these three are the transposed structure, for the backward
+    indices_t: Tensor | None  # (E,)
+    perm: Tensor | None  # (E,) int64
+    seed: Tensor | None
+    activation: str
+    dropout_p: float
+
+
+class StatisticsInputs(NamedTuple):
+    """Of statistics pooling."""
+
+    x: Tensor  # the features (B, T, A) or (N, A); without v the scores (B, T) or (N,)
+    v: Tensor | None  # (A, C)
+    values: Tensor  # (B, T, C) or (N, C)
+    mask: Tensor | None  # bool (B, T) or (N,)
+    cu_seqlens: Tensor | None  # (S + 1,)
+
+
+class HierarchicalInputs(NamedTuple):
+    """Of hierarchical attention: N rows in S segments in G groups; the outer level's score has the longer names."""
+
+    h: Tensor  # (N, D)
+    w: Tensor | None  # of a score as in LocationInputs, of one hop
+    b: Tensor | None
+    v: Tensor | None
+    gate_w: Tensor | None
+    gate_b: Tensor | None
+    context: Tensor | None
+    outer_w: Tensor | None
+    outer_b: Tensor | None
+    outer_v: Tensor | None
+    outer_gate_w: Tensor | None
+    outer_gate_b: Tensor | None
+    outer_context: Tensor | None
+    mask: Tensor | None  # bool (N,)
+    inner_offsets: Tensor  # (S + 1,)
+    outer_offsets: Tensor  # (G + 1,)
+    activation: str
+    gate_activation: str
+    context_per_row: bool
+    outer_activation: str
+    outer_gate_activation: str
+    outer_context_per_row: bool
+
+    def level(self, rows: Tensor, mask: Tensor | None, *, outer: bool) -> LocationInputs:
+        """One of the levels, over its rows."""
+        at = self._fields.index("outer_w" if outer else "w")
+        options = self[-3:] if outer else self[-6:-3]
+        offsets = self.outer_offsets if outer else self.inner_offsets
+        *names, per_row = options
+        return LocationInputs(rows, *self[at : at + 6], None, None, mask, offsets, None, *names, 0.0, per_row)
