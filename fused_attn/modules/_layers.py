@@ -1,13 +1,14 @@
-"""The layers inside the modules: what of them is called, and what is only read."""
+"""What every module shares: its constructor's checks, and its layers, which are called or only read."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import show
+from .._checks import check_count, show
+from ..reference import sound
 
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv1d)
 
@@ -22,6 +23,36 @@ def factory(device: Any, dtype: Any) -> dict[str, Any]:
     except (RuntimeError, TypeError, ValueError) as error:
         kind = ValueError if isinstance(device, str) else TypeError
         raise kind(f"device: expected a torch.device, its name or None; got {show(device)}") from error
+
+
+def counts(**sizes: int) -> list[int]:
+    """A constructor's sizes, checked by name: ints from 1 on."""
+    return [check_count(name, size, 1) for name, size in sizes.items()]
+
+
+def optional_counts(**sizes: int | None) -> list[int | None]:
+    """Sizes that may be None."""
+    return [None if size is None else check_count(name, size, 1) for name, size in sizes.items()]
+
+
+class Attention(nn.Module):
+    """What the modules of all families have: layers, perhaps a dropout, and options that its layers do not show."""
+
+    dropout = 0.0  # no annotations here: TorchScript reads them, and its refusal would be of a type it does not know
+    _shown = cast("tuple[str, ...]", ())
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as the constructor does."""
+        reset_layers(self)
+
+    @property
+    def _dropout_p(self) -> float:
+        """Of this call: in evaluation nothing is dropped."""
+        return self.dropout if self.training else 0.0
+
+    def extra_repr(self) -> str:
+        """Options that the submodules do not show."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
 
 def reset_layers(module: nn.Module) -> None:
@@ -59,9 +90,9 @@ def read(name: str, layer: _Layer) -> _Layer:
     return layer
 
 
-def project(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """``linear(rows)``; rows that are not finite give NaN, but not to the gradient of the weight."""
+def project(layer: nn.Module, rows: Tensor) -> Tensor:
+    """``layer(rows)``; rows that are not finite give NaN, but not to the gradient of the weight."""
     if rows.is_nested:  # of visible rows only
-        return linear(rows)
-    bad = ~rows.isfinite().all(-1, keepdim=True)
-    return linear(rows.masked_fill(bad, 0)).masked_fill(bad, torch.nan)
+        return cast("Tensor", layer(rows))
+    rows, bad = sound(rows)
+    return cast("Tensor", layer(rows)).masked_fill(bad, torch.nan)

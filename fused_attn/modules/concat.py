@@ -12,31 +12,25 @@ from .._checks import (
     argument,
     check_activation,
     check_count,
-    check_dropout,
     check_flag,
-    module_checker,
     show,
-    weight_of,
     width_of,
 )
 from .._habits import explicit
 from .._ops import Impl
 from ..concat import concat_attention
-from ..reference import sound
-from ._layers import factory, read, reset_layers
+from ._layers import counts, factory, project, read
+from ._pairs import INPUTS, HeadsAttention
 
 _INPUTS = {
-    "query": argument("B Tq query_dim"),
-    "key": argument("B Tk key_dim"),
-    "value": argument("B Tk Dv", optional=True),
-    "value of heads": argument("B Tk Dv | B num_heads Tk Dv", optional=True),
+    **INPUTS[False],
     "context": argument("B C | B Tq C | B Tk C"),
     "query context": argument("B Tq C"),
     "key context": argument("B Tk C"),
 }
 
 
-class ConcatAttention(nn.Module):
+class ConcatAttention(HeadsAttention):
     r"""Concat (additive, Bahdanau) attention with its projections, see `concat_attention`.
 
     .. math:: s_{ij} = v \cdot act(W_q q_i + W_k k_j + \sum_c W_c ctx_c + b)
@@ -63,10 +57,12 @@ class ConcatAttention(nn.Module):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1, or an unknown activation.
 
     """
+
+    _shown = ("num_heads", "activation", "dropout")
 
     def __init__(
         self,
@@ -82,28 +78,19 @@ class ConcatAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        query_dim = check_count("query_dim", query_dim, 1)
-        key_dim = check_count("key_dim", key_dim, 1)
-        attn_dim = check_count("attn_dim", attn_dim, 1)
-        num_heads = check_count("num_heads", num_heads, 1)
         if isinstance(context_dims, (str, bytes)) or not isinstance(context_dims, Iterable):
             raise TypeError(f"context_dims: expected a sequence of widths; got {show(context_dims)}")
         context_dims = [check_count(f"context_dims[{i}]", n, 1) for i, n in enumerate(context_dims)]
         check_activation("activation", activation)
-        bias = check_flag("bias", bias)
-        dropout = check_dropout("dropout", dropout)
-        self.num_heads, self.activation, self.dropout = num_heads, activation, dropout
-        width = num_heads * attn_dim
-        self.query_proj = nn.Linear(query_dim, width, bias=bias, **made)
+        query_dim, key_dim, attn_dim = counts(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim)
+        super().__init__(num_heads, dropout)
+        made = factory(device, dtype)
+        self.activation = activation
+        width = self.num_heads * attn_dim
+        self.query_proj = nn.Linear(query_dim, width, bias=check_flag("bias", bias), **made)
         self.key_proj = nn.Linear(key_dim, width, bias=False, **made)
         self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False, **made) for n in context_dims)
-        self.score = nn.Linear(attn_dim, num_heads, bias=False, **made)
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
+        self.score = nn.Linear(attn_dim, self.num_heads, bias=False, **made)
 
     @explicit
     def forward(
@@ -146,70 +133,45 @@ class ConcatAttention(nn.Module):
             where contexts do not match `context_dims`, or are ambiguous.
 
         """
-        sizes = {"query_dim": width_of(self.query_proj), "key_dim": width_of(self.key_proj)}
-        check = module_checker(_INPUTS, weight_of(self.query_proj), **sizes, num_heads=self.num_heads)
-        check("query", query)
-        check("key", key)
-        check("value", value, "value of heads" if self.num_heads > 1 else "value")
+        check = self._check(_INPUTS, query, key, value)
         if not isinstance(contexts, (tuple, list)):
             raise TypeError(
                 f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
             )
         if len(contexts) != len(self.context_projs):
             raise ValueError(f"contexts: expected {len(self.context_projs)}, by context_dims; got {len(contexts)}")
-        value = key if value is None else value
 
         def projected(layer: nn.Module, x: Tensor) -> Tensor:
-            """Rows that are not finite may be hidden, and 0 · NaN is not to reach the weight's gradient."""
-            if mask is None and window is None:
-                return cast("Tensor", layer(x))
-            x, bad = sound(x)
-            return cast("Tensor", layer(x)).masked_fill(bad, torch.nan)
+            """Only where rows are hidden may they be other than finite."""
+            return cast("Tensor", layer(x)) if mask is None and window is None else project(layer, x)
 
         q, k = projected(self.query_proj, query), projected(self.key_proj, key)
-        for i, (given, project) in enumerate(zip(contexts, self.context_projs, strict=True)):
+        for i, (given, layer) in enumerate(zip(contexts, self.context_projs, strict=True)):
             side, x = _side_of(f"contexts[{i}]", given)
-            check.bind("C", width_of(project) or x.shape[-1], f"context_dims[{i}]")
+            check.bind("C", width_of(layer) or x.shape[-1], f"context_dims[{i}]")
             check(f"contexts[{i}]", x, f"{side or ''} context".strip())
             if x.dim() == 2:
-                q = q + projected(project, x)[:, None]
+                q = q + projected(layer, x)[:, None]
                 continue
-            lengths = {"query": query.shape[1], "key": key.shape[1]}
-            if side is None:
-                sides = [s for s, length in lengths.items() if x.shape[1] == length]
-                if len(sides) != 1:
-                    raise ValueError(
-                        f"contexts[{i}]: expected (B, C), (B, Tq, C) or (B, Tk, C), where Tq = Tk = {lengths['key']} "
-                        f'as ("query", x) or ("key", x); got {tuple(x.shape)}'
-                    )
-                side = sides[0]
-            if side == "query":
-                q = q + projected(project, x)
+            if (side or _side_by_length(f"contexts[{i}]", x, query.shape[1], key.shape[1])) == "query":
+                q = q + projected(layer, x)
             else:
-                k = k + projected(project, x)
+                k = k + projected(layer, x)
         v = read("score", self.score).weight
-        if self.num_heads > 1:
-            q, k = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))
-            value = value[:, None].expand(-1, self.num_heads, -1, -1) if value.dim() == 3 else value
-        else:
-            v = v[0]
+        value = key if value is None else value
         return concat_attention(
-            q,
-            k,
-            value,
-            v,
+            self._split(q),
+            self._split(k),
+            self._repeat(value) if value.dim() == 3 else value,
+            v if self.num_heads > 1 else v[0],
             activation=self.activation,
             mask=mask,
             window=window,
             score_bias=score_bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropout_p,
             return_weights=return_weights,
             impl=impl,
         )
-
-    def extra_repr(self) -> str:
-        """Options that the submodules do not show."""
-        return f"num_heads={self.num_heads}, activation={self.activation!r}, dropout={self.dropout}"
 
 
 def _side_of(name: str, given: Tensor | tuple[str, Tensor]) -> tuple[str | None, Tensor]:
@@ -221,3 +183,13 @@ def _side_of(name: str, given: Tensor | tuple[str, Tensor]) -> tuple[str | None,
     if given[0] not in ("query", "key"):
         raise ValueError(f'{name}: expected ("query", x) or ("key", x); got ({show(given[0])}, x)')
     return given
+
+
+def _side_by_length(name: str, x: Tensor, queries: int, keys: int) -> str:
+    """The side that a context of rows is of, where its length tells."""
+    if queries == keys:
+        raise ValueError(
+            f"{name}: expected (B, C), (B, Tq, C) or (B, Tk, C), where Tq = Tk = {keys} "
+            f'as ("query", x) or ("key", x); got {tuple(x.shape)}'
+        )
+    return "query" if x.shape[1] == queries else "key"

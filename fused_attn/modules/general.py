@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import FINITE, argument, check_activation, check_count, check_dropout, check_number, module_checker
-from .._habits import explicit
-from .._ops import Impl
+from .._checks import FINITE, Checker, Table, check_activation, check_number, module_checker
 from ..general import general_attention
-from ..segments import Offsets
-from ._layers import factory
-
-_INPUTS = {
-    packed: {
-        "query": argument("N query_dim" if packed else "B Tq query_dim"),
-        "key": argument("M key_dim" if packed else "B Tk key_dim"),
-        "value": argument("M Dv" if packed else "B Tk Dv", optional=True),
-        "value of heads": argument(
-            "M Dv | M num_heads Dv" if packed else "B Tk Dv | B num_heads Tk Dv", optional=True
-        ),
-    }
-    for packed in (False, True)
-}
+from ._layers import counts, factory
+from ._pairs import PairsAttention
 
 
-class GeneralAttention(nn.Module):
+class GeneralAttention(PairsAttention):
     r"""General (bilinear, Luong) attention with its weight, see `general_attention`.
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j)
@@ -42,12 +29,8 @@ class GeneralAttention(nn.Module):
         Number H of heads.
     scale
         Factor on the product.
-    activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
-    dropout
-        Probability that a weight is dropped, in training only.
-    device, dtype
-        Of the parameters, as `torch.nn.Linear` has them.
+    activation, dropout, device, dtype
+        As in `ConcatAttention`.
 
     Attributes
     ----------
@@ -57,10 +40,12 @@ class GeneralAttention(nn.Module):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1, or an unknown activation.
 
     """
+
+    _shown = ("num_heads", "scale", "activation", "dropout")
 
     def __init__(
         self,
@@ -74,17 +59,14 @@ class GeneralAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        query_dim = check_count("query_dim", query_dim, 1)
-        key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
-        num_heads = check_count("num_heads", num_heads, 1)
-        scale = check_number("scale", scale, "a finite number", *FINITE)
+        key_dim = query_dim if key_dim is None else key_dim
+        query_dim, key_dim = counts(query_dim=query_dim, key_dim=key_dim)
         check_activation("activation", activation)
-        dropout = check_dropout("dropout", dropout)
-        self.num_heads, self.scale, self.activation, self.dropout = num_heads, scale, activation, dropout
-        heads = (num_heads,) if num_heads > 1 else ()
-        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim, **made))
+        super().__init__(num_heads, dropout)
+        self.activation = activation
+        self.scale = check_number("scale", scale, "a finite number", *FINITE)
+        heads = (self.num_heads,) if self.num_heads > 1 else ()
+        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim, **factory(device, dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,82 +74,15 @@ class GeneralAttention(nn.Module):
         bound = 1 / math.sqrt(self.weight.shape[-2])
         nn.init.uniform_(self.weight, -bound, bound)
 
-    @explicit
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        window: tuple[int | None, int | None] | None = None,
-        score_bias: Tensor | None = None,
-        cu_seqlens_q: Offsets | None = None,
-        cu_seqlens_k: Offsets | None = None,
-        return_weights: bool = False,
-        impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``, or packed, ``(N, query_dim)``.
-
-        Parameters
-        ----------
-        query, key
-            The same for every head.
-        value
-            The keys where None. ``(B, Tk, Dv)`` for every head, or with more than one ``(B, H, Tk, Dv)``; packed
-            ``(N, Dv)`` or ``(N, H, Dv)``.
-        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights, impl
-            As in `general_attention`.
-
-        Returns
-        -------
-        Tensor or (Tensor, Tensor)
-            As `general_attention` returns them, with heads where there are more than one: ``(B, [H,] Tq, Dv)``,
-            packed ``(N, [H,] Dv)``; weights ``(B, [H,] Tq, Tk)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As in `general_attention`; also for queries and keys with heads, or of other widths, dtypes or devices
-            than the parameters'.
-
-        """
-        rank = 3 if cu_seqlens_q is None else 2
+    def _checker(self, table: Table) -> Checker:
         *_, query_dim, key_dim = self.weight.shape
-        check = module_checker(
-            _INPUTS[rank == 2], self.weight, query_dim=query_dim, key_dim=key_dim, num_heads=self.num_heads
-        )
-        check("query", query)
-        check("key", key)
-        check("value", value, "value of heads" if self.num_heads > 1 else "value")
+        return module_checker(table, self.weight, query_dim=query_dim, key_dim=key_dim, num_heads=self.num_heads)
 
-        def every_head(x: Tensor) -> Tensor:
-            return x.unsqueeze(1).expand(x.shape[0], self.num_heads, *x.shape[1:])
-
-        if self.num_heads > 1:
-            query, key = every_head(query), every_head(key)
-            value = every_head(value) if value is not None and value.dim() == rank else value
-        return general_attention(
-            query,
-            key,
-            value,
-            self.weight,
-            scale=self.scale,
-            activation=self.activation,
-            mask=mask,
-            window=window,
-            score_bias=score_bias,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_weights=return_weights,
-            impl=impl,
-        )
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Any:
+        q, k, w = self._repeat(query), self._repeat(key), self.weight
+        return general_attention(q, k, value, w, scale=self.scale, activation=self.activation, **options)
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""
         *_, query_dim, key_dim = self.weight.shape
-        return (
-            f"query_dim={query_dim}, key_dim={key_dim}, num_heads={self.num_heads}, scale={self.scale}, "
-            f"activation={self.activation!r}, dropout={self.dropout}"
-        )
+        return f"query_dim={query_dim}, key_dim={key_dim}, {super().extra_repr()}"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .._checks import (
     argument,
     check_activation,
-    check_count,
     check_dropout,
     check_flag,
     module_checker,
@@ -20,7 +19,7 @@ from .._checks import (
 from .._habits import explicit
 from .._ops import Impl
 from ..graph import Graph, Transposed, csr_of, graph_attention
-from ._layers import factory, read, reset_layers
+from ._layers import Attention, counts, factory, optional_counts, read
 
 _INPUTS = {
     "x": argument("N query_dim"),
@@ -32,7 +31,7 @@ _INPUTS = {
 }
 
 
-class GraphAttention(nn.Module):
+class GraphAttention(Attention):
     r"""Graph attention (GATv2) with its projections, see `graph_attention`.
 
     .. math:: s_e = v \cdot act(W_q x_i + W_k x_j + W_e edge_e), \quad o_i = \sum_e softmax_e(s_e) \, W_k x_j
@@ -57,12 +56,8 @@ class GraphAttention(nn.Module):
         Whether `query_proj` is `key_proj`.
     bias
         Whether the projections of nodes have biases, and the output too.
-    dropout
-        Probability that a weight is dropped, in training only.
-    activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
-    device, dtype
-        Of the parameters, as `torch.nn.Linear` has them.
+    dropout, activation, device, dtype
+        As in `ConcatAttention`.
 
     Attributes
     ----------
@@ -73,7 +68,7 @@ class GraphAttention(nn.Module):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1, an unknown activation, or weights shared between nodes of different widths.
 
     """
@@ -94,19 +89,20 @@ class GraphAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        query_dim, head_dim = check_count("query_dim", query_dim, 1), check_count("head_dim", head_dim, 1)
-        num_heads = check_count("num_heads", num_heads, 1)
-        key_dim = query_dim if key_dim is None else check_count("key_dim", key_dim, 1)
-        edge_dim = None if edge_dim is None else check_count("edge_dim", edge_dim, 1)
+        key_dim = query_dim if key_dim is None else key_dim
+        query_dim, head_dim, num_heads, key_dim = counts(
+            query_dim=query_dim, head_dim=head_dim, num_heads=num_heads, key_dim=key_dim
+        )
+        [edge_dim] = optional_counts(edge_dim=edge_dim)
         concat, bias = check_flag("concat", concat), check_flag("bias", bias)
         share_weights = check_flag("share_weights", share_weights)
         if share_weights and key_dim != query_dim:
             raise ValueError(f"share_weights: expected False where key_dim is not query_dim, {query_dim}; got True")
         check_activation("activation", activation)
-        dropout = check_dropout("dropout", dropout)
-        self.num_heads, self.concat, self.activation, self.dropout = num_heads, concat, activation, dropout
+        super().__init__()
+        made = factory(device, dtype)
+        self.num_heads, self.concat = num_heads, concat
+        self.activation, self.dropout = activation, check_dropout("dropout", dropout)
         width = num_heads * head_dim
         self.key_proj = nn.Linear(key_dim, width, bias=bias, **made)
         if not share_weights:
@@ -125,7 +121,7 @@ class GraphAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
+        super().reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -200,7 +196,7 @@ class GraphAttention(nn.Module):
             *structure,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
             activation=self.activation,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropout_p,
             transposed=transposed,
             return_weights=return_weights,
             impl=impl,

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._checks import (
     argument,
-    check_count,
     check_cu_seqlens,
     check_flag,
     module_checker,
@@ -24,7 +23,7 @@ from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
 from ..segments import Offsets, as_offsets
-from ._layers import factory, project, read, reset_layers
+from ._layers import Attention, counts, factory, optional_counts, project, read
 from .location import LocationAttention, gate_of
 
 _CONTEXT = "{1} {0} | {2} {0} | {1} 1 {0} | 1 {2} {0}"
@@ -89,7 +88,7 @@ class RaggedRNN(nn.Module):
         return run_packed(run, rows, *pack(offsets, rows.shape[0]))
 
 
-class HierarchicalAttention(nn.Module):
+class HierarchicalAttention(Attention):
     r"""Two levels of attention pooling with learned parameters, see `hierarchical_attention`.
 
     .. math:: s_j = v \cdot act(W h_j + b), \quad s_j = v \cdot (act(W h_j + b) \odot \sigma(G h_j + g))
@@ -102,7 +101,7 @@ class HierarchicalAttention(nn.Module):
         Width A of the score of rows, and of the score of segments, by default the same.
     between
         ``(segments (S, D), outer_offsets) -> (S, D')``, a module or another callable; `RaggedRNN` makes one of a
-        recurrent layer.
+        recurrent layer. `reset_parameters` draws the parameters of a module anew too.
     between_dim
         Its width D', by default D.
     gated
@@ -118,10 +117,8 @@ class HierarchicalAttention(nn.Module):
 
     Raises
     ------
-    ValueError
-        For a size under 1, an unknown activation, `between_dim` without `between`.
-    TypeError
-        For a `between` that cannot be called.
+    ValueError, TypeError
+        For a size under 1, an unknown activation, `between_dim` without `between`, and one that cannot be called.
 
     """
 
@@ -141,25 +138,18 @@ class HierarchicalAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        factory(device, dtype)
         outer_dim = inner_dim if outer_dim is None else outer_dim
-        sizes = {
-            "dim": dim,
-            "inner_dim": inner_dim,
-            "outer_dim": outer_dim,
-            "between_dim": between_dim,
-            "inner_context_dim": inner_context_dim,
-            "outer_context_dim": outer_context_dim,
-        }
-        for name, size in sizes.items():
-            if size is not None:
-                check_count(name, size, 1)
+        counts(dim=dim, inner_dim=inner_dim, outer_dim=outer_dim)
+        optional_counts(
+            between_dim=between_dim, inner_context_dim=inner_context_dim, outer_context_dim=outer_context_dim
+        )
         check_flag("gated", gated)
         if between is None and between_dim is not None:
             raise ValueError(f"between_dim: expected None without between; got {between_dim}")
         if between is not None and not callable(between):
             raise TypeError(f"between: expected a callable or None; got {type(between).__name__}")
+        super().__init__()
+        factory(device, dtype)
 
         def level(width: int, attn_dim: int, context_dim: int | None) -> LocationAttention:
             return LocationAttention(
@@ -176,10 +166,6 @@ class HierarchicalAttention(nn.Module):
         self.inner = level(dim, inner_dim, inner_context_dim)
         self.between = between
         self.outer = level(between_dim or dim, outer_dim, outer_context_dim)
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does, and those of the layer between."""
-        reset_layers(self)
 
     @explicit
     def forward(
@@ -199,7 +185,7 @@ class HierarchicalAttention(nn.Module):
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             Also for inputs of other widths, dtypes or devices than the parameters', and where a context is given
             without its width, or missing with it.
 

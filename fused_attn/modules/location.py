@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .._checks import (
     argument,
     check_activation,
-    check_count,
     check_dropout,
     check_flag,
     module_checker,
@@ -22,7 +21,7 @@ from .._habits import explicit
 from .._ops import Impl
 from ..location import _a_sequence, check_context, location_attention
 from ..segments import Offsets, as_offsets
-from ._layers import factory, project, read, reset_layers
+from ._layers import Attention, counts, factory, optional_counts, project, read
 
 _INPUTS = {
     packed: {
@@ -38,7 +37,7 @@ _INPUTS = {
 }
 
 
-class LocationAttention(nn.Module):
+class LocationAttention(Attention):
     r"""Attention pooling with learned parameters, see `location_attention`.
 
     .. math:: s_j = act(w \cdot h_j + b), \quad s_j = v \cdot act(W h_j + b), \quad
@@ -60,17 +59,17 @@ class LocationAttention(nn.Module):
         Biases b and g.
     context_dim
         Width of a context that is projected without bias and added into the score; None for no context.
-    dropout
-        Probability that a weight is dropped, in training only.
-    device, dtype
-        Of the parameters, as `torch.nn.Linear` has them.
+    dropout, device, dtype
+        As in `ConcatAttention`.
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1, an unknown activation, a gate without `attn_dim`.
 
     """
+
+    _shown = ("hops", "activation", "dropout")
 
     def __init__(
         self,
@@ -87,28 +86,22 @@ class LocationAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        dim = check_count("dim", dim, 1)
-        attn_dim = None if attn_dim is None else check_count("attn_dim", attn_dim, 1)
-        hops = None if hops is None else check_count("hops", hops, 1)
-        context_dim = None if context_dim is None else check_count("context_dim", context_dim, 1)
+        [dim] = counts(dim=dim)
+        attn_dim, hops, context_dim = optional_counts(attn_dim=attn_dim, hops=hops, context_dim=context_dim)
         gated, bias = check_flag("gated", gated), check_flag("bias", bias)
         if gated and attn_dim is None:
             raise ValueError("attn_dim: expected a width with gated=True; got None")
         check_activation("activation", activation)
         check_activation("gate_activation", gate_activation)
-        dropout = check_dropout("dropout", dropout)
-        self.hops, self.activation, self.gate_activation, self.dropout = hops, activation, gate_activation, dropout
+        super().__init__()
+        made = factory(device, dtype)
+        self.hops, self.dropout = hops, check_dropout("dropout", dropout)
+        self.activation, self.gate_activation = activation, gate_activation
         width = attn_dim or hops or 1
         self.proj = nn.Linear(dim, width, bias=bias, **made)
         self.gate = nn.Linear(dim, width, bias=bias, **made) if gated else None
         self.score = nn.Linear(width, hops or 1, bias=False, **made) if attn_dim is not None else None
         self.context = nn.Linear(context_dim, width, bias=False, **made) if context_dim is not None else None
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
 
     @explicit
     def forward(
@@ -165,15 +158,15 @@ class LocationAttention(nn.Module):
             window=window,
             score_bias=score_bias,
             cu_seqlens=cu_seqlens,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropout_p,
             return_weights=return_weights,
             impl=impl,
         )
 
     def extra_repr(self) -> str:
-        """Options that the submodules do not show."""
+        """Options that the submodules do not show: of the gate's, where there is one."""
         gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
-        return f"hops={self.hops}, activation={self.activation!r}, dropout={self.dropout}{gate}"
+        return super().extra_repr() + gate
 
 
 def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor | None] | None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .._checks import (
     argument,
     check_activation,
-    check_count,
     check_dropout,
     check_flag,
     mask_of,
@@ -20,7 +19,7 @@ from .._habits import explicit
 from .._ops import Impl
 from ..recurrent import location_aware_attention, word_by_word_attention
 from ..segments import Offsets
-from ._layers import factory, project, read, reset_layers
+from ._layers import Attention, counts, factory, project, read
 
 _WORDS = {
     packed: {
@@ -38,7 +37,7 @@ _STEP = {
 }
 
 
-class WordByWordAttention(nn.Module):
+class WordByWordAttention(Attention):
     r"""Word-by-word attention with its projections, see `word_by_word_attention`.
 
     .. math:: \alpha_t = softmax_j(w \cdot \tanh(W_y y_j + W_h h_t + W_r r_{t-1})), \quad
@@ -58,7 +57,7 @@ class WordByWordAttention(nn.Module):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1.
 
     """
@@ -72,20 +71,16 @@ class WordByWordAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        premise_dim, hypothesis_dim, attn_dim = counts(
+            premise_dim=premise_dim, hypothesis_dim=hypothesis_dim, attn_dim=attn_dim
+        )
         super().__init__()
         made = factory(device, dtype)
-        premise_dim = check_count("premise_dim", premise_dim, 1)
-        hypothesis_dim = check_count("hypothesis_dim", hypothesis_dim, 1)
-        attn_dim = check_count("attn_dim", attn_dim, 1)
         self.premise_proj = nn.Linear(premise_dim, attn_dim, bias=False, **made)
         self.hypothesis_proj = nn.Linear(hypothesis_dim, attn_dim, bias=False, **made)
         self.state_proj = nn.Linear(premise_dim, attn_dim, bias=False, **made)
         self.score = nn.Linear(attn_dim, 1, bias=False, **made)
         self.carry = nn.Linear(premise_dim, premise_dim, bias=False, **made)
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
 
     @explicit
     def forward(
@@ -131,7 +126,7 @@ class WordByWordAttention(nn.Module):
         )
 
 
-class LocationAwareAttention(nn.Module):
+class LocationAwareAttention(Attention):
     r"""A decoder's attention that sees where it looked last, with its projections: see `location_aware_attention`.
 
     .. math:: s_j = v \cdot act(W q + b + V k_j + U f_j), \quad f = F * \alpha^{prev}
@@ -142,21 +137,17 @@ class LocationAwareAttention(nn.Module):
         Widths of queries and keys, and A of the score.
     channels, width
         Number C of filters, and their odd width K.
-    activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
-    bias
-        The bias b, on the query projection.
-    dropout
-        Probability that a weight is dropped, in training only.
-    device, dtype
-        Of the parameters, as `torch.nn.Linear` has them.
+    activation, bias, dropout, device, dtype
+        As in `ConcatAttention`.
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1, an even width, or an unknown activation.
 
     """
+
+    _shown = ("activation", "dropout")
 
     def __init__(
         self,
@@ -172,25 +163,20 @@ class LocationAwareAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        query_dim, key_dim = check_count("query_dim", query_dim, 1), check_count("key_dim", key_dim, 1)
-        attn_dim, channels = check_count("attn_dim", attn_dim, 1), check_count("channels", channels, 1)
-        width, bias = check_count("width", width, 1), check_flag("bias", bias)
+        query_dim, key_dim, attn_dim, channels, width = counts(
+            query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, channels=channels, width=width
+        )
         if width % 2 == 0:
             raise ValueError(f"width: expected an odd number; got {width}")
         check_activation("activation", activation)
-        dropout = check_dropout("dropout", dropout)
-        self.activation, self.dropout = activation, dropout
-        self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias, **made)
+        super().__init__()
+        made = factory(device, dtype)
+        self.activation, self.dropout = activation, check_dropout("dropout", dropout)
+        self.query_proj = nn.Linear(query_dim, attn_dim, bias=check_flag("bias", bias), **made)
         self.key_proj = nn.Linear(key_dim, attn_dim, bias=False, **made)
         self.conv = nn.Conv1d(1, channels, width, padding=width // 2, bias=False, **made)
         self.location_proj = nn.Linear(channels, attn_dim, bias=False, **made)
         self.score = nn.Linear(attn_dim, 1, bias=False, **made)
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
 
     def project_keys(self, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once.
@@ -267,10 +253,6 @@ class LocationAwareAttention(nn.Module):
             activation=self.activation,
             mask=mask,
             score_bias=score_bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self._dropout_p,
             impl=impl,
         )
-
-    def extra_repr(self) -> str:
-        """Options that the submodules do not show."""
-        return f"activation={self.activation!r}, dropout={self.dropout}"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_count, check_flag, weight_of, width_of
+from .._checks import check_activation, check_flag, weight_of, width_of
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
 from ..segments import Offsets, as_offsets
 from ..statistics import statistics_pooling
-from ._layers import factory, read, reset_layers
+from ._layers import Attention, counts, factory, read
 from .location import check_module_inputs
 
 
-class StatisticsPooling(nn.Module):
+class StatisticsPooling(Attention):
     r"""Mean and standard deviation of the frames, weighted by an attention, see `statistics_pooling`.
 
     .. math:: u_j = act(W h_j + b \; [+ \; U [\mu; \sigma]]), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c)
@@ -40,10 +40,12 @@ class StatisticsPooling(nn.Module):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a size under 1 and an unknown activation.
 
     """
+
+    _shown = ("per_channel", "activation")
 
     def __init__(
         self,
@@ -57,20 +59,16 @@ class StatisticsPooling(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        made = factory(device, dtype)
-        dim, attn_dim = check_count("dim", dim, 1), check_count("attn_dim", attn_dim, 1)
+        dim, attn_dim = counts(dim=dim, attn_dim=attn_dim)
         per_channel, bias = check_flag("per_channel", per_channel), check_flag("bias", bias)
         global_context = check_flag("global_context", global_context)
         check_activation("activation", activation)
+        super().__init__()
+        made = factory(device, dtype)
         self.per_channel, self.activation = per_channel, activation
         self.proj = nn.Linear(dim, attn_dim, bias=bias, **made)
         self.context = nn.Linear(2 * dim, attn_dim, bias=False, **made) if global_context else None
         self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False, **made)
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as the constructor does."""
-        reset_layers(self)
 
     @explicit
     @exports_from_one
@@ -107,7 +105,3 @@ class StatisticsPooling(nn.Module):
         )
         pooled = torch.cat([mean, std], dim=-1)
         return (pooled, weights[0]) if weights else pooled
-
-    def extra_repr(self) -> str:
-        """Options that the submodules do not show."""
-        return f"per_channel={self.per_channel}, activation={self.activation!r}"

@@ -124,8 +124,22 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/concat.py",
-        "            dropout_p=self.dropout if self.training else 0.0,",
-        "            dropout_p=self.dropout,",
+        'return "query" if x.shape[1] == queries else "key"',
+        'return "key" if x.shape[1] == queries else "query"',
+        ("tests/test_concat_module.py", "-k", "contexts_add"),
+        "a context of rows is added to the other side",
+    ),
+    Mutant(
+        "fused_attn/modules/_pairs.py",
+        "            dropout_p=self._dropout_p,\n",
+        "",
+        ("tests/test_general_module.py", "-k", "module_dropout"),
+        "the dropout is not passed on",
+    ),
+    Mutant(
+        "fused_attn/modules/_layers.py",
+        "        return self.dropout if self.training else 0.0",
+        "        return self.dropout",
         ("tests/test_concat_module.py", "-k", "module_dropout"),
         "a module drops in evaluation too",
     ),
@@ -264,7 +278,7 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/modules/general.py",
-        "            scale=self.scale,\n",
+        "scale=self.scale, ",
         "",
         ("tests/test_general_module.py", "-k", "module_is"),
         "the scale is not passed on",

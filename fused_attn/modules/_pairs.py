@@ -1,0 +1,122 @@
+"""What the modules share that attend from queries to keys: heads, and the forward of those that take packed rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .._checks import Checker, Table, argument, check_dropout, module_checker, weight_of, width_of
+from .._habits import explicit
+from .._ops import Impl
+from ..segments import Offsets
+from ._layers import Attention, counts
+
+INPUTS: dict[bool, Table] = {
+    packed: {
+        "query": argument("N query_dim" if packed else "B Tq query_dim"),
+        "key": argument("M key_dim" if packed else "B Tk key_dim"),
+        "value": argument("M Dv" if packed else "B Tk Dv", optional=True),
+        "value of heads": argument(
+            "M Dv | M num_heads Dv" if packed else "B Tk Dv | B num_heads Tk Dv", optional=True
+        ),
+    }
+    for packed in (False, True)
+}
+"""The rows as a module takes them, padded and packed: before they have heads, but values may have theirs."""
+
+
+class HeadsAttention(Attention):
+    """Attention from queries to keys with `num_heads` heads, which an output has an axis for where there are more."""
+
+    def __init__(self, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        [self.num_heads] = counts(num_heads=num_heads)
+        self.dropout = check_dropout("dropout", dropout)
+
+    def _checker(self, table: Table) -> Checker:
+        """The checker of the inputs, by `query_proj` and `key_proj`: a family without them has its own."""
+        widths = {"query_dim": width_of(self.query_proj), "key_dim": width_of(self.key_proj)}
+        return module_checker(table, weight_of(self.query_proj), **widths, num_heads=self.num_heads)
+
+    def _check(self, table: Table, query: Tensor, key: Tensor, value: Tensor | None) -> Checker:
+        """Check the rows by the module's own names; the rest is left to the function, whose names are the same."""
+        check = self._checker(table)
+        check("query", query)
+        check("key", key)
+        check("value", value, "value of heads" if self.num_heads > 1 else "value")
+        return check
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Give projected rows the axis of heads, where functions have it: after the batch, or after packed rows."""
+        return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 1) if self.num_heads > 1 else x
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        """The same rows for every head."""
+        return x.unsqueeze(1).expand(-1, self.num_heads, *x.shape[1:]) if self.num_heads > 1 else x
+
+
+class PairsAttention(HeadsAttention):
+    """The forward of a family whose module takes padded or packed rows: the family says what it does with them."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Any:
+        """The family's function on checked rows; values have heads, where there are more than one."""
+        raise NotImplementedError
+
+    @explicit
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        score_bias: Tensor | None = None,
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_k: Offsets | None = None,
+        return_weights: bool = False,
+        impl: Impl = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``, or packed, ``(N, query_dim)``.
+
+        Parameters
+        ----------
+        query, key
+            Without heads: each head scores the same rows.
+        value
+            The keys as they are given, where None. ``(B, Tk, Dv)`` for every head, or with more than one
+            ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or ``(N, H, Dv)``.
+        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights, impl
+            As in the function that the module is of.
+
+        Returns
+        -------
+        Tensor or (Tensor, Tensor)
+            As the function returns them, with heads where there are more than one: ``(B, [H,] Tq, Dv)``, packed
+            ``(N, [H,] Dv)``; weights ``(B, [H,] Tq, Tk)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As in the function; also for queries and keys with heads, or of other widths, dtypes or devices than the
+            parameters'.
+
+        """
+        self._check(INPUTS[cu_seqlens_q is not None], query, key, value)
+        if value is not None and value.dim() == query.dim():
+            value = self._repeat(value)
+        out: Tensor | tuple[Tensor, Tensor] = self._attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            window=window,
+            score_bias=score_bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            dropout_p=self._dropout_p,
+            return_weights=return_weights,
+            impl=impl,
+        )
+        return out
