@@ -22,14 +22,19 @@ __all__ = [
     "Case",
     "check",
     "compare",
+    "each_impl",
+    "every_impl",
     "hide",
     "offsets",
     "operator",
     "pairwise",
+    "segments",
 ]
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = pytest.mark.parametrize("impl", ALL)
 ROWS = ("query", "key", "value")
 Window = tuple[int | None, int | None]
 
@@ -155,6 +160,11 @@ def split_rows(rows: int, few: int) -> list[int]:
     return [0, few, some, 0, rest, 0] if few == 1 else [0, 0, some, few, rest, 0]
 
 
+def segments(lengths: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Tensor]:
+    """Offsets of packed sequences of so many queries and so many keys each."""
+    return {f"cu_seqlens_{side}": offsets([pair[i] for pair in lengths], device) for i, side in enumerate("qk")}
+
+
 def check(case: Case, device: torch.device, impl: str, **options) -> None:
     """`impl` against the reference; the options are those of `evaluate`."""
     compare(case.op, case.tensors(device), impl, dtype=case.dtype, **{"through": case.through, **options})
@@ -170,11 +180,11 @@ def compare(op: Operator, tensors: Mapping[str, Tensor], impl: str, *, dtype=tor
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
 
-def hide(tensors, fill):
+def hide(tensors: dict[str, Tensor], fill: float) -> dict[str, Tensor]:
     """Put `fill` in the rows that the mask lets no query or key use; return these rows by name."""
     mask = tensors["mask"]
     keys = mask if mask.dim() == 2 else mask.any(1)
-    hidden = {"key": ~keys, "value": ~keys}
+    hidden = {name: ~keys for name in ("key", "value") if name in tensors}  # the values may be the keys
     if mask.dim() == 3:
         hidden["query"] = ~mask.any(2)
     for name, rows in hidden.items():

@@ -12,6 +12,7 @@ from _compare import (
     assert_close,
     assert_identical,
     assert_matches_reference,
+    both_forms,
     evaluate,
     in_double,
     largest,
@@ -50,7 +51,6 @@ ALL = ("blocked", *IMPLS)
 each_fast = pytest.mark.parametrize("impl", FAST)
 each_impl = pytest.mark.parametrize("impl", ALL)
 each_window = pytest.mark.parametrize("window", WINDOWS, ids=str)
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,17 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from _compare import IMPLS, assert_close, assert_identical, assert_matches_reference, evaluate, in_double, largest
+from _compare import (
+    IMPLS,
+    assert_close,
+    assert_identical,
+    assert_matches_reference,
+    assert_zero,
+    both_forms,
+    evaluate,
+    in_double,
+    largest,
+)
 from _location import offsets
 from _statistics_pooling import Case, formula, operator, pairwise
 from hypothesis import given
@@ -32,7 +42,6 @@ FACTORS = {
 }
 PARAMETERS = ("h", "w", "b", "v", "context", "values")
 both_kinds = pytest.mark.parametrize("per_channel", [False, True], ids=["frame", "channel"])
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -301,12 +310,6 @@ def test_one_frame_has_no_deviation_and_finite_gradients(impl, device):
 
 
 # --- Nothing to attend to, and what must not be read -------------------------------------------------------------
-
-
-def assert_zero(result):
-    for family in result:
-        for name, x in family.items():
-            assert largest(x) == 0, name
 
 
 @each_impl
