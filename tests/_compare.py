@@ -13,8 +13,6 @@ from torch import Tensor
 Operator = Callable[..., Tensor | tuple[Tensor, Tensor]]
 OUTPUTS = ("output", "weights")
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "reference")
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
 
 class Result(NamedTuple):
@@ -75,16 +73,17 @@ def assert_matches_reference(
     dtype: torch.dtype = torch.float32,
     impl: str = "triton",
     exact: Result | None = None,
+    large: bool = False,
     **options,
 ) -> None:
     """The kernel in `dtype` against the reference; the options are those of `evaluate`.
 
-    exact: what is right, where that is not the reference of these tensors in float64.
+    exact: what is right, where that is not the reference of these tensors in float64. large: see `rough_runs`.
     """
     if exact is None:
         exact = evaluate(op, in_double(tensors), "reference", **options)
     fused = evaluate(op, tensors, impl, **options)
-    assert_as_exact(fused, rough_runs(op, tensors, **options), exact, dtype=dtype)
+    assert_as_exact(fused, rough_runs(op, tensors, large=large, **options), exact, dtype=dtype)
 
 
 def rough_runs(op: Operator, tensors: Mapping[str, Tensor], *, large: bool = False, **options) -> list[Result]:

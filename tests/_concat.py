@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import pytest
@@ -50,7 +50,7 @@ def operator(**options) -> Operator:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call of concat or distance attention: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -71,11 +71,6 @@ class Case:
     dropout_p: float = 0.0
     return_weights: bool = True  # where padded
     through: Sequence[str] = ("output", "weights")
-
-    def __str__(self) -> str:
-        """The factors that are not at their defaults, as a test's id."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{n}={_word(x)}" for n, x in changed.items()) or "default"
 
     @property
     def op(self) -> Operator:
@@ -144,12 +139,6 @@ class Case:
         if self.layout == "expanded" and x.dim() > 2:
             return x.narrow(-3, 0, min(1, x.shape[-3])).expand_as(x)
         return x
-
-
-def _word(x: object) -> str:
-    if isinstance(x, tuple):
-        return "+".join("None" if y is None else str(y) for y in x)
-    return str(x).removeprefix("torch.")
 
 
 def split_rows(rows: int, few: int) -> list[int]:

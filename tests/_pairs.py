@@ -7,8 +7,19 @@ import _general
 import pytest
 import torch
 from _compare import assert_close, assert_zero, evaluate, largest
-from _concat import hide
+from _concat import ACTIVATIONS, hide
 
+WINDOWS = (None, (None, 0), (None, -1), (0, None), (3, 4), (5, -1), (-2, 9))
+OPTIONS = {  # of both, as factors
+    "activation": ACTIVATIONS,
+    "mask": ("none", "keys", "padding", "pairs", "empty", "expanded"),
+    "window": WINDOWS,
+    "score_bias": (None, "bhqk", "hqk", "q1", "k", "bH1k", "1"),
+    "layout": ("contiguous", "transposed", "strided", "expanded"),
+    "dropout_p": (0.0, 0.3),
+    "return_weights": (True, False),
+    "through": (("output", "weights"), ("output",)),
+}
 each_family = pytest.mark.parametrize("make", [_concat.Case, _general.Case], ids=["concat", "general"])
 each_way_to_be_empty = pytest.mark.parametrize(
     "sizes", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"queries": 0, "keys": 0}], ids=str

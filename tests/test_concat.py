@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from _compare import both_forms, each_dtype
 from _concat import ACTIVATIONS, Case, check, each_impl, pairwise
+from _marks import both_forms, each_dtype
+from _pairs import OPTIONS, WINDOWS
 
-WINDOWS = (None, (None, 0), (None, -1), (0, None), (3, 4), (5, -1), (-2, 9))
 # Sizes are odd, and around the tiles of the interpreter: 16 queries, 32 keys, 16 or more features.
 FACTORS = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
@@ -16,14 +16,7 @@ FACTORS = {
     "value_dim": (1, 12, 20),
     "heads": (None, 2),
     "v_heads": (True, False),
-    "activation": ACTIVATIONS,
-    "mask": ("none", "keys", "padding", "pairs", "empty", "expanded"),
-    "window": WINDOWS,
-    "score_bias": (None, "bhqk", "hqk", "q1", "k", "bH1k", "1"),
-    "layout": ("contiguous", "transposed", "strided", "expanded"),
-    "dropout_p": (0.0, 0.3),
-    "return_weights": (True, False),
-    "through": (("output", "weights"), ("output",)),
+    **OPTIONS,
 }
 PACKED = {
     name: FACTORS[name]

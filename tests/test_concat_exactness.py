@@ -2,17 +2,9 @@
 
 import pytest
 import torch
-from _compare import (
-    assert_as_exact,
-    assert_matches_reference,
-    both_forms,
-    each_dtype,
-    evaluate,
-    in_double,
-    nudged,
-    shifted,
-)
+from _compare import assert_as_exact, assert_matches_reference, evaluate, in_double, nudged, shifted
 from _concat import Case, compare, each_impl, hide
+from _marks import both_forms, each_dtype
 
 each_loop = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # 16 bits have one in common
 

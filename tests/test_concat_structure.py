@@ -3,8 +3,9 @@
 import _pairs
 import pytest
 import torch
-from _compare import assert_close, assert_identical, both_forms, evaluate
+from _compare import assert_close, assert_identical, evaluate
 from _concat import ROWS, Case, check, compare, each_impl, every_impl, offsets
+from _marks import both_forms
 
 from fused_attn.blocked import concat as in_blocks
 from fused_attn.kernels import chip as chips

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from _compare import Result, assert_as_exact, assert_close, both_forms, each_dtype, evaluate, largest, shifted
+from _compare import Result, assert_as_exact, assert_close, evaluate, largest, shifted
 from _concat import ACTIVATIONS, ALL, check, compare
 from _general import Case, both_values, operator, pairwise
+from _marks import both_forms, each_dtype
+from _pairs import OPTIONS, WINDOWS
 
 from fused_attn.kernels import chip as chips
 
 pytestmark = pytest.mark.kernel
 
-WINDOWS = (None, (None, 0), (None, -1), (0, None), (3, 4), (5, -1), (-2, 9))
 # Sizes are odd, and around the tiles of the interpreter: 16 queries, 32 keys, 16 or 32 features.
 FACTORS = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
@@ -23,14 +24,7 @@ FACTORS = {
     "weight": ("none", "matrix", "heads"),
     "own_value": (True, False),
     "scale": (1.0, 0.3, -0.5),
-    "activation": ACTIVATIONS,
-    "mask": ("none", "keys", "padding", "pairs", "empty", "expanded"),
-    "window": WINDOWS,
-    "score_bias": (None, "bhqk", "hqk", "q1", "k", "bH1k", "1"),
-    "layout": ("contiguous", "transposed", "strided", "expanded"),
-    "dropout_p": (0.0, 0.3),
-    "return_weights": (True, False),
-    "through": (("output", "weights"), ("output",)),
+    **OPTIONS,
 }
 # Nothing but the window and the ends hide keys: whole tiles have a loop of their own.
 KEPT = ("dtype", "attn_dim", "value_dim", "heads", "weight", "own_value", "scale", "activation", "window", "layout")

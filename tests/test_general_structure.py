@@ -6,9 +6,10 @@ import sys
 import _pairs
 import pytest
 import torch
-from _compare import assert_close, assert_identical, assert_zero, both_forms, evaluate
+from _compare import assert_close, assert_identical, assert_zero, evaluate
 from _concat import every_impl
 from _general import Case, both_values, both_weights
+from _marks import both_forms
 
 # --- Windows ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from _compare import IMPLS, assert_close, assert_matches_reference, each_dtype, evaluate, in_double, largest
+from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double, largest
+from _marks import each_dtype
 
 from fused_attn import LocationAwareAttention, location_aware_attention
 

@@ -9,12 +9,12 @@ from _compare import (
     assert_identical,
     assert_matches_reference,
     assert_zero,
-    both_forms,
     evaluate,
     in_double,
     largest,
 )
 from _location import SCORES, Case, offsets, operator
+from _marks import both_forms
 
 from fused_attn.kernels import location as kernels
 from fused_attn.kernels import location_bwd

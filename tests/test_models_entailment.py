@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import Entailment
 
@@ -169,13 +169,8 @@ def test_call_errors(place, value, kind, name):
 @pytest.mark.kernel
 @each_mode
 def test_kernel(mode, device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, mode=mode, two_way=True, impl=impl).to(device)
-        outputs = model(*(x.to(device) for x in pairs()), return_weights=True)
-        loss = sum(x.square().sum() for x in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, list(model.parameters()))])
-    torch.testing.assert_close(*results)
+    arguments = [x.to(device) for x in pairs()]
+    check_kernel(build, lambda model: model(*arguments, return_weights=True), device, mode=mode, two_way=True)
 
 
 def test_task():

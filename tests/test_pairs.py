@@ -5,8 +5,9 @@ import _general
 import hypothesis.strategies as st
 import pytest
 import torch
-from _compare import assert_close, each_dtype, evaluate
+from _compare import assert_close, evaluate
 from _concat import check, compare, each_impl, every_impl, segments
+from _marks import each_dtype
 from _pairs import each_family
 from hypothesis import given, settings
 

@@ -6,9 +6,10 @@ import _concat
 import _general
 import pytest
 import torch
-from _compare import assert_identical, both_forms, evaluate
+from _compare import assert_identical, evaluate
 from _concat import IMPLS, check, every_impl
 from _dropout import assert_draws_nothing, assert_dropped_at_the_rate
+from _marks import both_forms
 from _pairs import each_family
 
 from fused_attn import concat_attention, general_attention

@@ -9,14 +9,13 @@ from _compare import (
     assert_close,
     assert_identical,
     assert_zero,
-    both_forms,
-    each_dtype,
     evaluate,
     in_double,
     rough_runs,
     strided_offsets,
 )
 from _concat import IMPLS, every_impl, hide, segments
+from _marks import both_forms, each_dtype
 from _pairs import as_padded, each_family
 
 

@@ -7,8 +7,9 @@ import _concat
 import _general
 import pytest
 import torch
-from _compare import assert_as_exact, each_dtype, evaluate, in_double, nudged
+from _compare import assert_as_exact, evaluate, in_double, nudged
 from _concat import every_impl
+from _marks import each_dtype
 from torch.nn import functional as F
 
 each_size = pytest.mark.parametrize("size", [1, 30, 1e3, 1e6])

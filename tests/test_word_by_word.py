@@ -13,13 +13,13 @@ from _compare import (
     assert_close,
     assert_identical,
     assert_matches_reference,
-    each_dtype,
     evaluate,
     in_double,
     largest,
     strided_offsets,
 )
 from _location import offsets
+from _marks import each_dtype
 from _recurrent import FLOATING, Case, check, operator, pairwise
 from hypothesis import given, settings
 
