@@ -9,7 +9,7 @@ from _compare import assert_close, evaluate
 from _concat import check, compare, each_impl, every_impl, segments
 from _marks import each_dtype
 from _pairs import each_family
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 SMALL = {"queries": 5, "keys": 7, "attn_dim": 3, "value_dim": 4, "heads": 2, "score_bias": "bhqk", "mask": "pairs"}
 EVERYTHING = {"concat": _concat.Case(**SMALL), "general": _general.Case(**SMALL, weight="heads")}
@@ -94,8 +94,14 @@ def calls(draw, longest: int, widest: int) -> tuple[dict, list[tuple[int, int]]]
     }, lengths
 
 
+# A window whose left side ends inside a tile of queries: of what is drawn, few have one.
+SIZES = {"queries": 53, "keys": 53, "attn_dim": 3, "value_dim": 4, "heads": 2}
+ENDS_IN_A_TILE = ({**SIZES, "ragged": True, "window": (3, None), "dropout_p": 0.0}, [(20, 10), (0, 3), (33, 40)])
+
+
 @each_impl
 @settings(max_examples=8)
+@example(ENDS_IN_A_TILE, "tanh")
 @given(calls(longest=20, widest=6), st.sampled_from(["tanh", "sigmoid", "relu"]))
 def test_concat_matches_the_reference_for_any_segments(impl, device, call, activation):
     options, lengths = call
@@ -104,6 +110,7 @@ def test_concat_matches_the_reference_for_any_segments(impl, device, call, activ
 
 
 @pytest.mark.kernel
+@example(ENDS_IN_A_TILE, "identity", True)
 @given(calls(longest=40, widest=40), st.sampled_from(["identity", "tanh"]), st.booleans())
 def test_general_matches_the_reference_for_any_segments(device, call, activation, own_value):
     options, lengths = call
