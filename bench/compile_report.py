@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +84,23 @@ class _OfflineDriver:
 
 
 @contextlib.contextmanager
+def launches(target: str, launch: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the launch of a kernel is `launch`, with no GPU and for a chip that is taken to be `target`."""
+    gpu, chip = TARGETS[target]
+    run, active = JITFunction.run, driver._active
+    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target)))
+    JITFunction.run = launch
+    try:
+        with chips.assume(chip):
+            yield
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+@contextlib.contextmanager
 def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     """Inside, a launch compiles for `target` and runs nothing; gives (compiled kernel, constants) of each."""
-    gpu, chip = TARGETS[target]
     launched: list[tuple[Any, dict[str, Any]]] = []
     run = JITFunction.run
 
@@ -99,13 +113,8 @@ def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         launched.append((kernel, {**constants, "num_warps": kwargs.get("num_warps", 4)}))
         return kernel
 
-    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target)))
-    JITFunction.run = compile_only
-    try:
-        with chips.assume(chip):
-            yield launched
-    finally:
-        JITFunction.run = run
+    with launches(target, compile_only):
+        yield launched
 
 
 def _assemble(self: CUDABackend, src: str, metadata: dict[str, Any], *args: Any) -> bytes:

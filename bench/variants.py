@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from .compile_report import TARGETS, _OfflineDriver, chips
+from .compile_report import TARGETS, launches
 from .families import SETTINGS
 
 MOST = 4
@@ -36,7 +36,6 @@ LONGEST = 4096
 @contextlib.contextmanager
 def record(target: str) -> Iterator[dict[str, set[str]]]:
     """Inside, a launch for `target` runs and compiles nothing; gives the keys of each kernel."""
-    gpu, chip = TARGETS[target]
     keys: dict[str, set[str]] = defaultdict(set)
 
     def key_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -47,15 +46,8 @@ def record(target: str) -> Iterator[dict[str, set[str]]]:
         ]
         keys[self.fn.__name__].add(f"{specialization} {options} {starts}")
 
-    run, active = JITFunction.run, driver._active
-    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target)))
-    JITFunction.run = key_only
-    try:
-        with chips.assume(chip):
-            yield keys
-    finally:
-        JITFunction.run = run
-        driver._active = active
+    with launches(target, key_only):
+        yield keys
 
 
 def _lengths(rng: random.Random) -> Callable[[], int]:

@@ -72,12 +72,18 @@ def assert_matches_reference(
     *,
     dtype: torch.dtype = torch.float32,
     impl: str = "triton",
+    exact: Result | None = None,
+    large: bool = False,
     **options,
 ) -> None:
-    """The kernel in `dtype` against the reference; the options are those of `evaluate`."""
-    exact = evaluate(op, in_double(tensors), "reference", **options)
+    """The kernel in `dtype` against the reference; the options are those of `evaluate`.
+
+    exact: what is right, where that is not the reference of these tensors in float64. large: see `rough_runs`.
+    """
+    if exact is None:
+        exact = evaluate(op, in_double(tensors), "reference", **options)
     fused = evaluate(op, tensors, impl, **options)
-    assert_as_exact(fused, rough_runs(op, tensors, **options), exact, dtype=dtype)
+    assert_as_exact(fused, rough_runs(op, tensors, large=large, **options), exact, dtype=dtype)
 
 
 def rough_runs(op: Operator, tensors: Mapping[str, Tensor], *, large: bool = False, **options) -> list[Result]:
@@ -89,6 +95,16 @@ def rough_runs(op: Operator, tensors: Mapping[str, Tensor], *, large: bool = Fal
     first = evaluate(op, tensors, "reference", **options)
     luck = large or any(x.numel() < 16 for family in first for x in family.values())
     return [first, *(evaluate(op, nudged(tensors, i), "reference", **options) for i in range(1, 9 if luck else 3))]
+
+
+def shifted(op: Operator, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Result]:
+    """The tensors with 1000 added to all scores, by their bias, and what is right for them: what was so before."""
+    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
+    bias = (tensors["score_bias"] * 4).round() / 4
+    exact = evaluate(op, in_double(dict(tensors) | {"score_bias": bias}), "reference")
+    moved = dict(tensors) | {"score_bias": bias + 1000}
+    assert_close(evaluate(op, in_double(moved), "reference"), exact)
+    return moved, exact
 
 
 def strided_offsets(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,6 +164,13 @@ def assert_close(got: Result, want: Result) -> None:
         assert got_family.keys() == want_family.keys()
         for name, x in want_family.items():
             torch.testing.assert_close(got_family[name], x, msg=lambda text, at=f"{kind}: {name}": f"{at}: {text}")
+
+
+def assert_zero(result: Result) -> None:
+    """Zeros everywhere: not NaN, and not the poison of unwritten memory."""
+    for family in result:
+        for name, x in family.items():
+            assert largest(x) == 0, name
 
 
 def largest(x: Tensor) -> float:

@@ -98,6 +98,17 @@ def score(t: dict[str, Tensor], p: str) -> Score:
     return Score(t[p + "w"], t.get(p + "b"), t[p + "v"], gate, t.get(p + "ctx"))
 
 
+def two_neighbours(nodes: int) -> dict[str, Tensor]:
+    """A graph in CSR."""
+    return {"indptr": torch.arange(nodes + 1) * 2, "indices": torch.arange(2 * nodes) % nodes}
+
+
+def two_levels(B: int, T: int) -> dict[str, Tensor]:
+    """Rows in twice as many segments as groups, and a score for each level."""
+    rows = {"h": r(B * T, 4), "a": offsets(B * T, 2 * B), "b": offsets(2 * B, B)}
+    return rows | {"iw": r(4, 3), "iv": r(3), "ow": r(4, 3), "ov": r(3)}
+
+
 def _location() -> None:
     add(
         "location padded", lambda i, h, w: location_attention(h, w, impl=i), lambda B, T: {"h": r(B, T, 4), "w": r(4)}
@@ -253,13 +264,7 @@ def _statistics_and_graph() -> None:
     add(
         "graph",
         lambda i, **t: graph_attention(**t, impl=i),
-        lambda B, T: {
-            "query": r(T, 4),
-            "key": r(T, 4),
-            "v": r(4),
-            "indptr": torch.arange(T + 1) * 2,
-            "indices": torch.arange(2 * T) % T,
-        },
+        lambda B, T: {"query": r(T, 4), "key": r(T, 4), "v": r(4), **two_neighbours(T)},
     )
     add(
         "graph, all options",
@@ -270,8 +275,7 @@ def _statistics_and_graph() -> None:
             "v": r(2, 4),
             "value": r(T, 2, 4),
             "edge": r(2 * T, 2, 4),
-            "indptr": torch.arange(T + 1) * 2,
-            "indices": torch.arange(2 * T) % T,
+            **two_neighbours(T),
         },
     )
 
@@ -280,15 +284,7 @@ def _two_levels_and_steps() -> None:
     add(
         "hierarchical",
         lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), impl=i),
-        lambda B, T: {
-            "h": r(B * T, 4),
-            "a": offsets(B * T, 2 * B),
-            "b": offsets(2 * B, B),
-            "iw": r(4, 3),
-            "iv": r(3),
-            "ow": r(4, 3),
-            "ov": r(3),
-        },
+        two_levels,
     )
     add(
         "hierarchical, all options",
@@ -388,13 +384,7 @@ def _dropout_and_jagged() -> None:
     add(
         "graph, dropout",
         lambda i, **t: graph_attention(**t, dropout_p=0.5, return_weights=True, impl=i),
-        lambda B, T: {
-            "query": r(T, 4),
-            "key": r(T, 4),
-            "v": r(4),
-            "indptr": torch.arange(T + 1) * 2,
-            "indices": torch.arange(2 * T) % T,
-        },
+        lambda B, T: {"query": r(T, 4), "key": r(T, 4), "v": r(4), **two_neighbours(T)},
         columns=drops,
     )
     add(
@@ -406,15 +396,7 @@ def _dropout_and_jagged() -> None:
     add(
         "hierarchical, a layer between that widens",
         lambda i, h, a, b, **t: hierarchical_attention(h, a, b, score(t, "i"), score(t, "o"), between=widens, impl=i),
-        lambda B, T: {
-            "h": r(B * T, 4),
-            "a": offsets(B * T, 2 * B),
-            "b": offsets(2 * B, B),
-            "iw": r(4, 3),
-            "iv": r(3),
-            "ow": r(4, 3),
-            "ov": r(3),
-        },
+        two_levels,
         columns=("compile", "autocast"),
     )
 
@@ -460,8 +442,7 @@ def _modules() -> None:
         lambda i, m=m, **t: m(**t, impl=i),
         lambda B, T: {
             "x": r(T, 4),
-            "indptr": torch.arange(T + 1) * 2,
-            "indices": torch.arange(2 * T) % T,
+            **two_neighbours(T),
             "edge": r(2 * T, 2),
         },
         m,

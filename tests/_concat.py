@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import pytest
@@ -22,14 +22,19 @@ __all__ = [
     "Case",
     "check",
     "compare",
+    "each_impl",
+    "every_impl",
     "hide",
     "offsets",
     "operator",
     "pairwise",
+    "segments",
 ]
 
 IMPLS = (pytest.param("triton", marks=pytest.mark.kernel), "auto")  # auto: on a CPU, the blocked path
 ALL = (*IMPLS, "reference")
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+every_impl = pytest.mark.parametrize("impl", ALL)
 ROWS = ("query", "key", "value")
 Window = tuple[int | None, int | None]
 
@@ -45,7 +50,7 @@ def operator(**options) -> Operator:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call of concat or distance attention: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -66,11 +71,6 @@ class Case:
     dropout_p: float = 0.0
     return_weights: bool = True  # where padded
     through: Sequence[str] = ("output", "weights")
-
-    def __str__(self) -> str:
-        """The factors that are not at their defaults, as a test's id."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{n}={_word(x)}" for n, x in changed.items()) or "default"
 
     @property
     def op(self) -> Operator:
@@ -141,18 +141,17 @@ class Case:
         return x
 
 
-def _word(x: object) -> str:
-    if isinstance(x, tuple):
-        return "+".join("None" if y is None else str(y) for y in x)
-    return str(x).removeprefix("torch.")
-
-
 def split_rows(rows: int, few: int) -> list[int]:
     """Lengths of segments: one that is empty on both sides, one on each side alone, and one that holds most."""
     few = min(rows, few)
     some = min(rows - few, 4)
     rest = rows - few - some
     return [0, few, some, 0, rest, 0] if few == 1 else [0, 0, some, few, rest, 0]
+
+
+def segments(lengths: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Tensor]:
+    """Offsets of packed sequences of so many queries and so many keys each."""
+    return {f"cu_seqlens_{side}": offsets([pair[i] for pair in lengths], device) for i, side in enumerate("qk")}
 
 
 def check(case: Case, device: torch.device, impl: str, **options) -> None:
@@ -170,11 +169,11 @@ def compare(op: Operator, tensors: Mapping[str, Tensor], impl: str, *, dtype=tor
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
 
-def hide(tensors, fill):
+def hide(tensors: dict[str, Tensor], fill: float) -> dict[str, Tensor]:
     """Put `fill` in the rows that the mask lets no query or key use; return these rows by name."""
     mask = tensors["mask"]
     keys = mask if mask.dim() == 2 else mask.any(1)
-    hidden = {"key": ~keys, "value": ~keys}
+    hidden = {name: ~keys for name in ("key", "value") if name in tensors}  # the values may be the keys
     if mask.dim() == 3:
         hidden["query"] = ~mask.any(2)
     for name, rows in hidden.items():

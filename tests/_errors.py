@@ -8,29 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from _inputs import (
-    CU_N,
-    DV,
-    INDICES,
-    INDPTR,
-    SCORE,
-    TK,
-    TQ,
-    A,
-    B,
-    C,
-    D,
-    E,
-    G,
-    H,
-    M,
-    N,
-    R,
-    S,
-    bools,
-    floats,
-    ints,
-)
+from _inputs import CU_N, DV, INDICES, INDPTR, SCORE, TK, TQ, A, B, C, D, E, G, H, M, N, R, S, bools, floats, ints
 from torch import nn
 
 from fused_attn import (

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import _concat
 import _pairwise
+import pytest
 import torch
 from _compare import Operator
 from torch import Tensor
 
 from fused_attn import general_attention
-
-ROWS = ("query", "key", "value")
 
 
 def operator(**options) -> Operator:
@@ -25,6 +24,10 @@ def operator(**options) -> Operator:
         return general_attention(query, key, value, weight, **options, **rest, impl=impl)
 
     return op
+
+
+both_values = pytest.mark.parametrize("own_value", [True, False], ids=["values", "keys"])
+both_weights = pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,3 @@ class Case(_concat.Case):
 
 
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
-
-
-def hide(tensors: dict[str, Tensor], fill: float) -> dict[str, Tensor]:
-    """Put `fill` in the rows that the mask lets no query or key use; return these rows by name."""
-    mask = tensors["mask"]
-    keys = mask if mask.dim() == 2 else mask.any(1)
-    hidden = {name: ~keys for name in ("key", "value") if name in tensors}
-    if mask.dim() == 3:
-        hidden["query"] = ~mask.any(2)
-    for name, rows in hidden.items():
-        x = tensors[name]
-        (x if x.dim() == 3 else x.transpose(1, 2))[rows] = fill
-    return hidden

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import torch
@@ -26,7 +26,7 @@ def operator(**options) -> Operator:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -45,11 +45,6 @@ class Case:
     layout: str = "contiguous"  # contiguous, transposed, strided (the last axis) or expanded (heads)
     dropout_p: float = 0.0
     return_weights: bool = True
-
-    def __str__(self) -> str:
-        """The factors that are not at their defaults, as a test's id."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{n}={str(x).removeprefix('torch.')}" for n, x in changed.items()) or "default"
 
     @property
     def op(self) -> Operator:

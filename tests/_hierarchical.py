@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import torch
@@ -58,7 +58,7 @@ def operator(
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -73,11 +73,6 @@ class Case:
     bias: bool = True
     layout: str = "contiguous"  # contiguous or strided (the last axis)
     through: Sequence[str] = ("segments", "inner_weights", "outer_weights")
-
-    def __str__(self) -> str:
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        named = (f"{n}={'+'.join(map(str, x)) if isinstance(x, tuple) else x}" for n, x in changed.items())
-        return ",".join(named).replace("torch.", "") or "default"
 
     @property
     def op(self) -> Operator:

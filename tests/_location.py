@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import pytest
@@ -37,7 +37,7 @@ def operator(**options) -> Operator:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -58,12 +58,6 @@ class Case:
     layout: str = "contiguous"  # contiguous, swapped (batch and sequence) or strided (the last axis)
     dropout_p: float = 0.0
     through: Sequence[str] = ("output", "weights")
-
-    def __str__(self) -> str:
-        """The factors that are not at their defaults, as a test's id."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        named = (f"{n}={'+'.join(x) if isinstance(x, tuple) else str(x)}" for n, x in changed.items())
-        return ",".join(named).replace("torch.", "") or "default"
 
     @property
     def op(self) -> Operator:

@@ -1,6 +1,6 @@
 """What the tests of the published systems share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,32 @@ def assert_formula(
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"output {i}: {text}")
     for name, a, b in zip(leaves, gradients(got), gradients(expected), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+def check_kernel(
+    build: Callable[..., nn.Module],
+    call: Callable[[nn.Module], Tensor | tuple[Tensor, ...]],
+    device: torch.device,
+    leaves: Sequence[Tensor] = (),
+    **options,
+) -> None:
+    """What `call` makes of ``build(dtype, impl=..., **options)`` by the kernel and the reference; gradients too."""
+    results = []
+    for impl in ("triton", "reference"):
+        model = build(torch.float32, impl=impl, **options).to(device)
+        made = call(model)
+        outputs = made if isinstance(made, tuple) else (made,)
+        loss = sum(x.square().sum() for x in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, [*leaves, *model.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+def assert_only_scores_differ(without: nn.Module, attends: nn.Module) -> None:
+    """The baseline has the parameters of the model with attention, and their numbers but for the frozen ones."""
+    of_both = zip(without.named_parameters(), attends.named_parameters(), strict=True)
+    for (name, p), (other, q) in of_both:
+        assert (name, p.shape) == (other, q.shape)
+        assert not p.requires_grad or torch.equal(p, q), name
 
 
 def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:

@@ -3,9 +3,22 @@
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class Factors:
+    """A dataclass whose fields are factors: those that are not at their defaults are a test's id."""
+
+    def __str__(self) -> str:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{name}={_word(x)}" for name, x in changed.items()) or "default"
+
+
+def _word(x: object) -> str:
+    return "+".join(map(str, x)) if isinstance(x, tuple) else str(x).removeprefix("torch.")
 
 
 def pairwise(factors: Mapping[str, Sequence], make: Callable[..., T], seed: int = 0) -> list[T]:

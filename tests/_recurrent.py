@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import _pairwise
 import torch
@@ -27,7 +27,7 @@ def operator(**options) -> Operator:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(_pairwise.Factors):
     """One call: the values of the factors that the tests vary."""
 
     dtype: torch.dtype = torch.float32
@@ -42,11 +42,6 @@ class Case:
     ragged: bool = False
     layout: str = "contiguous"  # contiguous, swapped (the first two axes) or strided (the last one)
     return_weights: bool = True  # where padded
-
-    def __str__(self) -> str:
-        """The factors that are not at their defaults, as a test's id."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{n}={str(x).removeprefix('torch.')}" for n, x in changed.items()) or "default"
 
     @property
     def op(self) -> Operator:

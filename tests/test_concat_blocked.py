@@ -10,26 +10,10 @@ import pytest
 import torch
 from _compare import assert_close, evaluate
 from _concat import ACTIVATIONS, Case
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from _recorder import Recorder
 
 from fused_attn import concat_attention
 from fused_attn.blocked import concat as in_blocks
-
-
-class Recorder(TorchDispatchMode):
-    """Sees the operators below a custom operator too: their largest tensor, and how many numbers they give."""
-
-    largest = 0  # elements of a storage
-    work = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
-                self.work += 0 if x._is_view() else x.numel()
-        return result
 
 
 @pytest.fixture

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from _compare import assert_as_exact, assert_close, evaluate, in_double, nudged, rough_runs
-from _concat import ALL, IMPLS, Case, compare, hide
+from _compare import assert_as_exact, assert_matches_reference, evaluate, in_double, nudged, shifted
+from _concat import Case, compare, each_impl, hide
+from _marks import both_forms, each_dtype
 
-each_impl = pytest.mark.parametrize("impl", IMPLS)
-every_impl = pytest.mark.parametrize("impl", ALL)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 each_loop = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # 16 bits have one in common
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
 
 def spread(rows: int, width: int, center: float, radius: float, seed: int) -> torch.Tensor:
@@ -156,13 +153,8 @@ def test_large_v_does_not_overflow_where_the_factors_just_fit(exponent, impl, de
 @each_impl
 def test_adding_a_number_to_all_scores_changes_nothing(impl, device):
     case = Case(batch=1, score_bias="qk")
-    tensors = case.tensors(device)
-    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
-    tensors["score_bias"] = (tensors["score_bias"] * 4).round() / 4
-    exact = evaluate(case.op, in_double(tensors), "reference")
-    tensors["score_bias"] = tensors["score_bias"] + 1000
-    assert_close(evaluate(case.op, in_double(tensors), "reference"), exact)
-    assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(case.op, tensors), exact)
+    tensors, exact = shifted(case.op, case.tensors(device))
+    assert_matches_reference(case.op, tensors, impl=impl, exact=exact)
 
 
 @each_impl
@@ -176,24 +168,3 @@ def test_weights_of_large_scores_that_are_exact_are_exact(impl, device):
     moved = [nudged(tensors, i) | {"score_bias": tensors["score_bias"]} for i in range(1, 9)]
     rough = [evaluate(case.op, each, "reference") for each in (tensors, *moved)]
     assert_as_exact(evaluate(case.op, tensors, impl), rough, exact)
-
-
-@each_impl
-@each_dtype
-def test_huge_score_biases_match_the_reference(dtype, impl, device):
-    case = Case(dtype=dtype, batch=1, score_bias="qk")
-    tensors = case.tensors(device)
-    tensors["score_bias"] = tensors["score_bias"] * 10_000
-    compare(case.op, tensors, impl, dtype=dtype)
-
-
-@every_impl
-@pytest.mark.parametrize("heads", [None, 2])
-def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device):
-    case = Case(heads=heads, queries=7, keys=35, attn_dim=3, score_bias="bhqk", mask="pairs")
-    tensors = case.tensors(device)
-    mask = tensors.pop("mask")
-    masked = evaluate(case.op, tensors | {"mask": mask}, impl)
-    hidden = ~mask if heads is None else ~mask[:, None]
-    tensors["score_bias"] = tensors["score_bias"].masked_fill(hidden, -torch.inf)
-    assert_close(evaluate(case.op, tensors, impl), masked)

@@ -1,29 +1,15 @@
-"""Splits and chunks, windows, calls with nothing to attend to, and padding."""
+"""Concat attention: splits and chunks, windows, calls with nothing to attend to, and padding."""
 
+import _pairs
 import pytest
 import torch
-from _compare import (
-    assert_as_exact,
-    assert_close,
-    assert_identical,
-    evaluate,
-    in_double,
-    largest,
-    rough_runs,
-    strided_offsets,
-)
-from _concat import ALL, IMPLS, ROWS, Case, check, compare, hide, offsets, operator
+from _compare import assert_close, assert_identical, evaluate
+from _concat import ROWS, Case, check, compare, each_impl, every_impl, offsets
+from _marks import both_forms
 
-from fused_attn import concat_attention
 from fused_attn.blocked import concat as in_blocks
 from fused_attn.kernels import chip as chips
 from fused_attn.kernels import concat_bwd as kernels
-
-each_impl = pytest.mark.parametrize("impl", IMPLS)
-every_impl = pytest.mark.parametrize("impl", ALL)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-
 
 # --- Parts: splits of the keys, chunks of the workspace -------------------------------------------------------------
 
@@ -103,15 +89,6 @@ def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, ragged, d
         assert torch.equal(parts.gradients[name], whole.gradients[name]), name
 
 
-@each_impl
-@both_forms
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_are_bitwise_equal(dtype, ragged, impl, device):
-    case = Case(dtype=dtype, batch=1, queries=33, keys=40, attn_dim=3, ragged=ragged, dropout_p=0.3)
-    tensors = case.tensors(device)
-    assert_identical(evaluate(case.op, tensors, impl), evaluate(case.op, tensors, impl))
-
-
 # --- Sequences ---------------------------------------------------------------------------------------------------
 
 
@@ -155,77 +132,29 @@ def test_tiles_of_keys_outside_the_window_are_skipped(ragged, device):
     assert_identical(evaluate(case.op, tensors, "triton"), clean)
 
 
-@each_impl
-def test_window_alone_is_the_mask_that_it_stands_for(impl, device):
-    case = Case(batch=1, queries=19, keys=35, attn_dim=3, window=(5, -1))
-    tensors = case.tensors(device)
-    i, j = torch.arange(19, device=device)[:, None], torch.arange(35, device=device)
-    mask = (i - 5 <= j) & (j <= i - 1)
-    masked = operator(return_weights=True)
-    assert_close(evaluate(case.op, tensors, impl), evaluate(masked, tensors | {"mask": mask[None]}, impl))
-
-
 # --- Nothing to attend to -------------------------------------------------------------------------------------------
-
-
-def assert_zero(result):
-    """Zeros everywhere: not NaN, and not the poison of unwritten memory."""
-    for family in result:
-        for name, x in family.items():
-            assert largest(x) == 0, name
 
 
 @every_impl
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "identity"])
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"queries": 0, "keys": 0}], ids=str)
+@_pairs.each_way_to_be_empty
 def test_empty_batches_give_zeros(sizes, activation, heads, impl, device):
-    case = Case(**sizes, activation=activation, heads=heads, score_bias="bhqk", mask="pairs")
-    tensors = case.tensors(device)
-    result = evaluate(case.op, tensors, impl)
-    assert_zero(result)
-    *lead, queries, _ = tensors["query"].shape
-    assert result.outputs["output"].shape == (*lead, queries, 12)
-    assert result.outputs["weights"].shape == (*lead, queries, tensors["key"].shape[-2])
-
-
-@every_impl
-@pytest.mark.parametrize("heads", [None, 2])
-@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(0, 0), (0, 0)], [(0, 3)], [(3, 0)], [(3, 0), (0, 3)]], ids=str)
-def test_ragged_batches_without_pairs_give_zeros(lengths, heads, impl, device):
-    case = Case(
-        queries=sum(q for q, _ in lengths), keys=sum(k for _, k in lengths), attn_dim=3, heads=heads, ragged=True
+    _pairs.check_empty(
+        Case(**sizes, activation=activation, heads=heads, score_bias="bhqk", mask="pairs"), impl, device
     )
-    cu = {f"cu_seqlens_{side}": offsets([pair[i] for pair in lengths], device) for i, side in enumerate("qk")}
-    result = evaluate(case.op, case.tensors(device) | cu, impl)
-    assert_zero(result)
-    assert result.outputs["output"].shape == (case.queries, *(() if heads is None else (heads,)), 12)
 
 
 @every_impl
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "identity"])
-@pytest.mark.parametrize("form", ["keys", "pairs", "window", "past window"])
+@_pairs.each_way_to_be_blind
 def test_queries_that_see_nothing_give_zeros(form, activation, impl, device):
-    window = {"window": (-40, None), "past window": (None, -21)}.get(form)
-    mask = form if window is None else "none"
-    case = Case(attn_dim=3, activation=activation, window=window, mask=mask, score_bias="qk")
-    tensors = case.tensors(device)
-    if window is None:
-        tensors["mask"] = torch.zeros_like(tensors["mask"])
-    assert_zero(evaluate(case.op, tensors, impl))
+    _pairs.check_blind(Case(attn_dim=3, activation=activation, score_bias="qk", **form), impl, device)
 
 
 @every_impl
 def test_some_queries_that_see_nothing_leave_the_others_alone(impl, device):
-    case = Case(attn_dim=3, mask="pairs", score_bias="bqk")
-    tensors = case.tensors(device)
-    result = evaluate(case.op, tensors, impl)
-    blind = ~tensors["mask"].any(-1)
-    assert blind.any()
-    assert not blind.all()
-    for x in (*result.outputs.values(), result.gradients["query"], result.gradients["score_bias"]):
-        assert largest(x[blind]) == 0
-        assert (x[~blind].abs().amax(-1) > 0).all()
+    _pairs.check_some_blind(Case(attn_dim=3, mask="pairs", score_bias="bqk"), impl, device)
 
 
 # --- Padding --------------------------------------------------------------------------------------------------------
@@ -237,77 +166,9 @@ def test_some_queries_that_see_nothing_leave_the_others_alone(impl, device):
 @pytest.mark.parametrize("mask", ["keys", "pairs"])
 @pytest.mark.parametrize("heads", [None, 2])
 def test_masked_rows_are_never_read_and_have_zero_gradients(heads, mask, activation, fill, impl, device):
-    case = Case(
-        batch=2 if heads is None else 1, queries=7, keys=35, attn_dim=3, heads=heads, mask=mask, activation=activation
-    )
-    tensors = case.tensors(device)
-    clean = evaluate(case.op, tensors, impl)
-    hidden = hide(tensors, fill)
-    result = evaluate(case.op, tensors, impl)
-    assert_close(result, clean)
-    for name, rows in hidden.items():
-        grad = result.gradients[name]
-        assert largest((grad if heads is None else grad.transpose(1, 2))[rows]) == 0, name
-
-
-@every_impl
-@each_dtype
-def test_masked_rows_are_never_read_in_any_dtype(dtype, impl, device):
-    case = Case(dtype=dtype, batch=1, attn_dim=3, mask="pairs", window=(9, None))
-    tensors = case.tensors(device)
-    clean = evaluate(case.op, tensors, impl)
-    hide(tensors, torch.nan)
-    assert_close(evaluate(case.op, tensors, impl), clean)
-
-
-def as_padded(case: Case, fill: float):
-    """The same operator on packed rows, through a padded batch whose padding holds `fill`."""
-
-    def padded_op(*, impl, query, key, value, v, cu_seqlens_q, cu_seqlens_k):
-        def at(cu):
-            lengths = cu.diff()
-            segment = torch.repeat_interleave(torch.arange(len(lengths), device=cu.device), lengths)
-            rows = torch.arange(int(cu[-1]), device=cu.device)
-            return (segment, rows - cu[segment]), (len(lengths), int(lengths.max()) + 3)
-
-        (at_q, q_shape), (at_k, k_shape) = at(cu_seqlens_q), at(cu_seqlens_k)
-
-        def pad(x, at, shape):
-            y = x.new_full((*shape, *x.shape[1:]), fill).index_put(at, x)
-            return y if case.heads is None else y.transpose(1, 2)
-
-        seen = torch.tensor(True, device=query.device)
-        q_mask, k_mask = (
-            torch.zeros(shape, dtype=torch.bool, device=query.device).index_put(at, seen)
-            for at, shape in ((at_q, q_shape), (at_k, k_shape))
-        )
-        out = concat_attention(
-            pad(query, at_q, q_shape),
-            pad(key, at_k, k_shape),
-            pad(value, at_k, k_shape),
-            v,
-            impl=impl,
-            mask=q_mask[:, :, None] & k_mask[:, None],
-            window=case.window,
-            dropout_p=case.dropout_p,
-        )
-        return (out if case.heads is None else out.transpose(1, 2))[at_q]
-
-    return padded_op
-
-
-@every_impl
-@pytest.mark.parametrize("window", [None, (4, -1)], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("heads", [None, 2])
-def test_padded_and_ragged_forms_of_the_same_batch_agree(heads, dropout_p, window, impl, device):
-    lengths = {"q": [7, 0, 3, 1, 18], "k": [5, 2, 0, 34, 9]}
-    case = Case(queries=29, keys=50, attn_dim=3, heads=heads, ragged=True, dropout_p=dropout_p, window=window)
-    tensors = case.tensors(device) | {f"cu_seqlens_{side}": offsets(x, device) for side, x in lengths.items()}
-    exact = evaluate(case.op, in_double(tensors), "reference")
-    rough = rough_runs(case.op, tensors)
-    assert_as_exact(evaluate(as_padded(case, torch.nan), tensors, impl), rough, exact)
-    assert_as_exact(evaluate(case.op, tensors, impl), rough, exact)
+    batch = 2 if heads is None else 1
+    case = Case(batch=batch, queries=7, keys=35, attn_dim=3, heads=heads, mask=mask, activation=activation)
+    _pairs.check_hidden(case, fill, impl, device)
 
 
 # --- Layouts that are rare ------------------------------------------------------------------------------------------
@@ -320,10 +181,3 @@ def test_offsets_past_int32_match_the_reference(axis, far_apart, device):
     tensors = case.tensors(device)
     tensors |= {name: far_apart(tensors[name], axis) for name in (*ROWS, "score_bias")}
     compare(case.op, tensors, "triton", dtype=torch.float16)
-
-
-@every_impl
-def test_offsets_of_any_stride_are_those_offsets(impl, device):
-    case = Case(queries=29, keys=50, attn_dim=3, ragged=True)
-    tensors = case.tensors(device)
-    assert_identical(evaluate(case.op, strided_offsets(tensors), impl), evaluate(case.op, tensors, impl))

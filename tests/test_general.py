@@ -1,24 +1,17 @@
 """General attention, the kernel, against the reference; keys that are the values; exactness; parts."""
 
-import dataclasses
-
-import hypothesis.strategies as st
 import pytest
 import torch
-from _compare import Result, assert_as_exact, assert_close, assert_identical, evaluate, in_double, largest
-from _concat import ACTIVATIONS, ALL, compare, offsets
-from _general import Case, operator, pairwise
-from hypothesis import given, settings
+from _compare import Result, assert_as_exact, assert_close, evaluate, largest, shifted
+from _concat import ACTIVATIONS, ALL, check, compare
+from _general import Case, both_values, operator, pairwise
+from _marks import both_forms, each_dtype
+from _pairs import OPTIONS, WINDOWS
 
 from fused_attn.kernels import chip as chips
 
 pytestmark = pytest.mark.kernel
-every_impl = pytest.mark.parametrize("impl", ALL)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-both_values = pytest.mark.parametrize("own_value", [True, False], ids=["values", "keys"])
 
-WINDOWS = (None, (None, 0), (None, -1), (0, None), (3, 4), (5, -1), (-2, 9))
 # Sizes are odd, and around the tiles of the interpreter: 16 queries, 32 keys, 16 or 32 features.
 FACTORS = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
@@ -31,25 +24,13 @@ FACTORS = {
     "weight": ("none", "matrix", "heads"),
     "own_value": (True, False),
     "scale": (1.0, 0.3, -0.5),
-    "activation": ACTIVATIONS,
-    "mask": ("none", "keys", "padding", "pairs", "empty", "expanded"),
-    "window": WINDOWS,
-    "score_bias": (None, "bhqk", "hqk", "q1", "k", "bH1k", "1"),
-    "layout": ("contiguous", "transposed", "strided", "expanded"),
-    "dropout_p": (0.0, 0.3),
-    "return_weights": (True, False),
-    "through": (("output", "weights"), ("output",)),
+    **OPTIONS,
 }
 # Nothing but the window and the ends hide keys: whole tiles have a loop of their own.
 KEPT = ("dtype", "attn_dim", "value_dim", "heads", "weight", "own_value", "scale", "activation", "window", "layout")
 PLAIN = {name: FACTORS[name] for name in KEPT}
 PLAIN |= {"batch": (1,), "queries": (1, 18, 70), "keys": (1, 35, 130), "return_weights": (False,)}
 PACKED = PLAIN | {"queries": (1, 5, 40), "keys": (1, 5, 100), "dropout_p": (0.0, 0.3), "ragged": (True,)}
-TENSORS = ("query", "key", "value", "weight", "score_bias")
-
-
-def check(case: Case, device: torch.device, impl: str = "triton", **options) -> None:
-    compare(case.op, case.tensors(device), impl, dtype=case.dtype, **{"through": case.through, **options})
 
 
 # --- Every pair of factors, and what pairs may miss --------------------------------------------------------------
@@ -57,13 +38,13 @@ def check(case: Case, device: torch.device, impl: str = "triton", **options) -> 
 
 @pytest.mark.parametrize("case", [*pairwise(FACTORS), *pairwise(PLAIN), *pairwise(PACKED)], ids=str)
 def test_kernel_matches_the_reference_for_every_pair_of_factors(case, device):
-    check(case, device)
+    check(case, device, "triton")
 
 
 @both_forms
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_matches_the_reference_for_every_activation(activation, ragged, device):
-    check(Case(batch=1, queries=18, keys=35, activation=activation, ragged=ragged), device)
+    check(Case(batch=1, queries=18, keys=35, activation=activation, ragged=ragged), device, "triton")
 
 
 @both_values
@@ -71,7 +52,7 @@ def test_matches_the_reference_for_every_activation(activation, ragged, device):
 @pytest.mark.parametrize("window", [*WINDOWS[1:], (40, 30), (-20, 60), (1, 1)], ids=str)
 def test_matches_the_reference_for_every_window(window, keys, own_value, device):
     case = Case(batch=1, queries=70, keys=keys, attn_dim=3, own_value=own_value, window=window, return_weights=False)
-    check(case, device)
+    check(case, device, "triton")
 
 
 @both_values
@@ -80,69 +61,23 @@ def test_matches_the_reference_for_every_window(window, keys, own_value, device)
 def test_matches_the_reference_for_features_wider_than_a_tile(dims, dtype, own_value, device):
     """In parts: the score's, the values', or both."""
     attn_dim, value_dim = dims
-    check(Case(dtype, 1, 17, 70, attn_dim, value_dim, own_value=own_value, scale=0.1), device)
+    check(Case(dtype, 1, 17, 70, attn_dim, value_dim, own_value=own_value, scale=0.1), device, "triton")
 
 
-def everything() -> Case:
-    """A small call with every tensor argument."""
-    return Case(queries=5, keys=7, attn_dim=3, value_dim=4, heads=2, score_bias="bhqk", mask="pairs", weight="heads")
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_one_gradient_alone_is_that_of_the_reference(name, device):
-    check(everything(), device, wrt=[name])
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_gradients_without_one_of_them_are_those_of_the_reference(name, device):
-    check(everything(), device, wrt=[n for n in TENSORS if n != name])
+# A small call with every tensor argument but the values, which are the keys; with these it is in test_pairs.py.
+SHARED = Case(
+    queries=5, keys=7, attn_dim=3, heads=2, score_bias="bhqk", mask="pairs", weight="heads", own_value=False
+)
 
 
 @pytest.mark.parametrize("wrt", [["query"], ["key"], ["weight", "score_bias"]], ids=str)
 def test_gradients_of_keys_that_are_the_values_alone_or_not_at_all(wrt, device):
-    check(dataclasses.replace(everything(), own_value=False), device, wrt=wrt)
+    check(SHARED, device, "triton", wrt=wrt)
 
 
-@both_values
 @pytest.mark.parametrize("through", [("output",), ("weights",)], ids=["output", "weights"])
-def test_gradients_through_one_result_alone_are_those_of_the_reference(through, own_value, device):
-    check(dataclasses.replace(everything(), own_value=own_value), device, through=through)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_score_bias_may_be_float32_beside_16_bit_queries(dtype, device):
-    case = Case(dtype=dtype, batch=1, score_bias="qk")
-    tensors = case.tensors(device)
-    tensors["score_bias"] = tensors["score_bias"].float() * 1.001
-    compare(case.op, tensors, "triton", dtype=dtype)
-
-
-@st.composite
-def calls(draw) -> tuple[Case, list[tuple[int, int]]]:
-    """A ragged call in float32, and the lengths of its segments on both sides."""
-    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 80)), max_size=4))
-    side = st.one_of(st.none(), st.integers(-3, 40))
-    case = Case(
-        ragged=True,
-        queries=sum(q for q, _ in lengths),
-        keys=sum(k for _, k in lengths),
-        attn_dim=draw(st.integers(1, 40)),
-        value_dim=draw(st.integers(1, 20)),
-        heads=draw(st.sampled_from([None, 2])),
-        own_value=draw(st.booleans()),
-        activation=draw(st.sampled_from(["identity", "tanh"])),
-        window=draw(st.one_of(st.none(), st.tuples(side, side))),
-        dropout_p=draw(st.sampled_from([0.0, 0.5])),
-    )
-    return case, lengths
-
-
-@settings(max_examples=15)
-@given(calls())
-def test_matches_the_reference_for_any_segments(device, call):
-    case, lengths = call
-    cu = {f"cu_seqlens_{side}": offsets([pair[i] for pair in lengths], device) for i, side in enumerate("qk")}
-    compare(case.op, case.tensors(device) | cu, "triton")
+def test_gradients_of_keys_that_are_the_values_through_one_result_alone(through, device):
+    check(SHARED, device, "triton", through=through)
 
 
 # --- Large offsets -----------------------------------------------------------------------------------------------
@@ -220,34 +155,9 @@ def test_one_key_with_all_the_weight_leaves_the_scores_no_gradient(own_value, de
 
 def test_adding_a_number_to_all_scores_changes_nothing(device):
     case = Case(batch=1, score_bias="qk")
-    tensors = case.tensors(device)
-    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
-    tensors["score_bias"] = (tensors["score_bias"] * 4).round() / 4
-    exact = evaluate(case.op, in_double(tensors), "reference")
-    tensors["score_bias"] = tensors["score_bias"] + 1000
-    assert_close(evaluate(case.op, in_double(tensors), "reference"), exact)
+    tensors, exact = shifted(case.op, case.tensors(device))
     # One run: of a bias moved by half an eps the scores would be as far off as those from an lse in float32.
     assert_as_exact(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "reference"), exact)
-
-
-@each_dtype
-def test_huge_score_biases_match_the_reference(dtype, device):
-    case = Case(dtype=dtype, batch=1, score_bias="qk")
-    tensors = case.tensors(device)
-    tensors["score_bias"] = tensors["score_bias"] * 10_000
-    compare(case.op, tensors, "triton", dtype=dtype)
-
-
-@every_impl
-@pytest.mark.parametrize("heads", [None, 2])
-def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device):
-    case = Case(heads=heads, queries=7, keys=35, attn_dim=3, score_bias="bhqk", mask="pairs")
-    tensors = case.tensors(device)
-    mask = tensors.pop("mask")
-    masked = evaluate(case.op, tensors | {"mask": mask}, impl)
-    hidden = ~mask if heads is None else ~mask[:, None]
-    tensors["score_bias"] = tensors["score_bias"].masked_fill(hidden, -torch.inf)
-    assert_close(evaluate(case.op, tensors, impl), masked)
 
 
 # --- Splits of the keys, and the same twice -------------------------------------------------------------------------
@@ -269,15 +179,7 @@ def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, impl, device
 def test_keys_in_parts_match_the_reference(case, device):
     """On a chip of many cores, few queries have their keys split."""
     with chips.assume(chips.chip_of(device)._replace(cores=1000)):
-        check(case, device)
-
-
-@both_forms
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_are_bitwise_equal(dtype, ragged, device):
-    case = Case(dtype=dtype, batch=1, queries=33, keys=40, ragged=ragged, dropout_p=0.3)
-    tensors = case.tensors(device)
-    assert_identical(evaluate(case.op, tensors, "triton"), evaluate(case.op, tensors, "triton"))
+        check(case, device, "triton")
 
 
 def test_dot_attention_with_scale_is_that_of_a_scaled_query(device):

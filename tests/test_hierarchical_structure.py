@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from _compare import IMPLS, assert_as_exact, assert_close, assert_matches_reference, evaluate, in_double, largest
+from _compare import (
+    IMPLS,
+    assert_as_exact,
+    assert_close,
+    assert_matches_reference,
+    assert_zero,
+    evaluate,
+    in_double,
+    largest,
+)
 from _hierarchical import DOCUMENTS, Case, operator
 from _location import offsets
 from torch import nn
@@ -29,13 +38,6 @@ def impl(request, monkeypatch):
         return "reference"
     monkeypatch.setattr(kernels, "fits", lambda *_: request.param == "one launch")
     return "triton"
-
-
-def assert_zero(result) -> None:
-    """Zeros everywhere: not NaN, and not the poison of unwritten memory."""
-    for family in result:
-        for name, x in family.items():
-            assert largest(x) == 0, name
 
 
 @pytest.mark.parametrize("score", ["linear", "gated"])

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double, largest
+from _marks import each_dtype
 
 from fused_attn import LocationAwareAttention, location_aware_attention
 
 B, TK, A, DV, C, K = 2, 6, 3, 4, 2, 3
 every_impl = pytest.mark.parametrize("impl", IMPLS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 def tensors_for(device, *, dtype=torch.float32, masked=True, bias=True, width=K, keys=TK):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _compare import IMPLS, assert_identical, assert_matches_reference, evaluate
+from _dropout import assert_draws_nothing, assert_dropped_at_the_rate
 from _location import Case, operator
 
 from fused_attn import location_attention
@@ -23,11 +24,7 @@ def dropped_weights(device, impl, *, seed=0, batch=4, rows=257, hops=3, dropout_
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_weights_are_dropped_at_the_rate_and_the_kept_ones_scaled(impl, device):
-    dropped, _ = dropped_weights(device, impl)
-    kept = dropped != 0
-    spread = (0.3 * 0.7 / kept.numel()) ** 0.5
-    assert abs(kept.double().mean().item() - 0.7) < 4 * spread
-    torch.testing.assert_close(dropped[kept] * 257, torch.full_like(dropped[kept], 1 / 0.7))
+    assert_dropped_at_the_rate(dropped_weights(device, impl)[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -71,9 +68,7 @@ def test_no_dropout_is_identical_and_draws_no_random_number(impl, device):
     assert_identical(
         evaluate(operator(dropout_p=0.0), tensors, impl, seed=1), evaluate(operator(), tensors, impl, seed=2)
     )
-    state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state()
-    operator(dropout_p=0.0)(impl=impl, **tensors)
-    assert torch.equal(state, torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state())
+    assert_draws_nothing(operator(dropout_p=0.0), impl, tensors, device)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

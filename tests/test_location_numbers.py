@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from _compare import IMPLS, assert_as_exact, assert_close, evaluate, in_double, largest, rough_runs
+from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double, largest
 from _hierarchical import Case as Levels
 from _hierarchical import operator as levels
 from _location import Case, offsets, operator, table
@@ -78,20 +78,21 @@ def by_formula(
 
 
 SCORES = ("linear", "linear_hops", "mlp", "mlp_hops", "gated", "gated_hops", "projected")
+SMALL = {"batch": 2, "rows": 7, "dim": 4, "attn_dim": 3, "hops": 2, "values": 3, "mask": "empty"}
 
 
 def against_the_formula(case: Case, window, impl: str, device, dtype, **changed) -> None:
     tensors = case.tensors(device) | changed
     exact = evaluate(lambda **x: by_formula(**x, window=window), in_double(tensors), "reference")
     op = operator(window=window)
-    assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors), exact, dtype=dtype)
+    assert_matches_reference(op, tensors, impl=impl, exact=exact, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_the_reference_and_its_gradients_are_the_formula(score, window, device):
     """In float64: the error rule takes the error of the reference, which says nothing where it is wrong too."""
-    case = Case(batch=2, rows=7, dim=4, attn_dim=3, hops=2, score=score, context="row", values=3, mask="empty")
+    case = Case(**SMALL, score=score, context="row")
     tensors = in_double(case.tensors(device))
     exact = evaluate(lambda **x: by_formula(**x, window=window), tensors, "reference")
     assert_close(evaluate(operator(window=window), tensors, "reference"), exact)
@@ -99,18 +100,7 @@ def test_the_reference_and_its_gradients_are_the_formula(score, window, device):
 
 @table("score,window", SCORES, WINDOWS, of_kernel=3)
 def test_outputs_weights_and_gradients_are_those_of_the_formula(score, window, impl, device):
-    case = Case(
-        batch=2,
-        rows=7,
-        dim=4,
-        attn_dim=3,
-        hops=2,
-        score=score,
-        context="sequence",
-        values=3,
-        score_bias=True,
-        mask="empty",
-    )
+    case = Case(**SMALL, score=score, context="sequence", score_bias=True)
     against_the_formula(case, window, impl, device, torch.float32)
 
 
@@ -168,7 +158,7 @@ def test_two_levels_are_those_of_the_formula(impl, device):
         return results[0], torch.cat([x.flatten() for x in results[1:]])
 
     exact = evaluate(op, in_double(tensors), "reference")
-    assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors), exact)
+    assert_matches_reference(op, tensors, impl=impl, exact=exact)
 
 
 # --- Weights at any size of the scores ---------------------------------------------------------------------------
@@ -266,26 +256,13 @@ SCALES = (1.0, 30.0, 1e3, 1e6)
 
 @table("scale,dtype,window", SCALES, (torch.float32, torch.bfloat16), WINDOWS, of_kernel=3)
 def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(dtype, scale, window, impl, device):
-    case = Case(
-        dtype=dtype,
-        batch=1,
-        rows=18,
-        dim=5,
-        hops=2,
-        score="linear_hops",
-        activation="identity",
-        values=4,
-        score_bias=True,
-    )
+    options = {"window": window, "activation": "identity"}
+    case = Case(dtype, batch=1, rows=18, dim=5, hops=2, score="linear_hops", values=4, score_bias=True)
     tensors = case.tensors(device)
-    tensors["w"] = tensors["w"] * scale
-    tensors["score_bias"] = tensors["score_bias"] * scale
-    op = operator(window=window, activation="identity")
-    exact = evaluate(
-        lambda **x: by_formula(**x, window=window, activation="identity"), in_double(tensors), "reference"
-    )
-    rough = rough_runs(op, tensors, large=scale > 1)
-    assert_as_exact(evaluate(op, tensors, impl), rough, exact, dtype=dtype)
+    tensors |= {name: tensors[name] * scale for name in ("w", "score_bias")}
+    op = operator(**options)
+    exact = evaluate(lambda **x: by_formula(**x, **options), in_double(tensors), "reference")
+    assert_matches_reference(op, tensors, impl=impl, exact=exact, dtype=dtype, large=scale > 1)
 
 
 @table("score,values", ("linear_hops", "mlp_hops", "mlp"), (None, 4), of_kernel=6)
@@ -301,8 +278,7 @@ def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, valu
         )
         tensors = case.tensors(device)
         tensors |= {name: tensors[name] * 100 for name in scaled}
-        exact = evaluate(op, in_double(tensors), "reference")
-        assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors, large=True), exact, dtype=torch.float32)
+        assert_matches_reference(op, tensors, impl=impl, large=True)
 
 
 # --- 16 bits -----------------------------------------------------------------------------------------------------
@@ -322,19 +298,8 @@ WIDE = {
 @table("score,window", WIDE, (None, (None, 0), (2, 1)), of_kernel=3)
 def test_products_past_float16_are_those_of_float32(score, window, impl, device):
     """Projections and scores of millions: finite, and the same whatever else is asked for."""
-    case = Case(
-        dtype=torch.float16,
-        batch=2,
-        rows=12,
-        dim=32,
-        attn_dim=32,
-        hops=2,
-        activation="identity",
-        gate_activation="identity",
-        score_bias=True,
-        context="sequence",
-        **WIDE[score],
-    )
+    sizes = {"batch": 2, "rows": 12, "dim": 32, "attn_dim": 32, "hops": 2}
+    case = Case(torch.float16, **sizes, score_bias=True, context="sequence", **WIDE[score])
     tensors = case.tensors(device)
     for name in ("h", "w", "v", "gate_w", "context"):
         if name in tensors:

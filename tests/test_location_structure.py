@@ -8,17 +8,16 @@ from _compare import (
     assert_close,
     assert_identical,
     assert_matches_reference,
+    assert_zero,
     evaluate,
     in_double,
     largest,
 )
 from _location import SCORES, Case, offsets, operator
+from _marks import both_forms
 
 from fused_attn.kernels import location as kernels
 from fused_attn.kernels import location_bwd
-
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-
 
 # --- Items: a sequence in parts, and their merge -----------------------------------------------------------------
 
@@ -103,13 +102,6 @@ def test_two_runs_are_bitwise_equal(short_items, dtype, ragged, device):
 
 
 # --- Nothing to attend to ----------------------------------------------------------------------------------------
-
-
-def assert_zero(result):
-    """Zeros everywhere: not NaN, and not the poison of unwritten memory."""
-    for family in result:
-        for name, x in family.items():
-            assert largest(x) == 0, name
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -17,11 +17,11 @@ from _compare import (
     largest,
     nudged,
     projection,
-    rough_runs,
+    shifted,
 )
 from _location import Case, offsets, operator, pairwise
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from _marks import both_forms
+from _recorder import Recorder
 
 from fused_attn import LocationAttention, location_attention, reference
 from fused_attn._location_windowed import WINDOW
@@ -51,7 +51,6 @@ ALL = ("blocked", *IMPLS)
 each_fast = pytest.mark.parametrize("impl", FAST)
 each_impl = pytest.mark.parametrize("impl", ALL)
 each_window = pytest.mark.parametrize("window", WINDOWS, ids=str)
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 
 
 @pytest.fixture(autouse=True)
@@ -402,12 +401,9 @@ def test_scores_of_very_different_tiles_match_the_reference(impl, window, kind, 
 def test_adding_a_number_to_all_scores_changes_nothing(impl, device):
     on(impl, device)
     case = Case(batch=2, rows=70, dim=3, score_bias=True)
-    op, tensors = windowed(case, (None, 0)), case.tensors(device)
-    # Quarters, so that adding 1000 is exact and only the scores' own rounding is left to see.
-    tensors["score_bias"] = (tensors["score_bias"] * 4).round() / 4
-    exact = evaluate(op, in_double(tensors), "reference")
-    tensors["score_bias"] = tensors["score_bias"] + 1000
-    assert_as_exact(evaluate(op, tensors, impl), rough_runs(op, tensors), exact)
+    op = windowed(case, (None, 0))
+    tensors, exact = shifted(op, case.tensors(device))
+    assert_matches_reference(op, tensors, impl=impl, exact=exact)
 
 
 @pytest.mark.kernel
@@ -543,22 +539,6 @@ def test_module_passes_the_window_on(impl, device):
 
 
 # --- Cost --------------------------------------------------------------------------------------------------------
-
-
-class Recorder(TorchDispatchMode):
-    """Sees the operators below a custom operator too: their largest tensor, and how many numbers they give."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.work = 0, 0  # elements
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
-                self.work += 0 if x._is_view() else x.numel()
-        return result
 
 
 @pytest.mark.parametrize("window", [(None, 0), (0, None), (20, 20), (None, None)], ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import ACF, bpr_loss
 from fused_attn.models.tasks.acf import make, world
@@ -189,14 +189,8 @@ def test_bad_options(options, text):
 @pytest.mark.kernel
 @each_form
 def test_kernel_matches_the_reference(form, device):
-    results = []
-    for impl in ("triton", "reference"):
-        acf = model(torch.float32, device, form=form, impl=impl)
-        x, arguments = inputs(torch.float32, device)
-        out = acf(components=x, **arguments)
-        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *acf.parameters()])))
-    for y, z in zip(*results, strict=True):
-        torch.testing.assert_close(y, z)
+    x, arguments = inputs(torch.float32, device)
+    check_kernel(model, lambda acf: acf(components=x, **arguments), device, [x], form=form)
 
 
 def test_task_holds_out_choices():

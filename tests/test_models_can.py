@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import CAN
 from fused_attn.models.tasks.can import BATCH, HELD_OUT, PLACES, TRAIN, make, split
@@ -199,15 +199,8 @@ def test_bad_options(arguments, text):
 
 @pytest.mark.kernel
 def test_kernel_matches_the_reference(device):
-    results = []
-    for impl in ("triton", "reference"):
-        can = model(torch.float32, device, impl=impl)
-        vectors, lengths = inputs(torch.float32, device)
-        out = call(can, vectors, lengths)
-        leaves = [*vectors, *can.parameters()]
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y)
+    vectors, lengths = inputs(torch.float32, device)
+    check_kernel(model, lambda can: call(can, vectors, lengths), device, vectors)
 
 
 def test_task_holds_out_stories():

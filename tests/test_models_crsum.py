@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, assert_only_scores_differ, check_kernel, check_task
 
 from fused_attn.models import CRSum
 from fused_attn.models.tasks import _stdlib
@@ -118,10 +118,7 @@ def test_without_attention_is_the_mean(sides, score):
     seen = [(i < t) & (i >= t - 2), (i > t) & (i <= t + 2)]
     seen = torch.stack(seen if sides == "apart" else [seen[0] | seen[1]]).double()
     torch.testing.assert_close(weights[0], seen / seen.sum(-1, keepdim=True).clamp(min=1))
-    with_attention = dict(build(sides=sides, score=score).named_parameters())
-    for name, p in model.named_parameters():
-        assert p.shape == with_attention[name].shape
-        assert not p.requires_grad or torch.equal(p, with_attention[name]), name
+    assert_only_scores_differ(model, build(sides=sides, score=score))
 
 
 @pytest.mark.parametrize(
@@ -152,12 +149,8 @@ def test_bad_arguments(options, changes, error, text):
 
 @pytest.mark.kernel
 def test_kernel(device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, impl=impl).to(device)
-        out = model(*(x.to(device) for x in (WORDS[:1, :3], WORD_LENGTHS[:1, :3], LENGTHS[:1] - 2)))
-        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
-    torch.testing.assert_close(*results)
+    arguments = [x.to(device) for x in (WORDS[:1, :3], WORD_LENGTHS[:1, :3], LENGTHS[:1] - 2)]
+    check_kernel(build, lambda model: model(*arguments), device)
 
 
 @pytest.fixture

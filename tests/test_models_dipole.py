@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, assert_only_scores_differ, check_kernel, check_task
 
 from fused_attn.models import Dipole
 from fused_attn.models.tasks import dipole as task
@@ -102,11 +102,7 @@ def test_without_attention_is_the_mean(score):
             expected = torch.zeros(5, dtype=torch.float64)
             expected[:t] = 1 / max(t, 1)
             torch.testing.assert_close(weights[b, t], expected)
-    with_attention = build(score=score)
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in with_attention.parameters())
-    for name, p in with_attention.named_parameters():
-        if dict(model.named_parameters())[name].requires_grad:
-            torch.testing.assert_close(model.state_dict()[name], p, rtol=0, atol=0)
+    assert_only_scores_differ(model, build(score=score))
 
 
 @pytest.mark.parametrize(
@@ -134,13 +130,8 @@ def test_bad_arguments(change, error, text):
 
 @pytest.mark.kernel
 def test_kernel(device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, impl=impl).to(device)
-        x = visits(torch.float32).to(device).requires_grad_()
-        out = model(x, LENGTHS.to(device))[torch.arange(5) < LENGTHS[:, None]]
-        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
-    torch.testing.assert_close(*results)
+    x, valid = visits(torch.float32).to(device).requires_grad_(), torch.arange(5) < LENGTHS[:, None]
+    check_kernel(build, lambda model: model(x, LENGTHS.to(device))[valid], device, [x])
 
 
 @pytest.mark.parametrize("score", ["location", "general", "concat"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, assert_only_scores_differ, check_kernel, check_task
 
 from fused_attn.models import HAN
 
@@ -93,10 +93,9 @@ def test_without_attention_both_levels_are_means():
     torch.testing.assert_close(of_words, 1 / counts)
     torch.testing.assert_close(of_sentences, torch.tensor([0.5, 0.5, 0, 0.5, 0.5, 0, 1], dtype=torch.float64))
     torch.testing.assert_close(logits, formula(model, words())[0])
-    same, frozen = build().state_dict(), {"pooling.inner.score.weight", "pooling.outer.score.weight"}
+    frozen = {"pooling.inner.score.weight", "pooling.outer.score.weight"}
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
-    for name, value in model.state_dict().items():
-        assert name in frozen or torch.equal(value, same[name]), name
+    assert_only_scores_differ(model, build())
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "classes", "embed_dim", "hidden", "attn_dim"])
@@ -124,14 +123,8 @@ def test_call_errors(change, kind, text):
 
 @pytest.mark.kernel
 def test_kernel(device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, impl=impl).to(device)
-        inputs = (words().to(device), offsets(SENTENCES).to(device), offsets(DOCUMENTS).to(device))
-        outputs = model(*inputs, return_weights=True)
-        loss = sum(x.square().sum() for x in outputs)
-        results.append([*outputs, *torch.autograd.grad(loss, list(model.parameters()))])
-    torch.testing.assert_close(*results)
+    arguments = [x.to(device) for x in (words(), offsets(SENTENCES), offsets(DOCUMENTS))]
+    check_kernel(build, lambda model: model(*arguments, return_weights=True), device)
 
 
 def test_task():

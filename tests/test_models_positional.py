@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import PositionalAttention
 from fused_attn.models.tasks import _stdlib
@@ -131,12 +131,8 @@ def test_bad_arguments(options, changes, error, text):
 
 @pytest.mark.kernel
 def test_kernel(device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, impl=impl).to(device)
-        out = model(*(x.to(device) for x in ARGUMENTS))
-        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
-    torch.testing.assert_close(*results)
+    arguments = [x.to(device) for x in ARGUMENTS]
+    check_kernel(build, lambda model: model(*arguments), device)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _models import assert_formula, check_task
+from _models import assert_formula, assert_only_scores_differ, check_kernel, check_task
 
 from fused_attn.models import Rock
 from fused_attn.models.tasks import rock as task
@@ -93,10 +93,7 @@ def test_without_attention_is_the_mean():
     torch.testing.assert_close(depths, inside / inside.sum(-1, keepdim=True).clamp(min=1))
     logged = (LENGTHS > 0).double()
     torch.testing.assert_close(variables, logged / logged.sum(-1, keepdim=True).clamp(min=1))
-    with_attention = dict(build(query_dim=6).named_parameters())
-    for name, p in model.named_parameters():
-        assert p.shape == with_attention[name].shape
-        assert not p.requires_grad or torch.equal(p, with_attention[name]), name
+    assert_only_scores_differ(model, build(query_dim=6))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +120,8 @@ def test_bad_arguments(options, changes, error, text):
 
 @pytest.mark.kernel
 def test_kernel(device):
-    results = []
-    for impl in ("triton", "reference"):
-        model = build(torch.float32, query_dim=6, impl=impl).to(device)
-        logs, z = (x.to(device).requires_grad_() for x in inputs(torch.float32))
-        out = model(logs, LENGTHS.to(device), z)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [logs, z, *model.parameters()])])
-    torch.testing.assert_close(*results)
+    logs, z = (x.to(device).requires_grad_() for x in inputs(torch.float32))
+    check_kernel(build, lambda model: model(logs, LENGTHS.to(device), z), device, [logs, z], query_dim=6)
 
 
 def test_task(monkeypatch):

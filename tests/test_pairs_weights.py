@@ -8,12 +8,11 @@ import _general
 import pytest
 import torch
 from _compare import assert_as_exact, evaluate, in_double, nudged
-from _concat import ALL
+from _concat import every_impl
+from _marks import each_dtype
 from torch.nn import functional as F
 
-every_impl = pytest.mark.parametrize("impl", ALL)
 each_size = pytest.mark.parametrize("size", [1, 30, 1e3, 1e6])
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 LEAST = torch.finfo(torch.float32).min
 
 ACTIVATIONS = {

@@ -6,8 +6,18 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from _compare import IMPLS, assert_close, assert_identical, assert_matches_reference, evaluate, in_double, largest
+from _compare import (
+    IMPLS,
+    assert_close,
+    assert_identical,
+    assert_matches_reference,
+    assert_zero,
+    evaluate,
+    in_double,
+    largest,
+)
 from _location import offsets
+from _marks import both_forms
 from _statistics_pooling import Case, formula, operator, pairwise
 from hypothesis import given
 
@@ -32,7 +42,6 @@ FACTORS = {
 }
 PARAMETERS = ("h", "w", "b", "v", "context", "values")
 both_kinds = pytest.mark.parametrize("per_channel", [False, True], ids=["frame", "channel"])
-both_forms = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -189,13 +198,16 @@ def test_deviations_of_any_channel_are_those_of_its_numbers(far, noise, ragged, 
     assert all(x.isfinite().all() for x in got.gradients.values())
 
 
+def far_from_zero(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
+    tensors = case.tensors(device)
+    return tensors | {"values": 1e4 + 0.1 * tensors["values"]}
+
+
 @pytest.mark.kernel
 @both_kinds
 def test_gradients_of_channels_far_from_zero_are_right_to_float32(per_channel, device):
     """Of the deviation: the mean's rounding to float32, 5e-4, would be 5e-3 of every difference from it."""
-    case = Case(rows=100, dim=5, values=9, per_channel=per_channel)
-    tensors = case.tensors(device)
-    tensors["values"] = 1e4 + 0.1 * tensors["values"]
+    tensors = far_from_zero(Case(rows=100, dim=5, values=9, per_channel=per_channel), device)
 
     def deviation(**arguments):
         return statistics_pooling(**arguments)[1]
@@ -224,9 +236,7 @@ def test_weights_of_the_backward_are_right_to_the_last_bits(device):
 @both_kinds
 def test_shifted_values_match_the_reference(per_channel, device):
     case = Case(rows=70, dim=5, values=9, per_channel=per_channel)
-    tensors = case.tensors(device)
-    tensors["values"] = 1e4 + 0.1 * tensors["values"]
-    assert_matches_reference(case.op, tensors)
+    assert_matches_reference(case.op, far_from_zero(case, device))
 
 
 @each_impl
@@ -301,12 +311,6 @@ def test_one_frame_has_no_deviation_and_finite_gradients(impl, device):
 
 
 # --- Nothing to attend to, and what must not be read -------------------------------------------------------------
-
-
-def assert_zero(result):
-    for family in result:
-        for name, x in family.items():
-            assert largest(x) == 0, name
 
 
 @each_impl

@@ -13,16 +13,7 @@ import _recurrent
 import _statistics_pooling
 import pytest
 import torch
-from _compare import (
-    IMPLS,
-    Operator,
-    assert_as_exact,
-    assert_close,
-    evaluate,
-    in_double,
-    largest,
-    rough_runs,
-)
+from _compare import IMPLS, Operator, assert_as_exact, assert_close, evaluate, in_double, largest, rough_runs
 from torch import Tensor
 
 from fused_attn import (

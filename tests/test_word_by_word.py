@@ -19,6 +19,7 @@ from _compare import (
     strided_offsets,
 )
 from _location import offsets
+from _marks import each_dtype
 from _recurrent import FLOATING, Case, check, operator, pairwise
 from hypothesis import given, settings
 
@@ -27,7 +28,6 @@ from fused_attn.kernels import chip as chips
 from fused_attn.kernels import recurrent
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 # Sizes are odd, and around what the interpreter holds on chip: premises of up to 32 words for both widths up to 16,
 # 16 up to 32, none beyond; tiles of 16 otherwise.

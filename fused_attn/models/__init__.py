@@ -2,6 +2,10 @@
 
 Each file has one system, and its docstring the formulas. Encoders are PyTorch's. With ``attention=False`` every
 softmax is replaced by the uniform distribution over what is visible: the baseline that attention is compared with.
+
+Constructors raise ValueError for a size under 1 and for an option that there is not or that does not go with the
+others. Calls raise ValueError or TypeError for shapes, dtypes, lengths and indices that do not fit, and for a tensor
+that the constructor was told of and is missing, or the other way round.
 """
 
 from .acf import ACF, bpr_loss

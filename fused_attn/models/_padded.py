@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -22,11 +25,11 @@ def check_indices(name: str, x: Tensor, words: str, shape: tuple[int | None, ...
     check_tensor(name, x, shapes=[(words, shape)], dtypes=(torch.int32, torch.int64))
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Raise ValueError for a size under 1; None is one that is not there."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name}: expected at least 1; got {size}")
+def check_sizes(arguments: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError for an argument of these names that is under 1; None is one that is not there."""
+    for name in names:
+        if arguments[name] is not None and arguments[name] < 1:
+            raise ValueError(f"{name}: expected at least 1; got {arguments[name]}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

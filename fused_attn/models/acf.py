@@ -64,11 +64,6 @@ class ACF(nn.Module):
     impl
         As in `location_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1, an unknown form, and the code's form with another `attn_dim` than `dim`.
-
     References
     ----------
     Chen, Zhang, He, Nie, Liu, Chua: Attentive Collaborative Filtering, SIGIR 2017; github.com/ChenJingyuan91/ACF.
@@ -88,7 +83,7 @@ class ACF(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(num_users=num_users, num_items=num_items, component_dim=component_dim, dim=dim, attn_dim=attn_dim)
+        check_sizes(locals(), "num_users", "num_items", "component_dim", "dim", "attn_dim")
         check_choice("form", form, ("paper", "code"))
         attn_dim = dim if attn_dim is None else attn_dim
         if form == "code" and attn_dim != dim:
@@ -137,13 +132,6 @@ class ACF(nn.Module):
         -------
         Tensor or (Tensor, ACFWeights)
             Scores ``(B,)`` or ``(B, J)``.
-
-        Raises
-        ------
-        ValueError
-            For shapes that do not fit.
-        TypeError
-            For indices that are not integers, masks that are not bool.
 
         """
         check_indices("users", users, "(B,)", (None,))

@@ -61,11 +61,6 @@ class CAN(nn.Module):
     impl
         As in `general_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1, or an unknown activation.
-
     References
     ----------
     Li, Min, Ge, Kadav: A Context-aware Attention Network for Interactive Question Answering, KDD 2017.
@@ -83,7 +78,7 @@ class CAN(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(word_dim=word_dim, hidden_dim=hidden_dim, context_dim=context_dim)
+        check_sizes(locals(), "word_dim", "hidden_dim", "context_dim")
         check_choice("activation", activation, tuple(_ACTIVATIONS))
         self.activation, self.attention, self.impl = activation, attention, impl
         self.word_gru = nn.GRU(word_dim, hidden_dim, batch_first=True)
@@ -128,13 +123,6 @@ class CAN(nn.Module):
         -------
         Tensor or (Tensor, CANWeights)
             m + u, ``(B, context_dim)``. A story of no words has m = 0.
-
-        Raises
-        ------
-        ValueError
-            For shapes that do not fit.
-        TypeError
-            For lengths that are not integers.
 
         """
         check_tensor("words", words, shapes=[("(B, S, L, word_dim)", (None, None, None, self.word_gru.input_size))])

@@ -60,11 +60,6 @@ class CRSum(nn.Module):
     impl
         As in `concat_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1, or an unknown option.
-
     References
     ----------
     Ren et al., Leveraging Contextual Sentence Relations for Extractive Summarization Using a Neural Attention Model,
@@ -89,16 +84,9 @@ class CRSum(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(
-            words=words,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            attn_dim=attn_dim,
-            window=window,
-            filter_width=filter_width,
-            mlp_dim=mlp_dim,
-            features=features or None,
-        )
+        check_sizes(locals(), "words", "embed_dim", "hidden_dim", "attn_dim", "window", "filter_width", "mlp_dim")
+        if features:
+            check_sizes(locals(), "features")
         check_choice("sides", sides, ("apart", "together"))
         check_choice("score", score, ("concat", "cosine"))
         self.window, self.sides, self.score, self.features = window, sides, score, features
@@ -182,11 +170,6 @@ class CRSum(nn.Module):
         Tensor or (Tensor, Tensor, Tensor)
             Scores ``(B, S)``, 0 past the end; weights of the words ``(B, S, W)`` and of the contexts
             ``(B, sides, S, S)``, the side before first; 0 past the end too.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For shapes, dtypes, lengths and features that do not fit.
 
         """
         check_indices("words", words, "(B, S, W)", (None, None, None))

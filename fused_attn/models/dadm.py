@@ -42,18 +42,14 @@ class DADM(nn.Module):
     score, combine
         See above.
     state_dim
-        Width of `states`; None where the vector k_m of a model is learned, and the same for every article.
+        Width of `states`, which the location score needs; None where the vector k_m of a model is learned, and the
+        same for every article.
     num_times, num_categories
         How many days (of a week, say) and categories the prior tells apart.
     attention
         False: the mean of the predictions that are there.
     impl
         As in `location_attention`.
-
-    Raises
-    ------
-    ValueError
-        For a size under 1, an unknown option, and a location score without `state_dim`.
 
     References
     ----------
@@ -77,14 +73,7 @@ class DADM(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_models=num_models,
-            content_dim=content_dim,
-            attn_dim=attn_dim,
-            state_dim=state_dim,
-            num_times=num_times,
-            num_categories=num_categories,
-        )
+        check_sizes(locals(), "num_models", "content_dim", "attn_dim", "state_dim", "num_times", "num_categories")
         check_choice("score", score, ("concat", "location"))
         check_choice("combine", combine, ("mixture", "product"))
         if score == "location" and state_dim is None:
@@ -137,13 +126,6 @@ class DADM(nn.Module):
         -------
         Tensor or (Tensor, Tensor)
             ``(B,)`` or ``(B, C)``, 0 for an article without a model; weights ``(B, M)``.
-
-        Raises
-        ------
-        ValueError
-            For shapes that do not fit, and `states` that are missing or not wanted.
-        TypeError
-            For times or categories that are not integers.
 
         """
         check_tensor("content", content, shapes=[("(B, content_dim)", (None, self.content_dim))])

@@ -50,11 +50,6 @@ class Dipole(nn.Module):
     impl
         As in `concat_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1, or an unknown score.
-
     References
     ----------
     Ma et al., Dipole: Diagnosis Prediction in Healthcare via Attention-based Bidirectional Recurrent Neural
@@ -78,14 +73,7 @@ class Dipole(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(
-            codes=codes,
-            labels=labels,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
-            attn_dim=attn_dim,
-        )
+        check_sizes(locals(), "codes", "labels", "embed_dim", "hidden_dim", "output_dim", "attn_dim")
         check_choice("score", score, ("location", "general", "concat"))
         self.score, self.impl = score, impl
         self.window = (None, -1 if strict else 0)
@@ -123,11 +111,6 @@ class Dipole(nn.Module):
         -------
         Tensor or (Tensor, Tensor)
             Logits ``(B, T, labels)``, without meaning past the end; weights ``(B, T, T)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For shapes, dtypes and lengths that do not fit.
 
         """
         check_tensor("visits", visits, shapes=[("(B, T, codes)", (None, None, self.embed.in_features))])

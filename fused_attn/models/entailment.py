@@ -53,11 +53,6 @@ class Entailment(nn.Module):
     impl
         As in `concat_attention` and `word_by_word_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1, an unknown mode or start.
-
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class Entailment(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(vocabulary=vocabulary, classes=classes, embed_dim=embed_dim, hidden=hidden)
+        check_sizes(locals(), "vocabulary", "classes", "embed_dim", "hidden")
         check_choice("mode", mode, MODES)
         check_choice("start", start, STARTS)
         self.two_way, self.start = two_way, start
@@ -116,11 +111,6 @@ class Entailment(nn.Module):
         Tensor or (Tensor, ...)
             Logits ``(B, classes)``; weights ``(B, Ty)``, word by word ``(B, Th, Ty)``, zero past the hypothesis; then
             with `two_way` ``(B, Th)``, word by word ``(B, Ty, Th)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For shapes, dtypes, and lengths past the end.
 
         """
         check_indices("premise", premise, "(B, Ty)", (None, None))

@@ -34,11 +34,6 @@ class HAN(nn.Module):
     impl
         As in `hierarchical_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1.
-
     """
 
     def __init__(
@@ -53,7 +48,7 @@ class HAN(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(vocabulary=vocabulary, classes=classes, embed_dim=embed_dim, hidden=hidden, attn_dim=attn_dim)
+        check_sizes(locals(), "vocabulary", "classes", "embed_dim", "hidden", "attn_dim")
         self.impl: Impl = impl
         self.embedding = nn.Embedding(vocabulary, embed_dim)
         self.words = RaggedRNN(nn.GRU(embed_dim, hidden, bidirectional=True))
@@ -86,11 +81,6 @@ class HAN(nn.Module):
         Tensor or (Tensor, Tensor, Tensor)
             Logits ``(G, classes)``; weights of words in their sentences ``(N,)``, of sentences in their documents
             ``(S,)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As in `hierarchical_attention`; also for words that are not whole numbers ``(N,)``.
 
         """
         check_indices("words", words, "(N,)", (None,))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .._ops import Impl
 from ..modules import LocationAttention
+from ._padded import check_sizes
 from ._uniform import freeze_uniform
 
 
@@ -37,11 +38,6 @@ class GatedMIL(nn.Module):
     impl
         As in `location_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1 or an unknown activation.
-
     """
 
     def __init__(
@@ -59,8 +55,7 @@ class GatedMIL(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        if classes < 1:
-            raise ValueError(f"classes: expected at least 1; got {classes}")
+        check_sizes(locals(), "classes")
         self.impl: Impl = impl
         self.encoder = encoder
         self.pooling = LocationAttention(
@@ -89,11 +84,6 @@ class GatedMIL(nn.Module):
         -------
         Tensor or (Tensor, Tensor)
             Logits ``(S, classes)``; weights ``(N,)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As in `location_attention`, where the encoded instances are `h`.
 
         """
         h = self.encoder(instances)

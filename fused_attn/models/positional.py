@@ -41,7 +41,7 @@ class PositionalAttention(nn.Module):
     positions
         Number of columns of K: a question word further away than that has no influence.
     sigma, noise
-        :math:`\sigma` (in the paper 15 to 35) and :math:`\sigma'`.
+        :math:`\sigma`, positive (in the paper 15 to 35), and :math:`\sigma'`.
     common
         Words with an index under this are no question words. Word 0 is for unknown words, which all look alike, and
         if the frequent ones come next, they do not count either.
@@ -56,11 +56,6 @@ class PositionalAttention(nn.Module):
     ----------
     influence
         K as a buffer ``(positions, position_dim)``.
-
-    Raises
-    ------
-    ValueError
-        For a size under 1, a sigma that is not positive, or an unknown pooling.
 
     References
     ----------
@@ -87,14 +82,7 @@ class PositionalAttention(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(
-            words=words,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            attn_dim=attn_dim,
-            position_dim=position_dim,
-            positions=positions,
-        )
+        check_sizes(locals(), "words", "embed_dim", "hidden_dim", "attn_dim", "position_dim", "positions")
         check_choice("question_pool", question_pool, ("mean", "max", "last"))
         if sigma <= 0:
             raise ValueError(f"sigma: expected a positive number; got {sigma}")
@@ -161,11 +149,6 @@ class PositionalAttention(nn.Module):
         Tensor or (Tensor, Tensor)
             :math:`-\lVert r_q - r_a \rVert_1`, the logarithm of the similarity, which may underflow itself:
             ``(B, C)``; weights ``(B, C, Ta)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For shapes, dtypes, lengths and candidates that do not fit.
 
         """
         check_indices("question", question, "(B, Tq)", (None, None))

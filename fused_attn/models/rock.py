@@ -46,11 +46,6 @@ class Rock(nn.Module):
     impl
         As in `hierarchical_attention`.
 
-    Raises
-    ------
-    ValueError
-        For a size under 1.
-
     References
     ----------
     Tong et al., Learning to Generate Rock Descriptions from Multivariate Well Logs with Hierarchical Attention,
@@ -71,9 +66,7 @@ class Rock(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(
-            variables=variables, classes=classes, hidden_dim=hidden_dim, attn_dim=attn_dim, query_dim=query_dim
-        )
+        check_sizes(locals(), "variables", "classes", "hidden_dim", "attn_dim", "query_dim")
         self.variables, self.query_dim, self.impl = variables, query_dim, impl
         self.encoders = nn.ModuleList(
             nn.GRU(1, hidden_dim, batch_first=True, bidirectional=True) for _ in range(1 if shared else variables)
@@ -114,11 +107,6 @@ class Rock(nn.Module):
         -------
         Tensor or (Tensor, Tensor, Tensor)
             Logits ``(B, classes)``; weights of the depths ``(B, n, T)`` and of the variables ``(B, n)``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For shapes, dtypes and lengths that do not fit, and a query that is missing or one too many.
 
         """
         check_tensor("logs", logs, shapes=[("(B, n, T)", (None, self.variables, None))])

@@ -14,7 +14,7 @@ def _tests(names: str) -> tuple[str, ...]:
     return tuple(f"tests/test_{name}.py" for name in names.split())
 
 
-_PAIRS = "pairs_weights pairs_hidden pairs_layouts pairs_wide"
+_PAIRS = "pairs pairs_structure pairs_dropout pairs_weights pairs_hidden pairs_layouts pairs_wide"
 _LAST = "inputs no_host_wait variants compositions"  # of every family, and slow to see what its own tests see
 TESTS = {
     "_checks": _tests("errors inputs location_aware inputs_drawn"),
@@ -22,8 +22,8 @@ TESTS = {
     "_ops": _tests("location_reference inputs chips compositions"),
     "_operators": _tests("compositions inputs"),
     "reference": _tests(
-        "location_reference concat_reference three_families location_numbers general "
-        "location_dropout concat_dropout hierarchical statistics word_by_word graph location_window "
+        "location_reference pairs_reference three_families location_numbers general "
+        "location_dropout hierarchical statistics word_by_word graph location_window "
         f"{_PAIRS} location_hidden concat_structure concat_exactness"
     ),
     "_ragged_rnn": _tests("hierarchical_module location_hidden compositions_sizes compositions"),
@@ -37,7 +37,7 @@ TESTS = {
         f"hierarchical {_LAST}"
     ),
     "concat": _tests(
-        "concat_cotangents concat concat_structure concat_exactness concat_dropout concat_one_query "
+        "concat_cotangents concat concat_structure concat_exactness concat_one_query "
         f"concat_blocked {_PAIRS} errors concat_memory {_LAST}"
     ),
     "general": _tests(f"general general_structure general_sdpa errors {_PAIRS} {_LAST}"),

@@ -359,7 +359,7 @@ KERNELS: tuple[Mutant, ...] = (
         "kernels/general_bwd.py",
         "    return g, p * keep",
         "    return g, p",
-        ("tests/test_general_structure.py", "-k", "backward_drops"),
+        ("tests/test_pairs_dropout.py", "-k", "backward_drops"),
         "dvalue lacks dropout's factor",
     ),
     Mutant(
@@ -541,21 +541,21 @@ KERNELS: tuple[Mutant, ...] = (
         "kernels/concat_bwd_packed.py",
         "tl.load(ptrs, mask=d < size.AP, other=0.0) + tl.sum(s1, axis=0)",
         "tl.sum(s1, axis=0)",
-        ("tests/test_concat.py", "-k", "any_segments"),
+        ("tests/test_pairs.py", "-k", "any_segments"),
         "dv of earlier tiles is overwritten",
     ),
     Mutant(
         "kernels/concat_bwd_packed.py",
         "tl.cdiv(tl.maximum(k_hi + left, 0), blocks.M))",
         "tl.maximum(k_hi + left, 0) // blocks.M)",
-        ("tests/test_concat.py", "-k", "any_segments"),
+        ("tests/test_pairs.py", "-k", "any_segments"),
         "the last tile of queries in a window's left side is not walked",
     ),
     Mutant(
         "kernels/concat_bwd_packed.py",
         "                tl.store(ptrs, old + new, mask=k_keep[:, None] & some)",
         "                tl.store(ptrs, new, mask=k_keep[:, None] & some)",
-        ("tests/test_concat.py", "-k", "any_segments"),
+        ("tests/test_pairs.py", "-k", "any_segments"),
         "dvalue of earlier tiles is overwritten",
     ),
 )

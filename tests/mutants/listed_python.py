@@ -84,14 +84,14 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/reference.py",
         "        shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)",
         "        shown = shown | (mask[:, None, :] if mask.dim() == 2 else mask)",
-        ("tests/test_concat_reference.py", "tests/test_general.py", "-k", "reference_is_the_formula"),
+        ("tests/test_pairs_reference.py", "-k", "reference_is_the_formula"),
         "the reference's mask adds to what is visible",
     ),
     Mutant(
         "fused_attn/reference.py",
         "        scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H + head, i[:, None], dropout_p)",
         "        scale = dropout_scale(seed, j[:, None], q_seq[:, None] * H, i[:, None], dropout_p)",
-        ("tests/test_concat_dropout.py", "-k", "drop_differently"),
+        ("tests/test_pairs_dropout.py", "-k", "drop_differently"),
         "all heads drop alike",
     ),
     Mutant(

@@ -1,0 +1,87 @@
+"""Concat and general attention: windows, sequences without pairs, padding, packed rows, and the same twice."""
+
+import dataclasses
+
+import pytest
+import torch
+from _compare import (
+    assert_as_exact,
+    assert_close,
+    assert_identical,
+    assert_zero,
+    evaluate,
+    in_double,
+    rough_runs,
+    strided_offsets,
+)
+from _concat import IMPLS, every_impl, hide, segments
+from _marks import both_forms, each_dtype
+from _pairs import as_padded, each_family
+
+
+@every_impl
+@each_family
+def test_window_alone_is_the_mask_that_it_stands_for(make, impl, device):
+    case = make(batch=1, queries=19, keys=35, attn_dim=3, window=(5, -1))
+    tensors = case.tensors(device)
+    i, j = torch.arange(19, device=device)[:, None], torch.arange(35, device=device)
+    mask = (i - 5 <= j) & (j <= i - 1)
+    masked = dataclasses.replace(case, window=None)
+    assert_close(evaluate(case.op, tensors, impl), evaluate(masked.op, tensors | {"mask": mask[None]}, impl))
+
+
+@pytest.mark.whole  # there is nothing to compute
+@every_impl
+@each_family
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(0, 0), (0, 0)], [(0, 3)], [(3, 0)], [(3, 0), (0, 3)]], ids=str)
+def test_ragged_batches_without_pairs_give_zeros(lengths, heads, make, impl, device):
+    queries, keys = (sum(pair[i] for pair in lengths) for i in range(2))
+    case = make(queries=queries, keys=keys, attn_dim=3, heads=heads, ragged=True)
+    result = evaluate(case.op, case.tensors(device) | segments(lengths, device), impl)
+    assert_zero(result)
+    assert result.outputs["output"].shape == (queries, *(() if heads is None else (heads,)), 12)
+
+
+@pytest.mark.whole  # two small calls each
+@every_impl
+@each_family
+@each_dtype
+def test_masked_rows_are_never_read_in_any_dtype(dtype, make, impl, device):
+    case = make(dtype=dtype, batch=1, attn_dim=3, mask="pairs", window=(9, None))
+    tensors = case.tensors(device)
+    clean = evaluate(case.op, tensors, impl)
+    hide(tensors, torch.nan)
+    assert_close(evaluate(case.op, tensors, impl), clean)
+
+
+@every_impl
+@each_family
+@pytest.mark.parametrize("window", [None, (4, -1)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_padded_and_ragged_forms_of_the_same_batch_agree(heads, dropout_p, window, make, impl, device):
+    case = make(queries=29, keys=50, attn_dim=3, heads=heads, ragged=True, dropout_p=dropout_p, window=window)
+    tensors = case.tensors(device) | segments([(7, 5), (0, 2), (3, 0), (1, 34), (18, 9)], device)
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    rough = rough_runs(case.op, tensors)
+    assert_as_exact(evaluate(as_padded(case, torch.nan), tensors, impl), rough, exact)
+    assert_as_exact(evaluate(case.op, tensors, impl), rough, exact)
+
+
+@every_impl
+@each_family
+def test_offsets_of_any_stride_are_those_offsets(make, impl, device):
+    case = make(queries=29, keys=50, attn_dim=3, ragged=True)
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, strided_offsets(tensors), impl), evaluate(case.op, tensors, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@each_family
+@both_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bitwise_equal(dtype, ragged, make, impl, device):
+    case = make(dtype=dtype, batch=1, queries=33, keys=40, attn_dim=3, ragged=ragged, dropout_p=0.3)
+    tensors = case.tensors(device)
+    assert_identical(evaluate(case.op, tensors, impl), evaluate(case.op, tensors, impl))
