@@ -491,7 +491,7 @@ def location_bwd(
     of_h |= {} if values is None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
 
-    many = R > (32 if h.element_size() == 4 else 64)  # hops, in float32 of products that are sums of their own
+    many = hop_block(R) > (32 if h.element_size() == 4 else 64)  # float32 products are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
     dz_blocks = blocks
     if h.element_size() == 4 and v is not None:
