@@ -464,7 +464,8 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor,
         "splits": splits,
         "result": Result(out, lse, scores if need_scores else None, o, m, l),
     }
-    registers = all_registers(call.chip) if call.flags.EXACT else unpressed(call.chip, DV)
+    pressed = call.flags.EXACT or not call.flags.FACTORED
+    registers = all_registers(call.chip) if pressed else unpressed(call.chip, DV)
     launch(_concat_fwd_kernel, (q_items.count, H, splits * dv_blocks), args, blocks, **registers)
     if splits > 1:
         flat = B * H * Tq

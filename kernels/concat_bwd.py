@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import head_ptr, launch, untold
-from .chip import LENGTHS, LONG, Chip, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, pow2, tile_rows, unpressed
 from .concat import Call, prepare
 from .concat_factors import factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Saved, Workspace, gradient_tile, staying, walk_tile
@@ -459,7 +459,7 @@ def _padded_gradients(
     work = Workspace(g, torch.empty_like(g), torch.empty_like(g, dtype=compute_dtype(call)), dbias, 0)
     args = args | {"splits": splits}
     dq = None if wanted.q is None else g.new_empty(splits, *wanted.q.shape)
-    registers = unpressed(call.chip, A, DV)
+    registers = unpressed(call.chip, A, DV) if call.flags.FACTORED else all_registers(call.chip)
     walk, product = (blocks._replace(warps=warps) for warps in (blocks.walk_warps, 8))
     keys = k_items * (blocks.N // blocks.R)
 

@@ -295,7 +295,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
     size = max(width, value_width)
-    if max(D, DV) <= 256 and not (hip or even(D, DV)):
+    if (max(D, DV) <= 256 or width > 64) and not (hip or even(D, DV)):
         few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
         return Blocks(pow2(Tq, 16, max(few, 32)), max(16, few // 2) if busy else few, width, value_width, 8, 1)
     if hip and not narrow and not plain:  # a thread of 4 waves has up to 512 registers

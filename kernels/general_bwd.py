@@ -458,14 +458,14 @@ def bwd_blocks(
     if hip:  # a thread of 4 waves has up to 512 registers
         for_k = Blocks(16 if size > 128 or not plain else few_m, few_n, width, value_width, 4, 1)
         return Blocks(few_m, few_n, width, value_width, 4, 1), for_k
-    if max(D, DV) > 256:
+    if max(D, DV) > 256 and (width == 64 or even(D, DV)):
         stages = 2 if roomy else 1
         for_k = Blocks(few_m, n if roomy and not busy else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     if not even(D, DV):
         few = max(16, 4096 // (max(size, 64) * (1 + busy)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
-        return for_q, for_q._replace(N=min(n, few if plain else max(16, few // 2)))
+        return for_q, for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
     if not plain:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m
@@ -476,8 +476,9 @@ def bwd_blocks(
     if chip.hopper and size == 128 and Tq > 64 and not parts:
         return Blocks(128, n, width, value_width, 8, 3), Blocks(few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
     if size > 128:
-        for_q = Blocks(m, 16 if chip.small else few_n, width, value_width, 8, 2)
-        return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)
+        cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
+        for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
+        return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
     large = size > 64
     n_k = few_n if large and parts and not roomy else n
     for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, 8 if large else 4, 2)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, rows
-from .chip import LENGTHS, Chip, chip_of, pow2, unit, unpressed
+from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
 from .inputs import GraphInputs
 from .masks import dropout, dropout_scale
@@ -250,7 +250,7 @@ def graph_fwd(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
             part=part,
             blocks=constants(blocks),
             num_warps=blocks.warps,
-            **unpressed(call.chip, A, DV),
+            **(all_registers(call.chip) if blocks.A < A or blocks.DV < DV else unpressed(call.chip, A, DV)),
         )
         hubs.join(part.out, out, part.lse, lse)
     return out, lse, scores

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import INTERPRET, LENGTHS
+from .chip import INTERPRET, LENGTHS, chip_of, unpressed
 from .softmax import exp, finish, pivot, store_lse
 
 
@@ -185,4 +185,5 @@ class Hubs(NamedTuple):
             BLOCK_I=16,
             BLOCK_D=block,
             num_warps=4,
+            **unpressed(chip_of(parts.device), D),
         )

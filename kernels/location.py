@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
 from .inputs import LocationInputs
 from .masks import Items, dropout, dropout_scale, locate, partition
 from .products import add_product
@@ -459,7 +459,8 @@ def location_fwd(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
         "rows_per_item": rows,
         "flags": constants(flags),
     }
-    launch(_location_fwd_kernel, (items.count,), args, blocks, **unpressed(call.chip, D, DV, A))
+    registers = all_registers(call.chip) if D <= 16 else unpressed(call.chip, D, DV, A)
+    launch(_location_fwd_kernel, (items.count,), args, blocks, **registers)
     if not (one_dv and alone):
         merge(o, m, l, items, out, lse, skip_single=one_dv)
     return out, lse, scores
