@@ -42,7 +42,7 @@ def concat_flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     act = {"tanh": torch.tanh, "relu": torch.relu}[activation]
-    q, k, values, weights = _with_heads(query, key, value, v)
+    q, k, value, weights = _with_heads(query, key, value, v)
 
     def additive(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         for d in range(q.shape[-1]):
@@ -50,8 +50,8 @@ def concat_flex(
             score = score + weights[h, d].float() * act(q[b, h, i, d].float() + k[b, h, j, d].float())
         return score
 
-    nothing = [values.new_zeros(*x.shape[:3], 16) for x in (q, k)]  # 16: the narrowest that it takes
-    return flex_attention(*nothing, values, score_mod=additive, scale=1.0).reshape(*query.shape[:-1], value.shape[-1])
+    nothing = [value.new_zeros(*x.shape[:3], 16) for x in (q, k)]  # 16: the narrowest that it takes
+    return flex_attention(*nothing, value, score_mod=additive, scale=1.0).reshape(*query.shape[:-1], value.shape[-1])
 
 
 def concat_keops(
@@ -61,11 +61,11 @@ def concat_keops(
     from pykeops.torch import LazyTensor
 
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, values, weights = (x.to(dtype).contiguous() for x in _with_heads(query, key, value, v))
+    q, k, value, weights = (x.to(dtype).contiguous() for x in _with_heads(query, key, value, v))
     z = LazyTensor(q[:, :, :, None]) + LazyTensor(k[:, :, None])
     act = z.relu() if activation == "relu" else 1 - 2 / (1 + (2 * z).exp())  # it has no tanh
     scores = (act * LazyTensor(weights[None, :, None, None])).sum(-1)
-    out = scores.sumsoftmaxweight(LazyTensor(values[:, :, None]), axis=3)
+    out = scores.sumsoftmaxweight(LazyTensor(value[:, :, None]), axis=3)
     return out.to(value.dtype).reshape(*query.shape[:-1], value.shape[-1])
 
 
@@ -73,9 +73,9 @@ def general_sdpa(
     query: Tensor, key: Tensor, value: Tensor | None = None, *, scale: float, window: tuple[None, int | None]
 ) -> Tensor:
     """PyTorch's attention, by the backend that it chooses."""
-    q, k, values = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
+    q, k, value = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
     attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(q, k, values, is_causal=window[1] == 0, scale=scale).reshape(*query.shape[:-1], values.shape[-1])
+    return attend(q, k, value, is_causal=window[1] == 0, scale=scale).reshape(*query.shape[:-1], value.shape[-1])
 
 
 def general_flex(
@@ -84,13 +84,13 @@ def general_flex(
     """FlexAttention; the causal window as a block mask, which is made in the call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    q, k, values = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
+    q, k, value = (x if x.dim() == 4 else x.unsqueeze(1) for x in (query, key, key if value is None else value))
     blocks = None
     if window[1] == 0:
         sizes = (q.shape[2], k.shape[2])
         blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, *sizes, device=q.device)
-    out = flex_attention(q, k, values, block_mask=blocks, scale=scale)
-    return out.reshape(*query.shape[:-1], values.shape[-1])
+    out = flex_attention(q, k, value, block_mask=blocks, scale=scale)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def hierarchical_padded(

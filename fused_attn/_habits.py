@@ -45,7 +45,6 @@ _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
         (f"mask={_PADDED}, or packed rows with cu_seqlens=", "cu_seqlens"),
         (f"mask={_PADDED}", "mask"),
     ),
-    "value": (("values=", "values"),),
     "values": (("value=", "value"),),
     "weights": (("weight=", "weight"),),
     "edge_attr": (("edge=, in the order of indices", "edge"),),

@@ -27,10 +27,10 @@ def _clipped(inputs: WindowInputs) -> WindowInputs:
 
 
 def _fake(inputs: WindowInputs, in_blocks: bool) -> tuple[Tensor, Tensor]:
-    scores, values, *_ = inputs
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    scores, value, *_ = inputs
+    dtype = torch.promote_types(value.dtype, torch.float32)
     return (
-        scores.new_empty(*scores.shape, values.shape[-1], dtype=dtype),
+        scores.new_empty(*scores.shape, value.shape[-1], dtype=dtype),
         scores.new_empty(*scores.shape, 2, dtype=dtype),
     )
 
@@ -58,7 +58,7 @@ def _formula(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
 WINDOW = Operator(
     "location_window",
     WindowInputs,
-    differentiable="scores values",
+    differentiable="scores value",
     choices="bool in_blocks",
     results="out lse",
     saved="out lse",

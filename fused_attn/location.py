@@ -44,7 +44,7 @@ def _table(rows: str, seq: str, inner: str) -> Table:
         "gate[0]": argument("D A", optional=True, linear=True),
         "gate[1]": argument("A", optional=True),
         "context": argument(f"{seq} {inner} | {rows} {inner} {packed}", optional=True),
-        "values": argument(f"{rows} Dv", optional=True, empty=True),  # a window has weights all the same
+        "value": argument(f"{rows} Dv", optional=True, empty=True),  # a window has weights all the same
         "mask": mask_of(rows),
         "score_bias": argument(rows, "bias", optional=True),
         "cu_seqlens": offsets_of("S"),
@@ -59,10 +59,10 @@ _TABLES = {
 
 
 def _fake(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
-    h, w, _, v, _, _, _, values, _, _, cu_seqlens, *_ = inputs
+    h, w, _, v, _, _, _, value, _, _, cu_seqlens, *_ = inputs
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     hops = cast("Tensor", w if v is None else v).shape[1]
-    width = (h if values is None else values).shape[-1]
+    width = (h if value is None else value).shape[-1]
     return (
         h.new_empty(seqs, hops, width, dtype=torch.float32),
         h.new_empty(seqs, hops, 2, dtype=torch.float32),
@@ -73,7 +73,7 @@ def _fake(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
 LOCATION = Operator(
     "location",
     LocationInputs,
-    differentiable="h w b v gate_w gate_b context values score_bias",
+    differentiable="h w b v gate_w gate_b context value score_bias",
     results="out lse scores",
     saved="out lse scores",
     forward=launcher("location.location_fwd"),
@@ -85,7 +85,7 @@ LOCATION = Operator(
 
 @explicit
 @exports_from_one
-@under_autocast("h", "w", "b", "v", "gate", "context", "values")
+@under_autocast("h", "w", "b", "v", "gate", "context", "value")
 def location_attention(
     h: Tensor,
     w: Tensor | None,
@@ -94,7 +94,7 @@ def location_attention(
     *,
     gate: tuple[Tensor, Tensor | None] | None = None,
     context: Tensor | None = None,
-    values: Tensor | None = None,
+    value: Tensor | None = None,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     mask: Tensor | None = None,
@@ -128,7 +128,7 @@ def location_attention(
     w, b
         Linear score: ``w (D,)``, ``b ()``; with R hops ``w (D, R)``, ``b (R,)``.
         MLP score (with `v`): ``w (D, A)``, ``b (A,)``; ``w=None`` where h is projected already, A = D: with a
-        `context` a sequence and `values` this is concat attention of one query, ragged too.
+        `context` a sequence and `value` this is concat attention of one query, ragged too.
     v
         ``(A,)``, or ``(A, R)`` for R hops.
     gate
@@ -137,7 +137,7 @@ def location_attention(
         Added before the activation; its width is that of the projection (A, R, or none for ``w (D,)``).
         Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)`` a row, or with the
         choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
-    values
+    value
         What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None.
     activation, gate_activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
@@ -187,12 +187,12 @@ def location_attention(
     return_weights = check_flag("return_weights", return_weights)
     offsets = None
     if h.is_nested:
-        h, offsets, context, values, score_bias, cu_seqlens = _unpack_jagged(
-            h, context, values, score_bias, mask, cu_seqlens
+        h, offsets, context, value, score_bias, cu_seqlens = _unpack_jagged(
+            h, context, value, score_bias, mask, cu_seqlens
         )
     gate_w, gate_b = _split_gate(gate)
     context_per_row = _validate_location(
-        h, w, b, v, gate_w, gate_b, context, values, score_bias, mask, cu_seqlens,
+        h, w, b, v, gate_w, gate_b, context, value, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
     left, right = check_window(window)
@@ -214,7 +214,7 @@ def location_attention(
         w if w is None or w.dim() == 2 else w[:, None],
         b if b is None or b.dim() == 1 else b[None],
         v if v is None or v.dim() == 2 else v[:, None],
-        gate_w, gate_b, context, values, score_bias, mask, cu_seqlens, seed,
+        gate_w, gate_b, context, value, score_bias, mask, cu_seqlens, seed,
         activation, gate_activation, float(dropout_p), context_per_row,
     )  # fmt: skip
     unsupported = None
@@ -225,7 +225,7 @@ def location_attention(
     kernel = use_triton(impl, h.device, unsupported)
     run = LOCATION if kernel else LOCATION.formula
     if window is not None:
-        both = _row_scores(run, inputs, kernel), h if values is None else values
+        both = _row_scores(run, inputs, kernel), h if value is None else value
         windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
         return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
     out, lse, scores = run(inputs)
@@ -259,7 +259,7 @@ def _row_scores(run: Any, inputs: LocationInputs, kernel: bool) -> Tensor:
             context = context.masked_fill(bad, 0)
         bad = bad if mask is None else bad & mask[..., None]
         h = h.masked_fill(bad, 0)
-    scores = run(inputs._replace(h=h, context=context, values=None, seed=None, dropout_p=0.0))[2]
+    scores = run(inputs._replace(h=h, context=context, value=None, seed=None, dropout_p=0.0))[2]
     return cast("Tensor", scores if bad is None else scores.masked_fill(bad, torch.nan))
 
 
@@ -302,7 +302,7 @@ def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _unpack_jagged(
-    h: Tensor, context: Tensor | None, values: Tensor | None, score_bias: Tensor | None,
+    h: Tensor, context: Tensor | None, value: Tensor | None, score_bias: Tensor | None,
     mask: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
@@ -320,21 +320,21 @@ def _unpack_jagged(
             raise TypeError(f"{name}: expected a jagged tensor with the offsets of h; got {type(x).__name__}")
         if not (x.is_nested and x.layout == torch.jagged):
             raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {tuple(x.shape)}")
-        theirs, values = _jagged_offsets(name, x), cast("Any", x).values()
+        theirs, data = _jagged_offsets(name, x), cast("Any", x).values()
         if theirs is not offsets:
-            if theirs.shape != offsets.shape or values.shape[0] != rows.shape[0] or theirs.device != offsets.device:
+            if theirs.shape != offsets.shape or data.shape[0] != rows.shape[0] or theirs.device != offsets.device:
                 raise ValueError(
                     f"{name}: expected a jagged tensor with the offsets of h; got {show(theirs.tolist())}"
                 )
             check_values(name, theirs, (theirs == offsets).all(), "a jagged tensor with the offsets of h")
-        return values
+        return data
 
     if context is not None:
         is_jagged = isinstance(context, Tensor) and context.is_nested
         context = packed("context", context)[None] if is_jagged else _a_sequence(context, offsets)
-    values = None if values is None else packed("values", values)
+    value = None if value is None else packed("value", value)
     score_bias = None if score_bias is None else packed("score_bias", score_bias)
-    return rows, offsets, context, values, score_bias, offsets.to(torch.int32)
+    return rows, offsets, context, value, score_bias, offsets.to(torch.int32)
 
 
 def _a_sequence(context: Tensor, offsets: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def _split_gate(
 
 def _validate_location(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, values: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+    context: Tensor | None, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *, jagged: bool = False,
 ) -> bool:  # fmt: skip
     """Check every argument; return whether the context has one entry a row."""
@@ -388,7 +388,7 @@ def _validate_location(
     if cu_seqlens is not None:
         check_sequences(check, cu_seqlens, h, jagged=jagged)
     check_score(check, h, w, b, v, gate_w, gate_b, activation, gate_activation)
-    for name, x in (("mask", mask), ("values", values), ("score_bias", score_bias)):
+    for name, x in (("mask", mask), ("value", value), ("score_bias", score_bias)):
         if x is not None:
             check(name, x)
     check_dropout("dropout_p", dropout_p)

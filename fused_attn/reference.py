@@ -78,16 +78,16 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
     .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
         \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
 
-    Returns ``out (S, R, Dv)`` in the dtype of ``values``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
+    Returns ``out (S, R, Dv)`` in the dtype of ``value``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
     least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
     """
-    h, *score, values, score_bias, mask, cu_seqlens, seed, activation, gate_activation, dropout_p, per_row = inputs
+    h, *score, value, score_bias, mask, cu_seqlens, seed, activation, gate_activation, dropout_p, per_row = inputs
     rows = h.shape[:-1]
-    dtype = (h if values is None else values).dtype
+    dtype = (h if value is None else value).dtype
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
     h = h.to(wide)
-    w, b, v, gate_w, gate_b, context, values = (x if x is None else x.to(wide) for x in (*score, values))
-    values = h if values is None else values
+    w, b, v, gate_w, gate_b, context, value = (x if x is None else x.to(wide) for x in (*score, value))
+    value = h if value is None else value
     if cu_seqlens is None:
         segment = torch.arange(rows[0], device=h.device)[:, None]
         position = torch.arange(rows[1], device=h.device)[None, :]
@@ -97,7 +97,7 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
 
     if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
         h = h.masked_fill(~mask[..., None], 0)
-        values = values.masked_fill(~mask[..., None], 0)
+        value = value.masked_fill(~mask[..., None], 0)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
     if context is not None and not per_row:
         if cu_seqlens is None and mask is not None:  # of a sequence that sees nothing
@@ -129,12 +129,12 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
         scale = dropout_scale(seed, position[..., None], segment[..., None], hop, dropout_p)
         weights = weights * scale.to(weights.dtype)
 
-    weights = weights.to(values.dtype)
+    weights = weights.to(value.dtype)
     if cu_seqlens is None:
-        out = weights.mT @ values
+        out = weights.mT @ value
     else:
-        out = values.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], values.shape[-1])
-        out = out.index_add(0, segment, weights[:, :, None] * values[:, None, :])
+        out = value.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], value.shape[-1])
+        out = out.index_add(0, segment, weights[:, :, None] * value[:, None, :])
     return out.to(dtype), lse, scores
 
 
@@ -146,21 +146,21 @@ def windowed_attention(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
     The values may hold anything where the scores are ``-inf``. Dropout draws as for R heads: of key j,
     sequence and hop, and query i.
 
-    Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``values``, and ``lse``, see `normaliser`,
+    Returns ``out (B, T, R, Dv)`` or ``(N, R, Dv)`` in the dtype of ``value``, and ``lse``, see `normaliser`,
     with 2 for the last axis.
     """
-    scores, values, cu_seqlens, seed, left, right, dropout_p = inputs
+    scores, value, cu_seqlens, seed, left, right, dropout_p = inputs
     if cu_seqlens is not None:
-        scores, values = scores[None], values[None]
-    (B, T, R), width, dtype = scores.shape, values.shape[-1], values.dtype
-    values = values.to(torch.promote_types(dtype, torch.float32))
+        scores, value = scores[None], value[None]
+    (B, T, R), width, dtype = scores.shape, value.shape[-1], value.dtype
+    value = value.to(torch.promote_types(dtype, torch.float32))
     # 0 * NaN is NaN: a row that holds one takes no part in the sums, and whoever sees it gets NaN after them.
     hidden = (scores == -torch.inf).all(-1, keepdim=True)
-    holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
+    holed = ~value.isfinite().all(-1, keepdim=True) & ~hidden
     bad = holed | ~(scores < torch.inf)
-    values = values.masked_fill(hidden | holed, 0)
+    value = value.masked_fill(hidden | holed, 0)
     pairs = scores.masked_fill(bad, -torch.inf).mT[:, :, None].expand(B, R, T, T)
-    of_hops = values[:, None].expand(B, R, T, width)
+    of_hops = value[:, None].expand(B, R, T, width)
     out, lse, *_ = _attend(pairs, of_hops, None, None, cu_seqlens, cu_seqlens, seed, left, right, dropout_p)
     seq, i = positions(B, T, cu_seqlens, scores.device)
     shown = in_window(i[:, :, None], i[:, None], left, right, seq[:, :, None] == seq[:, None])
@@ -466,18 +466,18 @@ def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> 
     Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, ``lse (S, C, 2)``, ``(S, 1, 2)`` without v, and
     with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
     """
-    x, v, values, mask, cu_seqlens = inputs
+    x, v, value, mask, cu_seqlens = inputs
     scores = x[..., None] if v is None else x
     if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
-        scores, values = (y.masked_fill(~mask[..., None], 0) for y in (scores, values))
-    wide = torch.promote_types(values.dtype, torch.float32)
-    scores, values = scores.to(wide), values.to(wide)
+        scores, value = (y.masked_fill(~mask[..., None], 0) for y in (scores, value))
+    wide = torch.promote_types(value.dtype, torch.float32)
+    scores, value = scores.to(wide), value.to(wide)
     scores = scores if v is None else scores @ v.to(wide)
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
 
-    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, values.shape[0])
-    seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, value.shape[0])
+    seqs = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
     def over_frames(y: Tensor) -> Tensor:
         return y.sum(1) if segment is None else y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, y)
@@ -488,8 +488,8 @@ def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> 
     weights, lse = softmax_of_rows(scores, segment, seqs)
     # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
     # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
-    near = over_frames(weights.detach() * values.detach())
-    apart = values - to_frames(near)
+    near = over_frames(weights.detach() * value.detach())
+    apart = value - to_frames(near)
     rest = over_frames(weights * apart)
     mean = near + rest
     var = over_frames(weights * (apart - to_frames(rest)).square())

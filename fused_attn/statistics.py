@@ -26,21 +26,21 @@ _TABLES = {
     packed: {
         **_SCORES[packed, "A"],
         "v": argument("A | A C", linear=True),
-        "values": argument(f"{'N' if packed else 'B T'} C", optional=True),
+        "value": argument(f"{'N' if packed else 'B T'} C", optional=True),
     }
     for packed in (False, True)
 }
 
 
 def _fake(inputs: StatisticsInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, v, values, _, cu_seqlens = inputs
-    seqs = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    channels = values.shape[-1]
+    _, v, value, _, cu_seqlens = inputs
+    seqs = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    channels = value.shape[-1]
     return (
-        values.new_empty(seqs, channels, dtype=torch.float64),
-        values.new_empty(seqs, channels, dtype=torch.float32),
-        values.new_empty(seqs, 1 if v is None else channels, 2, dtype=torch.float32),
-        values.new_empty(values.shape if need_scores else 0, dtype=torch.float32),
+        value.new_empty(seqs, channels, dtype=torch.float64),
+        value.new_empty(seqs, channels, dtype=torch.float32),
+        value.new_empty(seqs, 1 if v is None else channels, 2, dtype=torch.float32),
+        value.new_empty(value.shape if need_scores else 0, dtype=torch.float32),
     )
 
 
@@ -52,7 +52,7 @@ def _bwd(inputs: StatisticsInputs, *args: Any) -> list[Tensor | None]:
 _STATISTICS = Operator(
     "statistics",
     StatisticsInputs,
-    differentiable="x v values",
+    differentiable="x v value",
     choices="bool need_scores",
     results="mean var lse scores?",
     saved="mean var lse scores",
@@ -66,7 +66,7 @@ _STATISTICS = Operator(
 
 @explicit
 @exports_from_one
-@under_autocast("h", "w", "b", "v", "context", "values")
+@under_autocast("h", "w", "b", "v", "context", "value")
 def statistics_pooling(
     h: Tensor,
     w: Tensor | None = None,
@@ -74,7 +74,7 @@ def statistics_pooling(
     v: Tensor | None = None,
     *,
     context: Tensor | None = None,
-    values: Tensor | None = None,
+    value: Tensor | None = None,
     activation: str = "tanh",
     mask: Tensor | None = None,
     cu_seqlens: Offsets | None = None,
@@ -108,7 +108,7 @@ def statistics_pooling(
     context
         Added before the activation. Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)``
         a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
-    values
+    value
         What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
@@ -148,9 +148,9 @@ def statistics_pooling(
     return_weights = check_flag("return_weights", return_weights)
     offsets = None
     if h.is_nested:
-        h, offsets, context, values, _, cu_seqlens = _unpack_jagged(h, context, values, None, mask, cu_seqlens)
+        h, offsets, context, value, _, cu_seqlens = _unpack_jagged(h, context, value, None, mask, cu_seqlens)
     context_per_row = _validate_statistics(
-        h, w, b, v, context, values, mask, cu_seqlens, activation, floor, jagged=offsets is not None
+        h, w, b, v, context, value, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
     run = _STATISTICS if kernel else reference.statistics_pooling
@@ -167,7 +167,7 @@ def statistics_pooling(
             x = x.to(h.dtype)
     per_channel = None if v is None or v.dim() == 1 else v
     return_scores = return_weights and per_channel is not None
-    inputs = StatisticsInputs(x, per_channel, h if values is None else values, mask, cu_seqlens)
+    inputs = StatisticsInputs(x, per_channel, h if value is None else value, mask, cu_seqlens)
     mean, var, lse, scores = run(inputs, return_scores)
     results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
     if not return_weights:
@@ -224,7 +224,7 @@ def _validate_statistics(
     b: Tensor | None,
     v: Tensor | None,
     context: Tensor | None,
-    values: Tensor | None,
+    value: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     activation: str,
@@ -240,10 +240,10 @@ def _validate_statistics(
     check("h", h)
     if cu_seqlens is not None:
         check_sequences(check, cu_seqlens, h, jagged=jagged)
-    if values is None:
+    if value is None:
         check.bind("C", h.shape[-1], "h")
     else:
-        check("values", values)
+        check("value", value)
     if w is None:
         for name, given in (("b", b), ("context", context)):
             if given is not None:

@@ -19,7 +19,7 @@ class LocationInputs(NamedTuple):
     gate_w: Tensor | None  # (D, A)
     gate_b: Tensor | None  # (A,)
     context: Tensor | None  # (S, A), or a vector a row: see context_per_row
-    values: Tensor | None  # (B, T, Dv) or (N, Dv); None: h
+    value: Tensor | None  # (B, T, Dv) or (N, Dv); None: h
     score_bias: Tensor | None  # (B, T) or (N,)
     mask: Tensor | None  # bool (B, T) or (N,)
     cu_seqlens: Tensor | None  # (S + 1,)
@@ -34,7 +34,7 @@ class WindowInputs(NamedTuple):
     """Of location attention with a window, from its scores."""
 
     scores: Tensor  # (B, T, R) or (N, R)
-    values: Tensor  # (B, T, Dv) or (N, Dv)
+    value: Tensor  # (B, T, Dv) or (N, Dv)
     cu_seqlens: Tensor | None  # (S + 1,)
     seed: Tensor | None
     left: int | None
@@ -116,7 +116,7 @@ class StatisticsInputs(NamedTuple):
 
     x: Tensor  # the features (B, T, A) or (N, A); without v the scores (B, T) or (N,)
     v: Tensor | None  # (A, C)
-    values: Tensor  # (B, T, C) or (N, C)
+    value: Tensor  # (B, T, C) or (N, C)
     mask: Tensor | None  # bool (B, T) or (N,)
     cu_seqlens: Tensor | None  # (S + 1,)
 

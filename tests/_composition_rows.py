@@ -124,7 +124,7 @@ def _location() -> None:
             "gw": r(4, 3),
             "gb": r(3),
             "context": r(B, T, 3),
-            "values": r(B, T, 2),
+            "value": r(B, T, 2),
             "score_bias": r(B, T),
             "mask": seen(B, T),
         },
@@ -147,7 +147,7 @@ def _location() -> None:
             "gw": r(4, 3),
             "gb": r(3),
             "context": r(B, 3),
-            "values": r(B * T, 2),
+            "value": r(B * T, 2),
             "score_bias": r(B * T),
             "mask": seen(B, T).flatten(),
             "c": offsets(B * T, B),
@@ -157,7 +157,7 @@ def _location() -> None:
         add(
             f"location padded, {name}",
             lambda i, window=window, **t: location_attention(**t, window=window, return_weights=True, impl=i),
-            lambda B, T: {"h": r(B, T, 4), "w": r(4, 2), "values": r(B, T, 3), "mask": seen(B, T)},
+            lambda B, T: {"h": r(B, T, 4), "w": r(4, 2), "value": r(B, T, 3), "mask": seen(B, T)},
         )
         add(
             f"location packed, {name}",
@@ -252,7 +252,7 @@ def _statistics_and_graph() -> None:
             "b": r(3),
             "v": r(3, 2),
             "context": r(B, T, 3),
-            "values": r(B, T, 2),
+            "value": r(B, T, 2),
             "mask": torch.arange(T).expand(B, T) < max(1, T - 1),
         },
     )

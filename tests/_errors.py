@@ -42,7 +42,7 @@ value_error, type_error = _raises(ValueError), _raises(TypeError)
 
 JAGGED = torch.nested.nested_tensor_from_jagged(floats(N, D), CU_N.long())
 OTHER_JAGGED = torch.nested.nested_tensor_from_jagged(floats(N + 1, D), ints(0, 3, 3, N + 1, dtype=torch.int64))
-NONE = dict.fromkeys(("context", "values", "mask", "score_bias"))
+NONE = dict.fromkeys(("context", "value", "mask", "score_bias"))
 EQUAL = {"w": None, "b": None, "v": None, "context": None}  # statistics without a score
 
 LOCATION = {
@@ -80,7 +80,7 @@ LOCATION = {
     "gate bias of another dtype": type_error("gate[1]", gate=(floats(D, A), floats(A).half())),
     "context of other rows": value_error("context", context=floats(B, TK + 1, A)),
     "context of rank 1": value_error("context", context=floats(A)),
-    "values of rank 2": value_error("values", values=floats(B, TK)),
+    "values of rank 2": value_error("value", value=floats(B, TK)),
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of rank 3": value_error("score_bias", score_bias=floats(B, TK, 1)),
     "cu_seqlens with padded keys": value_error("h", cu_seqlens=CU_N),
@@ -92,9 +92,9 @@ LOCATION = {
         h=JAGGED,
         **NONE | {"context": floats(5, A)},
     ),
-    "jagged h with packed values": value_error("values", h=JAGGED, **NONE | {"values": floats(N, D)}),
-    "jagged h with values of other segments": value_error("values", h=JAGGED, **NONE | {"values": OTHER_JAGGED}),
-    "jagged h with a list as values": type_error("values", h=JAGGED, **NONE | {"values": [0.0]}),
+    "jagged h with packed values": value_error("value", h=JAGGED, **NONE | {"value": floats(N, D)}),
+    "jagged h with values of other segments": value_error("value", h=JAGGED, **NONE | {"value": OTHER_JAGGED}),
+    "jagged h with a list as values": type_error("value", h=JAGGED, **NONE | {"value": [0.0]}),
     "jagged h with packed score_bias": value_error("score_bias", h=JAGGED, **NONE | {"score_bias": floats(N)}),
 }
 LOCATION_PACKED = {
@@ -149,18 +149,18 @@ STATISTICS = {
     "w of another dtype": type_error("w: expected dtype float32; got float16", w=floats(D, A).half()),
     "b of another width": value_error("b: expected shape (A,) with A = 4 from w; got (5,): A is 5", b=floats(A + 1)),
     "v of another width": value_error(
-        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from values; got (5,): A is 5", v=floats(A + 1)
+        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from value; got (5,): A is 5", v=floats(A + 1)
     ),
     "v of other channels": value_error(
         "v: expected shape (A,) or (A, C) with A = 4 from w, C = 6 from h; got (4, 7): C is 7",
         v=floats(A, D + 1),
-        values=None,
+        value=None,
     ),
     "v of the channels of h": value_error(
-        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from values; got (4, 6): C is 6", v=floats(A, D)
+        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from value; got (4, 6): C is 6", v=floats(A, D)
     ),
     "v without channels": value_error(
-        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from values; got (4, 0): C is 0", v=floats(A, 0)
+        "v: expected shape (A,) or (A, C) with A = 4 from w, C = 7 from value; got (4, 0): C is 0", v=floats(A, 0)
     ),
     "v is a number": type_error("v: expected a torch.Tensor; got float", v=1.0),
     "context of another width": value_error(
@@ -168,12 +168,12 @@ STATISTICS = {
         context=floats(B, A + 1),
     ),
     "values of other rows": value_error(
-        "values: expected shape (B, T, C) with B = 2 from h, T = 5 from h; got (2, 6, 3): T is 6",
-        values=floats(B, TK + 1, 3),
+        "value: expected shape (B, T, C) with B = 2 from h, T = 5 from h; got (2, 6, 3): T is 6",
+        value=floats(B, TK + 1, 3),
     ),
-    "values without channels": value_error("values: expected at least one channel", values=floats(B, TK, 0)),
+    "values without channels": value_error("value: expected at least one channel", value=floats(B, TK, 0)),
     "values of another dtype": type_error(
-        "values: expected dtype float32; got float64", values=floats(B, TK, D).double()
+        "value: expected dtype float32; got float64", value=floats(B, TK, D).double()
     ),
     "mask of numbers": type_error(
         "mask: expected dtype bool; got float32; True = may be attended", mask=floats(B, TK)
@@ -182,7 +182,7 @@ STATISTICS = {
         "mask: expected shape (B, T) with B = 2 from h, T = 5 from h; got (2, 6): T is 6", mask=bools(B, TK + 1)
     ),
     "jagged h with a mask": value_error(
-        "mask: expected None with a jagged h", h=JAGGED, mask=bools(N), context=None, values=None
+        "mask: expected None with a jagged h", h=JAGGED, mask=bools(N), context=None, value=None
     ),
     "cu_seqlens with padded keys": value_error("h: expected shape (N, D); got (2, 5, 6)", cu_seqlens=CU_N),
     "unknown activation": value_error("activation: expected one of identity, tanh", activation="softplus"),

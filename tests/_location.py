@@ -52,7 +52,7 @@ class Case(_pairwise.Factors):
     ragged: bool = False
     mask: str = "none"  # none, random, padding, empty (a sequence sees nothing) or expanded (stride 0)
     context: str = "none"  # none, sequence or row
-    values: int | None = None  # their width
+    value: int | None = None  # their width
     score_bias: bool = False
     bias: bool = True
     layout: str = "contiguous"  # contiguous, swapped (batch and sequence) or strided (the last axis)
@@ -92,8 +92,8 @@ class Case(_pairwise.Factors):
             made["context"] = randn(len(lengths), *inner)
         elif self.context == "row":
             made["context"] = randn(*lead, *inner)
-        if self.values is not None:
-            made["values"] = randn(*lead, self.values)
+        if self.value is not None:
+            made["value"] = randn(*lead, self.value)
         if self.score_bias:
             made["score_bias"] = randn(*lead)
         made = {name: self._laid_out(x.to(device, self.dtype)) for name, x in made.items()}

@@ -40,7 +40,7 @@ class Case(_location.Case):
         return operator(activation=self.activation, floor=self.floor)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        channels = self.dim if self.values is None else self.values
+        channels = self.dim if self.value is None else self.value
         like = dataclasses.replace(self, score="mlp_hops" if self.per_channel else "mlp", hops=channels)
         return super(Case, like).tensors(device)
 
@@ -48,9 +48,9 @@ class Case(_location.Case):
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
 
-def formula(*, impl, h, w, v, b=None, context=None, values=None, mask=None, cu_seqlens=None, act=torch.tanh):
+def formula(*, impl, h, w, v, b=None, context=None, value=None, mask=None, cu_seqlens=None, act=torch.tanh):
     """What `operator` gives, sequence by sequence: the oracle, which calls nothing of the package."""
-    values = h if values is None else values
+    value = h if value is None else value
     if cu_seqlens is None:
         places = [(i, slice(None)) for i in range(len(h))]
     else:
@@ -58,9 +58,9 @@ def formula(*, impl, h, w, v, b=None, context=None, values=None, mask=None, cu_s
     pooled, weights = [], torch.zeros(*h.shape[:-1], *v.shape[1:]).to(v)
     for s, at in enumerate(places):
         seen = torch.ones(h[at].shape[0], dtype=torch.bool) if mask is None else mask[at].cpu()
-        rows, x = h[at][seen], values[at][seen]
+        rows, x = h[at][seen], value[at][seen]
         if not len(rows):
-            pooled.append((values * 0).flatten(0, -2).sum(0).repeat(2))
+            pooled.append((value * 0).flatten(0, -2).sum(0).repeat(2))
             continue
         z = rows @ w if b is None else rows @ w + b
         if context is not None and (cu_seqlens is not None or context.dim() == 2):

@@ -88,7 +88,7 @@ def test_ragged_keys_of_one_query_a_sequence_by_the_location_family(impl, device
     key, value = (torch.randn(sum(lengths), n, generator=rng).to(device) for n in (8, 6))
     query, v = torch.randn(len(lengths), 8, generator=rng).to(device), torch.randn(8, generator=rng).to(device)
     ends = offsets(lengths, device)
-    got = location_attention(key, None, v=v, context=query[:, None], values=value, cu_seqlens=ends, impl=impl)
+    got = location_attention(key, None, v=v, context=query[:, None], value=value, cu_seqlens=ends, impl=impl)
     ones = offsets([1] * len(lengths), device)
     want = concat_attention(query, key, value, v, cu_seqlens_q=ones, cu_seqlens_k=ends, impl=impl)
     torch.testing.assert_close(got, want)

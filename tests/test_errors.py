@@ -96,8 +96,8 @@ def test_float64_is_an_error_for_the_kernel_only(row, device):
 def test_more_than_128_hops_are_an_error_for_the_kernel_only(device):
     hops = {"v": floats(A, 129)}
     with pytest.raises(ValueError, match=r"^impl: 'triton' holds at most 128 hops"):
-        call("location, gated", hops | {"impl": "triton", "values": None}, device)
-    assert call("location, gated", hops | {"values": None}, device).shape == (B, 129, D)
+        call("location, gated", hops | {"impl": "triton", "value": None}, device)
+    assert call("location, gated", hops | {"value": None}, device).shape == (B, 129, D)
 
 
 def test_kernel_on_a_cpu_tensor_without_the_interpreter_says_what_to_do():

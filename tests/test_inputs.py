@@ -45,7 +45,7 @@ from fused_attn.kernels import chip
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 FIRST = {"h", "rows", "query", "premise", "edge_index", "indices", "x"}  # later arguments have to be as these
 LATER = {  # axes whose size an argument is the first to say, or says alone, in rows of such names
-    *(("", name, -1) for name in ("values", "value", "indices", "hypothesis")),
+    *(("", name, -1) for name in ("value", "value", "indices", "hypothesis")),
     *(("", name, -2) for name in ("key", "hypothesis", "conv_weight", "outer_context")),
     *((row, "key", -3) for row in ("concat, packed heads", "general, packed heads", "graph, heads")),
     *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
@@ -82,7 +82,7 @@ def test_every_tensor_that_is_none_of_the_kind_raises_with_its_name(row):
     has = inspect.signature(row.function).parameters
     for name in tensors(row.arguments):
         for kind, bad in bad_tensors(row.arguments[name]).items():
-            if kind == "jagged" and name in ("h", "context", "values", "score_bias"):
+            if kind == "jagged" and name in ("h", "context", "value", "score_bias"):
                 continue  # these may be, together
             if (kind, name) in {("rank 0", "score_bias"), ("meta", "edge_index")}:
                 continue  # a bias broadcasts, and the edges are alone
@@ -101,8 +101,8 @@ def test_every_tensor_that_is_none_of_the_kind_raises_with_its_name(row):
 @every_row
 def test_every_option_that_is_none_raises_with_its_name(row):
     for name in row.options():
-        for error, values in BAD_OPTIONS[name].items():
-            for bad in values:
+        for error, value in BAD_OPTIONS[name].items():
+            for bad in value:
                 if bad is None and inspect.signature(row.function).parameters[name].default is None:
                     continue
                 came = raised(row, **{name: bad})
@@ -261,7 +261,7 @@ def test_constructors_name_their_argument(name, sizes, flags):
     good = {n: 4 for n, p in has.items() if p.default is p.empty}
     table = {n: BAD_SIZES for n in sizes} | {n: BAD_OPTIONS["return_weights"] for n in flags}
     table |= {n: BAD_OPTIONS[option] for n, option in OPTIONS.items() if n in has}
-    bad = ((n, error, value) for n in table for error, values in table[n].items() for value in values)
+    bad = ((n, error, value) for n in table for error, value in table[n].items() for value in value)
     for argument, error, value in bad:
         may_be = value == 1e300 or (value is None and has[argument].default is None)  # a scale of float64, say
         if not may_be:
@@ -276,13 +276,13 @@ def jagged(*offsets, width=D):
     return torch.nested.nested_tensor_from_jagged(floats(N, width), torch.tensor(offsets))
 
 
-@pytest.mark.parametrize("name", ["values", "context", "score_bias"])
+@pytest.mark.parametrize("name", ["value", "context", "score_bias"])
 @pytest.mark.parametrize("call", [location_attention, statistics_pooling, LocationAttention(D, A, context_dim=A)])
 def test_jagged_arguments_of_other_offsets_raise(call, name):
     module = isinstance(call, torch.nn.Module)
     if name not in inspect.signature(call.forward if module else call).parameters:
         return
-    width = {"values": D, "context": A}.get(name)
+    width = {"value": D, "context": A}.get(name)
 
     def given(*offsets):
         if width is not None:

@@ -24,14 +24,14 @@ FACTORS = {
     "ragged": (False, True),
     "mask": ("none", "random", "padding", "empty", "expanded"),
     "context": ("none", "sequence", "row"),
-    "values": (None, 1, 45),
+    "value": (None, 1, 45),
     "score_bias": (False, True),
     "bias": (True, False),
     "layout": ("contiguous", "swapped", "strided"),
     "dropout_p": (0.0, 0.3),
     "through": (("output", "weights"), ("output",), ("weights",)),
 }
-PARAMETERS = ("h", "w", "b", "v", "gate_w", "gate_b", "context", "values", "score_bias")
+PARAMETERS = ("h", "w", "b", "v", "gate_w", "gate_b", "context", "value", "score_bias")
 
 
 def check(case: Case, device: torch.device, **options) -> None:
@@ -59,11 +59,11 @@ def test_matches_the_reference_for_every_gate_activation(activation, device):
     "sizes",
     [
         {"dim": 64, "attn_dim": 64},  # whole vectors of 16
-        {"rows": 96, "dim": 128, "attn_dim": 64, "score": "gated_hops", "hops": 16, "values": 64, "context": "row"},
-        {"dim": 320, "attn_dim": 16, "values": 528},
+        {"rows": 96, "dim": 128, "attn_dim": 64, "score": "gated_hops", "hops": 16, "value": 64, "context": "row"},
+        {"dim": 320, "attn_dim": 16, "value": 528},
         {"dim": 1100, "attn_dim": 5},  # the keys in parts, and the sum in parts
-        {"dim": 7, "values": 600},  # the keys whole, the sum in parts
-        {"dim": 300, "values": 19},  # the keys in parts, the sum whole
+        {"dim": 7, "value": 600},  # the keys whole, the sum in parts
+        {"dim": 300, "value": 19},  # the keys in parts, the sum whole
         {"batch": 1, "dim": 140, "score": "mlp_hops", "hops": 70},
         {"batch": 1, "dim": 19, "score": "linear_hops", "hops": 128},
         {"dim": 19, "attn_dim": 1024},
@@ -75,12 +75,12 @@ def test_matches_the_reference_for_other_sizes(sizes, dtype, device):
 
 
 def test_wide_values_are_summed_over_tiles_of_rows(device):
-    check(Case(rows=150, dim=3, attn_dim=3, values=600, ragged=True, mask="random"), device)
+    check(Case(rows=150, dim=3, attn_dim=3, value=600, ragged=True, mask="random"), device)
 
 
 def everything() -> Case:
     """A small call with every tensor argument."""
-    return Case(rows=21, score="gated_hops", context="row", values=7, score_bias=True, mask="random")
+    return Case(rows=21, score="gated_hops", context="row", value=7, score_bias=True, mask="random")
 
 
 @pytest.mark.parametrize("context", ["row", "sequence"])
@@ -106,25 +106,25 @@ def test_score_bias_may_be_float32_beside_16_bit_keys(ragged, dtype, device):
 @pytest.mark.parametrize("return_weights", [False, True])
 @pytest.mark.parametrize("score", SCORES)
 def test_jagged_tensors_are_ragged_batches(score, return_weights, device):
-    case = Case(rows=70, score=score, ragged=True, context="row", values=7, score_bias=True)
+    case = Case(rows=70, score=score, ragged=True, context="row", value=7, score_bias=True)
     tensors = case.tensors(device)
     tensors["context"] = tensors["context"][0]
     packed = operator(return_weights=return_weights)
 
-    def op(*, impl, h, context, values, score_bias, cu_seqlens, **parameters):
+    def op(*, impl, h, context, value, score_bias, cu_seqlens, **parameters):
         if h.dtype == torch.float64:  # the oracle has no nested tensors
             return packed(
                 impl=impl,
                 h=h,
                 context=context[None],
-                values=values,
+                value=value,
                 score_bias=score_bias,
                 cu_seqlens=cu_seqlens,
                 **parameters,
             )
         jagged = {
             name: torch.nested.nested_tensor_from_jagged(x, cu_seqlens.long())
-            for name, x in {"h": h, "context": context, "values": values, "score_bias": score_bias}.items()
+            for name, x in {"h": h, "context": context, "value": value, "score_bias": score_bias}.items()
         }
         result = packed(impl=impl, **jagged, **parameters)
         return (result[0], result[1].values()) if return_weights else result
@@ -156,7 +156,7 @@ def calls(draw) -> tuple[Case, list[int]]:
         hops=draw(st.integers(1, 5)),
         score=draw(st.sampled_from(SCORES)),
         mask=draw(st.sampled_from(["none", "random"])),
-        values=draw(st.one_of(st.none(), st.integers(1, 50))),
+        value=draw(st.one_of(st.none(), st.integers(1, 50))),
         score_bias=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0.0, 0.5])),
     )
@@ -167,5 +167,5 @@ def calls(draw) -> tuple[Case, list[int]]:
 def test_matches_the_reference_for_any_segments(device, call):
     case, lengths = call
     tensors = dataclasses.replace(case, ragged=False).tensors(device)
-    packed = {name: x[0] if name in ("h", "values", "score_bias", "mask") else x for name, x in tensors.items()}
+    packed = {name: x[0] if name in ("h", "value", "score_bias", "mask") else x for name, x in tensors.items()}
     assert_matches_reference(case.op, {**packed, "cu_seqlens": offsets(lengths, device)})

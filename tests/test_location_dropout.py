@@ -17,9 +17,9 @@ def dropped_weights(device, impl, *, seed=0, batch=4, rows=257, hops=3, dropout_
     rng = torch.Generator().manual_seed(3)
     h = torch.randn(batch, rows, 5, generator=rng).to(device)
     w = torch.randn(5, hops, generator=rng).to(device) * scale
-    values = torch.eye(rows, device=device).repeat(batch, 1, 1).requires_grad_()
+    value = torch.eye(rows, device=device).repeat(batch, 1, 1).requires_grad_()
     torch.manual_seed(seed)
-    return location_attention(h, w, values=values, dropout_p=dropout_p, impl=impl), values
+    return location_attention(h, w, value=value, dropout_p=dropout_p, impl=impl), value
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -37,8 +37,8 @@ def test_sequences_hops_and_seeds_drop_differently(impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_backward_drops_what_forward_dropped(impl, device):
-    dropped, values = dropped_weights(device, impl, hops=1, rows=100, scale=0.5)
-    (grad,) = torch.autograd.grad(dropped.sum(), values)  # row j of it is weight j, over all features
+    dropped, value = dropped_weights(device, impl, hops=1, rows=100, scale=0.5)
+    (grad,) = torch.autograd.grad(dropped.sum(), value)  # row j of it is weight j, over all features
     torch.testing.assert_close(grad, dropped[:, 0, :, None].expand_as(grad))
     assert torch.equal(grad[..., 0] == 0, dropped[:, 0] == 0)
 

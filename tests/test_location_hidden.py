@@ -53,7 +53,7 @@ def test_hidden_rows_change_no_gradient_of_the_module(module, ragged, context, f
     entries = lead if context == "row" else (len(lengths),) if ragged else (3,)
     tensors = {
         "h": torch.randn(*lead, 6),
-        "values": torch.randn(*lead, 2),
+        "value": torch.randn(*lead, 2),
         "score_bias": torch.randn(lead),
         "context": torch.randn(*entries, 3),
     }
@@ -74,7 +74,7 @@ def test_hidden_rows_change_no_gradient_of_the_module(module, ragged, context, f
         return parameters_of(module, module(**tensors, **extra, mask=mask, impl=impl), tensors)
 
     clean = run({n: x.clone() for n, x in tensors.items()})
-    for name in ("h", "values", "score_bias"):
+    for name in ("h", "value", "score_bias"):
         tensors[name][~mask] = fill
     context = tensors["context"][0] if ragged and context == "row" else tensors["context"]
     context[unread] = fill
@@ -143,16 +143,16 @@ EVERY = [
     (impl, window, name, ragged, dropout_p)
     for impl in ("blocked", "reference")
     for window in WINDOWS
-    for name in ("h", "values", "score_bias", "context")
+    for name in ("h", "value", "score_bias", "context")
     for ragged in (False, True)
     for dropout_p in (0.0, 0.3)
 ]
 KERNEL = [  # in the interpreter, where each takes seconds
     ("triton", (None, 0), "h", False, 0.0),
-    ("triton", (None, -1), "values", True, 0.0),
+    ("triton", (None, -1), "value", True, 0.0),
     ("triton", (1, None), "h", True, 0.0),
     ("triton", (0, None), "context", False, 0.0),
-    ("triton", (2, 1), "values", False, 0.3),
+    ("triton", (2, 1), "value", False, 0.3),
     ("triton", (0, 0), "h", False, 0.0),
     ("triton", (None, 2), "score_bias", False, 0.3),
 ]
@@ -175,7 +175,7 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         hops=2,
         score="gated_hops",
         context="row",
-        values=3,
+        value=3,
         score_bias=True,
         ragged=False,
         dropout_p=dropout_p,
@@ -217,4 +217,4 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
         torch.testing.assert_close(got[n], x, msg=lambda text, n=n: f"{n}: {text}")
     if blind.any():
         _, all_of_it = run(spoilt, [])
-        assert all_of_it["w"].isnan().any() or all_of_it["values"].isnan().any()
+        assert all_of_it["w"].isnan().any() or all_of_it["value"].isnan().any()

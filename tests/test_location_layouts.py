@@ -52,11 +52,11 @@ def check(op, tensors: dict[str, Tensor], name: str, impl: str) -> None:
 
 
 SCORES = {
-    "gated, hops, a context a row": {"score": "gated_hops", "context": "row", "values": 5},
+    "gated, hops, a context a row": {"score": "gated_hops", "context": "row", "value": 5},
     "mlp, a context a sequence": {"score": "mlp", "context": "sequence"},
-    "linear hops": {"score": "linear_hops", "context": "row", "values": 5},
+    "linear hops": {"score": "linear_hops", "context": "row", "value": 5},
     "linear": {"score": "linear", "context": "sequence"},
-    "projected, hops": {"score": "projected_hops", "context": "sequence", "values": 5},
+    "projected, hops": {"score": "projected_hops", "context": "sequence", "value": 5},
 }
 
 
@@ -72,7 +72,7 @@ def test_location_takes_any_layout(layout, score, ragged, impl, device):
 def test_the_windowed_form_takes_any_layout(layout, window, impl, device):
     ragged = window[1] is None
     case = Case(
-        batch=2, rows=18, dim=6, hops=2, score="linear_hops", values=5, ragged=ragged, score_bias=True, mask="random"
+        batch=2, rows=18, dim=6, hops=2, score="linear_hops", value=5, ragged=ragged, score_bias=True, mask="random"
     )
     check(operator(window=window, return_weights=not ragged), case.tensors(device), layout, impl)
 
@@ -88,7 +88,7 @@ def test_the_hierarchical_form_takes_any_layout(layout, contexts, impl, device):
 
 @table("window,layout", (None, (None, 0)), LAYOUTS, of_kernel=3)
 def test_cotangents_may_have_any_layout(layout, window, impl, device):
-    case = Case(batch=2, rows=18, dim=6, hops=2, score="mlp_hops", values=5)
+    case = Case(batch=2, rows=18, dim=6, hops=2, score="mlp_hops", value=5)
     tensors = {n: x.requires_grad_() for n, x in case.tensors(device).items()}
     outputs = operator(window=window)(impl=impl, **tensors)
     rng = torch.Generator().manual_seed(2)
@@ -100,21 +100,21 @@ def test_cotangents_may_have_any_layout(layout, window, impl, device):
 
 
 FAR = {  # the axis along which three numbers are 2**30 apart
-    "rows": ({"h": 1, "values": 1, "context": 1, "score_bias": 1}, {"batch": 2, "rows": 3}),
-    "sequences": ({"h": 0, "values": 0, "context": 0, "score_bias": 0}, {"batch": 3, "rows": 2}),
+    "rows": ({"h": 1, "value": 1, "context": 1, "score_bias": 1}, {"batch": 2, "rows": 3}),
+    "sequences": ({"h": 0, "value": 0, "context": 0, "score_bias": 0}, {"batch": 3, "rows": 2}),
     "parameters": (
         {"w": 0, "gate_w": 0, "v": 0, "b": 0, "gate_b": 0},
         {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3},
     ),
     "columns": ({"w": 1, "gate_w": 1, "v": 1}, {"batch": 2, "rows": 3, "attn_dim": 3, "hops": 3}),
-    "features": ({"h": 2, "values": 2, "context": 2}, {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3, "values": 3}),
+    "features": ({"h": 2, "value": 2, "context": 2}, {"batch": 2, "rows": 3, "dim": 3, "attn_dim": 3, "value": 3}),
 }
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("axes", "sizes"), FAR.values(), ids=FAR)
 def test_numbers_past_int32_are_found(axes, sizes, impl, far_apart, device):
-    sizes = {"dim": 4, "attn_dim": 4, "hops": 2, "values": 3} | sizes
+    sizes = {"dim": 4, "attn_dim": 4, "hops": 2, "value": 3} | sizes
     case = Case(dtype=torch.float16, score="gated_hops", context="row", score_bias=True, **sizes)
     tensors = case.tensors(device)
     assert_close(
@@ -125,9 +125,9 @@ def test_numbers_past_int32_are_found(axes, sizes, impl, far_apart, device):
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
 def test_windowed_numbers_past_int32_are_found(impl, far_apart, device):
-    case = Case(dtype=torch.float16, batch=2, rows=3, dim=4, score="linear", values=3, score_bias=True)
+    case = Case(dtype=torch.float16, batch=2, rows=3, dim=4, score="linear", value=3, score_bias=True)
     tensors = case.tensors(device)
-    axes = {"h": 1, "values": 1, "score_bias": 1}
+    axes = {"h": 1, "value": 1, "score_bias": 1}
     op = operator(window=(None, 0))
     far = tensors | {n: far_apart(tensors[n], axis) for n, axis in axes.items()}
     assert_close(evaluate(op, far, impl), evaluate(op, tensors, impl))

@@ -93,7 +93,7 @@ def inputs(B, T, D, A, R=None, DV=None, gated=False, context=False, ragged=False
         "gate_w": new(D, A) if gated else None,
         "gate_b": new(A) if gated else None,
         "context": new(B, width) if context else None,
-        "values": None if DV is None else new(*lead, DV),
+        "value": None if DV is None else new(*lead, DV),
         "score_bias": None,
         "mask": new(*lead, dtype=torch.bool),
         "cu_seqlens": new(B + 1, dtype=torch.int32) if ragged else None,
@@ -112,7 +112,7 @@ def test_temporaries_stay_in_the_workspace(sizes, dtype):
     kept = nbytes(out, lse, scores)
     assert forward.most <= kept + location.WORKSPACE_BYTES * 1.01 + nbytes(out) + 8 * 2**20
 
-    names = ("h", "w", "b", "v", "gate_w", "gate_b", "context", "values", "score_bias")
+    names = ("h", "w", "b", "v", "gate_w", "gate_b", "context", "value", "score_bias")
     needs = [tensors[name] is not None for name in names]
     dout = torch.empty_like(out)
     with _Peak() as backward:

@@ -40,7 +40,7 @@ def by_formula(
     gate_w=None,
     gate_b=None,
     context=None,
-    values=None,
+    value=None,
     score_bias=None,
     mask=None,
     activation="tanh",
@@ -49,8 +49,8 @@ def by_formula(
     impl=None,
 ):
     """Location attention of a padded batch in float64: the output and the weights, as the package has them."""
-    h, w, b, v, gate_w, gate_b, context, values, score_bias = (
-        x if x is None else x.double() for x in (h, w, b, v, gate_w, gate_b, context, values, score_bias)
+    h, w, b, v, gate_w, gate_b, context, value, score_bias = (
+        x if x is None else x.double() for x in (h, w, b, v, gate_w, gate_b, context, value, score_bias)
     )
     seen = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask
     hops = (w if v is None else v).dim() == 2
@@ -64,21 +64,21 @@ def by_formula(
         u = u * ACTS[gate_activation](h @ gate_w + (0 if gate_b is None else gate_b))
     s = u if v is None else torch.einsum("bta,ar->btr", u, v.reshape(u.shape[-1], -1))
     s = s if score_bias is None else s + score_bias[..., None]
-    s, values = s.transpose(1, 2), h if values is None else values
+    s, value = s.transpose(1, 2), h if value is None else value
     if window is not None:  # (B, R, positions, keys)
         j = torch.arange(h.shape[1], device=h.device)
         left, right = (10**9 if side is None else side for side in window)
         seen = seen[:, None, None] & (j >= j[:, None] - left) & (j <= j[:, None] + right)
         weights = softmax_of_seen(s[:, :, None].expand(-1, -1, h.shape[1], -1), seen.expand(-1, s.shape[1], -1, -1))
-        out = torch.einsum("brij,bjd->bird", weights, values)
+        out = torch.einsum("brij,bjd->bird", weights, value)
         return (out, weights) if hops else (out.squeeze(2), weights.squeeze(1))
     weights = softmax_of_seen(s, seen[:, None].expand_as(s))
-    out = weights @ values
+    out = weights @ value
     return (out, weights) if hops else (out.squeeze(1), weights.squeeze(1))
 
 
 SCORES = ("linear", "linear_hops", "mlp", "mlp_hops", "gated", "gated_hops", "projected")
-SMALL = {"batch": 2, "rows": 7, "dim": 4, "attn_dim": 3, "hops": 2, "values": 3, "mask": "empty"}
+SMALL = {"batch": 2, "rows": 7, "dim": 4, "attn_dim": 3, "hops": 2, "value": 3, "mask": "empty"}
 
 
 def against_the_formula(case: Case, window, impl: str, device, dtype, **changed) -> None:
@@ -190,12 +190,12 @@ def test_weights_sum_to_one_and_multiply_the_values(bias, dtype, window, impl, d
     rows = 18 if impl == "triton" and window is not None else 9
     h = torch.randn(1, rows, 4, generator=rng).to(device, dtype)
     w = torch.randn(4, 2, generator=rng).to(device, dtype)
-    values = torch.randn(1, rows, 3, generator=rng).to(device, dtype).requires_grad_()
+    value = torch.randn(1, rows, 3, generator=rng).to(device, dtype).requires_grad_()
     out, weights = location_attention(
         h,
         w,
         score_bias=BIASES[bias](rows)[None].to(device),
-        values=values,
+        value=value,
         window=window,
         return_weights=True,
         impl=impl,
@@ -209,10 +209,10 @@ def test_weights_sum_to_one_and_multiply_the_values(bias, dtype, window, impl, d
     )
     assert_sum_to_one(weights, seen)
     eps = torch.finfo(dtype).eps
-    want = weights.double() @ (values.double()[:, None] if window else values.double())
+    want = weights.double() @ (value.double()[:, None] if window else value.double())
     want = want.transpose(1, 2) if window else want
-    assert largest(out - want) <= 4 * eps * largest(values)
-    (dvalues,) = torch.autograd.grad(out.float().sum(), values)
+    assert largest(out - want) <= 4 * eps * largest(value)
+    (dvalues,) = torch.autograd.grad(out.float().sum(), value)
     want = weights.double().sum(1 if window is None else (1, 2))[..., None].expand_as(dvalues)
     assert largest(dvalues - want) <= 4 * eps * max(1, largest(want))
 
@@ -257,7 +257,7 @@ SCALES = (1.0, 30.0, 1e3, 1e6)
 @table("scale,dtype,window", SCALES, (torch.float32, torch.bfloat16), WINDOWS, of_kernel=3)
 def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(dtype, scale, window, impl, device):
     options = {"window": window, "activation": "identity"}
-    case = Case(dtype, batch=1, rows=18, dim=5, hops=2, score="linear_hops", values=4, score_bias=True)
+    case = Case(dtype, batch=1, rows=18, dim=5, hops=2, score="linear_hops", value=4, score_bias=True)
     tensors = case.tensors(device)
     tensors |= {name: tensors[name] * scale for name in ("w", "score_bias")}
     op = operator(**options)
@@ -265,8 +265,8 @@ def test_gradients_follow_the_error_rule_at_any_size_of_the_scores(dtype, scale,
     assert_matches_reference(op, tensors, impl=impl, exact=exact, dtype=dtype, large=scale > 1)
 
 
-@table("score,values", ("linear_hops", "mlp_hops", "mlp"), (None, 4), of_kernel=6)
-def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, values, impl, device):
+@table("score,value", ("linear_hops", "mlp_hops", "mlp"), (None, 4), of_kernel=6)
+def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, value, impl, device):
     """Scores of 100: what a row keeps of its gradient is less than the rounding of the sum it is taken from."""
     activation, scaled = (
         ("identity", ("w", "score_bias")) if score == "linear_hops" else ("tanh", ("v", "score_bias"))
@@ -274,7 +274,7 @@ def test_gradients_are_exact_where_one_row_has_almost_all_the_weight(score, valu
     op = operator(activation=activation)
     for rows in range(14, 30):
         case = Case(
-            batch=2, rows=rows, dim=5, hops=2, score=score, activation=activation, values=values, score_bias=True
+            batch=2, rows=rows, dim=5, hops=2, score=score, activation=activation, value=value, score_bias=True
         )
         tensors = case.tensors(device)
         tensors |= {name: tensors[name] * 100 for name in scaled}

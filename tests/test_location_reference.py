@@ -22,7 +22,7 @@ BY_HAND = {
 }
 
 
-def attend_by_hand(activation, gate_activation, h, w, b, v, gate_w, gate_b, context, values, score_bias, mask):
+def attend_by_hand(activation, gate_activation, h, w, b, v, gate_w, gate_b, context, value, score_bias, mask):
     """One sequence, one hop, lists of numbers: (output, weights)."""
 
     def project(row, matrix, bias):
@@ -37,7 +37,7 @@ def attend_by_hand(activation, gate_activation, h, w, b, v, gate_w, gate_b, cont
         scores.append(sum(x * y for x, y in zip(u, v, strict=True)) + score_bias[j])
     raw = [math.exp(s) if seen else 0.0 for s, seen in zip(scores, mask, strict=True)]
     weights = [x / sum(raw) if sum(raw) else 0.0 for x in raw]
-    out = [sum(a * row[d] for a, row in zip(weights, values, strict=True)) for d in range(len(values[0]))]
+    out = [sum(a * row[d] for a, row in zip(weights, value, strict=True)) for d in range(len(value[0]))]
     return out, weights
 
 
@@ -46,7 +46,7 @@ def attend_by_hand(activation, gate_activation, h, w, b, v, gate_w, gate_b, cont
 def test_reference_is_the_formula(activation, score):
     gate_activation = ACTIVATIONS[-1 - ACTIVATIONS.index(activation)]
     case = Case(
-        rows=6, dim=3, attn_dim=4, hops=2, score=score, context="sequence", values=5, score_bias=True, mask="empty"
+        rows=6, dim=3, attn_dim=4, hops=2, score=score, context="sequence", value=5, score_bias=True, mask="empty"
     )
     t = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors(torch.device("cpu")).items()}
     gate = (t["gate_w"], t["gate_b"]) if "gate_w" in t else None
@@ -57,7 +57,7 @@ def test_reference_is_the_formula(activation, score):
         t.get("v"),
         gate=gate,
         context=t["context"],
-        values=t["values"],
+        value=t["value"],
         activation=activation,
         gate_activation=gate_activation,
         mask=t["mask"],
@@ -82,7 +82,7 @@ def test_reference_is_the_formula(activation, score):
                 v[:, hop].tolist(),
                 *((x.tolist() for x in gate) if gate else (None, None)),
                 context[seq].tolist(),
-                t["values"][seq].tolist(),
+                t["value"][seq].tolist(),
                 t["score_bias"][seq].tolist(),
                 t["mask"][seq].tolist(),
             )

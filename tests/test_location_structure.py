@@ -31,17 +31,17 @@ def short_items(monkeypatch):
 @pytest.mark.kernel
 @both_forms
 @pytest.mark.parametrize("score", ["mlp", "linear_hops"])
-@pytest.mark.parametrize("values", [None, 7])
+@pytest.mark.parametrize("value", [None, 7])
 @pytest.mark.parametrize("mask", ["none", "empty"])
-def test_sequences_in_parts_match_the_reference(short_items, mask, values, score, ragged, device):
-    case = Case(rows=150, dim=9, score=score, values=values, ragged=ragged, mask=mask)
+def test_sequences_in_parts_match_the_reference(short_items, mask, value, score, ragged, device):
+    case = Case(rows=150, dim=9, score=score, value=value, ragged=ragged, mask=mask)
     assert_matches_reference(case.op, case.tensors(device))
 
 
 @pytest.mark.kernel
 @both_forms
 def test_sequences_in_parts_with_wide_values_match_the_reference(short_items, ragged, device):
-    case = Case(batch=2, rows=70, dim=9, attn_dim=3, values=600, ragged=ragged, mask="empty")
+    case = Case(batch=2, rows=70, dim=9, attn_dim=3, value=600, ragged=ragged, mask="empty")
     assert_matches_reference(case.op, case.tensors(device))
 
 
@@ -77,7 +77,7 @@ def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, context, 
         rows=100,
         score="gated_hops",
         context=context,
-        values=7,
+        value=7,
         score_bias=True,
         mask="random",
         ragged=ragged,
@@ -88,7 +88,7 @@ def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, context, 
     monkeypatch.setattr(location_bwd, "WORKSPACE_BYTES", 1)
     assert_matches_reference(case.op, tensors)
     parts = evaluate(case.op, tensors, "triton")
-    for name in ("h", "values", "context", "score_bias"):  # what is summed over rows sums in another order
+    for name in ("h", "value", "context", "score_bias"):  # what is summed over rows sums in another order
         assert torch.equal(parts.gradients[name], whole.gradients[name]), name
 
 
@@ -109,7 +109,7 @@ def test_two_runs_are_bitwise_equal(short_items, dtype, ragged, device):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("sizes", [{"batch": 0, "rows": 5}, {"rows": 0}], ids=["batch=0", "rows=0"])
 def test_empty_batches_give_zeros(sizes, score, context, impl, device):
-    case = Case(**sizes, score=score, context=context, values=7, score_bias=True, mask="random")
+    case = Case(**sizes, score=score, context=context, value=7, score_bias=True, mask="random")
     tensors = case.tensors(device)
     result = evaluate(case.op, tensors, impl)
     assert_zero(result)
@@ -123,7 +123,7 @@ def test_empty_batches_give_zeros(sizes, score, context, impl, device):
 @pytest.mark.parametrize("context", ["none", "sequence", "row"])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
 def test_ragged_batches_without_rows_give_zeros(lengths, context, impl, device):
-    case = Case(rows=0, score="gated_hops", ragged=True, context=context, values=7, score_bias=True)
+    case = Case(rows=0, score="gated_hops", ragged=True, context=context, value=7, score_bias=True)
     tensors = case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}
     if context == "sequence":
         tensors["context"] = tensors["context"][: len(lengths)]
@@ -137,7 +137,7 @@ def test_ragged_batches_without_rows_give_zeros(lengths, context, impl, device):
 @pytest.mark.parametrize("score", SCORES)
 @both_forms
 def test_sequences_that_see_nothing_give_zeros(ragged, score, impl, device):
-    case = Case(rows=40, score=score, context="row", values=7, score_bias=True, mask="random", ragged=ragged)
+    case = Case(rows=40, score=score, context="row", value=7, score_bias=True, mask="random", ragged=ragged)
     tensors = case.tensors(device)
     tensors["mask"] = torch.zeros_like(tensors["mask"])
     assert_zero(evaluate(case.op, tensors, impl))
@@ -167,7 +167,7 @@ def test_one_sequence_that_sees_nothing_leaves_the_others_alone(impl, device):
 def as_padded(op, fill):
     """The same operator on packed rows, through a padded batch whose padding holds `fill`."""
 
-    def padded_op(*, impl, cu_seqlens, h, context=None, values=None, score_bias=None, **parameters):
+    def padded_op(*, impl, cu_seqlens, h, context=None, value=None, score_bias=None, **parameters):
         lengths = cu_seqlens.diff()
         rows = torch.arange(len(h), device=h.device)
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)
@@ -185,7 +185,7 @@ def as_padded(op, fill):
             impl=impl,
             h=pad(h),
             context=context,
-            values=pad(values),
+            value=pad(value),
             score_bias=pad(score_bias),
             mask=mask,
             **parameters,
@@ -202,7 +202,7 @@ def as_padded(op, fill):
 def test_padded_and_ragged_forms_of_the_same_bags_agree(score, dropout_p, fill, impl, device):
     lengths = [7, 0, 63, 1, 30]
     case = Case(
-        rows=sum(lengths), score=score, ragged=True, context="row", values=7, score_bias=True, dropout_p=dropout_p
+        rows=sum(lengths), score=score, ragged=True, context="row", value=7, score_bias=True, dropout_p=dropout_p
     )
     tensors = case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}
     exact = evaluate(case.op, in_double(tensors), "reference")
@@ -217,12 +217,12 @@ def test_padded_and_ragged_forms_of_the_same_bags_agree(score, dropout_p, fill, 
 @both_forms
 def test_masked_rows_are_never_read_and_have_zero_gradients(ragged, dtype, fill, impl, device):
     case = Case(
-        dtype=dtype, rows=70, score="gated", context="row", values=7, score_bias=True, mask="random", ragged=ragged
+        dtype=dtype, rows=70, score="gated", context="row", value=7, score_bias=True, mask="random", ragged=ragged
     )
     tensors = case.tensors(device)
     clean = evaluate(case.op, tensors, impl)
     hidden = ~tensors["mask"]
-    by_row = ("h", "values", "score_bias", "context")
+    by_row = ("h", "value", "score_bias", "context")
 
     def rows(name, x):
         return x[0] if name == "context" and ragged else x

@@ -40,7 +40,7 @@ FACTORS = {
     "ragged": (False, True),
     "mask": ("none", "random", "padding", "empty", "expanded"),
     "context": ("none", "sequence", "row"),
-    "values": (None, 1, 35),
+    "value": (None, 1, 35),
     "score_bias": (False, True),
     "layout": ("contiguous", "swapped", "strided"),
     "dropout_p": (0.0, 0.3),
@@ -95,7 +95,7 @@ def pairwise_cases():
         for impl in FAST:
             window = WINDOWS[i % len(WINDOWS)]
             marks = getattr(impl, "marks", ())
-            name = impl.values[0] if marks else impl
+            name = impl.value[0] if marks else impl
             yield pytest.param(case, window, name, marks=marks, id=f"{name},{window},{case}")
 
 
@@ -122,7 +122,7 @@ def test_matches_the_reference_over_many_tiles(impl, window, ragged, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wide_values_and_many_hops_match_the_reference(dtype, device):
-    case = Case(dtype=dtype, batch=1, rows=20, dim=3, attn_dim=3, hops=5, score="mlp_hops", values=70)
+    case = Case(dtype=dtype, batch=1, rows=20, dim=3, attn_dim=3, hops=5, score="mlp_hops", value=70)
     check(case, (None, 2), "triton", device)
 
 
@@ -130,13 +130,13 @@ def test_wide_values_and_many_hops_match_the_reference(dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [(None, 0), (2, None), (3, 2)], ids=str)
 def test_widths_and_lengths_of_whole_vectors_match_the_reference(window, dtype, device):
-    check(Case(dtype=dtype, batch=1, rows=80, dim=16, attn_dim=16, values=32), window, "triton", device)
+    check(Case(dtype=dtype, batch=1, rows=80, dim=16, attn_dim=16, value=32), window, "triton", device)
 
 
-@pytest.mark.parametrize("name", ["h", "w", "values", "score_bias"])
+@pytest.mark.parametrize("name", ["h", "w", "value", "score_bias"])
 @each_fast
 def test_one_gradient_alone_is_that_of_the_reference(impl, name, device):
-    case = Case(batch=2, rows=40, dim=3, attn_dim=2, values=3, score_bias=True)
+    case = Case(batch=2, rows=40, dim=3, attn_dim=2, value=3, score_bias=True)
     check(case, (None, 0), impl, device, wrt=[name])
 
 
@@ -149,8 +149,8 @@ def test_segments_of_every_length_match_the_reference(device):
         assert_matches_reference(windowed(case, window), tensors)
 
 
-def raw(scores, values, cu, seed, window, dropout_p, impl):
-    inputs = WindowInputs(scores, values, cu, seed, *window, dropout_p)
+def raw(scores, value, cu, seed, window, dropout_p, impl):
+    inputs = WindowInputs(scores, value, cu, seed, *window, dropout_p)
     return reference.windowed_attention(inputs) if impl == "reference" else WINDOW(inputs, impl == "blocked")
 
 
@@ -176,12 +176,12 @@ def check_free_gradients(impl, dtype, window, dropout_p, through, device, shift=
     rng = torch.Generator().manual_seed(0)
     tensors = {
         "scores": torch.randn(2, 20, 2, generator=rng).to(device),
-        "values": torch.randn(2, 20, 3, generator=rng).to(device, dtype),
+        "value": torch.randn(2, 20, 3, generator=rng).to(device, dtype),
     }
     if shift:
         tensors["scores"] = (tensors["scores"] * 4).round() / 4 + shift
     tensors["scores"][0, :5] = -torch.inf
-    tensors["values"][0, :5] = torch.nan
+    tensors["value"][0, :5] = torch.nan
     seed = torch.tensor([5], device=device)
 
     def derivatives(tensors, impl):
@@ -192,7 +192,7 @@ def check_free_gradients(impl, dtype, window, dropout_p, through, device, shift=
         grads = torch.autograd.grad(
             [named[name] for name in through], list(leaves.values()), cotangents, materialize_grads=True
         )
-        outputs = {"output": named["output"].to(tensors["values"].dtype), "lse": named["lse"]}
+        outputs = {"output": named["output"].to(tensors["value"].dtype), "lse": named["lse"]}
         return Result(
             {name: x.detach().masked_fill(x == -torch.inf, 0) for name, x in outputs.items()},
             dict(zip(leaves, grads, strict=True)),
@@ -211,14 +211,14 @@ def jagged(x, cu):
 @pytest.mark.parametrize("score", ["linear", "mlp_hops"])
 def test_jagged_tensors_are_ragged_batches(score, impl, device):
     on(impl, device)
-    case = Case(rows=40, dim=3, score=score, ragged=True, values=2)
+    case = Case(rows=40, dim=3, score=score, ragged=True, value=2)
     tensors = case.tensors(device)
     packed = windowed(case, (None, 0))
 
-    def op(*, impl, h, values, cu_seqlens, **parameters):
+    def op(*, impl, h, value, cu_seqlens, **parameters):
         if h.dtype == torch.float64:  # the oracle has no nested tensors
-            return packed(impl=impl, h=h, values=values, cu_seqlens=cu_seqlens, **parameters)
-        out = packed(impl=impl, h=jagged(h, cu_seqlens), values=jagged(values, cu_seqlens), **parameters)
+            return packed(impl=impl, h=h, value=value, cu_seqlens=cu_seqlens, **parameters)
+        out = packed(impl=impl, h=jagged(h, cu_seqlens), value=jagged(value, cu_seqlens), **parameters)
         assert out.is_nested
         assert torch.equal(out.offsets(), cu_seqlens.long())
         return out.values()
@@ -269,7 +269,7 @@ def test_positions_that_see_nothing_give_zeros(ragged, impl, device):
 @pytest.mark.parametrize("sizes", [{"batch": 0, "rows": 5}, {"rows": 0}], ids=["batch=0", "rows=0"])
 def test_empty_batches_give_empty_outputs(sizes, impl, device):
     on(impl, device)
-    case = Case(**sizes, dim=3, score="mlp_hops", values=2)
+    case = Case(**sizes, dim=3, score="mlp_hops", value=2)
     result = evaluate(windowed(case, (None, 0)), case.tensors(device), impl)
     batch, rows = case.tensors(device)["h"].shape[:2]
     assert result.outputs["output"].shape == (batch, rows, 3, 2)
@@ -282,7 +282,7 @@ def test_empty_batches_give_empty_outputs(sizes, impl, device):
 def test_weights_of_values_without_a_feature_match_the_reference(impl, window, device):
     """The weights do not depend on the values."""
     case = Case(batch=2, rows=40, dim=3, mask="random")
-    tensors = case.tensors(device) | {"values": torch.zeros(2, 40, 0, device=device)}
+    tensors = case.tensors(device) | {"value": torch.zeros(2, 40, 0, device=device)}
     on(impl, device)
     assert_matches_reference(windowed(case, window), tensors, impl=impl)
 
@@ -292,11 +292,11 @@ def test_weights_of_values_without_a_feature_match_the_reference(impl, window, d
 @pytest.mark.parametrize("window", [(None, 0), (1, 2)], ids=str)
 def test_masked_rows_are_never_read_and_have_zero_gradients(window, ragged, impl, device):
     on(impl, device)
-    case = Case(batch=2, rows=40, dim=3, score="gated", values=3, score_bias=True, mask="random", ragged=ragged)
+    case = Case(batch=2, rows=40, dim=3, score="gated", value=3, score_bias=True, mask="random", ragged=ragged)
     tensors = case.tensors(device)
     clean = evaluate(windowed(case, window), tensors, impl)
     hidden = ~tensors["mask"]
-    by_row = ("h", "values", "score_bias")
+    by_row = ("h", "value", "score_bias")
     for name in by_row:
         tensors[name][hidden] = torch.nan
     result = evaluate(windowed(case, window), tensors, impl)
@@ -353,10 +353,10 @@ def test_dropout_differs_between_positions_hops_and_sequences(window, impl, devi
     """With all scores 0 and unit vectors as values the output is the weights."""
     impl = on(impl, device)
     h = torch.zeros(2, 64, 1, device=device)
-    values = torch.eye(64, device=device).expand(2, 64, 64)
+    value = torch.eye(64, device=device).expand(2, 64, 64)
     w = torch.zeros(1, 2, device=device)
     torch.manual_seed(0)
-    out = location_attention(h, w, values=values, window=window, dropout_p=0.3, impl=impl)
+    out = location_attention(h, w, value=value, window=window, dropout_p=0.3, impl=impl)
     i, j = torch.arange(64, device=device)[:, None], torch.arange(64, device=device)
     shown = (j <= i + window[1]) & (j >= i - (window[0] or 64))
     assert largest(out.transpose(1, 2)[..., ~shown]) == 0
@@ -391,7 +391,7 @@ def slopes(kind: str, rows: int) -> torch.Tensor:
 @each_fast
 def test_scores_of_very_different_tiles_match_the_reference(impl, window, kind, device):
     on(impl, device)
-    case = Case(batch=2, rows=70, dim=3, values=3, score="linear", score_bias=True)
+    case = Case(batch=2, rows=70, dim=3, value=3, score="linear", score_bias=True)
     tensors = case.tensors(device)
     tensors["score_bias"] = tensors["score_bias"] + slopes(kind, 70).to(device)
     assert_matches_reference(windowed(case, window), tensors, impl=impl)
@@ -547,9 +547,9 @@ def test_blocked_path_is_linear_in_the_rows(ragged, window, device):
     on("blocked", device)
     counts = []
     for rows in (1024, 2048, 4096):
-        scores, values = torch.randn(rows, 1), torch.randn(rows, 8)
+        scores, value = torch.randn(rows, 1), torch.randn(rows, 8)
         cu = torch.tensor([0, 10, 10, rows], dtype=torch.int32)
-        tensors = (scores, values, cu, None) if ragged else (scores[None], values[None], None, None)
+        tensors = (scores, value, cu, None) if ragged else (scores[None], value[None], None, None)
         inputs = WindowInputs(*tensors, *window, 0.0)
         with Recorder() as seen:
             out, lse = in_blocks.window_fwd(inputs)

@@ -108,9 +108,9 @@ def test_forward_is_the_function_on_the_parameters(device):
         DIM, ATTN_DIM, hops=HOPS, gated=True, activation="relu", gate_activation="tanh", context_dim=4
     ).to(device)
     h, context = torch.randn(2, 7, DIM, device=device), torch.randn(2, 4, device=device)
-    values, score_bias = torch.randn(2, 7, 2, device=device), torch.randn(2, 7, device=device)
+    value, score_bias = torch.randn(2, 7, 2, device=device), torch.randn(2, 7, device=device)
     mask = torch.rand(2, 7, device=device) < 0.7
-    got = module(h, context=context, values=values, mask=mask, score_bias=score_bias, return_weights=True)
+    got = module(h, context=context, value=value, mask=mask, score_bias=score_bias, return_weights=True)
     p = dict(module.named_parameters())
     want = location_attention(
         h,
@@ -119,7 +119,7 @@ def test_forward_is_the_function_on_the_parameters(device):
         p["score.weight"].T,
         gate=(p["gate.weight"].T, p["gate.bias"]),
         context=context @ p["context.weight"].T,
-        values=values,
+        value=value,
         activation="relu",
         gate_activation="tanh",
         mask=mask,

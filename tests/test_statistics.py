@@ -35,12 +35,12 @@ FACTORS = {
     "ragged": (False, True),
     "mask": ("none", "random", "padding", "empty", "expanded"),
     "context": ("none", "sequence", "row"),
-    "values": (None, 1, 45),
+    "value": (None, 1, 45),
     "bias": (True, False),
     "layout": ("contiguous", "swapped", "strided"),
     "through": (("output", "weights"), ("output",), ("weights",)),
 }
-PARAMETERS = ("h", "w", "b", "v", "context", "values")
+PARAMETERS = ("h", "w", "b", "v", "context", "value")
 both_kinds = pytest.mark.parametrize("per_channel", [False, True], ids=["frame", "channel"])
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -55,18 +55,18 @@ def check(case: Case, device: torch.device, **options) -> None:
 @both_kinds
 def test_reference_is_the_formula(per_channel, device):
     """Frame by frame, with the variance as a difference of moments, which float64 can afford here."""
-    case = Case(batch=2, rows=6, dim=3, attn_dim=4, context="row", values=5, mask="random", per_channel=per_channel)
+    case = Case(batch=2, rows=6, dim=3, attn_dim=4, context="row", value=5, mask="random", per_channel=per_channel)
     tensors = in_double(case.tensors(device))
 
-    def by_hand(*, impl, h, w, b, v, context, values, mask):
+    def by_hand(*, impl, h, w, b, v, context, value, mask):
         pooled, weights = [], []
         for i in range(len(h)):
             seen = mask[i].nonzero()[:, 0].tolist()
             scores = [torch.tanh(h[i, j] @ w + b + context[i, j]) @ v for j in seen]
             powers = [torch.exp(s) for s in scores]
             alpha = [p / sum(powers) for p in powers]
-            mean = sum(a * values[i, j] for a, j in zip(alpha, seen, strict=True))
-            second = sum(a * values[i, j] ** 2 for a, j in zip(alpha, seen, strict=True))
+            mean = sum(a * value[i, j] for a, j in zip(alpha, seen, strict=True))
+            second = sum(a * value[i, j] ** 2 for a, j in zip(alpha, seen, strict=True))
             pooled.append(torch.cat([mean, (second - mean**2).sqrt()]))
             shown = dict(zip(seen, alpha, strict=True))
             weights.append(torch.stack([shown.get(j, torch.zeros_like(alpha[0])) for j in range(h.shape[1])]))
@@ -92,11 +92,11 @@ def test_matches_the_reference_for_every_pair_of_factors(case, device):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"dim": 32, "attn_dim": 64, "values": 160, "dtype": torch.bfloat16},  # whole vectors of 16
-        {"dim": 32, "attn_dim": 16, "values": 160},
-        {"dim": 3, "attn_dim": 130, "values": 19, "dtype": torch.bfloat16},  # V in parts
-        {"dim": 3, "per_channel": False, "values": 300},
-        {"dim": 3, "per_channel": False, "values": 256, "dtype": torch.float16},
+        {"dim": 32, "attn_dim": 64, "value": 160, "dtype": torch.bfloat16},  # whole vectors of 16
+        {"dim": 32, "attn_dim": 16, "value": 160},
+        {"dim": 3, "attn_dim": 130, "value": 19, "dtype": torch.bfloat16},  # V in parts
+        {"dim": 3, "per_channel": False, "value": 300},
+        {"dim": 3, "per_channel": False, "value": 256, "dtype": torch.float16},
     ],
     ids=lambda sizes: ",".join(f"{n}={x}" for n, x in sizes.items()),
 )
@@ -108,7 +108,7 @@ def test_matches_the_reference_for_other_sizes(sizes, device):
 @both_kinds
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_one_gradient_alone_is_that_of_the_reference(name, per_channel, device):
-    case = Case(rows=21, dim=9, context="row", values=7, mask="random", per_channel=per_channel)
+    case = Case(rows=21, dim=9, context="row", value=7, mask="random", per_channel=per_channel)
     check(case, device, wrt=[name])
 
 
@@ -169,9 +169,9 @@ def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_cha
     """
     if parts:
         monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, channel_blocks, block_t: 16)
-    case = Case(rows=200, dim=5, values=9, per_channel=per_channel)
+    case = Case(rows=200, dim=5, value=9, per_channel=per_channel)
     tensors = case.tensors(device)
-    tensors["values"] = 1e4 + 0.1 * tensors["values"]
+    tensors["value"] = 1e4 + 0.1 * tensors["value"]
     got = evaluate(case.op, tensors, impl).outputs["output"]
     exact = evaluate(case.op, in_double(tensors), "reference").outputs["output"]
     torch.testing.assert_close(got[:, 9:].double(), exact[:, 9:], rtol=5e-6, atol=0)
@@ -184,10 +184,10 @@ def test_channels_far_from_zero_keep_their_deviation(monkeypatch, parts, per_cha
 @pytest.mark.parametrize(("far", "noise"), [(1e4, 0.0), (1e6, 0.0), (1e6, 0.1), (-3e6, 0.0)], ids=str)
 def test_deviations_of_any_channel_are_those_of_its_numbers(far, noise, ragged, per_channel, impl, device):
     """Of a constant one none, which is the floor; and of 1e6 ± 0.1 what float32 has left of it."""
-    case = Case(rows=40, dim=5, values=9, per_channel=per_channel, ragged=ragged)
+    case = Case(rows=40, dim=5, value=9, per_channel=per_channel, ragged=ragged)
     tensors = case.tensors(device)
-    tensors["values"] = far + noise * tensors["values"]
-    tensors["values"][..., 3] = 4.0
+    tensors["value"] = far + noise * tensors["value"]
+    tensors["value"][..., 3] = 4.0
     got = evaluate(case.op, tensors, impl)
     exact = evaluate(formula, in_double(tensors), "")
     mean, std = got.outputs["output"].double().chunk(2, -1)
@@ -200,14 +200,14 @@ def test_deviations_of_any_channel_are_those_of_its_numbers(far, noise, ragged, 
 
 def far_from_zero(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     tensors = case.tensors(device)
-    return tensors | {"values": 1e4 + 0.1 * tensors["values"]}
+    return tensors | {"value": 1e4 + 0.1 * tensors["value"]}
 
 
 @pytest.mark.kernel
 @both_kinds
 def test_gradients_of_channels_far_from_zero_are_right_to_float32(per_channel, device):
     """Of the deviation: the mean's rounding to float32, 5e-4, would be 5e-3 of every difference from it."""
-    tensors = far_from_zero(Case(rows=100, dim=5, values=9, per_channel=per_channel), device)
+    tensors = far_from_zero(Case(rows=100, dim=5, value=9, per_channel=per_channel), device)
 
     def deviation(**arguments):
         return statistics_pooling(**arguments)[1]
@@ -223,29 +223,29 @@ def test_weights_of_the_backward_are_right_to_the_last_bits(device):
     """Of scores that float32 holds exactly: the gradient of the mean is the weight."""
     steps = torch.arange(4, 12, device=device).view(-1, 1, 1) / 64
     h = -steps * (torch.arange(1000, device=device) % 97).view(1, -1, 1)
-    values = torch.zeros_like(h, requires_grad=True)
+    value = torch.zeros_like(h, requires_grad=True)
     one = torch.ones(1, device=device)
-    mean, _ = statistics_pooling(h, one[:, None], None, one, values=values, activation="identity", impl="triton")
+    mean, _ = statistics_pooling(h, one[:, None], None, one, value=value, activation="identity", impl="triton")
     mean.sum().backward()
     torch.testing.assert_close(
-        values.grad.double(), h.double().softmax(1), rtol=4 * torch.finfo(torch.float32).eps, atol=0
+        value.grad.double(), h.double().softmax(1), rtol=4 * torch.finfo(torch.float32).eps, atol=0
     )
 
 
 @pytest.mark.kernel
 @both_kinds
 def test_shifted_values_match_the_reference(per_channel, device):
-    case = Case(rows=70, dim=5, values=9, per_channel=per_channel)
+    case = Case(rows=70, dim=5, value=9, per_channel=per_channel)
     assert_matches_reference(case.op, far_from_zero(case, device))
 
 
 @each_impl
 @both_kinds
 def test_a_constant_added_to_the_values_moves_the_mean_alone(per_channel, impl, device):
-    tensors = Case(rows=40, per_channel=per_channel, values=9).tensors(device)
-    tensors["values"] = (tensors["values"] * 64).round() / 64
+    tensors = Case(rows=40, per_channel=per_channel, value=9).tensors(device)
+    tensors["value"] = (tensors["value"] * 64).round() / 64
     mean, std = statistics_pooling(**tensors, impl=impl)
-    moved, same = statistics_pooling(**{**tensors, "values": tensors["values"] + 8}, impl=impl)
+    moved, same = statistics_pooling(**{**tensors, "value": tensors["value"] + 8}, impl=impl)
     torch.testing.assert_close(moved, mean + 8)
     torch.testing.assert_close(same, std)
 
@@ -280,17 +280,17 @@ def test_large_scores_match_the_reference(per_channel, device):
 @pytest.mark.parametrize("floor", [0.0, 1e-12, 0.25])
 def test_constant_channels_have_the_floor_and_no_gradient_from_it(floor, per_channel, impl, device):
     """Powers of two: their weighted mean is exact, so is a variance of 0."""
-    tensors = Case(rows=40, per_channel=per_channel, values=9).tensors(device)
+    tensors = Case(rows=40, per_channel=per_channel, value=9).tensors(device)
     del tensors["h"], tensors["w"], tensors["b"], tensors["v"]
-    tensors["values"][..., 2] = 4.0
-    tensors["values"].requires_grad_()
+    tensors["value"][..., 2] = 4.0
+    tensors["value"].requires_grad_()
     h = torch.zeros(3, 40, 5, device=device)
     v = torch.randn(2, 9, device=device) if per_channel else torch.randn(2, device=device)
     w = torch.zeros(5, 2, device=device, requires_grad=True)
-    _, std = statistics_pooling(h[:, :32], w, None, v, values=tensors["values"][:, :32], floor=floor, impl=impl)
+    _, std = statistics_pooling(h[:, :32], w, None, v, value=tensors["value"][:, :32], floor=floor, impl=impl)
     assert torch.equal(std[:, 2], torch.full_like(std[:, 2], math.sqrt(floor)))
     std[:, 2].sum().backward()
-    assert largest(tensors["values"].grad) == 0
+    assert largest(tensors["value"].grad) == 0
     assert largest(w.grad) == 0
 
 
@@ -348,10 +348,10 @@ def test_sequences_that_see_nothing_give_zeros(ragged, per_channel, impl, device
 @both_kinds
 @both_forms
 def test_masked_frames_are_never_read(ragged, per_channel, impl, device):
-    case = Case(rows=63, context="row", values=7, mask="empty", per_channel=per_channel, ragged=ragged)
+    case = Case(rows=63, context="row", value=7, mask="empty", per_channel=per_channel, ragged=ragged)
     tensors = case.tensors(device)
     clean = evaluate(case.op, tensors, impl)
-    hidden = {"h": ~tensors["mask"], "values": ~tensors["mask"]}
+    hidden = {"h": ~tensors["mask"], "value": ~tensors["mask"]}
     hidden["context"] = hidden["h"][None] if ragged else hidden["h"]
     filled = {
         name: x.masked_fill(hidden[name][..., None], torch.nan) for name, x in tensors.items() if name in hidden
@@ -443,7 +443,7 @@ def calls(draw) -> tuple[Case, list[int]]:
         rows=sum(lengths),
         dim=draw(st.integers(1, 20)),
         attn_dim=draw(st.integers(1, 20)),
-        values=draw(st.one_of(st.none(), st.integers(1, 40))),
+        value=draw(st.one_of(st.none(), st.integers(1, 40))),
         mask=draw(st.sampled_from(["none", "random"])),
         per_channel=draw(st.booleans()),
     )
@@ -455,5 +455,5 @@ def calls(draw) -> tuple[Case, list[int]]:
 def test_matches_the_reference_for_any_segments(device, call):
     case, lengths = call
     tensors = dataclasses.replace(case, ragged=False).tensors(device)
-    packed = {name: x[0] if name in ("h", "values", "mask") else x for name, x in tensors.items()}
+    packed = {name: x[0] if name in ("h", "value", "mask") else x for name, x in tensors.items()}
     assert_matches_reference(case.op, {**packed, "cu_seqlens": offsets(lengths, device)})

@@ -66,7 +66,7 @@ def _location_aware_tensors(device, dtype=torch.float32, batch=3, keys=9, width=
     }
 
 
-_frames = _statistics_pooling.Case(rows=21, dim=9, attn_dim=6, values=7, context="sequence")
+_frames = _statistics_pooling.Case(rows=21, dim=9, attn_dim=6, value=7, context="sequence")
 FAMILIES = {
     "frame": _of(replace(_frames, per_channel=False, mask="padding"), _statistics_pooling.formula),
     "channel": _of(replace(_frames, mask="random", context="row"), _statistics_pooling.formula),
@@ -151,11 +151,11 @@ def test_every_argument_may_have_strides_of_its_own(layout, name, impl, device):
 FAR = [
     (name, tensor, axis)
     for name, axes in {
-        "frame": {"h": 0, "values": 0, "context": 0, "mask": 0},
-        "channel": {"h": 0, "values": 0, "context": 0, "w": 1, "mask": 0},
-        "frames": {"h": 1, "values": 1, "context": 1, "mask": 1},
+        "frame": {"h": 0, "value": 0, "context": 0, "mask": 0},
+        "channel": {"h": 0, "value": 0, "context": 0, "w": 1, "mask": 0},
+        "frames": {"h": 1, "value": 1, "context": 1, "mask": 1},
         "features": {"h": 2, "w": 1, "b": 0, "v": 0},
-        "channels": {"values": 2, "v": 1},
+        "channels": {"value": 2, "v": 1},
         "graph": {"query": 0, "key": 0, "value": 0, "edge": 0},
         "heads": {"query": 1, "key": 1, "value": 1, "edge": 1, "v": 0},
         "words": {"premise": 0, "hypothesis": 0, "state": 0, "mask": 0},
@@ -171,7 +171,7 @@ _SHORT = {
     "channel": _of(replace(_frames, rows=5, attn_dim=3, mask="random"), _statistics_pooling.formula),
     "frames": _of(replace(_frames, rows=3, context="row", mask="random"), _statistics_pooling.formula),
     "features": _of(replace(_frames, rows=5, dim=3, attn_dim=3), _statistics_pooling.formula),
-    "channels": _of(replace(_frames, rows=5, values=3), _statistics_pooling.formula),
+    "channels": _of(replace(_frames, rows=5, value=3), _statistics_pooling.formula),
     "graph": _of(_graph.Case(queries=3, keys=3, edges=3, index=torch.int32), _graph.formula),
     "heads": _of(_graph.Case(heads=3), _graph.formula),
     "words": _of(_recurrent.Case(batch=3, hypothesis=2, state=True, mask="some"), _recurrent.formula),

@@ -99,7 +99,7 @@ class LocationCase(SequenceCase):
     A: int | None = None  # None: the linear score
     R: int = 1
     gates: int = 0
-    values: int | None = None  # their width; None: the keys
+    value: int | None = None  # their width; None: the keys
     context: str | None = None  # "row", "sequence"
     activation: str = "tanh"
     mask: bool = True
@@ -112,7 +112,7 @@ class LocationCase(SequenceCase):
             "linear" if self.A is None else f"A{self.A}",
             f"R{self.R}" * (self.R > 1),
             "gated" * self.gates,
-            f"Dv{self.values}" * (self.values is not None),
+            f"Dv{self.value}" * (self.value is not None),
             f"context/{self.context}" * (self.context is not None),
             self.activation * (self.activation != "tanh"),
             "ragged" * self.ragged,
@@ -135,7 +135,7 @@ class LocationCase(SequenceCase):
             None if self.A is None else self._empty(self.A, self.R),
             *gate,
             None if self.context is None else self._empty(*contexts[self.context]),
-            None if self.values is None else self._empty(*rows, self.values),
+            None if self.value is None else self._empty(*rows, self.value),
             self._empty(*rows) if self.mask else None,
             self._empty(*rows, dtype=torch.bool) if self.mask else None,
             self._offsets,
@@ -171,8 +171,8 @@ class WindowCase(SequenceCase):
         from fused_attn.kernels import location_window, location_window_bwd
         from fused_attn.kernels.inputs import WindowInputs
 
-        scores, values = self._empty(*self._rows, self.R, dtype=F32), self._empty(*self._rows, self.DV)
-        inputs = WindowInputs(scores, values, self._offsets, self._seed(self.dropout), *self.window, self.dropout)
+        scores, value = self._empty(*self._rows, self.R, dtype=F32), self._empty(*self._rows, self.DV)
+        inputs = WindowInputs(scores, value, self._offsets, self._seed(self.dropout), *self.window, self.dropout)
         results = location_window.window_fwd(inputs)
         location_window_bwd.window_bwd(inputs, *results, *results, [True, True])
 
@@ -196,13 +196,13 @@ _MLP = [
     LocationCase(BF16, **_LINEAR),
     LocationCase(F32, **_LINEAR),
     # values apart, dropout, the widest and the narrowest
-    LocationCase(BF16, 64, 512, 256, 64, values=128, dropout=0.1),
+    LocationCase(BF16, 64, 512, 256, 64, value=128, dropout=0.1),
     LocationCase(BF16, 8, 4096, 2048, 1024, context="row", activation="gelu"),
     LocationCase(F32, 8, 4096, 2048, 1024, R=128),
     LocationCase(BF16, 4, 16, 1, 1),
     # one query a sequence of the concat family
-    LocationCase(BF16, 32, 512, 256, 256, values=512, context="sequence", projected=True),
-    LocationCase(F32, 80, 50, 1000, 1000, values=1000, context="sequence", dropout=0.1, projected=True),
+    LocationCase(BF16, 32, 512, 256, 256, value=512, context="sequence", projected=True),
+    LocationCase(F32, 80, 50, 1000, 1000, value=1000, context="sequence", dropout=0.1, projected=True),
 ]
 _WINDOWS = [
     WindowCase(BF16, 16, 4096, 256, (None, 0)),
@@ -226,10 +226,10 @@ VARIED: dict[str, list[Any]] = {
         LocationCase(BF16, 3, 1, 100, 50, gates=1),
         LocationCase(BF16, 3, 1, 64, 32, gates=1, ragged=True),
         LocationCase(BF16, 3, 1, 512, 128, R=4, ragged=True, mask=False),
-        LocationCase(F32, 3, 1, 100, 63, context="row", values=36, dropout=0.1),
+        LocationCase(F32, 3, 1, 100, 63, context="row", value=36, dropout=0.1),
         LocationCase(F32, 3, 1, 33, R=5, mask=False),
         LocationCase(F16, 200, 1, 64, 32, context="sequence", activation="relu"),
-        LocationCase(BF16, 3, 1, 300, 300, values=100, context="sequence", projected=True),
+        LocationCase(BF16, 3, 1, 300, 300, value=100, context="sequence", projected=True),
         LocationCase(F32, 3, 1, 2048, 64, ragged=True, mask=False),
     ],
     "location window": [

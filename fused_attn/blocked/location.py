@@ -170,17 +170,17 @@ def window_fwd(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
 
 def _sums(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse) over the rows that are finite, and which of them see one that is not."""
-    scores, values, cu_seqlens, seed, left, right, dropout_p = inputs
-    R, width = scores.shape[-1], values.shape[-1]
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    scores, value, cu_seqlens, seed, left, right, dropout_p = inputs
+    R, width = scores.shape[-1], value.shape[-1]
+    dtype = torch.promote_types(value.dtype, torch.float32)
     hidden = (scores == -torch.inf).all(-1, keepdim=True)  # those rows of the values may hold anything
     x = scores.to(dtype).reshape(-1, R)
     if x.numel() == 0:
         nothing = normaliser(x.new_full(scores.shape, -torch.inf), x.new_zeros(scores.shape))
         return x.new_zeros(*scores.shape, width), nothing, torch.zeros_like(scores, dtype=torch.bool)
-    values = values.to(dtype)
-    holed = ~values.isfinite().all(-1, keepdim=True) & ~hidden
-    values = values.masked_fill(hidden | holed, 0).reshape(len(x), 1, width)
+    value = value.to(dtype)
+    holed = ~value.isfinite().all(-1, keepdim=True) & ~hidden
+    value = value.masked_fill(hidden | holed, 0).reshape(len(x), 1, width)
     bad = holed.reshape(-1, 1) | ~(x < torch.inf)
     x = x.masked_fill(bad, -torch.inf)
     if cu_seqlens is None:
@@ -191,11 +191,11 @@ def _sums(inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
         longest = int(cu.diff().max())
     left, right = clip_window(left, right, longest)
     if dropout_p > 0 or (left is not None and right is not None):
-        state = _pairs(_Rows(x, None, values), cu, longest, left, right, seed, dropout_p)
+        state = _pairs(_Rows(x, None, value), cu, longest, left, right, seed, dropout_p)
     elif left is None:
-        state = _prefix(_Rows(x, None, values), cu, longest, right)
+        state = _prefix(_Rows(x, None, value), cu, longest, right)
     else:  # the other way round it is a prefix
-        state = _prefix(_Rows(x.flip(0), None, values.flip(0)), len(x) - cu.flip(0), longest, left)
+        state = _prefix(_Rows(x.flip(0), None, value.flip(0)), len(x) - cu.flip(0), longest, left)
         state = _State(*(part.flip(0) for part in state))
     out = state.o / state.l.masked_fill(state.l == 0, 1)[..., None]
     spoilt = _sees_any(bad, cu, left, right).reshape(scores.shape)
@@ -222,8 +222,8 @@ def window_bwd(
     NaN sends NaN, but nothing if its cotangents are all 0.
     """
 
-    def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        return _sums(inputs._replace(scores=scores.double(), values=values.double()))[:2]
+    def forward(scores: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return _sums(inputs._replace(scores=scores.double(), value=value.double()))[:2]
 
     spoilt = lse[..., 1].isnan()
     sends = (dout != 0).any(-1)

@@ -162,7 +162,7 @@ class ACF(nn.Module):
             values = self.auxiliary(chosen)
             keys = torch.cat([self.items(chosen), values, content], -1)
         taste, alpha = self.attend_items(
-            keys, context=u, values=values, mask=history_mask, return_weights=True, impl=self.impl
+            keys, context=u, value=values, mask=history_mask, return_weights=True, impl=self.impl
         )
         targets = self.items(items[:, None] if single else items)
         scores = (targets @ (u + taste)[..., None])[..., 0]

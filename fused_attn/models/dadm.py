@@ -157,7 +157,7 @@ class DADM(nn.Module):
             out, weights = out[:, 0], weights[:, 0]
         else:
             out, weights = self.attend(
-                keys, values=values, mask=mask, score_bias=added, return_weights=True, impl=self.impl
+                keys, value=values, mask=mask, score_bias=added, return_weights=True, impl=self.impl
             )
         if self.mix is not None:
             share = torch.sigmoid(self.mix)
@@ -165,7 +165,7 @@ class DADM(nn.Module):
             prior, prior_weights = location_attention(
                 log_prior[..., None],
                 log_prior.new_ones(1),
-                values=values,
+                value=values,
                 activation="identity",
                 mask=mask,
                 return_weights=True,
