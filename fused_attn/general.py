@@ -151,9 +151,9 @@ def general_attention(
     Parameters
     ----------
     query, key
-        ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; packed
-        ``(N, D)`` or ``(N, H, D)`` with both ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the
-        reference.
+        ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; with both
+        ``cu_seqlens`` packed: ``(N, Dq)`` and ``(M, Dk)``, or ``(N, H, Dq)`` and ``(M, H, Dk)``. float16, bfloat16,
+        float32; float64 on a CPU or by the reference.
     value
         ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. None: the keys, of which the kernel
         then loads a tile once for both products (up to a width of 256).

@@ -269,8 +269,9 @@ def graph_attention(
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     transposed
-        What `transpose_csr` makes of these very `indptr` and `indices`, for the kernel's gradients of key and value.
-        None: the backward makes it, which sorts the edges; a static graph does better to make it once.
+        What `transpose_csr` makes of these very `indptr` and `indices`, ``(Nk + 1,)``, ``(E,)`` and ``(E,)``, for the
+        kernel's gradients of key and value. None: the backward makes it, which sorts the edges; a static graph does
+        better to make it once.
     return_weights
         Return the weights too, as they are before dropout. They are differentiable.
     impl
