@@ -27,6 +27,7 @@ from .run import call_of, label, runner, select
 # Together they launch every kernel, small too.
 EVERY_KERNEL = (
     *(f"location/{name}/bfloat16" for name in ("gated-bag", "hops", "prefix", "context", "sequence-context")),
+    "location/linear/float32",
     *(f"concat/{name}/bfloat16" for name in ("decoder", "ragged")),
     *(f"general/{name}/bfloat16" for name in ("shared", "dot-64")),
     *(f"statistics/{name}/bfloat16" for name in ("okabe", "okabe-recording", "ecapa", "ecapa-recording")),

@@ -2,6 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+TAME = 1e6
+"""No product of numbers up to this, with a parameter, overflows where that with another does not."""
 
 
 def every_sample(x: Tensor) -> Tensor:
@@ -17,3 +21,23 @@ def in_graph() -> bool:
     In a backward, which autograd traces after Dynamo, PyTorch 2.11 says so by the context only.
     """
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether a number of x can be read at once: on a CPU, outside of graphs, transforms and modes."""
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or in_graph():
+        return False
+    return not torch._C._are_functorch_transforms_active() and _get_current_dispatch_mode() is None
+
+
+def is_tame(x: Tensor) -> bool:
+    """Whether x is seen to hold nothing but numbers up to `TAME`; False where they cannot be looked at."""
+    if not can_look(x) or x.numel() == 0:
+        return False
+    low, high = torch.aminmax(x.detach())
+    return low.item() >= -TAME and high.item() <= TAME  # neither is NaN
+
+
+def may_have(x: Tensor) -> bool:
+    """Whether any of x is True, as far as can be seen."""
+    return not can_look(x) or bool(x.any())

@@ -153,6 +153,8 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
     inputs = inputs._replace(v=v.expand(query.shape[1], -1) if v.dim() == 1 else v)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
+    if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity":
+        in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     if not (kernel or in_blocks):
         out, weights = _CONCAT.formula(inputs, weights_only=True)
         return shaped(given, out, weights if return_weights else None)
@@ -160,9 +162,8 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
         inputs = _summed(inputs)
     everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
     if query.shape[1:3] == (1, 1) and everywhere:
-        out, lse, scores = _pooled(inputs, kernel)
-    else:
-        out, lse, scores = _CONCAT(inputs, return_weights, in_blocks)
+        return shaped(given, *_pooled(inputs, kernel, return_weights))
+    out, lse, scores = _CONCAT(inputs, return_weights, in_blocks)
     return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
 
 
@@ -171,8 +172,8 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     query, key, _, v, _, mask, cu_seqlens, *_ = inputs
     if mask is not None:  # rows that may be NaN, before they meet a number
         queries, keys = reference.used_rows(mask)
-        query = query.masked_fill(~queries[:, None, :, None], 0)
-        key = key.masked_fill(~keys[:, None, :, None], 0)
+        (query,) = reference.hide(queries[:, None, :, None], query)
+        (key,) = reference.hide(keys[:, None, :, None], key)
     wide = torch.promote_types(query.dtype, torch.float32)
     sums = wide if query.element_size() == 2 else torch.float64  # one rounding
     parts = reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right)
@@ -187,7 +188,7 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     return inputs._replace(query=score(query), key=score(key), v=v.new_ones(v.shape[0], 1, dtype=wide))
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[Tensor, Tensor | None]:
     """One query and one head a sequence, by the location family: keys projected already, the query a context.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
@@ -200,11 +201,15 @@ def _pooled(inputs: ConcatInputs, kernel: bool) -> tuple[Tensor, Tensor, Tensor]
     if mask is not None:
         keys = mask if mask.dim() == 2 else mask[:, 0]
         query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)  # one that sees nothing may be NaN
-    bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2])[:, 0, 0]
+    bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2]).squeeze(2).squeeze(1)
     if not kernel:
         query, key, v = reference.widened(query, key, v)
-    score = (key[:, 0], None, None, v.mT, None, None, query[:, 0, 0])
+    # Squeezed, not indexed: the gradient of an index is a copy.
+    score = (key.squeeze(1), None, None, v.mT, None, None, query.squeeze(2).squeeze(1))
     options = (activation, "sigmoid", dropout_p, False)
-    run = LOCATION if kernel else LOCATION.formula
-    out, lse, scores = run(LocationInputs(*score, value[:, 0], bias, keys, None, seed, *options))
-    return out[:, None], lse[:, None], scores.mT[:, None]
+    pooled = LocationInputs(*score, value.squeeze(1), bias, keys, None, seed, *options)
+    if not kernel:
+        out, weights = LOCATION.formula(pooled, weights_only=True)
+        return out[:, None], weights.mT[:, None] if return_weights else None
+    out, lse, scores = LOCATION(pooled)
+    return out[:, None], weights_from(scores.mT[:, None], lse[:, None, :, None], dim=-1) if return_weights else None

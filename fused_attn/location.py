@@ -228,16 +228,20 @@ def location_attention(
         both = _row_scores(run, inputs, kernel), h if value is None else value
         windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
         return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
-    out, lse, scores = run(inputs)
+    if kernel:
+        out, lse, scores = LOCATION(inputs)
+    else:
+        out, weights = LOCATION.formula(inputs, weights_only=True)
     out = out.to(h.dtype)
     out = out if hop_axis else out.squeeze(1)
     if not return_weights:
         return out
 
-    if cu_seqlens is None:
-        weights = weights_from(scores, lse[:, None], dim=1).mT
-    else:
+    if kernel and cu_seqlens is None:
+        weights = weights_from(scores, lse[:, None], dim=1)
+    elif kernel:
         weights = weights_from(scores, lse, offsets=cu_seqlens)
+    weights = weights if cu_seqlens is not None else weights.mT
     weights = weights if hop_axis else weights.squeeze(1)
     weights = weights.to(out.dtype)
     if offsets is not None:

@@ -208,7 +208,7 @@ def word_by_word_attention(
     )
     kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
     if mask is not None:  # words that may be NaN, before they meet a number
-        premise = premise.masked_fill(~mask[..., None], 0)
+        (premise,) = reference.hide(mask[..., None], premise)
     more = premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
     if kernel:
         query, key = hypothesis @ w_h, premise @ w_y
@@ -343,7 +343,7 @@ def location_aware_attention(
         score_bias = None if score_bias is None else score_bias.to(wide)
     if mask is not None:  # what may be NaN, before it meets a number
         previous = previous.masked_fill(~mask, 0)
-        key = key.masked_fill(~mask[..., None], 0)
+        (key,) = reference.hide(mask[..., None], key)
     # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
     # its own, which is on by default, and this one follows that of matrix products.
     half = conv_weight.shape[1] // 2
@@ -362,7 +362,7 @@ def location_aware_attention(
         return_weights=True,
         impl=impl,
     )
-    return out[:, 0].to(dtype), weights[:, 0].to(dtype)
+    return out.squeeze(1).to(dtype), weights.squeeze(1).to(dtype)
 
 
 def _validate_location_aware(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dropout import dropout_scale
-from ._tracing import every_sample, in_graph
+from ._tracing import every_sample, in_graph, is_tame, may_have
 from .kernels.inputs import (
     ConcatInputs,
     GeneralInputs,
@@ -54,32 +54,47 @@ def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens.contiguous(), row, right=True) - 1
 
 
-def softmax_of_rows(scores: Tensor, segment: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """(weights, lse) over axis 1 of ``(B, T, R)``; of ``(N, R)`` over the rows of each of `count` segments."""
+def softmax_of_rows(scores: Tensor, segment: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, top, pivot) over axis 1 of ``(B, T, R)``; of ``(N, R)`` over the rows of each of `count` segments.
+
+    `top` is the largest score, -inf of no row, and `pivot` a finite one, from which exponents are counted.
+    """
     if segment is None:
         top = highest(scores, 1)
         pivot = top.masked_fill(top == -torch.inf, 0)  # one that sees no row: never -inf - -inf
-        weights = torch.exp(scores - pivot[:, None])
-        total = weights.sum(1)
-    else:
-        top = scores.new_full((count, scores.shape[-1]), -torch.inf)
-        top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
-        pivot = top.masked_fill(top == -torch.inf, 0)
-        weights = torch.exp(scores - pivot[segment])
-        total = torch.zeros_like(pivot).index_add(0, segment, weights)
-    lse = normaliser(top, total)
-    total = total.masked_fill(total == 0, 1)
-    return weights / (total[:, None] if segment is None else total[segment]), lse
+        return softmax(scores, top, 1), top, pivot
+    top = scores.new_full((count, scores.shape[-1]), -torch.inf)
+    top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
+    pivot = top.masked_fill(top == -torch.inf, 0)
+    weights = torch.exp(scores - pivot[segment])
+    total = torch.zeros_like(pivot).index_add(0, segment, weights)
+    return weights / total.masked_fill(total == 0, 1)[segment], top, pivot
 
 
-def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(scores: Tensor, top: Tensor, dim: int) -> Tensor:
+    """Softmax along `dim`, whose largest are `top`; zeros where that is -inf, of which PyTorch's makes NaN."""
+    blind = (top == -torch.inf).unsqueeze(dim)
+    if not may_have(blind):
+        return torch.softmax(scores, dim)
+    return torch.softmax(scores.masked_fill(blind, 0), dim).masked_fill(blind, 0)
+
+
+def sums_of_rows(scores: Tensor, top: Tensor, pivot: Tensor, segment: Tensor | None) -> Tensor:
+    """The normaliser of `softmax_of_rows`."""
+    if segment is None:
+        return normaliser(top, torch.exp(scores - pivot[:, None]).sum(1))
+    return normaliser(top, torch.zeros_like(pivot).index_add(0, segment, torch.exp(scores - pivot[segment])))
+
+
+def location_attention(inputs: LocationInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
     r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
 
     .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
         \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
 
     Returns ``out (S, R, Dv)`` in the dtype of ``value``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
-    least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False.
+    least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False; with `weights_only`
+    out and, of the shape of the scores, the weights before dropout.
     """
     h, *score, value, score_bias, mask, cu_seqlens, seed, activation, gate_activation, dropout_p, per_row = inputs
     rows = h.shape[:-1]
@@ -95,16 +110,15 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
         segment = segment_ids(cu_seqlens, rows[0])
         position = torch.arange(rows[0], device=h.device) - cu_seqlens[segment]
 
-    if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
-        h = h.masked_fill(~mask[..., None], 0)
-        value = value.masked_fill(~mask[..., None], 0)
+    if mask is not None:
+        h, value = hide(mask[..., None], h, value)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
     if context is not None and not per_row:
         if cu_seqlens is None and mask is not None:  # of a sequence that sees nothing
             context = context.masked_fill(~mask.any(1, keepdim=True), 0)
         context = context[segment]
     if context is not None and mask is not None and (per_row or cu_seqlens is not None):
-        context = context.masked_fill(~mask[..., None], 0)
+        (context,) = hide(mask[..., None], context)
 
     z = h if w is None else h @ w
     if b is not None:
@@ -122,7 +136,9 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
 
     seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    weights, lse = softmax_of_rows(scores, None if cu_seqlens is None else segment, seqs)
+    by = None if cu_seqlens is None else segment
+    weights, top, pivot = softmax_of_rows(scores, by, seqs)
+    shares = weights
     if dropout_p > 0:
         assert seed is not None
         hop = torch.arange(scores.shape[-1], device=h.device)
@@ -135,7 +151,9 @@ def location_attention(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
     else:
         out = value.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], value.shape[-1])
         out = out.index_add(0, segment, weights[:, :, None] * value[:, None, :])
-    return out.to(dtype), lse, scores
+    if weights_only:
+        return out.to(dtype), shares
+    return out.to(dtype), sums_of_rows(scores, top, pivot, by), scores
 
 
 def windowed_attention(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
@@ -244,9 +262,19 @@ def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> 
     """Queries, keys and values ``(B, H, T, D)`` with zeros where the mask lets no pair use a row: it may be NaN."""
     if mask is not None:
         queries, keys = used_rows(mask)
-        key, value = (x.masked_fill(~keys[:, None, :, None], 0) for x in (key, value))
-        query = query.masked_fill(~queries[:, None, :, None], 0)
+        key, value = hide(keys[:, None, :, None], key, value)
+        (query,) = hide(queries[:, None, :, None], query)
     return query, key, value
+
+
+def hide(shown: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors with zeros where they are not `shown`, before what may be NaN there meets a number.
+
+    They are not copied where they are seen to be tame: a weight of 0 makes 0 of them, and of their gradients.
+    """
+    first, *rest = tensors
+    hidden = first if is_tame(first) else first.masked_fill(~shown, 0)
+    return hidden, *(hidden if x is first else hide(shown, x)[0] for x in rest)
 
 
 def used_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,18 +332,19 @@ def _attend(
     B, H, Tq, Tk = scores.shape
     q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
     k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
-    shown = in_window(i, j, left, right, q_seq == k_seq)
-    if mask is not None:
-        shown = shown & (mask[:, None, :] if mask.dim() == 2 else mask)
+    shown = None if mask is None else mask[:, None, :] if mask.dim() == 2 else mask
+    if left is not None or right is not None or cu_seqlens_q is not None:
+        near = in_window(i, j, left, right, q_seq == k_seq)
+        shown = near if shown is None else shown & near
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bad is not None:
         scores = scores.masked_fill(bad, torch.nan)
     if score_bias is not None:
         scores = scores + score_bias
-    scores = scores.masked_fill(~shown[:, None], -torch.inf)
+    if shown is not None:
+        scores = scores.masked_fill(~shown[:, None], -torch.inf)
     top = highest(scores, -1)
-    blind = (top == -torch.inf)[..., None]  # a row that sees no key: the softmax of nothing is NaN
-    weights = shares = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    weights = shares = softmax(scores, top, -1)
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(H, device=scores.device)[:, None, None]
@@ -325,11 +354,12 @@ def _attend(
     (value,) = widened(value)
     if bad is not None:
         value, lost = sound(value)
-        weights = weights.masked_fill(lost.mT, torch.nan).masked_fill(~shown[:, None], 0)
+        weights = weights.masked_fill(lost.mT, torch.nan)
+        weights = weights if shown is None else weights.masked_fill(~shown[:, None], 0)
     out = (weights.to(value.dtype) @ value).to(dtype)
     if weights_only:
         return out, shares
-    pivot = top[..., None].masked_fill(blind, 0)
+    pivot = top.masked_fill(top == -torch.inf, 0)[..., None]  # of a row that sees no key
     return out, normaliser(top, torch.exp(scores - pivot).sum(-1)), scores
 
 
@@ -357,7 +387,7 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     hidden = None
     if mask is not None:
         hidden = ~mask
-        key, value = (x.masked_fill(hidden[..., None], 0) for x in (key, value))
+        key, value = hide(mask[..., None], key, value)
     dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
     query, key, value, w, w_r, w_t = (x.to(wide) for x in (query, key, value, w, w_r, w_t))  # before they overflow
     r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
@@ -420,7 +450,7 @@ def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
     if edge is not None:
         z = z + edge
     scores = (v * ACTIVATIONS[activation](z)).sum(-1)
-    weights, lse = softmax_of_rows(scores, node, query.shape[0])
+    weights, top, pivot = softmax_of_rows(scores, node, query.shape[0])
     if dropout_p > 0:
         assert seed is not None
         place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
@@ -428,7 +458,8 @@ def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
         weights = weights * dropout_scale(seed, place[:, None], node[:, None], head, dropout_p).to(weights.dtype)
     values = rows if value is None else value[indices].to(wide)
     out = values.new_zeros(*query.shape[:2], values.shape[-1])
-    return out.index_add(0, node, weights[..., None] * values).to(dtype), lse, scores
+    out = out.index_add(0, node, weights[..., None] * values).to(dtype)
+    return out, sums_of_rows(scores, top, pivot, node), scores
 
 
 def hierarchical_attention(
@@ -455,7 +486,9 @@ def hierarchical_attention(
     return *top, segments, lse, scores
 
 
-def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistics_pooling(
+    inputs: StatisticsInputs, return_scores: bool = True, *, weights_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Weighted mean and variance over the frames, on canonical arguments, as `fused_attn.statistics` passes them.
 
     .. math:: s_{jc} = u_j \cdot v_c, \quad \alpha_{jc} = softmax_j(s_{jc}), \quad
@@ -465,11 +498,12 @@ def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> 
 
     Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, ``lse (S, C, 2)``, ``(S, 1, 2)`` without v, and
     with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
+    With `weights_only` in place of the last two the largest scores ``(S, C)`` and the weights.
     """
     x, v, value, mask, cu_seqlens = inputs
     scores = x[..., None] if v is None else x
-    if mask is not None:  # what is masked may hold anything, NaN too: take it out before it meets a number
-        scores, value = (y.masked_fill(~mask[..., None], 0) for y in (scores, value))
+    if mask is not None:
+        scores, value = hide(mask[..., None], scores, value)
     wide = torch.promote_types(value.dtype, torch.float32)
     scores, value = scores.to(wide), value.to(wide)
     scores = scores if v is None else scores @ v.to(wide)
@@ -479,18 +513,23 @@ def statistics_pooling(inputs: StatisticsInputs, return_scores: bool = True) -> 
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, value.shape[0])
     seqs = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
-    def over_frames(y: Tensor) -> Tensor:
-        return y.sum(1) if segment is None else y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, y)
-
     def to_frames(y: Tensor) -> Tensor:
         return y[:, None] if segment is None else y[segment]
 
-    weights, lse = softmax_of_rows(scores, segment, seqs)
+    def total(weights: Tensor, y: Tensor) -> Tensor:
+        if segment is not None:
+            return y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, weights * y)
+        return (weights.mT @ y).squeeze(1) if weights.shape[-1] == 1 else (weights * y).sum(1)
+
+    weights, top, pivot = softmax_of_rows(scores, segment, seqs)
     # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
     # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
-    near = over_frames(weights.detach() * value.detach())
+    near = total(weights.detach(), value.detach())
     apart = value - to_frames(near)
-    rest = over_frames(weights * apart)
+    rest = total(weights, apart)
     mean = near + rest
-    var = over_frames(weights * (apart - to_frames(rest)).square())
+    var = total(weights, (apart - to_frames(rest)).square())
+    if weights_only:
+        return mean, var, top, weights
+    lse = sums_of_rows(scores, top, pivot, segment)
     return mean, var, lse, scores if return_scores else scores.new_empty(0)

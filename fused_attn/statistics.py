@@ -153,13 +153,12 @@ def statistics_pooling(
         h, w, b, v, context, value, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    run = _STATISTICS if kernel else reference.statistics_pooling
     wide = torch.promote_types(h.dtype, torch.float32)
     if w is None or v is None:
         x = h.new_zeros(h.shape[:-1], dtype=wide)
     else:
         if mask is not None:  # 0 · NaN would be in the gradient of W
-            h = h.masked_fill(~mask[..., None], 0)
+            (h,) = reference.hide(mask[..., None], h)
         x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
         if v.dim() == 1:
             x = x.to(wide) @ v.to(wide)
@@ -168,17 +167,22 @@ def statistics_pooling(
     per_channel = None if v is None or v.dim() == 1 else v
     return_scores = return_weights and per_channel is not None
     inputs = StatisticsInputs(x, per_channel, h if value is None else value, mask, cu_seqlens)
-    mean, var, lse, scores = run(inputs, return_scores)
-    results = mean.to(h.dtype), _deviation(var, lse, floor).to(h.dtype)
+    if kernel:
+        mean, var, lse, scores = _STATISTICS(inputs, return_scores)
+        top = lse[..., 0]
+    else:
+        mean, var, top, weights = _STATISTICS.formula(inputs, weights_only=True)
+    results = mean.to(h.dtype), _deviation(var, top, floor).to(h.dtype)
     if not return_weights:
         return results
 
-    if per_channel is None:
+    if kernel and per_channel is None:
         scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
-    if cu_seqlens is None:
-        weights = weights_from(scores, lse[:, None], dim=1).to(h.dtype)
-    else:
-        weights = weights_from(scores, lse, offsets=cu_seqlens).to(h.dtype)
+    if kernel and cu_seqlens is None:
+        weights = weights_from(scores, lse[:, None], dim=1)
+    elif kernel:
+        weights = weights_from(scores, lse, offsets=cu_seqlens)
+    weights = weights.to(h.dtype)
     weights = weights.squeeze(-1) if per_channel is None else weights
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
@@ -207,15 +211,15 @@ def _features(
         context = context.reshape(context.shape[0], w.shape[1])
         z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
     if mask is not None:  # a context may be NaN where it meets masked frames alone
-        z = z.masked_fill(~mask[..., None], 0)
+        (z,) = reference.hide(mask[..., None], z)
     return reference.ACTIVATIONS[activation](z)
 
 
-def _deviation(var: Tensor, lse: Tensor, floor: float) -> Tensor:
+def _deviation(var: Tensor, top: Tensor, floor: float) -> Tensor:
     """sqrt(max(var, floor)), a constant at the floor; 0 where no frame is visible. NaN stays NaN."""
     low = var <= floor
     std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
-    return std.masked_fill(low, math.sqrt(floor)).masked_fill(lse[..., 0] == -torch.inf, 0)
+    return std.masked_fill(low, math.sqrt(floor)).masked_fill(top == -torch.inf, 0)
 
 
 def _validate_statistics(

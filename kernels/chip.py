@@ -170,6 +170,7 @@ def matmul_flags(chip: Chip, dtype: torch.dtype) -> dict[str, object]:
     interfaces: this one sees both, where `torch.get_float32_matmul_precision` raises if they were mixed.
     """
     exact = dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision != "tf32"
+    exact |= chip.backend == "hip" and chip.gfx != "gfx942"  # the others of AMD's chips have no TF32
     return {
         "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else dtype],
         "PRECISION": "ieee" if exact else "tf32",

@@ -289,7 +289,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
     if itemsize == 4:  # without matrix units a product is unrolled over its width
-        part, warps = (32, 4) if Tq <= 16 else (64, 8)
+        part, warps = (32, 4) if Tq <= 16 else (64, 4 if chip.backend == "hip" else 8)
         block_n = 128 if chip.hopper and plain and Tq <= 16 and even(D, DV) and not parts else 32
         return Blocks(pow2(Tq, 16, 32), block_n, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
     width, value_width = widths(D, DV)
@@ -298,7 +298,7 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     if (max(D, DV) <= 256 or width > 64) and not (hip or even(D, DV)):
         few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
         return Blocks(pow2(Tq, 16, max(few, 32)), max(16, few // 2) if busy else few, width, value_width, 8, 1)
-    if hip and not narrow and not plain:  # a thread of 4 waves has up to 512 registers
+    if hip and not plain and (busy or not narrow):  # a thread of 4 waves has up to 512 registers
         return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
     block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
     block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m

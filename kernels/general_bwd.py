@@ -460,7 +460,7 @@ def bwd_blocks(
         return Blocks(few_m, few_n, width, value_width, 4, 1), for_k
     if max(D, DV) > 256 and (width == 64 or even(D, DV)):
         stages = 2 if roomy else 1
-        for_k = Blocks(few_m, n if roomy and not busy else few_n, width, value_width, 8, stages)
+        for_k = Blocks(few_m, n if roomy and not busy and chip.arch != 100 else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     if not even(D, DV):
         few = max(16, 4096 // (max(size, 64) * (1 + busy)))  # a busy pair needs registers as a wide row does
@@ -470,6 +470,8 @@ def bwd_blocks(
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
+        if chip.small and busy and size > 128:  # in parts: whole rows spilled there
+            for_k = for_k._replace(D=min(width, 128), DV=min(value_width, 128))
         return Blocks(16, few_n, width, value_width, 8, 1), for_k
     if chip.hopper and size > 128 and Tq <= 16 and not parts:
         return Blocks(16, 128, width, value_width, 4, 2), Blocks(few_m, few_n, width, value_width, 8, 2)

@@ -218,6 +218,7 @@ def held_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) -> B
     """
     width_a, width_d = triton.next_power_of_2(max(A, 16)), triton.next_power_of_2(max(D, 16))
     room = 64 * 16 if chip.backend == "interpreter" else 128 * 256 // per_element
+    room //= 2 if chip.arch == 100 else 1  # what the others hold spilled there
     row = width_a + width_d
     if 16 * row > room:
         return None

@@ -84,8 +84,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in table[CASES:]:
             if item.get_closest_marker("whole") is None:
                 item.add_marker("long")
-    elsewhere = {id(item) for table in tables(long=True) if len(table) > CASES
-                 for place, item in enumerate(table) if place % of_rest != which_rest - 1}  # fmt: skip
+    elsewhere = {
+        id(item)
+        for table in tables(long=True)
+        if len(table) > CASES or table[0].get_closest_marker("shared_out")
+        for place, item in enumerate(table)
+        if place % of_rest != which_rest - 1
+    }
 
     def wanted(item: pytest.Item) -> bool:
         shown = config.getoption("long") or item.get_closest_marker("long") is None

@@ -54,12 +54,14 @@ def test_each_kernel_compiles_in_one_case_for_the_other_chips(rows, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.shared_out
 @pytest.mark.parametrize("target", BRIEF)
 def test_every_case_compiles_for_the_other_chips(target, tmp_path):
     assert not failures(report(tmp_path, "--target", target))
 
 
 @pytest.mark.long
+@pytest.mark.shared_out
 @pytest.mark.parametrize("target", [*FULL, *BRIEF])
 def test_calls_drawn_at_random_compile(target, tmp_path):
     rows = report(tmp_path, "--drawn", "300", "--seed", "0", "--target", target)
