@@ -95,7 +95,7 @@ def pairwise_cases():
         for impl in FAST:
             window = WINDOWS[i % len(WINDOWS)]
             marks = getattr(impl, "marks", ())
-            name = impl.value[0] if marks else impl
+            name = impl.values[0] if marks else impl
             yield pytest.param(case, window, name, marks=marks, id=f"{name},{window},{case}")
 
 
