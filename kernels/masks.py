@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import pair_at, pair_ptr, untold
+from .arguments import entry_ptr, pair_at, pair_ptr, untold
 
 
 class Spans(NamedTuple):
@@ -133,6 +133,36 @@ def sequence_of(seq, spans, T, num_seqs, per_seq):
 
 
 @triton.jit
+def unmasked(mask, seq, rows, inside):
+    """Which of the rows inside of a sequence a mask, one number a row or None, leaves."""
+    if mask.ptr is not None:
+        inside = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def item_rows(item, mask, spans, T, num_seqs, per_seq, BLOCK_T: tl.constexpr):
+    """(sequence, local rows of the item [BLOCK_T], which of them exist, packed rows, which may be read)."""
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, BLOCK_T)
+    t = lo + tl.arange(0, BLOCK_T)
+    inside = t < hi
+    rows = (start + t).to(tl.int64)
+    return seq, t, inside, rows, unmasked(mask, seq, rows, inside)
+
+
+@triton.jit
+def items_of(seq, first_ptr, per_seq):
+    """First and past-the-last item of a sequence, both int64; first_ptr: Spans.first, or None."""
+    if first_ptr is None:
+        lo = seq * per_seq
+        hi = lo + per_seq
+    else:
+        lo = tl.load(first_ptr + seq).to(tl.int64)
+        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
+    return lo, hi
+
+
+@triton.jit
 def dropout_scale(dropout, position, sequence, hop):
     """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
@@ -169,35 +199,6 @@ def visible_pairs(
     if HAS_RIGHT:
         shown = shown & (j <= i + right)
     return shown
-
-
-@triton.jit
-def visible(
-    i,
-    j,
-    q_inside,
-    k_inside,
-    mask_ptrs,
-    stride_mq,
-    stride_mk,
-    left,
-    right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
-    """Which keys j [BLOCK_N] the queries i [BLOCK_M] see, [BLOCK_M, BLOCK_N]."""
-    return visible_pairs(
-        i[:, None],
-        j[None, :],
-        q_inside[:, None] & k_inside[None, :],
-        mask_ptrs,
-        stride_mq,
-        stride_mk,
-        left,
-        right,
-        HAS_LEFT,
-        HAS_RIGHT,
-    )
 
 
 @triton.jit
@@ -264,6 +265,22 @@ def whole_window(window, lo, hi, length):
     """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
     left, right = window_sides(window)
     return whole_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+
+
+@triton.jit
+def window_tiles(window, lo, hi, length, BLOCK: tl.constexpr):
+    """First and past-the-last tile of keys that any query of [lo, hi) sees; there may be no query."""
+    first, last = window_range(window, lo, hi, length)
+    tile0 = first // BLOCK
+    return tile0, tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK), tile0)
+
+
+@triton.jit
+def split_tiles(tile0, tile1, split, splits):
+    """First and past-the-last of the tiles [tile0, tile1) that one of so many programs has."""
+    each = tl.cdiv(tile1 - tile0, splits)
+    begin = tl.minimum(tile0 + split * each, tile1)
+    return begin, tl.minimum(begin + each, tile1)
 
 
 @triton.jit

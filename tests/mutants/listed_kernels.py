@@ -5,8 +5,8 @@ from mutant import Mutant
 KERNELS: tuple[Mutant, ...] = (
     Mutant(
         "kernels/softmax.py",
-        "        alpha = exp((m - shift) * unit, FMA)\n",
-        "        alpha = exp((m - shift) * 0.0, FMA)\n",
+        "    alpha = exp((m - shift) * unit, FMA)\n",
+        "    alpha = exp((m - shift) * 0.0, FMA)\n",
         ("tests/test_location_structure.py", "-k", "parts"),
         "a merge of parts does not scale the old parts",
     ),
@@ -173,9 +173,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
-        "    some = (d < D)[:, None] & (k < K)[None, :]\n"
-        "    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
-        "    some = (d < D)[:, None] & (k < K)[None, :]\n    tl.store(at, acc, mask=some)",
+        "    add_rows(dw_ptr",
+        "    store_rows(dw_ptr",
         ("tests/test_location_structure.py", "-k", "workspace"),
         "dW of an earlier chunk is overwritten",
     ),
@@ -188,9 +187,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
-        "    some = (a < A)[:, None] & (r < R)[None, :]\n"
-        "    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)",
-        "    some = (a < A)[:, None] & (r < R)[None, :]\n    tl.store(at, acc, mask=some)",
+        "    add_rows(dv_ptr",
+        "    store_rows(dv_ptr",
         ("tests/test_location_structure.py", "-k", "workspace"),
         "with hops dv of an earlier chunk is overwritten",
     ),
@@ -328,16 +326,23 @@ KERNELS: tuple[Mutant, ...] = (
         "a key's number is int32 when it meets a stride",
     ),
     Mutant(
-        "kernels/general.py",
-        "            l = l * alpha + tl.sum(p, axis=1)",
-        "            l = l + tl.sum(p, axis=1)",
+        "kernels/softmax.py",
+        "    return p, alpha, m_new, l * alpha + tl.sum(p, axis=AXIS)",
+        "    return p, alpha, m_new, l + tl.sum(p, axis=AXIS)",
         ("tests/test_general.py", "-k", "every_pair or every_window"),
         "the normaliser is not scaled to the new maximum",
     ),
     Mutant(
+        "kernels/general.py",
+        "            acc = add_product(p, values, acc * alpha[:, None], flags",
+        "            acc = add_product(p, values, acc, flags",
+        ("tests/test_general.py", "-k", "every_pair or every_window"),
+        "the running sum is not scaled to the new maximum",
+    ),
+    Mutant(
         "kernels/general_bwd.py",
-        "            (acc * size.scale).to(grads.q.dtype.element_ty),",
-        "            acc.to(grads.q.dtype.element_ty),",
+        "        store_rows(dq_ptrs, acc * size.scale, q_inside",
+        "        store_rows(dq_ptrs, acc, q_inside",
         ("tests/test_general.py", "-k", "every_activation"),
         "dq lacks the scale",
     ),
@@ -462,8 +467,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/graph.py",
-        "        j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)",
-        "        j = tl.load(csr.indices + e, mask=keep, other=0)",
+        "    return e, keep, tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)",
+        "    return e, keep, tl.load(csr.indices + e, mask=keep, other=0)",
         ("tests/test_three_families.py", "-k", "past_int32 and graph", "--long"),
         "a node's number is int32 when it meets a stride",
     ),
