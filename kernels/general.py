@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, head_ptr, heads, launch, pair_at, pair_ptr, pairs
+from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, unit, unpressed
 from .inputs import GeneralInputs
 from .location import load_rows, store_rows
@@ -81,8 +81,7 @@ def tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flag
     if EDGE:  # after the product, which needs the registers
         shown = window_pairs(window, mask, seq, head, i, j, inside)
         if score_bias.ptr is not None:
-            at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i, j)
-            bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
+            bias = load_pairs(score_bias, seq, head, i, j, shown).to(tl.float32) * rate
     return score(y, bias, size.scale, rate, flags.ACT), y, shown
 
 
@@ -119,13 +118,18 @@ def head_rows(x, seq, head, row):
 
 
 @triton.jit
-def row_code(codes, seq, head, row, inside):
-    """What may be done with rows of a head of a sequence, see masks.row_codes; 0 outside."""
-    if codes.ptr is None:
-        code = inside.to(tl.uint8)
-    else:
+def coded_rows(codes, seq, head, row, inside):
+    """Of rows of a head of a sequence: (codes, see masks.row_codes; those that are not 0, that are 1, and 1 or 2)."""
+    code = inside
+    seen = inside
+    whole = inside
+    keep = inside
+    if codes.ptr is not None:
         code = tl.load(head_rows(codes, seq, head, row), mask=inside, other=0)
-    return code
+        seen = code != 0
+        whole = code == 1
+        keep = seen & (code != 3)
+    return code, seen, whole, keep
 
 
 @triton.jit
@@ -198,7 +202,7 @@ def _general_fwd_kernel(
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
-    q_keep = row_code(q_codes, seq, head, q_rows, q_inside) != 0
+    _, q_keep, _, _ = coded_rows(q_codes, seq, head, q_rows, q_inside)
     q_ptrs = head_rows(query, seq, head, q_rows)
     q = narrow_rows(q_ptrs, q_keep, d, size.D, flags.WIDE)
     k_row0 = k_start.to(tl.int64)
@@ -220,10 +224,8 @@ def _general_fwd_kernel(
             k_keep = k_seen
             v_keep = k_seen
             if EDGE:
-                code = row_code(k_codes, seq, head, k_row0 + k_rows, j < length)
-                k_seen = code != 0
-                v_keep = code == 1
-                k_keep = v_keep if flags.SHARED else k_seen & (code != 3)
+                code, k_seen, v_keep, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
+                k_keep = v_keep if flags.SHARED else k_keep
             k_ptrs = k_ptr + k_rows * key.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)

@@ -29,13 +29,13 @@ from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows
 from .general import (
     Blocks,
     Flags,
+    coded_rows,
     first_row,
     fitting,
     head_rows,
     narrow_rows,
     prepare,
     product,
-    row_code,
     rows_at,
     tile_scores,
     whole_tiles,
@@ -171,7 +171,7 @@ def _general_bwd_dq_kernel(
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
-    q_keep = row_code(q_codes, seq, head, q_rows, q_inside) != 0
+    _, q_keep, _, _ = coded_rows(q_codes, seq, head, q_rows, q_inside)
     q_ptrs = head_rows(query, seq, head, q_rows)
     q = narrow_rows(q_ptrs, q_keep, d, size.D, flags.WIDE)
     row0 = first_row(q_spans, seq, head, size.H, Tq)
@@ -195,9 +195,7 @@ def _general_bwd_dq_kernel(
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
             if EDGE:
-                code = row_code(k_codes, seq, head, k_row0 + k_rows, j < length)
-                k_seen = code != 0
-                k_keep = k_seen & (code != 3)
+                _code, k_seen, _whole, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
             k_ptrs = k_ptr + k_rows * key.stride_t
             val_ptrs = val_ptr + k_rows * value.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
@@ -286,7 +284,7 @@ def _general_bwd_dkv_kernel(
     j = lo + tl.arange(0, blocks.N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
-    k_keep = row_code(k_codes, seq, head, k_rows, k_inside) != 0
+    _, k_keep, _, _ = coded_rows(k_codes, seq, head, k_rows, k_inside)
     k_ptrs = head_rows(key, seq, head, k_rows)
     val_ptrs = head_rows(value, seq, head, k_rows)
     k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
@@ -311,9 +309,7 @@ def _general_bwd_dkv_kernel(
             q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
             if EDGE:
-                code = row_code(q_codes, seq, head, q_row0 + q_rows, i < length)
-                q_keep = code != 0
-                q_good = code == 1
+                _code, q_keep, q_good, _keep = coded_rows(q_codes, seq, head, q_row0 + q_rows, i < length)
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)

@@ -31,7 +31,6 @@ from .chip import LENGTHS, all_registers, unpressed
 from .graph import Blocks, State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
 from .graph_hubs import Csr, Hubs, edges_of, slots_of
 from .inputs import GraphInputs
-from .location import store_rows
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
 
@@ -141,9 +140,12 @@ def _graph_bwd_pieces_kernel(csr, result, cotangent, made, nodes, edges, steps, 
 @triton.jit
 def _store_heads(ptr, part_ptr, x, node, slot, h, d, H, D, HUBS: tl.constexpr):
     """Store x [BLOCK_H, BLOCK_D] of a node, or where it is a piece of a hub in its slot."""
-    store_rows(ptr + (node * H + h) * D, x, (h < H) & (slot == -1), d, D)
+    inside = (h < H)[:, None] & (d < D)[None, :]
+    row = (node * H + h)[:, None] * D + d[None, :]
+    tl.store(ptr + row, x.to(ptr.dtype.element_ty), mask=inside & (slot == -1))
     if HUBS:
-        store_rows(part_ptr + (slot * H + h) * D, x, (h < H) & (slot >= 0), d, D)
+        row = (slot * H + h)[:, None] * D + d[None, :]
+        tl.store(part_ptr + row, x, mask=inside & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import entry_ptr, pair_at, pair_ptr, untold
+from .arguments import entry_ptr, load_pairs, untold
 
 
 class Spans(NamedTuple):
@@ -181,50 +181,6 @@ def finite(x):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
-@triton.jit
-def visible_pairs(
-    i, j, inside, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Which keys j the queries i see, for a tile whose rows are either of the two.
-
-    i [BLOCK_M, 1] and j [1, BLOCK_N], or i [1, BLOCK_M] and j [BLOCK_N, 1]; inside: pairs of rows that may be read;
-    mask_ptrs is at this sequence, or None.
-    """
-    shown = inside
-    if mask_ptrs is not None:
-        at = i.to(tl.int64) * stride_mq + j.to(tl.int64) * stride_mk
-        shown = shown & (tl.load(mask_ptrs + at, mask=shown, other=0) != 0)
-    if HAS_LEFT:
-        shown = shown & (j >= i - left)
-    if HAS_RIGHT:
-        shown = shown & (j <= i + right)
-    return shown
-
-
-@triton.jit
-def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """First and past-the-last key that any query of [lo, hi) sees."""
-    first = 0
-    last = length
-    if HAS_LEFT:
-        first = tl.maximum(lo - left, 0)
-    if HAS_RIGHT:
-        last = tl.minimum(hi + right, length)
-    return first, last
-
-
-@triton.jit
-def whole_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
-    first = 0
-    last = length
-    if HAS_LEFT:
-        first = tl.maximum(hi - 1 - left, 0)
-    if HAS_RIGHT:
-        last = tl.minimum(lo + right + 1, length)
-    return first, last
-
-
 class Window(NamedTuple):
     """How many keys before its own place and after it a query sees."""
 
@@ -257,43 +213,60 @@ def window_sides(window):
 def window_range(window, lo, hi, length):
     """First and past-the-last key that any query of [lo, hi) sees."""
     left, right = window_sides(window)
-    return key_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    first = 0
+    last = length
+    if window.HAS_LEFT:
+        first = tl.maximum(lo - left, 0)
+    if window.HAS_RIGHT:
+        last = tl.minimum(hi + right, length)
+    return first, last
 
 
 @triton.jit
 def whole_window(window, lo, hi, length):
     """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
     left, right = window_sides(window)
-    return whole_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    first = 0
+    last = length
+    if window.HAS_LEFT:
+        first = tl.maximum(hi - 1 - left, 0)
+    if window.HAS_RIGHT:
+        last = tl.minimum(lo + right + 1, length)
+    return first, last
 
 
 @triton.jit
 def window_tiles(window, lo, hi, length, BLOCK: tl.constexpr):
-    """First and past-the-last tile of keys that any query of [lo, hi) sees; there may be no query."""
+    """First and past-the-last tile of keys that any query of [lo, hi) sees."""
     first, last = window_range(window, lo, hi, length)
     tile0 = first // BLOCK
-    return tile0, tl.where((last > first) & (lo < hi), tl.cdiv(last, BLOCK), tile0)
+    return tile0, tl.where(last > first, tl.cdiv(last, BLOCK), tile0)
 
 
 @triton.jit
 def split_tiles(tile0, tile1, split, splits):
-    """First and past-the-last of the tiles [tile0, tile1) that one of so many programs has."""
+    """First and past-the-last of the tiles [tile0, tile1) that one of so many programs has; there may be none."""
     each = tl.cdiv(tile1 - tile0, splits)
-    begin = tl.minimum(tile0 + split * each, tile1)
-    return begin, tl.minimum(begin + each, tile1)
+    return tile0 + split * each, tl.minimum(tile0 + (split + 1) * each, tile1)
 
 
 @triton.jit
 def window_pairs(window, mask, seq, head, i, j, inside):
-    """Which keys j the queries i of a head of a sequence see, as `visible_pairs` has them."""
-    shown = inside
+    """Which of the pairs `inside`, rows that may be read, of a head of a sequence are visible, as `in_window`."""
     if mask.ptr is not None:
-        shown = shown & (tl.load(pair_ptr(mask, seq, head) + pair_at(mask, i, j), mask=shown, other=0) != 0)
-    return in_window(window, i, j, shown)
+        inside = inside & (load_pairs(mask, seq, head, i, j, inside) != 0)
+    return in_window(window, i, j, inside)
 
 
 @triton.jit
 def in_window(window, i, j, inside):
-    """Which of the pairs `inside` of queries i and keys j are in the window."""
+    """Which of the pairs `inside` of queries i and keys j are in the window, for a tile whose rows are either.
+
+    i [BLOCK_M, 1] and j [1, BLOCK_N], or i [1, BLOCK_M] and j [BLOCK_N, 1].
+    """
     left, right = window_sides(window)
-    return visible_pairs(i, j, inside, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    if window.HAS_LEFT:
+        inside = inside & (j >= i - left)
+    if window.HAS_RIGHT:
+        inside = inside & (j <= i + right)
+    return inside

@@ -172,7 +172,9 @@ def _statistics_bwd_values_kernel(
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
         to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
         if dval_ptr is not None:
-            store_rows(dval_ptr + at, alpha * to_value, inside & (tl.program_id(1) == 0), c, size.C)
+            write = inside[:, None] & (c < size.C)[None, :] & (tl.program_id(1) == 0)
+            dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
+            tl.store(dval_ptr + at[:, None] + c[None, :], dval, mask=write)
         if dv_ptr is not None:
             ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
             dv = add_product(tl.trans(u), ds, dv, flags.COMPUTE, flags.PRECISION)
