@@ -160,6 +160,7 @@ def _concat_bwd_dq_kernel(
     total = tl.zeros([blocks.M], tl.float32)
     _, last = window_range(window, lo, hi, k_length)
     tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
+    tile1 = tl.where(lo < hi, tile1, tile0)
     begin, end = split_tiles(tile0, tile1, split, splits)
     for tile in range(begin, end):
         k_tile = (k_item0 + tile).to(tl.int64) * size.H + head

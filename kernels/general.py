@@ -215,6 +215,7 @@ def _general_fwd_kernel(
     acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
     tile0, tile1 = window_tiles(window, lo, hi, length, blocks.N)
     begin, end = split_tiles(tile0, tile1, split, splits)
+    begin = tl.minimum(begin, end)
     whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):

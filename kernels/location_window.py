@@ -196,7 +196,7 @@ def _location_window_fwd_kernel(
         m = tl.zeros([blocks.T], tl.float32) + tl.load(scanned.m + slot, mask=some, other=float("-inf"))
         l += tl.load(scanned.l + slot, mask=some, other=0.0).to(tl.float32)
         acc += tl.load(scanned.o + slot * DV + d, mask=some & (d < DV), other=0.0).to(tl.float32)[None, :]
-    for tile in range(tile0, tile1):
+    for tile in range(tile0, tl.where(lo < hi, tile1, tile0)):
         j = tile * blocks.T + tl.arange(0, blocks.T)
         rows = (start + j).to(tl.int64)
         s = tl.load(scores_ptr + (seq * T + rows) * R + r, mask=j < length, other=float("-inf"))

@@ -225,14 +225,7 @@ def window_range(window, lo, hi, length):
 @triton.jit
 def whole_window(window, lo, hi, length):
     """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
-    left, right = window_sides(window)
-    first = 0
-    last = length
-    if window.HAS_LEFT:
-        first = tl.maximum(hi - 1 - left, 0)
-    if window.HAS_RIGHT:
-        last = tl.minimum(lo + right + 1, length)
-    return first, last
+    return window_range(window, hi - 1, lo + 1, length)
 
 
 @triton.jit
@@ -246,8 +239,9 @@ def window_tiles(window, lo, hi, length, BLOCK: tl.constexpr):
 @triton.jit
 def split_tiles(tile0, tile1, split, splits):
     """First and past-the-last of the tiles [tile0, tile1) that one of so many programs has; there may be none."""
-    each = tl.cdiv(tile1 - tile0, splits)
-    return tile0 + split * each, tl.minimum(tile0 + (split + 1) * each, tile1)
+    tiles = tile1 - tile0
+    each = tl.cdiv(tiles, splits)
+    return tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)
 
 
 @triton.jit

@@ -61,8 +61,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/masks.py",
-        "        last = tl.minimum(lo + right + 1, length)",
-        "        last = tl.minimum(lo + right + 2, length)",
+        "    return window_range(window, hi - 1, lo + 1, length)",
+        "    return window_range(window, hi - 1, lo + 2, length)",
         ("tests/test_general.py", "-k", "every_window"),
         "a tile counts as whole that the window cuts",
     ),
@@ -538,7 +538,7 @@ KERNELS: tuple[Mutant, ...] = (
     Mutant(
         "kernels/concat_bwd_packed.py",
         "                s1 = total[:, None] - 2.0 * s1",
-        "                    s1 = -2.0 * s1",
+        "                s1 = -2.0 * s1",
         ("tests/test_concat_cotangents.py", "-k", "packed_rows"),
         "dv lacks the sum of g",
     ),
@@ -558,8 +558,9 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/concat_bwd_packed.py",
-        "                add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep",
-        "                store_rows(grads.value + before * size.DV + at * size.DV, new, k_keep",
+        "                add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep, d, size.DV)",
+        "                ptrs = (grads.value + before * size.DV + at * size.DV)[:, None] + d[None, :]\n"
+        "                tl.store(ptrs, new, mask=k_keep[:, None] & (d < size.DV)[None, :])",
         ("tests/test_pairs.py", "-k", "any_segments"),
         "dvalue of earlier tiles is overwritten",
     ),
