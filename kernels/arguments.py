@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
     """One number a query and key, (B, Tq, Tk) or (B, H, Tq, Tk)."""
 
     ptr: Tensor | None
-    stride_b: int  # 4 n + 3; see `pair_ptr`
+    stride_b: int  # 4 n + 3; see `load_pairs`
     stride_h: int  # 4 n + 3
     stride_q: int  # 4 n + 3
     stride_k: int
@@ -158,19 +158,14 @@ def entry_ptr(x, seq, row):
 
 
 @triton.jit
-def pair_ptr(x, seq, head):
-    """The first number of a head of a sequence, both int64."""
-    return x.ptr + seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
-
-
-@triton.jit
-def pair_at(x, i, j):
-    """Offsets from there to the pairs of queries i and keys j, whose shapes broadcast."""
+def load_pairs(x, seq, head, i, j, shown):
+    """The numbers of queries i and keys j, whose shapes broadcast, of a head of a sequence, both int64."""
     if x.PLAIN:
         stride_k = x.stride_k
     else:
         stride_k = x.stride_k >> 2
-    return i.to(tl.int64) * (x.stride_q >> 2) + j.to(tl.int64) * stride_k
+    ptr = x.ptr + seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
+    return tl.load(ptr + (i.to(tl.int64) * (x.stride_q >> 2) + j.to(tl.int64) * stride_k), mask=shown, other=0)
 
 
 class Matrix(NamedTuple):

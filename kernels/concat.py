@@ -34,13 +34,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, entries, head_ptr, heads, launch, pair_at, pair_ptr, pairs
+from .arguments import constants, entries, head_ptr, heads, launch, load_pairs, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
 from .concat_factors import FACTOR, factors, readable, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
-from .masks import Items, dropout, dropout_scale, key_range, row_codes, visible_pairs
+from .location import load_rows, store_rows
+from .masks import (
+    Items,
+    dropout,
+    dropout_scale,
+    in_window,
+    row_codes,
+    split_tiles,
+    window,
+    window_pairs,
+    window_tiles,
+)
 from .products import add_product
-from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
+from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 SAFE, SAFE_EXACT = 42.0, 80.0
 """Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1), or with `EXACT` αβ, is a float32 (under e^88.7)."""
@@ -162,28 +173,29 @@ def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep
 
 
 @triton.jit
-def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags):
+def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags):
     """Scores s of the queries i and keys j with their bias, and which of these pairs are visible.
 
     bias, mask: packed rows have none.
     """
     i = i[:, None]
     j = j[None, :]
-    shown = q_keep[:, None] & k_keep[None, :]
-    if not flags.PACKED and mask.ptr is not None:
-        shown = shown & (tl.load(pair_ptr(mask, seq, 0) + pair_at(mask, i, j), mask=shown, other=0) != 0)
-    shown = visible_pairs(i, j, shown, None, 0, 0, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-    if not flags.PACKED and bias.ptr is not None:
-        s += tl.load(pair_ptr(bias, seq, head) + pair_at(bias, i, j), mask=shown, other=0.0).to(tl.float32)
+    inside = q_keep[:, None] & k_keep[None, :]
+    if flags.PACKED:
+        shown = in_window(window, i, j, inside)
+    else:
+        shown = window_pairs(window, mask, seq, head, i, j, inside)
+        if bias.ptr is not None:
+            s += load_pairs(bias, seq, head, i, j, shown).to(tl.float32)
     return s, shown
 
 
 @triton.jit
-def _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size):
+def _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size):
     """The output and (m, l) of a tile whose program has seen all its keys."""
     rows = before + q_at
     store_lse(result.lse + rows * 2, m, l, q_inside)
-    tl.store(result.out + rows[:, None] * size.DV + dv[None, :], acc * finish(l)[:, None], mask=keep)
+    store_rows(result.out + rows * size.DV, acc * finish(l)[:, None], q_inside, dv, size.DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -203,8 +215,7 @@ def _concat_fwd_kernel(
     splits,
     Tq,  # with packed rows, of all
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -229,11 +240,9 @@ def _concat_fwd_kernel(
     m = tl.full([blocks.M], float("-inf"), tl.float32)
     l = tl.zeros([blocks.M], tl.float32)
     acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
-    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-    tile0 = first // blocks.N
-    tiles = tl.where(last > first, tl.cdiv(last, blocks.N) - tile0, 0)
-    each = tl.cdiv(tiles, splits)
-    for tile in range(tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)):
+    tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
+    begin, end = split_tiles(tile0, tile1, split, splits)
+    for tile in range(begin, end):
         j = tile * blocks.N + tl.arange(0, blocks.N)
         k_inside = j < k_length
         k_at = (k_start + j).to(tl.int64)
@@ -253,17 +262,12 @@ def _concat_fwd_kernel(
             flags,
             blocks,
         )
-        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
+        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
             pair = (before + i[:, None]) * Tk + j[None, :]
             tl.store(result.scores + pair, s, mask=q_inside[:, None] & k_inside[None, :])
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        shift = pivot(m_new)
-        p = exp(s - shift[:, None], flags.EXACT and flags.FMA)
-        alpha = tl.exp(m - shift)
-        l = l * alpha + tl.sum(p, axis=1)
-        m = m_new
+        p, alpha, m, l = online_softmax(s, m, l, 1, flags.EXACT and flags.FMA)
         if dropout.seed is not None:
             p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
         v_keep = k_keep
@@ -271,24 +275,19 @@ def _concat_fwd_kernel(
             code = tl.load(k_side.codes + rows_before(seq, head, k_side, Tk, size.H) + k_at, mask=k_keep, other=0)
             v_keep = code == 1
             p = tl.where(shown & (code == 3)[None, :], float("nan"), p)
-        values = tl.load(
-            value_ptr + k_at[:, None] * value.stride_t + dv[None, :],
-            mask=v_keep[:, None] & (dv < size.DV)[None, :],
-            other=0.0,
-        )
+        values = load_rows(value_ptr + k_at * value.stride_t, v_keep, dv, size.DV)
         acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
 
-    keep = q_inside[:, None] & (dv < size.DV)[None, :]
     if result.o is None:
-        _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size)
+        _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size)
     else:
         if splits == 1:
-            _store_whole(result, before, q_at, dv, acc, m, l, q_inside, keep, size)
+            _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size)
         else:
             rows = (before + q_at) * splits + split
             tl.store(result.m + rows, m, mask=q_inside)
             tl.store(result.l + rows, l, mask=q_inside)
-            tl.store(result.o + rows[:, None] * size.DV + dv[None, :], acc, mask=keep)
+            store_rows(result.o + rows * size.DV, acc, q_inside, dv, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,8 +364,6 @@ class Flags(NamedTuple):
     EXACT: bool
     SAFE: float
     GROUP: int
-    HAS_LEFT: bool
-    HAS_RIGHT: bool
     PACKED: bool
     COMPUTE: object
     PRECISION: str
@@ -405,8 +402,6 @@ def prepare(inputs: ConcatInputs) -> Call:
         exact,
         SAFE_EXACT if exact else SAFE,
         GROUP if exact else 2**20,
-        left is not None,
-        right is not None,
         packed,
         *matmul_flags(chip, value.dtype).values(),
     )
@@ -422,8 +417,7 @@ def prepare(inputs: ConcatInputs) -> Call:
         "dropout": dropout(seed, dropout_p),
         "Tq": Tq,
         "Tk": Tk,
-        "left": left or 0,
-        "right": right or 0,
+        "window": window(left, right),
         "size": size,
         "flags": constants(flags),
     }

@@ -35,9 +35,19 @@ from .arguments import head_ptr, launch, untold
 from .chip import LENGTHS, LONG, Chip, all_registers, pow2, tile_rows, unpressed
 from .concat import Call, prepare
 from .concat_factors import factors, readable, rows_before, rows_of, tile_at
-from .concat_walk import Gradients, Saved, Workspace, gradient_tile, staying, walk_tile
+from .concat_walk import (
+    Gradients,
+    Saved,
+    Workspace,
+    features_gradient,
+    gradient_tile,
+    staying,
+    tiles_meet,
+    walk_tile,
+)
 from .inputs import ConcatInputs
-from .masks import key_range
+from .location import add_rows, load_rows, store_rows
+from .masks import mirrored, split_tiles, window_range, window_tiles
 from .products import add_product
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -47,6 +57,13 @@ WORKSPACE_BYTES = 64 * 2**20
 def _slot(local, head, tile, k_side, size, blocks):
     """Where a pair of tiles begins in the workspace of padded rows; local: a tile of queries of this launch."""
     return ((local.to(tl.int64) * size.H + head) * (k_side.per_seq >> 2) + tile) * blocks.N * blocks.M
+
+
+@triton.jit
+def _query_tiles(window, k_lo, k_hi, q_length, q_tile0, q_items, blocks):
+    """Tiles of queries that see one of blocks.R keys from k_lo on, of this launch's: q_items from q_tile0 on."""
+    begin, end = window_tiles(mirrored(window), k_lo, tl.minimum(k_lo + blocks.R, k_hi), q_length, blocks.M)
+    return tl.maximum(begin, q_tile0), tl.minimum(end, q_tile0 + q_items)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -66,8 +83,7 @@ def _concat_bwd_g_kernel(
     work,  # of the tiles of queries of this launch, and all of keys
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -100,8 +116,7 @@ def _concat_bwd_g_kernel(
         work,
         Tq,
         Tk,
-        left,
-        right,
+        window,
         size,
         flags,
         blocks,
@@ -122,8 +137,7 @@ def _concat_bwd_dq_kernel(
     splits,
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -144,11 +158,11 @@ def _concat_bwd_dq_kernel(
     s1 = tl.zeros([blocks.M, blocks.D], tl.float32)
     s2 = tl.zeros([blocks.M, blocks.D], tl.float32)
     total = tl.zeros([blocks.M], tl.float32)
-    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-    tile0 = first // blocks.N
-    tiles = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.N) - tile0, 0)
-    each = tl.cdiv(tiles, splits)
-    for tile in range(tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)):
+    _, last = window_range(window, lo, hi, k_length)
+    tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
+    tile1 = tl.where(lo < hi, tile1, tile0)
+    begin, end = split_tiles(tile0, tile1, split, splits)
+    for tile in range(begin, end):
         k_tile = (k_item0 + tile).to(tl.int64) * size.H + head
         g_tile = work.g + _slot(local, head, tile, k_side, size, blocks)
         s1, s2 = walk_tile(
@@ -176,15 +190,12 @@ def _concat_bwd_dq_kernel(
         if flags.ACT == "tanh" and not flags.EXACT:
             n = tl.arange(0, blocks.N)
             total += tl.sum(tl.load(g_tile + n[:, None] * blocks.M + m[None, :]), axis=0)
-    vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-    if flags.ACT == "tanh":
-        s2 *= 4.0
-        if not flags.EXACT:
-            s1 = total[:, None] - 2.0 * s1
+    if flags.ACT == "tanh" and not flags.EXACT:
+        s1 = total[:, None] - 2.0 * s1
     part = split.to(tl.int64) * (q_side.num_seqs >> 2)
     rows = part * size.H * Tq + (rows_before(seq, head, q_side, Tq, size.H) + at)
-    some = (lo + m < hi)[:, None] & (d < size.A)[None, :]
-    tl.store(grads.q + rows[:, None] * size.A + d[None, :], vector * s2, mask=some)
+    dq = features_gradient(s2, v, head, d, size, flags)
+    store_rows(grads.q + rows * size.A, dq, lo + m < hi, d, size.A)
     item = part * (q_side.per_seq >> 2) * size.H + q_tile
     tl.store(grads.v + item * size.AP + d, tl.sum(s1, axis=0), mask=d < size.AP)
 
@@ -203,8 +214,7 @@ def _concat_bwd_dk_kernel(
     q_items,  # of this launch
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -226,19 +236,11 @@ def _concat_bwd_dk_kernel(
     x = staying(k_side, k_tile * blocks.N + offset + r[:, None], d, size)
     s1 = tl.zeros([1, 1], tl.float32)
     s2 = tl.zeros([blocks.R, blocks.D], tl.float32)
-    # Tiles of queries of this sequence that are in this launch and see some of these keys.
-    q_tile0 = tl.maximum(q_item0 - q_first, 0)
-    q_tile1 = tl.minimum(q_item0 + q_items - q_first, tl.cdiv(tl.maximum(q_length, 0), blocks.M))
-    if flags.HAS_RIGHT:
-        q_tile0 = tl.maximum(q_tile0, (k_lo + offset - right) // blocks.M)
-    if flags.HAS_LEFT:
-        q_tile1 = tl.minimum(q_tile1, tl.cdiv(tl.maximum(k_lo + offset + blocks.R + left, 0), blocks.M))
-    q_tile1 = tl.where(k_lo + offset < k_hi, q_tile1, q_tile0)
-    for tile in range(q_tile0, q_tile1):
+    begin, end = _query_tiles(window, k_lo + offset, k_hi, q_length, q_item0 - q_first, q_items, blocks)
+    for tile in range(begin, end):
         lo = tile * blocks.M
         hi = tl.minimum(lo + blocks.M, q_length)
-        first, last = key_range(lo, hi, k_hi, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-        if (k_lo < last) & (k_lo + blocks.N > first):
+        if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
             q_tile = (q_first + tile).to(tl.int64) * size.H + head
             slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
             s1, s2 = walk_tile(
@@ -263,12 +265,8 @@ def _concat_bwd_dk_kernel(
                 flags,
                 False,
             )
-    vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-    if flags.ACT == "tanh":
-        s2 *= 4.0
-    ptrs = grads.k + rows_before(seq, head, k_side, Tk, size.H) * size.A + at[:, None] * size.A + d[None, :]
-    some = (j < k_hi)[:, None] & (d < size.A)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
+    dk_ptrs = grads.k + rows_before(seq, head, k_side, Tk, size.H) * size.A + at * size.A
+    add_rows(dk_ptrs, features_gradient(s2, v, head, d, size, flags), j < k_hi, d, size.A)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -282,8 +280,7 @@ def _concat_bwd_dvalue_kernel(
     q_items,  # of this launch
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -301,28 +298,20 @@ def _concat_bwd_dvalue_kernel(
     j = k_lo + offset + r
     before = rows_before(seq, head, q_side, Tq, size.H)
     acc = tl.zeros([blocks.R, blocks.DV], tl.float32)
-    q_tile0 = tl.maximum(q_item0 - q_first, 0)
-    q_tile1 = tl.minimum(q_item0 + q_items - q_first, tl.cdiv(tl.maximum(q_length, 0), blocks.M))
-    q_tile1 = tl.where(k_lo + offset < k_hi, q_tile1, q_tile0)
-    for tile in range(q_tile0, q_tile1):
+    begin, end = _query_tiles(window, k_lo + offset, k_hi, q_length, q_item0 - q_first, q_items, blocks)
+    for tile in range(begin, end):
         lo = tile * blocks.M
         hi = tl.minimum(lo + blocks.M, q_length)
-        first, last = key_range(lo, hi, k_hi, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-        if (k_lo < last) & (k_lo + blocks.N > first):
+        if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
             q_at = (q_start + lo + m).to(tl.int64)
             q_keep = readable(lo + m < q_length, q_rows, seq, q_at, flags)
             slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
             p = tl.load(work.p + slot + (offset + r)[:, None] * blocks.M + m[None, :])
-            do = tl.load(
-                saved.do + (before + q_at)[:, None] * size.DV + d[None, :],
-                mask=q_keep[:, None] & (d < size.DV)[None, :],
-                other=0.0,
-            )
+            do = load_rows(saved.do + (before + q_at) * size.DV, q_keep, d, size.DV)
             acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
     at = (k_start + j).to(tl.int64)
-    ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at[:, None] * size.DV + d[None, :]
-    some = (j < k_hi)[:, None] & (d < size.DV)[None, :]
-    tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + acc, mask=some)
+    dval_ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at * size.DV
+    add_rows(dval_ptrs, acc, j < k_hi, d, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

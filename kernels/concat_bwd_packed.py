@@ -23,8 +23,9 @@ from .chip import LENGTHS, all_registers
 from .concat import Call
 from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
 from .concat_factors import rows_before, rows_of, tile_at
-from .concat_walk import Gradients, Workspace, gradient_tile, staying, walk_tile
-from .masks import key_range
+from .concat_walk import Gradients, Workspace, features_gradient, gradient_tile, staying, tiles_meet, walk_tile
+from .location import add_rows, load_rows
+from .masks import mirrored, window_range, window_tiles
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -41,8 +42,7 @@ def _concat_bwd_queries_kernel(
     grads,
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -59,9 +59,9 @@ def _concat_bwd_queries_kernel(
     q_ptrs = head_ptr(q, seq, head) + at * q.stride_t
     dq_ptrs = grads.q + rows_before(seq, head, q_side, Tq, size.H) * size.A + at * size.A
     q_tile = q_item.to(tl.int64) * size.H + head
-    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-    tile0 = first // blocks.N
-    tile1 = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.N), tile0)
+    _, last = window_range(window, lo, hi, k_length)
+    tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
+    tile1 = tl.where(lo < hi, tile1, tile0)
     for tile in range(tile0, tile1):
         gradient_tile(
             slot,
@@ -85,8 +85,7 @@ def _concat_bwd_queries_kernel(
             work,
             Tq,
             Tk,
-            left,
-            right,
+            window,
             size,
             flags,
             blocks,
@@ -123,15 +122,10 @@ def _concat_bwd_queries_kernel(
                 flags,
                 True,
             )
-            if flags.ACT == "tanh":
-                s2 *= 4.0
-                if not flags.EXACT:
-                    total = tl.sum(tl.load(work.g + slot + n[:, None] * blocks.M + m[None, :]), axis=0)
-                    s1 = total[:, None] - 2.0 * s1
-            vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-            ptrs = dq_ptrs[:, None] + d[None, :]
-            some = q_keep[:, None] & (d < size.A)[None, :]
-            tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
+            if flags.ACT == "tanh" and not flags.EXACT:
+                total = tl.sum(tl.load(work.g + slot + n[:, None] * blocks.M + m[None, :]), axis=0)
+                s1 = total[:, None] - 2.0 * s1
+            add_rows(dq_ptrs, features_gradient(s2, v, head, d, size, flags), q_keep, d, size.A)
             ptrs = grads.v + q_tile * size.AP + d
             tl.store(ptrs, tl.load(ptrs, mask=d < size.AP, other=0.0) + tl.sum(s1, axis=0), mask=d < size.AP)
         tl.debug_barrier()  # before the next tile takes this one's place
@@ -151,8 +145,7 @@ def _concat_bwd_keys_kernel(
     grads,
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -166,18 +159,11 @@ def _concat_bwd_keys_kernel(
     m = tl.arange(0, blocks.M)
     r = tl.arange(0, blocks.R)
     k_tile = k_item.to(tl.int64) * size.H + head
-    tile0 = 0
-    tile1 = tl.cdiv(tl.maximum(q_length, 0), blocks.M)
-    if flags.HAS_RIGHT:
-        tile0 = tl.maximum(k_lo - right, 0) // blocks.M
-    if flags.HAS_LEFT:
-        tile1 = tl.minimum(tile1, tl.cdiv(tl.maximum(k_hi + left, 0), blocks.M))
-    tile1 = tl.where(k_lo < k_hi, tile1, tile0)
+    tile0, tile1 = window_tiles(mirrored(window), k_lo, k_hi, q_length, blocks.M)
     for tile in range(tile0, tile1):
         lo = tile * blocks.M
         hi = tl.minimum(lo + blocks.M, q_length)
-        first, last = key_range(lo, hi, k_hi, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-        if (k_lo < last) & (k_lo + blocks.N > first):
+        if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
             queries = (seq, q_start, lo, hi)
             gradient_tile(
                 slot,
@@ -201,8 +187,7 @@ def _concat_bwd_keys_kernel(
                 work,
                 Tq,
                 Tk,
-                left,
-                right,
+                window,
                 size,
                 flags,
                 blocks,
@@ -299,22 +284,15 @@ def _add_to_keys(
                     flags,
                     False,
                 )
-                if flags.ACT == "tanh":
-                    s2 *= 4.0
-                vector = tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :]
-                ptrs = grads.k + before * size.A + at[:, None] * size.A + d[None, :]
-                some = k_keep[:, None] & (d < size.A)[None, :]
-                tl.store(ptrs, tl.load(ptrs, mask=some, other=0.0) + vector * s2, mask=some)
+                dk_ptrs = grads.k + before * size.A + at * size.A
+                add_rows(dk_ptrs, features_gradient(s2, v, head, d, size, flags), k_keep, d, size.A)
         if grads.value is not None:
             p = tl.load(work.p + slot + (r0 + r)[:, None] * blocks.M + m[None, :])
             for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + tl.arange(0, blocks.DV)
-                some = (d < size.DV)[None, :]
-                do = tl.load(do_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & some, other=0.0)
-                ptrs = grads.value + before * size.DV + at[:, None] * size.DV + d[None, :]
-                old = tl.load(ptrs, mask=k_keep[:, None] & some, other=0.0)
+                do = load_rows(do_ptrs, q_keep, d, size.DV)
                 new = tl.dot(p.to(flags.COMPUTE), do.to(flags.COMPUTE), input_precision=flags.PRECISION)
-                tl.store(ptrs, old + new, mask=k_keep[:, None] & some)
+                add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep, d, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Entries, Heads, constants, entry_ptr, head_ptr, launch, untold
+from .arguments import Entries, Heads, constants, head_ptr, launch, untold
 from .chip import LENGTHS, chip_of, pow2
-from .masks import Items, finite, locate, partition, sequence_of
+from .location import load_rows
+from .masks import Items, finite, locate, partition, sequence_of, unmasked
 from .softmax import exp
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
@@ -61,8 +62,8 @@ def rows_before(seq, head, side, T, H):
 @triton.jit
 def readable(inside, keep, seq, rows, flags):
     """Which of the rows inside, int64, may be read: all where they are packed."""
-    if not flags.PACKED and keep.ptr is not None:
-        inside = tl.load(entry_ptr(keep, seq, rows), mask=inside, other=0) != 0
+    if not flags.PACKED:
+        inside = unmasked(keep, seq, rows, inside)
     return inside
 
 
@@ -97,7 +98,7 @@ def _concat_factor_kernel(
     bound = tl.zeros([blocks.T], tl.float32)
     for a0 in range(0, AP, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
-        y = tl.load(ptrs[:, None] + a[None, :], mask=inside[:, None] & (a < A)[None, :], other=0.0).to(tl.float32)
+        y = load_rows(ptrs, inside, a, A).to(tl.float32)
         if flags.EXP:
             y *= scale  # a power of two
             bound = tl.maximum(bound, tl.max(tl.abs(y), axis=1))

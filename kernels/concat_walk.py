@@ -10,7 +10,8 @@ from .activations import activate, activate_grad
 from .arguments import entry_ptr, head_ptr
 from .concat import add_bias, concat_scores, reciprocal
 from .concat_factors import readable, rows_before
-from .masks import dropout_scale, key_range
+from .location import load_rows
+from .masks import dropout_scale, window_range
 from .products import add_product
 from .softmax import exp, load_lse
 
@@ -45,6 +46,13 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
+def tiles_meet(window, lo, hi, k_lo, length, BLOCK_N: tl.constexpr):
+    """Whether a query of [lo, hi) sees a key of the tile from k_lo on: where none does, no g is made."""
+    first, last = window_range(window, lo, hi, length)
+    return (k_lo < last) & (k_lo + BLOCK_N > first)
+
+
+@triton.jit
 def gradient_tile(
     slot,  # where in the workspace this tile begins
     q_item,
@@ -67,8 +75,7 @@ def gradient_tile(
     work,
     Tq,
     Tk,
-    left,
-    right,
+    window,
     size,
     flags,
     blocks,
@@ -76,8 +83,7 @@ def gradient_tile(
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
     seq, q_start, lo, hi = queries
     k_start, k_length, k_item0 = keys
-    first, last = key_range(lo, hi, k_length, left, right, flags.HAS_LEFT, flags.HAS_RIGHT)
-    if (tile * blocks.N < last) & ((tile + 1) * blocks.N > first) & (lo < hi):
+    if tiles_meet(window, lo, hi, tile * blocks.N, k_length, blocks.N) & (lo < hi):
         i = lo + tl.arange(0, blocks.M)
         j = tile * blocks.N + tl.arange(0, blocks.N)
         q_at = (q_start + i).to(tl.int64)
@@ -99,7 +105,7 @@ def gradient_tile(
             flags,
             blocks,
         )
-        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, left, right, flags)
+        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
         before = rows_before(seq, head, q_side, Tq, size.H)
         rows = before + q_at
         wide = before * size.DV + q_at * size.DV
@@ -124,9 +130,8 @@ def gradient_tile(
             do_ptrs = saved.do + wide
             for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + tl.arange(0, blocks.DV)
-                some = (d < size.DV)[None, :]
-                do = tl.load(do_ptrs[:, None] + d[None, :], mask=q_keep[:, None] & some, other=0.0)
-                values = tl.load(value_ptrs[:, None] + d[None, :], mask=k_keep[:, None] & some, other=0.0)
+                do = load_rows(do_ptrs, q_keep, d, size.DV)
+                values = load_rows(value_ptrs, k_keep, d, size.DV)
                 dp = add_product(do, tl.trans(values), dp, flags.COMPUTE, flags.PRECISION)
             if dropout.seed is not None:
                 dp *= kept
@@ -151,6 +156,14 @@ def gradient_tile(
 def staying(side, rows, d, size):
     """Features d of the factors of rows [R, 1], counted over all tiles, that stay while the others are walked."""
     return tl.load(side.rows + rows * size.AP + d[None, :], mask=(d < size.AP)[None, :], other=0.0)
+
+
+@triton.jit
+def features_gradient(s2, v, head, d, size, flags):
+    """What `walk_tile` has summed, as a gradient of the features d of q or k."""
+    if flags.ACT == "tanh":
+        s2 *= 4.0
+    return tl.load(v.ptr + head * size.AP + d, mask=d < size.AP, other=0.0)[None, :] * s2
 
 
 @triton.jit
@@ -219,7 +232,7 @@ def walk_tile(
                     s2 += g0 * (r0 - r0 * r0)
                     s2 += g1 * (r1 - r1 * r1)
         else:
-            x_raw = tl.load(x_ptrs[:, None] + d[None, :], mask=x_keep[:, None] & (d < size.A)[None, :], other=0.0)
+            x_raw = load_rows(x_ptrs, x_keep, d, size.A)
             raw_ptr = head_ptr(raw, seq, head)
             for n in range(0, tl.minimum(count, inside)):
                 shown = d < size.A

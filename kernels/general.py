@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, head_ptr, heads, launch, pair_at, pair_ptr, pairs
+from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, unit, unpressed
 from .inputs import GeneralInputs
-from .location import load_rows
+from .location import load_rows, store_rows
 from .masks import (
     Items,
     Spans,
@@ -41,24 +41,17 @@ from .masks import (
     partition,
     row_codes,
     sequence_of,
+    split_tiles,
     whole_window,
     window,
     window_pairs,
-    window_range,
+    window_tiles,
 )
 from .products import add_product
-from .softmax import exp, finish, merge, new_lse, no_key, pivot, store_lse
+from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def power(x, NATURAL: tl.constexpr, FMA: tl.constexpr):
-    """The exponential that the scores are made for: e^x, or 2^x."""
-    if NATURAL:
-        return exp(x, FMA)
-    return tl.exp2(x)
 
 
 @triton.jit
@@ -72,6 +65,24 @@ def score(y, bias, scale, rate: tl.constexpr, ACT: tl.constexpr):
     if ACT == "identity":
         return tl.fma(y, scale * rate, bias)
     return tl.fma(y + 0.0, rate, bias)
+
+
+@triton.jit
+def tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flags, EDGE: tl.constexpr):
+    """(scores in the units of `power`, what the activation gave, visible pairs) of x = q · k, either way round.
+
+    i, j: positions of queries and keys, to broadcast to the tile. inside: pairs of rows that may be read.
+    EDGE: some query may not see some key of this tile.
+    """
+    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
+    y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
+    bias = 0.0
+    shown = inside
+    if EDGE:  # after the product, which needs the registers
+        shown = window_pairs(window, mask, seq, head, i, j, inside)
+        if score_bias.ptr is not None:
+            bias = load_pairs(score_bias, seq, head, i, j, shown).to(tl.float32) * rate
+    return score(y, bias, size.scale, rate, flags.ACT), y, shown
 
 
 @triton.jit
@@ -107,6 +118,30 @@ def head_rows(x, seq, head, row):
 
 
 @triton.jit
+def coded_rows(codes, seq, head, row, inside):
+    """Of rows of a head of a sequence: (codes, see masks.row_codes; those that are not 0, that are 1, and 1 or 2)."""
+    code = inside
+    seen = inside
+    whole = inside
+    keep = inside
+    if codes.ptr is not None:
+        code = tl.load(head_rows(codes, seq, head, row), mask=inside, other=0)
+        seen = code != 0
+        whole = code == 1
+        keep = seen & (code != 3)
+    return code, seen, whole, keep
+
+
+@triton.jit
+def narrow_rows(ptrs, keep, cols, width, WIDE: tl.constexpr):
+    """A tile of rows that it holds; where it does not, 0: `product` reads them in parts."""
+    rows = 0.0
+    if not WIDE:
+        rows = load_rows(ptrs, keep, cols, width)
+    return rows
+
+
+@triton.jit
 def first_row(spans, seq, head, H, T):
     """Of a head of a sequence, both int64, among the rows of a contiguous (B, H, T, ...); all of a packed one."""
     if spans.cu is None:
@@ -117,11 +152,22 @@ def first_row(spans, seq, head, H, T):
 
 
 @triton.jit
-def whole_tiles(window, lo, hi, length, begin, end, BLOCK: tl.constexpr):
-    """First and past-the-last of the tiles [begin, end) that all rows of [lo, hi) see whole."""
-    first, last = whole_window(window, lo, hi, length)
-    whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK), begin), end)
-    return whole0, tl.maximum(tl.minimum(last // BLOCK, end), whole0)
+def whole_tiles(window, lo, hi, length, begin, end, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+    """First and past-the-last of the tiles [begin, end) that all rows of [lo, hi) see whole; none if not PLAIN."""
+    whole0 = begin
+    whole1 = begin
+    if PLAIN:
+        first, last = whole_window(window, lo, hi, length)
+        whole0 = tl.minimum(tl.maximum(tl.cdiv(first, BLOCK), begin), end)
+        whole1 = tl.maximum(tl.minimum(last // BLOCK, end), whole0)
+    return whole0, whole1
+
+
+@triton.jit
+def rows_at(n, whole0, whole1, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a tile that is walked: n counts the whole ones, or with EDGE those on either side of them."""
+    tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
+    return tile * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -147,7 +193,6 @@ def _general_fwd_kernel(
     flags,
     blocks,
 ):
-    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, blocks.D)
     split = tl.program_id(2) % splits
@@ -157,63 +202,38 @@ def _general_fwd_kernel(
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
-    q_keep = q_inside
-    if q_codes.ptr is not None:
-        q_keep = tl.load(head_rows(q_codes, seq, head, q_rows), mask=q_inside, other=0) != 0
+    _, q_keep, _, _ = coded_rows(q_codes, seq, head, q_rows, q_inside)
     q_ptrs = head_rows(query, seq, head, q_rows)
-    q = 0.0
-    if not flags.WIDE:
-        q = load_rows(q_ptrs, q_keep, d, size.D)
+    q = narrow_rows(q_ptrs, q_keep, d, size.D, flags.WIDE)
     k_row0 = k_start.to(tl.int64)
     k_ptr = head_rows(key, seq, head, k_row0)
     val_ptr = head_rows(value, seq, head, k_row0)
-    if k_codes.ptr is not None:
-        code_ptr = head_rows(k_codes, seq, head, k_row0)
     pair0 = (seq * size.H + head) * Tq * Tk
 
     m = tl.full([blocks.M], float("-inf"), tl.float32)
     l = tl.zeros([blocks.M], tl.float32)
     acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
-    first, last = window_range(window, lo, hi, length)
-    tile0 = first // blocks.N
-    tiles = tl.where(last > first, tl.cdiv(last, blocks.N) - tile0, 0)
-    each = tl.cdiv(tiles, splits)
-    begin = tile0 + tl.minimum(split * each, tiles)
-    end = tile0 + tl.minimum((split + 1) * each, tiles)
-    whole0 = begin  # the whole tiles are [whole0, whole1)
-    whole1 = begin
-    if flags.PLAIN:
-        whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, blocks.N)
+    tile0, tile1 = window_tiles(window, lo, hi, length, blocks.N)
+    begin, end = split_tiles(tile0, tile1, split, splits)
+    begin = tl.minimum(begin, end)
+    whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            j = tile * blocks.N + tl.arange(0, blocks.N)
+            j = rows_at(n, whole0, whole1, EDGE, blocks.N)
             k_rows = j.to(tl.int64)
-            k_keep = tl.full([blocks.N], True, tl.int1)
-            v_keep = k_keep
+            k_seen = tl.full([blocks.N], True, tl.int1)
+            k_keep = k_seen
+            v_keep = k_seen
             if EDGE:
-                k_seen = j < length
-                k_keep = k_seen
-                v_keep = k_seen
-                if k_codes.ptr is not None:
-                    code = tl.load(code_ptr + k_rows * k_codes.stride_t, mask=k_seen, other=0)
-                    k_seen = code != 0
-                    v_keep = code == 1
-                    k_keep = v_keep if flags.SHARED else k_seen & (code != 3)
+                code, k_seen, v_keep, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
+                k_keep = v_keep if flags.SHARED else k_keep
             k_ptrs = k_ptr + k_rows * key.stride_t
-            k = 0.0
-            if not flags.WIDE:
-                k = load_rows(k_ptrs, k_keep, d, size.D)
+            k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
-            y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
-            bias = 0.0
-            if EDGE:
-                inside = q_keep[:, None] & k_seen[None, :]
-                shown = window_pairs(window, mask, seq, head, i[:, None], j[None, :], inside)
-                if score_bias.ptr is not None:
-                    at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i[:, None], j[None, :])
-                    bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
-            s = score(y, bias, size.scale, rate, flags.ACT)
+            inside = q_keep[:, None] & k_seen[None, :]
+            s, _y, shown = tile_scores(
+                x, i[:, None], j[None, :], inside, score_bias, mask, seq, head, window, size, flags, EDGE
+            )
             if EDGE:
                 if flags.PARTS:
                     s = tl.where((code == 3)[None, :], float("nan"), s)
@@ -221,11 +241,7 @@ def _general_fwd_kernel(
                 if result.scores is not None:
                     at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
                     tl.store(result.scores + pair0 + at, s, mask=inside)  # NATURAL
-            m_new = tl.maximum(m, tl.max(s, axis=1))
-            shift = pivot(m_new) if EDGE else m_new
-            p = power(s - shift[:, None], flags.NATURAL, flags.FMA)
-            alpha = power(m - shift, flags.NATURAL, flags.FMA)
-            l = l * alpha + tl.sum(p, axis=1)
+            p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, not EDGE)
             if dropout.seed is not None:
                 p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
             if flags.SHARED and not flags.WIDE:
@@ -235,27 +251,19 @@ def _general_fwd_kernel(
             if EDGE and flags.PARTS and not flags.SHARED:
                 p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
             acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
-            m = m_new
 
     row0 = first_row(q_spans, seq, head, size.H, Tq)
     rows = row0 + q_rows
     if splits == 1:
         inv = finish(l)
         store_lse(result.lse + rows * 2, m, l, q_inside)
-        tl.store(
-            result.out + row0 * size.DV + q_rows[:, None] * size.DV + dv[None, :],
-            acc * inv[:, None],
-            mask=q_inside[:, None] & (dv < size.DV)[None, :],
-        )
+        store_rows(result.out + row0 * size.DV + q_rows * size.DV, acc * inv[:, None], q_inside, dv, size.DV)
     else:
         rows = rows * splits + split
         tl.store(result.m + rows, m, mask=q_inside)
         tl.store(result.l + rows, l, mask=q_inside)
-        tl.store(
-            result.o + (row0 * splits + split) * size.DV + q_rows[:, None] * splits * size.DV + dv[None, :],
-            acc,
-            mask=q_inside[:, None] & (dv < size.DV)[None, :],
-        )
+        o_ptrs = result.o + (row0 * splits + split) * size.DV + q_rows * splits * size.DV
+        store_rows(o_ptrs, acc, q_inside, dv, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

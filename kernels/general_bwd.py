@@ -23,27 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_grad
-from .arguments import launch, pair_at, pair_ptr
+from .activations import activate_grad
+from .arguments import launch
 from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows
 from .general import (
-    LOG2E,
     Blocks,
     Flags,
+    coded_rows,
     first_row,
     fitting,
     head_rows,
-    power,
+    narrow_rows,
     prepare,
     product,
-    score,
+    rows_at,
+    tile_scores,
     whole_tiles,
     widths,
 )
 from .inputs import GeneralInputs
-from .location import load_rows
-from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_pairs, window_range
+from .location import load_rows, store_rows
+from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_tiles
 from .products import add_product
+from .softmax import power
 
 
 class Given(NamedTuple):
@@ -113,15 +115,8 @@ def _general_gradient(
     EDGE: tl.constexpr,  # some query may not see some key of this tile
 ):
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
-    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
-    y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
-    bias = 0.0
-    if EDGE:  # after the products, which need the registers
-        shown = window_pairs(window, mask, seq, head, i, j, inside)
-        if score_bias.ptr is not None:
-            at = pair_ptr(score_bias, seq, head) + pair_at(score_bias, i, j)
-            bias = tl.load(at, mask=shown, other=0.0).to(tl.float32) * rate
-    p = power(score(y, bias, size.scale, rate, flags.ACT) - top, flags.NATURAL, flags.FMA) * inv
+    s, y, shown = tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flags, EDGE)
+    p = power(s - top, flags.NATURAL, flags.FMA) * inv
     if flags.GAP:
         return tl.where(shown, p * dp, 0.0) if EDGE else p * dp, p
     if flags.EXACT:
@@ -176,55 +171,34 @@ def _general_bwd_dq_kernel(
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
-    q_keep = q_inside
-    if q_codes.ptr is not None:
-        q_keep = tl.load(head_rows(q_codes, seq, head, q_rows), mask=q_inside, other=0) != 0
+    _, q_keep, _, _ = coded_rows(q_codes, seq, head, q_rows, q_inside)
     q_ptrs = head_rows(query, seq, head, q_rows)
-    q = 0.0
-    if not flags.WIDE:
-        q = load_rows(q_ptrs, q_keep, d, size.D)
+    q = narrow_rows(q_ptrs, q_keep, d, size.D, flags.WIDE)
     row0 = first_row(q_spans, seq, head, size.H, Tq)
     do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
-    do = 0.0
-    if not flags.WIDE_V and not flags.EXACT:
-        do = load_rows(do_ptrs, q_keep, dv, size.DV)
+    do = narrow_rows(do_ptrs, q_keep, dv, size.DV, flags.WIDE_V or flags.EXACT)
     top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
     inv = tl.load(given.inv + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
     delta = tl.load(given.delta + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
     k_row0 = k_start.to(tl.int64)
     k_ptr = head_rows(key, seq, head, k_row0)
     val_ptr = head_rows(value, seq, head, k_row0)
-    if k_codes.ptr is not None:
-        code_ptr = head_rows(k_codes, seq, head, k_row0)
 
     acc = tl.zeros([blocks.M, blocks.D], tl.float32)
     rest = tl.zeros([blocks.M], tl.float32)
-    first, last = window_range(window, lo, hi, length)
-    begin = first // blocks.N
-    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.N), begin)
-    whole0 = begin  # the whole tiles are [whole0, whole1)
-    whole1 = begin
-    if flags.PLAIN:
-        whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, blocks.N)
+    begin, end = window_tiles(window, lo, hi, length, blocks.N)
+    whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            j = tile * blocks.N + tl.arange(0, blocks.N)
+            j = rows_at(n, whole0, whole1, EDGE, blocks.N)
             k_rows = j.to(tl.int64)
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
             if EDGE:
-                k_seen = j < length
-                k_keep = k_seen
-                if k_codes.ptr is not None:
-                    code = tl.load(code_ptr + k_rows * k_codes.stride_t, mask=k_seen, other=0)
-                    k_seen = code != 0
-                    k_keep = k_seen & (code != 3)
+                _code, k_seen, _whole, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
             k_ptrs = k_ptr + k_rows * key.stride_t
             val_ptrs = val_ptr + k_rows * value.stride_t
-            k = 0.0
-            if not flags.WIDE:
-                k = load_rows(k_ptrs, k_keep, d, size.D)
+            k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
@@ -237,10 +211,8 @@ def _general_bwd_dq_kernel(
             else:
                 if flags.SHARED and not flags.WIDE:
                     values = k
-                elif not flags.WIDE_V:
-                    values = load_rows(val_ptrs, k_keep, dv, size.DV)
                 else:
-                    values = 0.0
+                    values = narrow_rows(val_ptrs, k_keep, dv, size.DV, flags.WIDE_V)
                 dp = product(do, do_ptrs, q_keep, values, val_ptrs, k_keep, size.DV, flags.WIDE_V, flags, blocks.DV)
             inside = q_keep[:, None] & k_seen[None, :]
             g, _p = _general_gradient(
@@ -275,11 +247,8 @@ def _general_bwd_dq_kernel(
     if flags.GAP:
         tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
     else:
-        tl.store(
-            grads.q + row0 * grads.stride_q + q_rows[:, None] * grads.stride_q + d_out[None, :],
-            (acc * size.scale).to(grads.q.dtype.element_ty),
-            mask=q_inside[:, None] & (d_out < size.D)[None, :],
-        )
+        dq_ptrs = grads.q + row0 * grads.stride_q + q_rows * grads.stride_q
+        store_rows(dq_ptrs, acc * size.scale, q_inside, d_out, size.D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -315,62 +284,40 @@ def _general_bwd_dkv_kernel(
     j = lo + tl.arange(0, blocks.N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
-    k_keep = k_inside
-    if k_codes.ptr is not None:
-        k_keep = tl.load(head_rows(k_codes, seq, head, k_rows), mask=k_inside, other=0) != 0
+    _, k_keep, _, _ = coded_rows(k_codes, seq, head, k_rows, k_inside)
     k_ptrs = head_rows(key, seq, head, k_rows)
     val_ptrs = head_rows(value, seq, head, k_rows)
-    k = 0.0
-    if not flags.WIDE:
-        k = load_rows(k_ptrs, k_keep, d, size.D)
-    values = 0.0
+    k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
     if flags.SHARED and not flags.WIDE:
         values = k
-    elif not flags.WIDE_V and not flags.EXACT:
-        values = load_rows(val_ptrs, k_keep, dv, size.DV)
+    else:
+        values = narrow_rows(val_ptrs, k_keep, dv, size.DV, flags.WIDE_V or flags.EXACT)
     q_row0 = q_start.to(tl.int64)
     q_ptr = head_rows(query, seq, head, q_row0)
     row0 = first_row(q_spans, seq, head, size.H, Tq) + q_row0
-    if q_codes.ptr is not None:
-        code_ptr = head_rows(q_codes, seq, head, q_row0)
 
     dk = tl.zeros([blocks.N, blocks.D], tl.float32)
     dval = tl.zeros([blocks.N, blocks.DV], tl.float32)
     # The queries that see a key of this tile: the window, looked through from its other end.
     behind = mirrored(window)
-    first, last = window_range(behind, lo, hi, length)
-    begin = first // blocks.M
-    end = tl.where((last > first) & (lo < hi), tl.cdiv(last, blocks.M), begin)
-    whole0 = begin  # the whole tiles are [whole0, whole1)
-    whole1 = begin
-    if flags.PLAIN:
-        whole0, whole1 = whole_tiles(behind, lo, hi, length, begin, end, blocks.M)
+    begin, end = window_tiles(behind, lo, hi, length, blocks.M)
+    whole0, whole1 = whole_tiles(behind, lo, hi, length, begin, end, flags.PLAIN, blocks.M)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-            i = tile * blocks.M + tl.arange(0, blocks.M)
+            i = rows_at(n, whole0, whole1, EDGE, blocks.M)
             q_rows = i.to(tl.int64)
             q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
             if EDGE:
-                q_keep = i < length
-                q_good = q_keep
-                if q_codes.ptr is not None:
-                    code = tl.load(code_ptr + q_rows * q_codes.stride_t, mask=q_keep, other=0)
-                    q_keep = code != 0
-                    q_good = code == 1
+                _code, q_keep, q_good, _keep = coded_rows(q_codes, seq, head, q_row0 + q_rows, i < length)
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
-            q = 0.0
-            if not flags.WIDE:
-                q = load_rows(q_ptrs, q_good, d, size.D)
+            q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
             x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
                 keep = dropout_scale(dropout, j[:, None], seq * size.H + head, i[None, :])
-            do = 0.0
-            if not flags.WIDE_V:
-                do = load_rows(do_ptrs, q_good, dv, size.DV)
+            do = narrow_rows(do_ptrs, q_good, dv, size.DV, flags.WIDE_V)
             if flags.EXACT:
                 out_ptrs = (given.out + row0 * size.DV + q_rows * size.DV)[None, :]
                 dp = _general_gap(
@@ -418,13 +365,9 @@ def _general_bwd_dkv_kernel(
                     dval = add_product(p, do, dval, flags.COMPUTE, flags.PRECISION)
     row0 = first_row(k_spans, seq, head, size.H, Tk)
     if grads.k is not None:
-        inside = k_inside[:, None] & (d_out < size.D)[None, :]
-        dk_ptrs = grads.k + row0 * size.D + k_rows[:, None] * size.D + d_out[None, :]
-        tl.store(dk_ptrs, dk.to(grads.k.dtype.element_ty), mask=inside)
+        store_rows(grads.k + row0 * size.D + k_rows * size.D, dk, k_inside, d_out, size.D)
     if grads.value is not None:
-        inside = k_inside[:, None] & (dv_out < size.DV)[None, :]
-        dval_ptrs = grads.value + row0 * size.DV + k_rows[:, None] * size.DV + dv_out[None, :]
-        tl.store(dval_ptrs, dval.to(grads.value.dtype.element_ty), mask=inside)
+        store_rows(grads.value + row0 * size.DV + k_rows * size.DV, dval, k_inside, dv_out, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

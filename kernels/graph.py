@@ -29,8 +29,9 @@ from .arguments import constants, rows
 from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
 from .inputs import GraphInputs
+from .location import store_rows
 from .masks import dropout, dropout_scale
-from .softmax import exp, finish, new_lse, no_key, pivot, rounded_product, store_lse
+from .softmax import finish, new_lse, no_key, online_softmax, rounded_product, store_lse
 
 
 @triton.jit
@@ -47,6 +48,24 @@ def load_edges(x, nodes, keep, h, d, H, D):
     at = nodes[:, None, None] * x.stride_n + h[None, :, None] * x.stride_h + d[None, None, :]
     keep = keep[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
     return tl.load(x.ptr + at, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def edge_tile(e0, hi, csr, BLOCK_E: tl.constexpr):
+    """(edges [BLOCK_E] from e0 on, which of them there are, the nodes they come from), int64."""
+    e = (e0 + tl.arange(0, BLOCK_E)).to(tl.int64)  # the interpreter counts in int32
+    keep = e < hi
+    return e, keep, tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+
+
+@triton.jit
+def edge_sums(own, x, nodes, edge, e, keep, h, a, H, A):
+    """(q + k [+ edge], rows of x) for the features a of edges e, with own [BLOCK_H, BLOCK_A] at one end of all."""
+    rows = load_edges(x, nodes, keep, h, a, H, A)
+    z = own[None, :, :] + rows
+    if edge.ptr is not None:
+        z += load_edges(edge, e, keep, h, a, H, A)
+    return z, rows
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -79,34 +98,23 @@ def _graph_fwd_kernel(
     l = tl.zeros([blocks.H], tl.float32)
     acc = tl.zeros([blocks.H, blocks.DV], tl.float32)
     for e0 in range(lo, hi, blocks.E):
-        e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
-        keep = e < hi
-        j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+        e, keep, j = edge_tile(e0, hi, csr, blocks.E)
         if flags.WIDE:
             s = tl.zeros([blocks.E, blocks.H], tl.float32)
             for a0 in range(0, size.A, blocks.A):
                 a = a0 + tl.arange(0, blocks.A)
-                z = load_heads(q, node, h, a, size.H, size.A)[None, :, :]
-                z += load_edges(k, j, keep, h, a, size.H, size.A)
-                if edge.ptr is not None:
-                    z += load_edges(edge, e, keep, h, a, size.H, size.A)
+                q_row = load_heads(q, node, h, a, size.H, size.A)
+                z, _rows = edge_sums(q_row, k, j, edge, e, keep, h, a, size.H, size.A)
                 v_row = load_heads(v, node, h, a, size.H, size.A)
                 s += tl.sum(rounded_product(v_row[None, :, :], activate(z, flags.ACT, flags.FAST)), axis=2)
         else:
-            k_rows = load_edges(k, j, keep, h, a, size.H, size.A)
-            z = q_row[None, :, :] + k_rows
-            if edge.ptr is not None:
-                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            z, k_rows = edge_sums(q_row, k, j, edge, e, keep, h, a, size.H, size.A)
             s = tl.sum(rounded_product(v_row[None, :, :], activate(z, flags.ACT, flags.FAST)), axis=2)
         if tl.program_id(2) == 0:
             at = result.scores + e[:, None] * size.H + h[None, :]
             tl.store(at, s, mask=keep[:, None] & (h < size.H)[None, :])
         s = tl.where(keep[:, None], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=0))
-        shift = pivot(m_new)
-        p = exp(s - shift[None, :], flags.FMA)  # [BLOCK_E, BLOCK_H]
-        alpha = exp(m - shift, flags.FMA)
-        l = l * alpha + tl.sum(p, axis=0)
+        p, alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)  # p: [BLOCK_E, BLOCK_H]
         if dropout.seed is not None:
             p *= dropout_scale(dropout, (e - first)[:, None], node, h[None, :])
         if flags.SHARED and not flags.WIDE:
@@ -114,21 +122,17 @@ def _graph_fwd_kernel(
         else:
             values = load_edges(value, j, keep, h, dv, size.H, size.DV)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * values, axis=0)
-        m = m_new
-    inside = (dv < size.DV)[None, :]
     whole = (h < size.H) & (slot == -1)
     row = node * size.H + h
     if tl.program_id(2) == 0:
         store_lse(result.lse + row * 2, m, l, whole)
-    tl.store(
-        result.out + row[:, None] * size.DV + dv[None, :], acc * finish(l)[:, None], mask=whole[:, None] & inside
-    )
+    store_rows(result.out + row * size.DV, acc * finish(l)[:, None], whole, dv, size.DV)
     if flags.HUBS:
         piece = (h < size.H) & (slot >= 0)
         row = slot * size.H + h
         if tl.program_id(2) == 0:
             store_lse(part.lse + row * 2, m, l, piece)
-        tl.store(part.out + row[:, None] * size.DV + dv[None, :], acc, mask=piece[:, None] & inside)
+        store_rows(part.out + row * size.DV, acc, piece, dv, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import constants, rows
 from .chip import LENGTHS, all_registers, unpressed
-from .graph import Blocks, State, graph_blocks, load_edges, load_heads, prepare
+from .graph import Blocks, State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
 from .graph_hubs import Csr, Hubs, edges_of, slots_of
 from .inputs import GraphInputs
 from .masks import dropout_scale
@@ -74,9 +74,7 @@ def _graph_bwd_scores_kernel(
     top, inv = load_lse(result.lse + row, h < size.H)
     delta = tl.zeros([blocks.H], tl.float32)
     for e0 in range(lo, hi, blocks.E):
-        e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
-        keep = e < hi
-        j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+        e, keep, j = edge_tile(e0, hi, csr, blocks.E)
         at = e[:, None] * size.H + h[None, :]
         inside = keep[:, None] & (h < size.H)[None, :]
         kappa = tl.full([blocks.E, blocks.H], 1.0, tl.float32)
@@ -139,6 +137,17 @@ def _graph_bwd_pieces_kernel(csr, result, cotangent, made, nodes, edges, steps, 
         _take_delta(lo, hi, delta, top, inv, result, cotangent, made, h, size, flags, blocks)
 
 
+@triton.jit
+def _store_heads(ptr, part_ptr, x, node, slot, h, d, H, D, HUBS: tl.constexpr):
+    """Store x [BLOCK_H, BLOCK_D] of a node, or where it is a piece of a hub in its slot."""
+    inside = (h < H)[:, None] & (d < D)[None, :]
+    row = (node * H + h)[:, None] * D + d[None, :]
+    tl.store(ptr + row, x.to(ptr.dtype.element_ty), mask=inside & (slot == -1))
+    if HUBS:
+        row = (slot * H + h)[:, None] * D + d[None, :]
+        tl.store(part_ptr + row, x, mask=inside & (slot >= 0))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _graph_bwd_dq_kernel(
     q,  # (Nq, H, A)
@@ -171,14 +180,10 @@ def _graph_bwd_dq_kernel(
         q_row = load_heads(q, node, h, a, size.H, size.A)
         grad_q = tl.zeros([blocks.H, blocks.A], tl.float32)
         for e0 in range(lo, hi, blocks.E):
-            e = (e0 + tl.arange(0, blocks.E)).to(tl.int64)  # the interpreter counts in int32
-            keep = e < hi
-            j = tl.load(csr.indices + e, mask=keep, other=0).to(tl.int64)
+            e, keep, j = edge_tile(e0, hi, csr, blocks.E)
             at = e[:, None] * size.H + h[None, :]
             g = tl.load(made.g + at, mask=keep[:, None] & (h < size.H)[None, :], other=0.0)
-            z = q_row[None, :, :] + load_edges(k, j, keep, h, a, size.H, size.A)
-            if edge.ptr is not None:
-                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            z, _rows = edge_sums(q_row, k, j, edge, e, keep, h, a, size.H, size.A)
             y = activate(z, flags.ACT, flags.FAST)
             grad_v += tl.sum(g[:, :, None] * y, axis=0)
             slope = activate_grad(z, y, flags.ACT, flags.FAST)
@@ -190,11 +195,7 @@ def _graph_bwd_dq_kernel(
                     dz.to(dedge_ptr.dtype.element_ty),
                     mask=keep[:, None, None] & feature[None, :, :],
                 )
-        row = (node * size.H + h)[:, None] * size.A + a[None, :]
-        tl.store(dq_ptr + row, grad_q.to(dq_ptr.dtype.element_ty), mask=feature & (slot == -1))
-        if flags.HUBS:
-            row = (slot * size.H + h)[:, None] * size.A + a[None, :]
-            tl.store(part_ptr + row, grad_q, mask=feature & (slot >= 0))
+        _store_heads(dq_ptr, part_ptr, grad_q, node, slot, h, a, size.H, size.A, flags.HUBS)
     row = (start * size.H + h)[:, None] * size.A + a[None, :]
     tl.store(dv_ptr + row, grad_v, mask=feature)
 
@@ -239,9 +240,7 @@ def _graph_bwd_dk_kernel(
         inside = keep[:, None] & (h < size.H)[None, :]
         if dk_ptr is not None:
             g = tl.load(made.g + at, mask=inside, other=0.0)
-            z = load_edges(q, i, keep, h, a, size.H, size.A) + k_row[None, :, :]
-            if edge.ptr is not None:
-                z += load_edges(edge, e, keep, h, a, size.H, size.A)
+            z, _rows = edge_sums(k_row, q, i, edge, e, keep, h, a, size.H, size.A)
             slope = activate_grad(z, activate(z, flags.ACT, flags.FAST), flags.ACT, flags.FAST)
             grad_k += tl.sum(g[:, :, None] * (v_row[None, :, :] * slope), axis=0)
         if dvalue_ptr is not None or flags.SHARED:
@@ -251,19 +250,9 @@ def _graph_bwd_dk_kernel(
     if dk_ptr is not None:
         if flags.SHARED:
             grad_k += grad_value
-        keep = (h < size.H)[:, None] & (a < size.A)[None, :]
-        row = (node * size.H + h)[:, None] * size.A + a[None, :]
-        tl.store(dk_ptr + row, grad_k.to(dk_ptr.dtype.element_ty), mask=keep & (slot == -1))
-        if flags.HUBS:
-            row = (slot * size.H + h)[:, None] * size.A + a[None, :]
-            tl.store(part_ptr + row, grad_k, mask=keep & (slot >= 0))
+        _store_heads(dk_ptr, part_ptr, grad_k, node, slot, h, a, size.H, size.A, flags.HUBS)
     if dvalue_ptr is not None:
-        keep = (h < size.H)[:, None] & (dv < size.DV)[None, :]
-        row = (node * size.H + h)[:, None] * size.DV + dv[None, :]
-        tl.store(dvalue_ptr + row, grad_value.to(dvalue_ptr.dtype.element_ty), mask=keep & (slot == -1))
-        if flags.HUBS:
-            row = (slot * size.H + h)[:, None] * size.DV + dv[None, :]
-            tl.store(part_value_ptr + row, grad_value, mask=keep & (slot >= 0))
+        _store_heads(dvalue_ptr, part_value_ptr, grad_value, node, slot, h, dv, size.H, size.DV, flags.HUBS)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import INTERPRET, LENGTHS, chip_of, unpressed
-from .softmax import exp, finish, pivot, store_lse
+from .softmax import finish, join_states, store_lse
 
 
 @triton.jit
@@ -112,13 +112,7 @@ def _graph_join_kernel(
                 else:
                     m_i = tl.load(part_lse_ptr + at * 2, mask=i < count, other=float("-inf"))
                     l_i = tl.load(part_lse_ptr + at * 2 + 1, mask=i < count, other=0.0)
-                    m_new = tl.maximum(m, tl.max(m_i, axis=0))
-                    shift = pivot(m_new)
-                    p = exp(m_i - shift, FMA)  # [BLOCK_I]
-                    alpha = exp(m - shift, FMA)
-                    l = l * alpha + tl.sum(p * l_i, axis=0)
-                    acc = acc * alpha + tl.sum(p[:, None] * part, axis=0)
-                    m = m_new
+                    m, l, acc = join_states(m, l, acc, m_i, l_i, part, 1.0, FMA)
             row = node * H + head
             if part_lse_ptr is not None:
                 acc = acc * finish(l)

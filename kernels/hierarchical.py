@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
-from .arguments import constants, entry_ptr, launch, sequence_ptr, sequences
+from .arguments import constants, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unit, unpressed
 from .inputs import HierarchicalInputs
-from .location import Blocks, _weighted_sum, fwd_blocks, load_rows, location_fwd, matmul, prepare, project
+from .location import Blocks, _weighted_sum, fwd_blocks, gated, load_rows, location_fwd, matmul, prepare, project
+from .masks import unmasked
 from .softmax import finish, new_lse, online_softmax, store_lse
 
 SEGMENTS = 16
@@ -57,9 +57,7 @@ def _score(
     for a0 in range(0, A, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
         z, g = project(h_ptrs, h, at, 0, keep, weights, context, a, 0, D, A, flags, RESIDENT, BLOCK_D)
-        u = activate(z, flags.ACT, flags.FAST)
-        if weights.gw is not None:
-            u *= activate(g, flags.GATE_ACT, flags.FAST)
+        u = gated(z, g, weights, flags)
         if weights.v is None:
             s = u
         else:
@@ -108,9 +106,7 @@ def _hierarchical_fwd_kernel(
             t = t0 + tl.arange(0, blocks.T)
             rows = t.to(tl.int64)
             inside = t < hi
-            keep = inside
-            if mask.ptr is not None:
-                keep = tl.load(entry_ptr(mask, 0, rows), mask=inside, other=0) != 0
+            keep = unmasked(mask, 0, rows, inside)
             member = (t[:, None] >= start[None, :]) & (t[:, None] < end[None, :])  # [BLOCK_T, BLOCK_S]
             at = rows
             if not levels.CTX_PER_ROW:
@@ -124,7 +120,7 @@ def _hierarchical_fwd_kernel(
                 h_ptrs, tile, at, keep, weights, context, size.D, size.A, flags, levels.RESIDENT, blocks.D, blocks.A
             )
             tl.store(result.inner_scores + rows[:, None], s, mask=inside[:, None])
-            p, alpha, m, l = online_softmax(tl.where(member, s, float("-inf")), m, l)
+            p, alpha, m, l = online_softmax(tl.where(member, s, float("-inf")), m, l, 0, False)
             if levels.RESIDENT:
                 values = tile
             else:
@@ -159,7 +155,7 @@ def _hierarchical_fwd_kernel(
             blocks.OUTER_A,
         )
         tl.store(result.outer_scores + seg[:, None], s, mask=exists[:, None])
-        p, alpha, outer_m, outer_l = online_softmax(s, outer_m, outer_l)
+        p, alpha, outer_m, outer_l = online_softmax(s, outer_m, outer_l, 0, False)
         outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, size.D).to(tl.float32) * p, axis=0)
 
     store_lse(result.outer_lse + group * 2 + tl.arange(0, 1), outer_m, outer_l, True)

@@ -22,7 +22,7 @@ from .activations import activate
 from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
 from .inputs import LocationInputs
-from .masks import Items, dropout, dropout_scale, locate, partition
+from .masks import Items, dropout, dropout_scale, locate, partition, unmasked
 from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -39,6 +39,19 @@ WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that what is written
 def load_rows(ptrs, keep, cols, width):
     """Tile [BLOCK_T, BLOCK] of rows at ptrs [BLOCK_T]; 0 outside: what is masked is never read."""
     return tl.load(ptrs[:, None] + cols[None, :], mask=keep[:, None] & (cols < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptrs, x, keep, cols, width):
+    """Store a tile where `load_rows` reads it, in the dtype that is there."""
+    mask = keep[:, None] & (cols < width)[None, :]
+    tl.store(ptrs[:, None] + cols[None, :], x.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows(ptrs, x, keep, cols, width):
+    """Add a tile to what is there, float32."""
+    store_rows(ptrs, load_rows(ptrs, keep, cols, width) + x, keep, cols, width)
 
 
 @triton.jit
@@ -112,6 +125,15 @@ def project(
 
 
 @triton.jit
+def gated(z, g, weights, flags):
+    """The features u that `project` gives z and g of."""
+    u = activate(z, flags.ACT, flags.FAST)
+    if weights.gw is not None:
+        u *= activate(g, flags.GATE_ACT, flags.FAST)
+    return u
+
+
+@triton.jit
 def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Σ_j value_j p_j, [BLOCK_DV, BLOCK_P].
 
@@ -162,9 +184,7 @@ def _location_fwd_kernel(
         t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
         rows = start + t
-        keep = inside
-        if mask.ptr is not None:
-            keep = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0
+        keep = unmasked(mask, seq, rows, inside)
         h_ptrs = sequence_ptr(h, seq, rows)
         if flags.RESIDENT:
             tile = load_rows(h_ptrs, keep, tl.arange(0, blocks.D), size.D)
@@ -190,9 +210,7 @@ def _location_fwd_kernel(
                 flags.RESIDENT,
                 blocks.D,
             )
-            u = activate(z, flags.ACT, flags.FAST)
-            if weights.gw is not None:
-                u *= activate(g, flags.GATE_ACT, flags.FAST)
+            u = gated(z, g, weights, flags)
             if weights.v is None:
                 s = u
             else:
@@ -204,7 +222,7 @@ def _location_fwd_kernel(
         at = (seq * T + rows)[:, None] * size.R + r[None, :]
         tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
 
-        p, alpha, m, l = online_softmax(s, m, l)
+        p, alpha, m, l = online_softmax(s, m, l, 0, False)
         if dropout.seed is not None:
             p *= dropout_scale(dropout, t[:, None], seq, r[None, :])
         if values.ptr is None:

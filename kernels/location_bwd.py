@@ -29,26 +29,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, entry_ptr, launch, sequence_ptr
+from .arguments import constants, launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows, unpressed
 from .inputs import LocationInputs
-from .location import WORKSPACE_BYTES, Blocks, Call, Result, hop_block, load_rows, matmul, prepare, project
-from .masks import Items, dropout_scale, locate, sequence_of
+from .location import (
+    WORKSPACE_BYTES,
+    Blocks,
+    Call,
+    Result,
+    add_rows,
+    hop_block,
+    load_rows,
+    matmul,
+    prepare,
+    project,
+    store_rows,
+)
+from .masks import Items, dropout_scale, item_rows, locate, sequence_of
 from .products import add_product
 from .softmax import load_dlse, load_lse
-
-
-@triton.jit
-def _item_rows(item, mask, spans, T, num_seqs, per_seq, BLOCK_T: tl.constexpr):
-    """(sequence, local rows of the item [BLOCK_T], which of them exist, packed rows, which may be read)."""
-    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, BLOCK_T)
-    t = lo + tl.arange(0, BLOCK_T)
-    inside = t < hi
-    rows = (start + t).to(tl.int64)
-    keep = inside
-    if mask.ptr is not None:
-        keep = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0
-    return seq, t, inside, rows, keep
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def _location_bwd_gap_kernel(
 ):
     """Σ_j a_jr gap_jr over an item, which for a sequence is 0 but for roundings, those of o above all."""
     item = tl.program_id(0)
-    seq, t, _inside, rows, keep = _item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
+    seq, t, _inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
     r = tl.arange(0, blocks.R)
     val_ptrs = sequence_ptr(values, seq, rows)
     a_w, _p, gap, visible, _at, _cotangent = _weights_and_gaps(
@@ -151,7 +150,7 @@ def _location_bwd_dz_kernel(
 ):
     local = tl.program_id(0)
     item = local.to(tl.int64)
-    seq, t, inside, rows, keep = _item_rows(item0 + local, mask, spans, T, num_seqs, per_seq, blocks.T)
+    seq, t, inside, rows, keep = item_rows(item0 + local, mask, spans, T, num_seqs, per_seq, blocks.T)
     h_ptrs = sequence_ptr(h, seq, rows)
     if values.ptr is None:
         val_ptrs = h_ptrs
@@ -280,12 +279,7 @@ def _location_bwd_rows_kernel(
             acc += p * do.to(tl.float32)
         else:
             acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
-    rows = seq * T + start + t
-    tl.store(
-        grad_ptr + rows[:, None] * D + d[None, :],
-        acc.to(grad_ptr.dtype.element_ty),
-        mask=(t < hi)[:, None] & (d < D)[None, :],
-    )
+    store_rows(grad_ptr + (seq * T + start + t) * D, acc, t < hi, d, D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -321,9 +315,7 @@ def _location_bwd_dw_kernel(
         x = load_rows(sequence_ptr(h, seq, rows), live, d, D)
         dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         acc = add_product(tl.trans(x), dz, acc, flags.COMPUTE, flags.PRECISION)
-    at = dw_ptr + (split.to(tl.int64) * D + d[:, None]) * K + k[None, :]
-    some = (d < D)[:, None] & (k < K)[None, :]
-    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+    add_rows(dw_ptr + (split.to(tl.int64) * D + d) * K, acc, d < D, k, K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -350,9 +342,7 @@ def _location_bwd_dv_kernel(
         u = load_rows(u_ptr + row.to(tl.int64) * A, row < last, a, A)
         ds = load_rows(ds_ptr + row.to(tl.int64) * R, row < last, r, R)
         acc = add_product(tl.trans(u), ds, acc, flags.U_COMPUTE, flags.U_PRECISION)
-    at = dv_ptr + (split.to(tl.int64) * A + a[:, None]) * R + r[None, :]
-    some = (a < A)[:, None] & (r < R)[None, :]
-    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+    add_rows(dv_ptr + (split.to(tl.int64) * A + a) * R, acc, a < A, r, R)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit
 from .inputs import WindowInputs
-from .location import load_rows
+from .location import load_rows, store_rows
 from .masks import (
     Items,
     dropout,
@@ -37,10 +37,10 @@ from .masks import (
     sequence_of,
     whole_window,
     window,
-    window_range,
+    window_tiles,
 )
 from .products import add_product
-from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
+from .softmax import exp, finish, load_lse, new_lse, online_softmax, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -50,9 +50,7 @@ from .softmax import exp, finish, load_lse, new_lse, pivot, store_lse
 @triton.jit
 def band(lo, hi, length, window, SCAN: tl.constexpr, BLOCK: tl.constexpr):
     """(first and past-the-last tile of keys that positions [lo, hi) walk, the tile whose scan has the others)."""
-    first, last = window_range(window, lo, hi, length)
-    tile0 = first // BLOCK
-    tile1 = tl.where(last > first, tl.cdiv(last, BLOCK), tile0)
+    tile0, tile1 = window_tiles(window, lo, hi, length, BLOCK)
     state = 0
     if SCAN:
         first, last = whole_window(window, lo, hi, length)
@@ -205,12 +203,7 @@ def _location_window_fwd_kernel(
         keep = s != float("-inf")
         shown = in_window(window, i[:, None], j[None, :], inside[:, None] & keep[None, :])
         s = tl.where(shown, s[None, :], float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        shift = pivot(m_new)
-        p = exp(s - shift[:, None], flags.FMA)
-        alpha = exp(m - shift, flags.FMA)
-        l = l * alpha + tl.sum(p, axis=1)
-        m = m_new
+        p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA)
         if dropout.seed is not None:
             p *= dropout_scale(dropout, j[None, :], seq * R + r, i[:, None])
         x = load_rows(sequence_ptr(values, seq, rows), keep, d, DV)
@@ -226,7 +219,7 @@ def _location_window_fwd_kernel(
     inv = finish(l)
     if tl.program_id(2) == 0:
         store_lse(lse_ptr + at * 2, m, l, inside)
-    tl.store(out_ptr + at[:, None] * DV + d[None, :], acc * inv[:, None], mask=inside[:, None] & (d < DV)[None, :])
+    store_rows(out_ptr + at * DV, acc * inv[:, None], inside, d, DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

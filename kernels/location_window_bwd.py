@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import sequence_ptr
 from .chip import LENGTHS, pow2
 from .inputs import WindowInputs
-from .location import load_rows
+from .location import load_rows, store_rows
 from .location_window import band, prepare
 from .masks import dropout_scale, in_window, locate, mirrored, sequence_of
 from .products import add_product
@@ -114,7 +114,7 @@ def _location_window_bwd_scores_kernel(
     if flags.SCAN:
         slot = (item0 + state) * R + r
         ds += _state_scores(s, keep, val_ptrs, scanned, slot, lo < hi, DV, flags.FMA, blocks.DV)
-    for tile in range(tile0, tl.where(lo < hi, tile1, tile0)):
+    for tile in range(tile0, tile1):
         i = tile * blocks.T + tl.arange(0, blocks.T)
         inside = i < length
         at = (seq * T + start + i) * R + r
@@ -175,7 +175,6 @@ def _location_window_bwd_values_kernel(
     j = lo + tl.arange(0, blocks.T)
     k_rows = seq * T + start + j
     tile0, tile1, state = band(lo, hi, length, mirrored(window), flags.SCAN, blocks.T)
-    tile1 = tl.where(lo < hi, tile1, tile0)
     acc = tl.zeros([blocks.T, blocks.DV], tl.float32)
     for r in range(0, R):
         s = tl.load(scores_ptr + k_rows * R + r, mask=j < hi, other=float("-inf"))
@@ -198,11 +197,7 @@ def _location_window_bwd_values_kernel(
                 a *= dropout_scale(dropout, j[:, None], seq * R + r, i[None, :])
             do = load_rows(do_ptr + at * DV, inside, d, DV)
             acc = add_product(a, do, acc, flags.COMPUTE, flags.PRECISION)
-    tl.store(
-        dvalue_ptr + k_rows[:, None] * DV + d[None, :],
-        acc.to(dvalue_ptr.dtype.element_ty),
-        mask=(j < hi)[:, None] & (d < DV)[None, :],
-    )
+    store_rows(dvalue_ptr + k_rows * DV, acc, j < hi, d, DV)
 
 
 def window_bwd(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import pair_at, pair_ptr, untold
+from .arguments import entry_ptr, load_pairs, untold
 
 
 class Spans(NamedTuple):
@@ -133,6 +133,36 @@ def sequence_of(seq, spans, T, num_seqs, per_seq):
 
 
 @triton.jit
+def unmasked(mask, seq, rows, inside):
+    """Which of the rows inside of a sequence a mask, one number a row or None, leaves."""
+    if mask.ptr is not None:
+        inside = tl.load(entry_ptr(mask, seq, rows), mask=inside, other=0) != 0
+    return inside
+
+
+@triton.jit
+def item_rows(item, mask, spans, T, num_seqs, per_seq, BLOCK_T: tl.constexpr):
+    """(sequence, local rows of the item [BLOCK_T], which of them exist, packed rows, which may be read)."""
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, BLOCK_T)
+    t = lo + tl.arange(0, BLOCK_T)
+    inside = t < hi
+    rows = (start + t).to(tl.int64)
+    return seq, t, inside, rows, unmasked(mask, seq, rows, inside)
+
+
+@triton.jit
+def items_of(seq, first_ptr, per_seq):
+    """First and past-the-last item of a sequence, both int64; first_ptr: Spans.first, or None."""
+    if first_ptr is None:
+        lo = seq * per_seq
+        hi = lo + per_seq
+    else:
+        lo = tl.load(first_ptr + seq).to(tl.int64)
+        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
+    return lo, hi
+
+
+@triton.jit
 def dropout_scale(dropout, position, sequence, hop):
     """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
@@ -149,79 +179,6 @@ def dropout_scale(dropout, position, sequence, hop):
 def finite(x):
     """X with zeros for what is not finite: 0 · NaN would carry a hidden row into a product."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def visible_pairs(
-    i, j, inside, mask_ptrs, stride_mq, stride_mk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
-    """Which keys j the queries i see, for a tile whose rows are either of the two.
-
-    i [BLOCK_M, 1] and j [1, BLOCK_N], or i [1, BLOCK_M] and j [BLOCK_N, 1]; inside: pairs of rows that may be read;
-    mask_ptrs is at this sequence, or None.
-    """
-    shown = inside
-    if mask_ptrs is not None:
-        at = i.to(tl.int64) * stride_mq + j.to(tl.int64) * stride_mk
-        shown = shown & (tl.load(mask_ptrs + at, mask=shown, other=0) != 0)
-    if HAS_LEFT:
-        shown = shown & (j >= i - left)
-    if HAS_RIGHT:
-        shown = shown & (j <= i + right)
-    return shown
-
-
-@triton.jit
-def visible(
-    i,
-    j,
-    q_inside,
-    k_inside,
-    mask_ptrs,
-    stride_mq,
-    stride_mk,
-    left,
-    right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
-    """Which keys j [BLOCK_N] the queries i [BLOCK_M] see, [BLOCK_M, BLOCK_N]."""
-    return visible_pairs(
-        i[:, None],
-        j[None, :],
-        q_inside[:, None] & k_inside[None, :],
-        mask_ptrs,
-        stride_mq,
-        stride_mk,
-        left,
-        right,
-        HAS_LEFT,
-        HAS_RIGHT,
-    )
-
-
-@triton.jit
-def key_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """First and past-the-last key that any query of [lo, hi) sees."""
-    first = 0
-    last = length
-    if HAS_LEFT:
-        first = tl.maximum(lo - left, 0)
-    if HAS_RIGHT:
-        last = tl.minimum(hi + right, length)
-    return first, last
-
-
-@triton.jit
-def whole_range(lo, hi, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
-    first = 0
-    last = length
-    if HAS_LEFT:
-        first = tl.maximum(hi - 1 - left, 0)
-    if HAS_RIGHT:
-        last = tl.minimum(lo + right + 1, length)
-    return first, last
 
 
 class Window(NamedTuple):
@@ -256,27 +213,54 @@ def window_sides(window):
 def window_range(window, lo, hi, length):
     """First and past-the-last key that any query of [lo, hi) sees."""
     left, right = window_sides(window)
-    return key_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    first = 0
+    last = length
+    if window.HAS_LEFT:
+        first = tl.maximum(lo - left, 0)
+    if window.HAS_RIGHT:
+        last = tl.minimum(hi + right, length)
+    return first, last
 
 
 @triton.jit
 def whole_window(window, lo, hi, length):
     """First and past-the-last key that every query of [lo, hi) sees; first may be past last."""
-    left, right = window_sides(window)
-    return whole_range(lo, hi, length, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    return window_range(window, hi - 1, lo + 1, length)
+
+
+@triton.jit
+def window_tiles(window, lo, hi, length, BLOCK: tl.constexpr):
+    """First and past-the-last tile of keys that any query of [lo, hi) sees."""
+    first, last = window_range(window, lo, hi, length)
+    tile0 = first // BLOCK
+    return tile0, tl.where(last > first, tl.cdiv(last, BLOCK), tile0)
+
+
+@triton.jit
+def split_tiles(tile0, tile1, split, splits):
+    """First and past-the-last of the tiles [tile0, tile1) that one of so many programs has; there may be none."""
+    tiles = tile1 - tile0
+    each = tl.cdiv(tiles, splits)
+    return tile0 + split * each, tile0 + tl.minimum((split + 1) * each, tiles)
 
 
 @triton.jit
 def window_pairs(window, mask, seq, head, i, j, inside):
-    """Which keys j the queries i of a head of a sequence see, as `visible_pairs` has them."""
-    shown = inside
+    """Which of the pairs `inside`, rows that may be read, of a head of a sequence are visible, as `in_window`."""
     if mask.ptr is not None:
-        shown = shown & (tl.load(pair_ptr(mask, seq, head) + pair_at(mask, i, j), mask=shown, other=0) != 0)
-    return in_window(window, i, j, shown)
+        inside = inside & (load_pairs(mask, seq, head, i, j, inside) != 0)
+    return in_window(window, i, j, inside)
 
 
 @triton.jit
 def in_window(window, i, j, inside):
-    """Which of the pairs `inside` of queries i and keys j are in the window."""
+    """Which of the pairs `inside` of queries i and keys j are in the window, for a tile whose rows are either.
+
+    i [BLOCK_M, 1] and j [1, BLOCK_N], or i [1, BLOCK_M] and j [BLOCK_N, 1].
+    """
     left, right = window_sides(window)
-    return visible_pairs(i, j, inside, None, 0, 0, left, right, window.HAS_LEFT, window.HAS_RIGHT)
+    if window.HAS_LEFT:
+        inside = inside & (j >= i - left)
+    if window.HAS_RIGHT:
+        inside = inside & (j <= i + right)
+    return inside

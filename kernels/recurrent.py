@@ -28,12 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import constants, entries, entry_ptr, launch, matrix, sequence_ptr, sequences
+from .arguments import constants, entries, launch, matrix, sequence_ptr, sequences
 from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit
 from .inputs import WordByWordInputs
 from .location import load_rows
-from .masks import Spans, sequence_of
-from .softmax import exp, finish, pivot, rounded_product
+from .masks import Spans, sequence_of, unmasked
+from .softmax import exp, finish, online_softmax, pivot, rounded_product
 
 
 @triton.jit
@@ -60,20 +60,7 @@ def vector_matrix(
 @triton.jit
 def premise_keys(j, length, mask, seq):
     """Which words j [BLOCK_N] of the premise may be read."""
-    keep = j < length
-    if mask.ptr is not None:
-        keep = tl.load(entry_ptr(mask, seq, j.to(tl.int64)), mask=keep, other=0) != 0
-    return keep
-
-
-@triton.jit
-def softmax_step(s, m, l, FMA: tl.constexpr):
-    """One tile of scores s [BLOCK_N]: its weights before they are normalised, the factor on old sums, and (m, l)."""
-    m_new = tl.maximum(m, tl.max(s, axis=0))
-    shift = pivot(m_new)
-    p = exp(s - shift, FMA)
-    alpha = exp(m - shift, FMA)
-    return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
+    return unmasked(mask, seq, j.to(tl.int64), j < length)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -129,7 +116,7 @@ def _recurrent_fwd_kernel(
             c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
             s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], flags.FAST)), axis=1)
-            p, _alpha, m, l = softmax_step(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, flags.FMA)
+            p, _alpha, m, l = online_softmax(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, 0, flags.FMA)
             inv = finish(l)
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
@@ -152,7 +139,7 @@ def _recurrent_fwd_kernel(
                 keep = premise_keys(j, length, mask, seq)
                 s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 tl.store(s_ptr + j, s, mask=j < length)
-                _p, _alpha, m, l = softmax_step(s, m, l, flags.FMA)
+                _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
             shift = pivot(m)
             inv = finish(l)
             tl.debug_barrier()

@@ -28,10 +28,10 @@ from .activations import tanh
 from .arguments import Matrix, sequence_ptr
 from .chip import LENGTHS
 from .inputs import WordByWordInputs
-from .location import load_rows
+from .location import add_rows, load_rows, store_rows
 from .masks import sequence_of
-from .recurrent import launch_forms, premise_keys, prepare, score_tile, softmax_step, vector_matrix
-from .softmax import exp, finish, made_once, pivot, rounded_product
+from .recurrent import launch_forms, premise_keys, prepare, score_tile, vector_matrix
+from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 
 
 class Given(NamedTuple):
@@ -134,7 +134,7 @@ def _recurrent_bwd_kernel(
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
             if given.dweights is not None:
                 g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
-            p, _alpha, m, l = softmax_step(s, float("-inf"), 0.0, flags.FMA)
+            p, _alpha, m, l = online_softmax(s, float("-inf"), 0.0, 0, flags.FMA)
             p *= finish(l)
             ds = p * (g - tl.sum(p * g, axis=0))
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
@@ -160,7 +160,7 @@ def _recurrent_bwd_kernel(
                     g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
                 tl.store(s_ptr + j, s, mask=j < length)
                 tl.store(g_ptr + j, g, mask=j < length)
-                p, alpha, m, l = softmax_step(s, m, l, flags.FMA)
+                p, alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
                 mean = mean * alpha + tl.sum(p * g, axis=0)
             inv = finish(l)
             mean *= inv
@@ -182,11 +182,7 @@ def _recurrent_bwd_kernel(
                     dz = ds[:, None] * w[None, :] * (1.0 - y * y)
                     dc += tl.sum(dz, axis=0)
                     dw += tl.sum(ds[:, None] * y, axis=0)
-                    _add(
-                        dk_ptr + j.to(tl.int64)[:, None] * size.A + a[None, :],
-                        dz,
-                        keep[:, None] & (a < size.A)[None, :],
-                    )
+                    add_rows(dk_ptr + j.to(tl.int64) * size.A, dz, keep, a, size.A)
                 tl.store(dc_row + a, dc, mask=a < size.A)
                 _add(dw_ptr + a, dw, a < size.A)
             for d0 in range(0, size.D, blocks.D):
@@ -196,8 +192,7 @@ def _recurrent_bwd_kernel(
                     j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask, seq)
                     p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
-                    at = j.to(tl.int64)[:, None] * size.D + d[None, :]
-                    _add(dvalue_ptr + at, p[:, None] * dr[None, :], keep[:, None] & (d < size.D)[None, :])
+                    add_rows(dvalue_ptr + j.to(tl.int64) * size.D, p[:, None] * dr[None, :], keep, d, size.D)
         tl.debug_barrier()
         for d0 in range(0, size.D, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
@@ -208,10 +203,9 @@ def _recurrent_bwd_kernel(
         tl.debug_barrier()
 
     if flags.HELD:
-        inside = ((j < length) & (steps > 0))[:, None]
-        row = j.to(tl.int64)[:, None]
-        tl.store(dk_ptr + row * size.A + a[None, :], dk, mask=inside & (a < size.A)[None, :])
-        tl.store(dvalue_ptr + row * size.D + d[None, :], dval, mask=inside & (d < size.D)[None, :])
+        inside = (j < length) & (steps > 0)
+        store_rows(dk_ptr + j.to(tl.int64) * size.A, dk, inside, a, size.A)
+        store_rows(dvalue_ptr + j.to(tl.int64) * size.D, dval, inside, d, size.D)
         tl.store(dw_ptr + a, dw, mask=(a < size.A) & (steps > 0))
 
 

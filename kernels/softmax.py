@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import INTERPRET, LENGTHS
-from .masks import Items
+from .masks import Items, items_of
 
 
 @triton.jit
@@ -61,13 +61,36 @@ def pivot(m):
 
 
 @triton.jit
-def online_softmax(s, m, l):
-    """One step over scores s [BLOCK_T, BLOCK_R]: the unnormalised weights, the factor on old sums, and (m, l)."""
-    m_new = tl.maximum(m, tl.max(s, axis=0))
+def power(x, NATURAL: tl.constexpr, FMA: tl.constexpr):
+    """The exponential that the scores are made for: e^x, or 2^x."""
+    if NATURAL:
+        return exp(x, FMA)
+    return tl.exp2(x)
+
+
+@triton.jit
+def online_softmax(
+    s, m, l, AXIS: tl.constexpr, FMA: tl.constexpr, NATURAL: tl.constexpr = True, SEEN: tl.constexpr = False
+):
+    """One step over scores s: the unnormalised weights, the factor on old sums, and (m, l).
+
+    AXIS: that of s which has the keys. FMA, NATURAL: of `power`. SEEN: there is no row that has seen no key.
+    """
+    m_new = tl.maximum(m, tl.max(s, axis=AXIS))
+    shift = m_new if SEEN else pivot(m_new)
+    p = power(s - (shift if len(s.shape) == 1 else tl.expand_dims(shift, AXIS)), NATURAL, FMA)
+    alpha = power(m - shift, NATURAL, FMA)
+    return p, alpha, m_new, l * alpha + tl.sum(p, axis=AXIS)
+
+
+@triton.jit
+def join_states(m, l, acc, m_i, l_i, o_i, unit, FMA: tl.constexpr):
+    """The state (m, l, acc [BLOCK_D]), and with it those of m_i, l_i [BLOCK_I], o_i [BLOCK_I, BLOCK_D]."""
+    m_new = tl.maximum(m, tl.max(m_i, axis=0))
     shift = pivot(m_new)
-    p = tl.exp(s - shift[None, :])
-    alpha = tl.exp(m - shift)
-    return p, alpha, m_new, l * alpha + tl.sum(p, axis=0)
+    p = exp((m_i - shift) * unit, FMA)
+    alpha = exp((m - shift) * unit, FMA)
+    return m_new, l * alpha + tl.sum(p * l_i, axis=0), acc * alpha + tl.sum(p[:, None] * o_i, axis=0)
 
 
 @triton.jit
@@ -130,12 +153,7 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)  # sequence and hop
     seq = row // R
     d = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    if first_ptr is None:
-        lo = seq * per_seq
-        hi = lo + per_seq
-    else:
-        lo = tl.load(first_ptr + seq).to(tl.int64)
-        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
+    lo, hi = items_of(seq, first_ptr, per_seq)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_DV], tl.float32)
@@ -147,13 +165,7 @@ def _merge_kernel(
         # A part that saw no key may not have written its sum.
         seen = (m_i > float("-inf"))[:, None] & (d < DV)[None, :]
         o_i = tl.load(o_ptr + at[:, None] * DV + d[None, :], mask=seen, other=0.0)
-        m_new = tl.maximum(m, tl.max(m_i, axis=0))
-        shift = pivot(m_new)
-        p = exp((m_i - shift) * unit, FMA)  # [BLOCK_I]
-        alpha = exp((m - shift) * unit, FMA)
-        l = l * alpha + tl.sum(p * l_i, axis=0)
-        acc = acc * alpha + tl.sum(p[:, None] * o_i, axis=0)
-        m = m_new
+        m, l, acc = join_states(m, l, acc, m_i, l_i, o_i, unit, FMA)
     inv = finish(l)
     write = hi - lo != 1 if SKIP_SINGLE else True
     tl.store(out_ptr + row * DV + d, (acc * inv).to(out_ptr.dtype.element_ty), mask=(d < DV) & write)

@@ -39,23 +39,13 @@ from .arguments import (
 )
 from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
 from .inputs import StatisticsInputs
-from .location import load_rows, matmul
-from .masks import Items, locate, partition
+from .location import load_rows, matmul, store_rows
+from .masks import Items, items_of, locate, partition, unmasked
 from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def frame_rows(t, hi, start, seq, mask):
-    """Rows of the frames t [BLOCK_T], and which of them may be read."""
-    rows = (start + t).to(tl.int64)
-    keep = t < hi
-    if mask.ptr is not None:
-        keep = tl.load(entry_ptr(mask, seq, rows), mask=keep, other=0) != 0
-    return rows, keep
 
 
 @triton.jit
@@ -86,6 +76,14 @@ def channel_scores(
 def load_channels(v, a, c, size):
     """Tile v[a, c]; 0 outside."""
     return load_rows(v.ptr + a.to(tl.int64) * v.stride, a < size.A, c, size.C)
+
+
+@triton.jit
+def _no_frames(r, c):
+    """The state (m, l, mean, M) of no frame, for softmaxes r of the channels c."""
+    m = tl.full([r.shape[0]], float("-inf"), tl.float32)
+    l = tl.zeros([r.shape[0]], tl.float32)
+    return m, l, tl.zeros([c.shape[0]], tl.float64), tl.zeros([c.shape[0]], tl.float32)
 
 
 @triton.jit
@@ -154,28 +152,22 @@ def _statistics_fwd_kernel(
     c = block * blocks.C + tl.arange(0, blocks.C)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, rows_per_item)
     if flags.PER_CHANNEL:
-        r = c
-        R = size.C
         a = tl.arange(0, blocks.A)
         v_tile = load_channels(v, a, c, size)  # stays on chip where it is WHOLE, else it is not loaded
-    else:
-        r = tl.arange(0, 1)
-        R = 1
-    m = tl.full([r.shape[0]], float("-inf"), tl.float32)
-    l = tl.zeros([r.shape[0]], tl.float32)
-    mean = tl.zeros([blocks.C], tl.float64)
-    sq = tl.zeros([blocks.C], tl.float32)
+    r = c if flags.PER_CHANNEL else tl.arange(0, 1)
+    R = size.C if flags.PER_CHANNEL else 1
+    m, l, mean, sq = _no_frames(r, c)
 
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
-        rows, keep = frame_rows(t, hi, start, seq, mask)
+        rows = (start + t).to(tl.int64)
+        keep = unmasked(mask, seq, rows, t < hi)
         if flags.PER_CHANNEL:
             x_ptrs = sequence_ptr(x, seq, rows)
             u = load_rows(x_ptrs, keep, a, size.A)
             s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A)
             if scores_ptr is not None:
-                at = (seq * T + rows)[:, None] * size.C + c[None, :]
-                tl.store(scores_ptr + at, s, mask=(t < hi)[:, None] & (c < size.C)[None, :])
+                store_rows(scores_ptr + (seq * T + rows) * size.C, s, t < hi, c, size.C)
         else:
             s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))[:, None]
         y = load_rows(sequence_ptr(values, seq, rows), keep, c, size.C).to(tl.float32)
@@ -219,22 +211,10 @@ def _statistics_merge_kernel(
     """States of the items of a sequence, blocks.T at a time; an item counts l frames at its mean, and its M."""
     seq = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * blocks.C + tl.arange(0, blocks.C)
-    if first_ptr is None:
-        lo = seq * per_seq
-        hi = lo + per_seq
-    else:
-        lo = tl.load(first_ptr + seq).to(tl.int64)
-        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
-    if flags.PER_CHANNEL:
-        r = c
-        R = size.C
-    else:
-        r = tl.arange(0, 1)
-        R = 1
-    m = tl.full([r.shape[0]], float("-inf"), tl.float32)
-    l = tl.zeros([r.shape[0]], tl.float32)
-    mean = tl.zeros([blocks.C], tl.float64)
-    sq = tl.zeros([blocks.C], tl.float32)
+    lo, hi = items_of(seq, first_ptr, per_seq)
+    r = c if flags.PER_CHANNEL else tl.arange(0, 1)
+    R = size.C if flags.PER_CHANNEL else 1
+    m, l, mean, sq = _no_frames(r, c)
     for i0 in range(lo, hi, blocks.T):
         item = i0 + tl.arange(0, blocks.T)
         m_i = load_rows(parts.m + item * R, item < hi, r, R)

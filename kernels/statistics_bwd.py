@@ -23,11 +23,11 @@ from torch import Tensor
 from .arguments import entry_ptr, launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
-from .location import load_rows
-from .masks import Items, locate
+from .location import load_rows, store_rows
+from .masks import Items, item_rows
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse
-from .statistics import Blocks, Call, channel_scores, frame_rows, load_channels, prepare, product_warps
+from .statistics import Blocks, Call, channel_scores, load_channels, prepare, product_warps
 
 
 @triton.jit
@@ -95,9 +95,7 @@ def _statistics_bwd_frame_kernel(
     blocks,  # T: frames of an item
 ):
     """One weight a frame: an item of frames, all channels."""
-    seq, start, lo, hi, _ = locate(tl.program_id(0), spans, T, num_seqs, per_seq, blocks.T)
-    t = lo + tl.arange(0, blocks.T)
-    rows, keep = frame_rows(t, hi, start, seq, mask)
+    seq, _, inside, rows, keep = item_rows(tl.program_id(0), mask, spans, T, num_seqs, per_seq, blocks.T)
     one = tl.arange(0, 1)
     top, inv = _load_lse(state, seq, one, 1, num_seqs)
     s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
@@ -109,13 +107,11 @@ def _statistics_bwd_frame_kernel(
         to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
         factor += tl.sum(to_score, axis=1)
         if dval_ptr is not None:
-            at = (seq * T + rows)[:, None] * size.C + c[None, :]
-            dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
-            tl.store(dval_ptr + at, dval, mask=(t < hi)[:, None] & (c < size.C)[None, :])
+            store_rows(dval_ptr + (seq * T + rows) * size.C, alpha * to_value, inside, c, size.C)
     if dx_ptr is not None:
         if state.dlse is not None:
             factor += tl.sum(_load_dlse(state, seq, one, 1, num_seqs), axis=1)
-        tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=t < hi)
+        tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=inside)
 
 
 @triton.jit
@@ -168,9 +164,7 @@ def _statistics_bwd_values_kernel(
     dv = tl.zeros([blocks.A, blocks.C], tl.float32)
     first = part * items_per_split
     for item in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
-        t = lo + tl.arange(0, blocks.T)
-        rows, keep = frame_rows(t, hi, start, seq, mask)
+        seq, _, inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
         x_ptrs = sequence_ptr(x, seq, rows)
         u = load_rows(x_ptrs, keep, a, size.A)
         at = (seq * T + rows) * size.C
@@ -178,16 +172,14 @@ def _statistics_bwd_values_kernel(
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
         to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
         if dval_ptr is not None:
-            write = (t < hi)[:, None] & (c < size.C)[None, :] & (tl.program_id(1) == 0)
-            tl.store(
-                dval_ptr + at[:, None] + c[None, :], (alpha * to_value).to(dval_ptr.dtype.element_ty), mask=write
-            )
+            write = inside[:, None] & (c < size.C)[None, :] & (tl.program_id(1) == 0)
+            dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
+            tl.store(dval_ptr + at[:, None] + c[None, :], dval, mask=write)
         if dv_ptr is not None:
             ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
             dv = add_product(tl.trans(u), ds, dv, flags.COMPUTE, flags.PRECISION)
     if dv_ptr is not None:
-        at = (part.to(tl.int64) * size.A + a[:, None]) * size.C + c[None, :]
-        tl.store(dv_ptr + at, dv, mask=(a < size.A)[:, None] & (c < size.C)[None, :])
+        store_rows(dv_ptr + (part.to(tl.int64) * size.A + a) * size.C, dv, a < size.A, c, size.C)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -207,9 +199,7 @@ def _statistics_bwd_features_kernel(
     blocks,  # T: frames of an item
 ):
     """A weight a channel: du of an item of frames and blocks.A features, over all channels."""
-    seq, start, lo, hi, _ = locate(tl.program_id(0), spans, T, num_seqs, per_seq, blocks.T)
-    t = lo + tl.arange(0, blocks.T)
-    rows, keep = frame_rows(t, hi, start, seq, mask)
+    seq, _, inside, rows, keep = item_rows(tl.program_id(0), mask, spans, T, num_seqs, per_seq, blocks.T)
     a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
     x_ptrs = sequence_ptr(x, seq, rows)
     u = load_rows(x_ptrs, keep, a, size.A)
@@ -231,8 +221,7 @@ def _statistics_bwd_features_kernel(
             du = add_product(ds, tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)
     if ACROSS:
         du = tl.trans(du)
-    at = (seq * T + rows)[:, None] * size.A + a[None, :]
-    tl.store(dx_ptr + at, du.to(dx_ptr.dtype.element_ty), mask=(t < hi)[:, None] & (a < size.A)[None, :])
+    store_rows(dx_ptr + (seq * T + rows) * size.A, du, inside, a, size.A)
 
 
 # ---------------------------------------------------------------------------------------------------------------
