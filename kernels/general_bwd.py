@@ -405,23 +405,28 @@ def bwd_blocks(
         stages = 2 if roomy else 1
         for_k = Blocks(few_m, n if roomy and not busy and chip.arch != 100 else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
+    cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
     if not even(D, DV):
         few = max(16, 4096 // (max(size, 64) * (1 + busy)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
-        return for_q, for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
+        for_k = for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
+        if parts and size > 128:
+            for_k = for_k._replace(D=min(width, 128), DV=min(value_width, 128))
+        return for_q, for_k
     if not plain:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
-        if chip.small and busy and size > 128:  # in parts: whole rows spilled there
-            for_k = for_k._replace(D=min(width, 128), DV=min(value_width, 128))
-        return Blocks(16, few_n, width, value_width, 8, 1), for_k
+        for_q = Blocks(16, few_n, width, value_width, 8, 1)
+        halves = {"D": min(width, 128), "DV": min(value_width, 128)}  # for whole rows spilled
+        if busy and size > 128 and (chip.small or cut):
+            for_k = for_k._replace(**halves)
+        return for_q._replace(**halves) if busy and cut else for_q, for_k
     if chip.hopper and size > 128 and Tq <= 16 and not parts:
         return Blocks(16, 128, width, value_width, 4, 2), Blocks(few_m, few_n, width, value_width, 8, 2)
     if chip.hopper and size == 128 and Tq > 64 and not parts:
         return Blocks(128, n, width, value_width, 8, 3), Blocks(few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
     if size > 128:
-        cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
         for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
     large = size > 64

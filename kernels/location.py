@@ -477,7 +477,7 @@ def location_fwd(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
         "rows_per_item": rows,
         "flags": constants(flags),
     }
-    registers = all_registers(call.chip) if D <= 16 or call.chip.arch == 100 else unpressed(call.chip, D, DV, A)
+    registers = all_registers(call.chip) if D <= 32 or call.chip.arch == 100 else unpressed(call.chip, D, DV, A)
     launch(_location_fwd_kernel, (items.count,), args, blocks, **registers)
     if not (one_dv and alone):
         merge(o, m, l, items, out, lse, skip_single=one_dv)

@@ -432,8 +432,8 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         )
     if not whole or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8, R=hop)
-    # With 16 hops and 16 features the walk of one product would keep wgmma from the other: so rows too few for it.
-    block_t = tile_rows(T, 128 if hopper and hop == 1 else 32 if hop == A == 16 else 64)
+    # With 16 features the walk of one product would keep wgmma from that of the hops: so rows too few for it.
+    block_t = tile_rows(T, 128 if hopper and hop == 1 else 32 if hop > 1 and A <= 16 else 64)
     return Blocks(block_t, pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8, R=hop)
 
 

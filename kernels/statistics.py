@@ -362,7 +362,8 @@ def statistics_fwd(inputs: StatisticsInputs, return_scores: bool) -> tuple[Tenso
         parts = State(*(y.new_empty(items.count, C) for y in state[:2]), m, l)
     args = call.args | {"scores_ptr": scores if return_scores else None, "lse_ptr": lse, "rows_per_item": rows}
     grid = (items.count * channel_blocks,)
-    launch(_statistics_fwd_kernel, grid, args | {"state": parts}, blocks, **unpressed(call.chip, C, A))
+    registers = all_registers(call.chip) if 0 < A <= 16 else unpressed(call.chip, C, A)
+    launch(_statistics_fwd_kernel, grid, args | {"state": parts}, blocks, **registers)
     if parts is not state:
         block_c = pow2(C, 16, 128)
         args |= {"parts": parts, "state": state, "first_ptr": items.first}

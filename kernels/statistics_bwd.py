@@ -249,7 +249,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
         return Blocks(tile_rows(T, 32), pow2(C, 16, 128 if even(C) else 64), 16, 4)
     warps = product_warps(chip, itemsize, C, A)
     if itemsize == 4:
-        return Blocks(tile_rows(T, 32), pow2(C, 16, 32 if chip.small else 64), 16, warps)
+        return Blocks(tile_rows(T, 32), pow2(C, 16, 32 if chip.small or not even(C, A) else 64), 16, warps)
     # Registers are short: dv or du is kept beside a tile of everything else. Where rows are no whole vectors, each
     # element needs an address and a predicate too.
     whole = even(C, A)
