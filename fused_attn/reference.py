@@ -103,20 +103,15 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
     h = h.to(wide)
     w, b, v, gate_w, gate_b, context, value = (x if x is None else x.to(wide) for x in (*score, value))
     value = h if value is None else value
-    if cu_seqlens is None:
-        segment = torch.arange(rows[0], device=h.device)[:, None]
-        position = torch.arange(rows[1], device=h.device)[None, :]
-    else:
-        segment = segment_ids(cu_seqlens, rows[0])
-        position = torch.arange(rows[0], device=h.device) - cu_seqlens[segment]
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
 
     if mask is not None:
         h, value = hide(mask[..., None], h, value)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
     if context is not None and not per_row:
-        if cu_seqlens is None and mask is not None:  # of a sequence that sees nothing
+        if segment is None and mask is not None:  # of a sequence that sees nothing
             context = context.masked_fill(~mask.any(1, keepdim=True), 0)
-        context = context[segment]
+        context = context[:, None] if segment is None else context[segment]
     if context is not None and mask is not None and (per_row or cu_seqlens is not None):
         (context,) = hide(mask[..., None], context)
 
@@ -136,24 +131,25 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
 
     seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    by = None if cu_seqlens is None else segment
-    weights, top, pivot = softmax_of_rows(scores, by, seqs)
+    weights, top, pivot = softmax_of_rows(scores, segment, seqs)
     shares = weights
     if dropout_p > 0:
         assert seed is not None
         hop = torch.arange(scores.shape[-1], device=h.device)
-        scale = dropout_scale(seed, position[..., None], segment[..., None], hop, dropout_p)
+        seq, place = positions(rows[0] if segment is None else 1, rows[-1], cu_seqlens, h.device)
+        scale = dropout_scale(seed, place[..., None], seq[..., None], hop, dropout_p)
+        scale = scale if segment is None else scale[0]
         weights = weights * scale.to(weights.dtype)
 
     weights = weights.to(value.dtype)
-    if cu_seqlens is None:
+    if segment is None:
         out = weights.mT @ value
     else:
-        out = value.new_zeros(cu_seqlens.numel() - 1, scores.shape[-1], value.shape[-1])
+        out = value.new_zeros(seqs, scores.shape[-1], value.shape[-1])
         out = out.index_add(0, segment, weights[:, :, None] * value[:, None, :])
     if weights_only:
         return out.to(dtype), shares
-    return out.to(dtype), sums_of_rows(scores, top, pivot, by), scores
+    return out.to(dtype), sums_of_rows(scores, top, pivot, segment), scores
 
 
 def windowed_attention(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
@@ -330,10 +326,12 @@ def _attend(
     queries only; values are then looked at too.
     """
     B, H, Tq, Tk = scores.shape
-    q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
-    k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
     shown = None if mask is None else mask[:, None, :] if mask.dim() == 2 else mask
-    if left is not None or right is not None or cu_seqlens_q is not None:
+    near_only = left is not None or right is not None or cu_seqlens_q is not None
+    if near_only or dropout_p > 0:
+        q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
+        k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
+    if near_only:
         near = in_window(i, j, left, right, q_seq == k_seq)
         shown = near if shown is None else shown & near
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
