@@ -431,7 +431,8 @@ def bwd_blocks(
         return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
     large = size > 64
     n_k = few_n if large and parts and not roomy else n
-    for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, 8 if large else 4, 2)
+    warps = 8 if large or (parts and not roomy) else 4
+    for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, warps, 2)
     return Blocks(m, n, width, value_width, 8 if large and not roomy else 4, 2), for_k
 
 
