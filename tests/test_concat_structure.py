@@ -181,3 +181,13 @@ def test_offsets_past_int32_match_the_reference(axis, far_apart, device):
     tensors = case.tensors(device)
     tensors |= {name: far_apart(tensors[name], axis) for name in (*ROWS, "score_bias")}
     compare(case.op, tensors, "triton", dtype=torch.float16)
+
+
+@pytest.mark.kernel
+def test_packed_rows_past_int32_match_the_reference(far_apart, device):
+    tensors = Case(dtype=torch.float16, batch=1, queries=3, keys=3).tensors(device)
+    tensors = {name: far_apart(x[0], 0) if name in ROWS else x for name, x in tensors.items()}
+    tensors |= {
+        name: torch.tensor([0, 3], dtype=torch.int32, device=device) for name in ("cu_seqlens_q", "cu_seqlens_k")
+    }
+    compare(Case(dtype=torch.float16, ragged=True).op, tensors, "triton", dtype=torch.float16)

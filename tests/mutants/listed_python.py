@@ -119,7 +119,7 @@ PYTHON: tuple[Mutant, ...] = (
         "fused_attn/_ops.py",
         "    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0)) / total.masked_fill(total == 0, 1)",
         "    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0))",
-        ("tests/test_location_reference.py", "-k", "formula"),
+        ("tests/test_pairs_weights.py",),
         "returned weights are not divided by their sum",
     ),
     Mutant(
