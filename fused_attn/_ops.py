@@ -197,6 +197,13 @@ def weights_from(scores: Tensor, lse: Tensor, *, dim: int = 0, offsets: Tensor |
     return cast("Tensor", _weights_of(scores, lse, index, dim))
 
 
+def weights_of_rows(scores: Tensor, lse: Tensor, offsets: Tensor | None) -> Tensor:
+    """`weights_from` of ``scores (B, T, R)`` and ``lse (B, R, 2)``, or packed ``(N, R)`` and ``(S, R, 2)``."""
+    return (
+        weights_from(scores, lse[:, None], dim=1) if offsets is None else weights_from(scores, lse, offsets=offsets)
+    )
+
+
 def _weights(scores: Tensor, lse: Tensor, index: Tensor | None) -> Tensor:
     top, total = (lse if index is None else lse[index]).unbind(-1)
     top = top.detach()

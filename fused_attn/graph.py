@@ -314,14 +314,18 @@ def graph_attention(
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]
     if graph is not None:
         transposed = graph.transpose() if kernel and torch.is_grad_enabled() else None
-    run = _GRAPH if kernel else _GRAPH.formula
     structure = (indptr, indices, *(transposed or (None, None, None)))
-    out, lse, scores = run(GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p)))
+    inputs = GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p))
+    if kernel:
+        out, lse, scores = _GRAPH(inputs)
+        weights = weights_from(scores, lse, offsets=indptr) if return_weights else None
+    else:
+        out, weights = _GRAPH.formula(inputs, weights_only=True)
     out = out.to(key.dtype)
     out = out if heads else out.squeeze(1)
-    if not return_weights:
+    if weights is None or not return_weights:
         return out
-    weights = weights_from(scores, lse, offsets=indptr).to(out.dtype)
+    weights = weights.to(out.dtype)
     return out, weights if heads else weights.squeeze(1)
 
 

@@ -28,7 +28,7 @@ from ._checks import (
 from ._habits import explicit
 from ._location_windowed import WINDOW
 from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from, weights_of_rows
 from .kernels.inputs import LocationInputs, WindowInputs
 from .segments import Offsets, as_offsets
 
@@ -230,17 +230,14 @@ def location_attention(
         return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
     if kernel:
         out, lse, scores = LOCATION(inputs)
+        weights = weights_of_rows(scores, lse, cu_seqlens) if return_weights else None
     else:
         out, weights = LOCATION.formula(inputs, weights_only=True)
     out = out.to(h.dtype)
     out = out if hop_axis else out.squeeze(1)
-    if not return_weights:
+    if weights is None or not return_weights:
         return out
 
-    if kernel and cu_seqlens is None:
-        weights = weights_from(scores, lse[:, None], dim=1)
-    elif kernel:
-        weights = weights_from(scores, lse, offsets=cu_seqlens)
     weights = weights if cu_seqlens is not None else weights.mT
     weights = weights if hop_axis else weights.squeeze(1)
     weights = weights.to(out.dtype)

@@ -428,7 +428,7 @@ def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     return [x[rows].masked_fill(~inside[..., None], 0) for x in packed], inside
 
 
-def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
+def graph_attention(inputs: GraphInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
     r"""Graph attention (GATv2) on canonical arguments, as `fused_attn.graph` passes them.
 
     .. math:: s_e = v \cdot act(q_i + k_j + edge_e), \quad o_i = \sum_e softmax_e(s_e) \, value_j
@@ -437,7 +437,7 @@ def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
     Dropout draws of an edge's place among those of its node, node and head.
 
     Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, ``lse (Nq, H, 2)``, see `normaliser`, and in at
-    least float32 ``scores (E, H)``.
+    least float32 ``scores (E, H)``; with `weights_only` out and, of that shape, the weights before dropout.
     """
     query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
     node = segment_ids(indptr, indices.shape[0])
@@ -449,6 +449,7 @@ def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
         z = z + edge
     scores = (v * ACTIVATIONS[activation](z)).sum(-1)
     weights, top, pivot = softmax_of_rows(scores, node, query.shape[0])
+    shares = weights
     if dropout_p > 0:
         assert seed is not None
         place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
@@ -457,6 +458,8 @@ def graph_attention(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
     values = rows if value is None else value[indices].to(wide)
     out = values.new_zeros(*query.shape[:2], values.shape[-1])
     out = out.index_add(0, node, weights[..., None] * values).to(dtype)
+    if weights_only:
+        return out, shares
     return out, sums_of_rows(scores, top, pivot, node), scores
 
 

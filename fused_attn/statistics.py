@@ -16,7 +16,7 @@ from . import reference
 from ._checks import Checker, argument, check_activation, check_flag, check_number
 from ._habits import explicit
 from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_of_rows
 from .kernels.inputs import StatisticsInputs
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
@@ -169,19 +169,17 @@ def statistics_pooling(
     inputs = StatisticsInputs(x, per_channel, h if value is None else value, mask, cu_seqlens)
     if kernel:
         mean, var, lse, scores = _STATISTICS(inputs, return_scores)
-        top = lse[..., 0]
+        top, weights = lse[..., 0], None
+        if return_weights:
+            if per_channel is None:
+                scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
+            weights = weights_of_rows(scores, lse, cu_seqlens)
     else:
         mean, var, top, weights = _STATISTICS.formula(inputs, weights_only=True)
     results = mean.to(h.dtype), _deviation(var, top, floor).to(h.dtype)
-    if not return_weights:
+    if weights is None or not return_weights:
         return results
 
-    if kernel and per_channel is None:
-        scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
-    if kernel and cu_seqlens is None:
-        weights = weights_from(scores, lse[:, None], dim=1)
-    elif kernel:
-        weights = weights_from(scores, lse, offsets=cu_seqlens)
     weights = weights.to(h.dtype)
     weights = weights.squeeze(-1) if per_channel is None else weights
     if offsets is not None:
