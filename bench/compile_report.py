@@ -84,11 +84,14 @@ class _OfflineDriver:
 
 
 @contextlib.contextmanager
-def launches(target: str, launch: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the launch of a kernel is `launch`, with no GPU and for a chip that is taken to be `target`."""
+def launches(target: str, launch: Callable[..., Any], *, device: int | None = None) -> Iterator[None]:
+    """Inside, the launch of a kernel is `launch`, with no GPU and for a chip that is taken to be `target`.
+
+    device: under whose number Triton keeps what it compiled, where it is not the target's.
+    """
     gpu, chip = TARGETS[target]
     run, active = JITFunction.run, driver._active
-    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target)))
+    driver.set_active(_OfflineDriver(gpu, list(TARGETS).index(target) if device is None else device))
     JITFunction.run = launch
     try:
         with chips.assume(chip):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -9,7 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     """
 
     def plain(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):  # inputs were cast before: see under_autocast
+        with _without_autocast(args[0].device.type):
             return fn(*args)
 
     hidden = torch._disable_dynamo(plain)  # from the compiler, where there is one
@@ -76,6 +77,11 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
 
     torch.library.register_vmap(f"fused_attn::{name}", batched, lib=_LIBRARY)
     return op
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """For what was cast before: see `_ops.under_autocast`."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 _FUNCTORCH = (
@@ -162,17 +168,46 @@ def _apply(name: str, *args: Any) -> Any:
     function = _FUNCTIONS[name]
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    args = unwrap_dead_wrappers(args)
+    asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    if not asked and torch.autograd.forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _is_eager(args: Sequence[Any]) -> bool:
+    """Whether nobody watches a call's operators: no compiler, tracer, transform, dispatch mode, subclass or profiler.
+
+    Then the dispatcher, which costs as much of the host's time as a launch, would only lead to the operator's body.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    return all(type(x) in _PLAIN and not x.is_meta for x in args if isinstance(x, Tensor))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def launcher(path: str) -> Callable[..., Any]:
     """The launcher ``module.function`` of `fused_attn.kernels`, imported at its first call: Triton may be absent."""
     module, name = path.split(".")
+    full = f"fused_attn.kernels.{module}"
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fused_attn.kernels.{module}"), name)(*args)
+        return getattr(sys.modules.get(full) or importlib.import_module(full), name)(*args)
 
     return launch
+
+
+def exact_of(out: Tensor, exact: Tensor) -> Tensor:
+    """The output in float32 where it was made (see `_ops.keeps_exact`), else as it is."""
+    return exact if exact.numel() else out
 
 
 _KINDS = {
@@ -277,6 +312,7 @@ class Operator:
             return tuple(x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in pairs)
 
         given = ", ".join(fields + more)
+        self._run = results_of(forward), gradients
         self.fwd = raw_op(f"{name}_fwd", f"({given}) -> {out(self.results)}", results_of(forward), results_of(fake))
         given = ", ".join(
             [*cotangents, *fields[: self.tensors], *kept, *fields[self.tensors :], *more, "bool[] needs"]
@@ -290,6 +326,13 @@ class Operator:
     def __call__(self, inputs: Any, *choices: Any) -> tuple[Tensor, ...]:
         """The results."""
         return self._apply(self.name, *inputs, *choices)
+
+    def run(self, which: int, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """A raw operator, the forward (0) or the backward (1), or where nobody watches its body alone."""
+        if not _is_eager(args):
+            return cast("tuple[Tensor, ...]", (self.fwd, self.bwd)[which](*args))
+        with _without_autocast(args[0].device.type):
+            return self._run[which](*args)
 
     def backward(
         self, inputs: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], *rest: Any
@@ -314,7 +357,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *args: Any) -> Any:
-        return _OPERATORS[name].fwd(*args)
+        return _OPERATORS[name].run(0, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -347,7 +390,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(name: str, *args: Any) -> Any:
         *args, needs = args  # type: ignore[assignment]
-        return _OPERATORS[name].bwd(*args, list(needs))
+        return _OPERATORS[name].run(1, (*args, list(needs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
@@ -22,9 +23,12 @@ R = TypeVar("R")
 
 def _triton_state() -> str:
     """'absent', 'gpu' (compiles for a device) or 'interpreter' (TRITON_INTERPRET=1 when it was imported)."""
-    if importlib.util.find_spec("triton") is None:
-        return "absent"
-    return "interpreter" if importlib.import_module("fused_attn.kernels.chip").INTERPRET else "gpu"
+    chip = sys.modules.get("fused_attn.kernels.chip")
+    if chip is None:
+        if importlib.util.find_spec("triton") is None:
+            return "absent"
+        chip = importlib.import_module("fused_attn.kernels.chip")
+    return "interpreter" if chip.INTERPRET else "gpu"
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, a second, with this package.
@@ -96,6 +100,15 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
             "'reference', or reverse mode (grad, vjp, jacrev)"
         )
     return True
+
+
+def keeps_exact(like: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether a kernel leaves its 16-bit output in float32 too: where somebody may ask for a gradient."""
+    if like.dtype.itemsize > 2 or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and x.requires_grad for x in (like, *tensors))
 
 
 def forward_mode() -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import reference
 from ._habits import explicit
-from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from ._operators import Operator, exact_of, launcher
+from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton, weights_from
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
 from .blocked import concat as blocked
 from .kernels.inputs import ConcatInputs, LocationInputs
@@ -23,35 +23,39 @@ from .segments import Offsets, as_offsets
 _TABLES = pairs_tables("A", "A", linear=True, v="A")
 
 
-def _fwd(inputs: ConcatInputs, need_scores: bool, in_blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    run: Any = blocked.concat_fwd if in_blocks else launcher("concat.concat_fwd")
-    return cast("tuple[Tensor, Tensor, Tensor]", run(inputs, need_scores))
+def _fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool, in_blocks: bool) -> tuple[Tensor, ...]:
+    if in_blocks:
+        results = blocked.concat_fwd(inputs, need_scores)
+        return *results, results[1].new_empty(0)
+    return cast("tuple[Tensor, ...]", launcher("concat.concat_fwd")(inputs, need_scores, need_exact))
 
 
-def _fake(inputs: ConcatInputs, need_scores: bool, in_blocks: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: ConcatInputs, need_scores: bool, need_exact: bool, in_blocks: bool) -> tuple[Tensor, ...]:
     query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    shape = batch, heads, length, value.shape[-1]
     return (
-        value.new_empty(batch, heads, length, value.shape[-1], dtype=dtype),
-        value.new_empty(batch, heads, length, 2, dtype=dtype),
-        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=dtype),
+        value.new_empty(shape, dtype=wide if in_blocks else value.dtype),
+        value.new_empty(batch, heads, length, 2, dtype=wide),
+        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=wide),
+        value.new_empty(shape if need_exact else (0,), dtype=wide),
     )
 
 
 def _bwd(inputs: ConcatInputs, *args: Any) -> list[Tensor | None]:
-    *args, _, in_blocks, needs = args  # type: ignore[assignment]
+    out, lse, exact, dout, dlse, dscores, _, _, _, in_blocks, needs = args
     run: Any = blocked.concat_bwd if in_blocks else launcher("concat_bwd.concat_bwd")
-    return cast("list[Tensor | None]", run(inputs, *args, needs))
+    return cast("list[Tensor | None]", run(inputs, exact_of(out, exact), lse, dout, dlse, dscores, needs))
 
 
 _CONCAT = Operator(
     "concat",
     ConcatInputs,
     differentiable="query key value v score_bias",
-    choices="bool need_scores, bool in_blocks",
-    results="out lse scores?",
-    saved="out lse",
+    choices="bool need_scores, bool need_exact, bool in_blocks",
+    results="out lse scores? exact?",
+    saved="out lse exact",
     forward=_fwd,
     backward=_bwd,
     fake=_fake,
@@ -150,7 +154,8 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     inputs = canonical(given)
     query, _, _, v, *_ = inputs
-    inputs = inputs._replace(v=v.expand(query.shape[1], -1) if v.dim() == 1 else v)
+    if v.dim() == 1:  # not by `expand` where there is one head: its gradient is a sum
+        inputs = inputs._replace(v=v[None] if query.shape[1] == 1 else v.expand(query.shape[1], -1))
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity":
@@ -163,7 +168,8 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
     everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
     if query.shape[1:3] == (1, 1) and everywhere:
         return shaped(given, *_pooled(inputs, kernel, return_weights))
-    out, lse, scores = _CONCAT(inputs, return_weights, in_blocks)
+    exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5])
+    out, lse, scores, _ = _CONCAT(inputs, return_weights, exact, in_blocks)
     return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
 
 
@@ -200,7 +206,8 @@ def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[T
     keys = mask
     if mask is not None:
         keys = mask if mask.dim() == 2 else mask[:, 0]
-        query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)  # one that sees nothing may be NaN
+        if not kernel:  # which does not read a query that sees nothing: it may be NaN
+            query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2]).squeeze(2).squeeze(1)
     if not kernel:
         query, key, v = reference.widened(query, key, v)
@@ -211,5 +218,5 @@ def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[T
     if not kernel:
         out, weights = LOCATION.formula(pooled, weights_only=True)
         return out[:, None], weights.mT[:, None] if return_weights else None
-    out, lse, scores = LOCATION(pooled)
+    out, lse, scores, _ = LOCATION(pooled, True, keeps_exact(*pooled[:9]))
     return out[:, None], weights_from(scores.mT[:, None], lse[:, None, :, None], dim=-1) if return_weights else None

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import reference
 from ._checks import check_number
 from ._habits import explicit
-from ._operators import Operator, launcher, vjp
-from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from
+from ._operators import Operator, exact_of, launcher, vjp
+from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton, weights_from
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
 from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
@@ -52,9 +52,9 @@ def _sdpa(
     return attend(query, key, value, attn_mask=shown | blind, scale=scale).masked_fill(blind, 0)
 
 
-def _fwd(inputs: GeneralInputs, need_scores: bool, sdpa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
     if not sdpa:
-        return cast("tuple[Tensor, Tensor, Tensor]", launcher("general.general_fwd")(inputs, need_scores))
+        return cast("tuple[Tensor, ...]", launcher("general.general_fwd")(inputs, need_scores, need_exact))
     query, key, value, _, mask, *_ = inputs
     out = _sdpa(mask, inputs.right == 0, inputs.scale, query, key, value)
     if out.device.type == "cpu":
@@ -65,19 +65,21 @@ def _fwd(inputs: GeneralInputs, need_scores: bool, sdpa: bool) -> tuple[Tensor, 
         if lost.any() or (reference.in_parts(mask, None, None, inputs.right) and not out.isfinite().all()):
             out = _GENERAL.formula(inputs)[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
+    empty = lse.new_empty(0)
     # Some of its backends lay the output out as the query is; the compiler was told otherwise.
-    out = out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
-    return out, lse, out.new_zeros(0, dtype=torch.float32)
+    return out.to(query.dtype).contiguous(), lse, empty, empty.clone()
 
 
-def _fake(inputs: GeneralInputs, need_scores: bool, sdpa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: GeneralInputs, need_scores: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
     query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     value = key if value is None else value
+    shape = batch, heads, length, value.shape[-1]
     return (
-        value.new_empty(batch, heads, length, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
+        value.new_empty(shape),
         value.new_empty(batch, heads, length, 2, dtype=torch.float32),
         value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=torch.float32),
+        value.new_empty(shape if need_exact else (0,), dtype=torch.float32),
     )
 
 
@@ -85,16 +87,20 @@ def _bwd(
     inputs: GeneralInputs,
     out: Tensor,
     lse: Tensor,
+    exact: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
+    _: None,
     need_scores: bool,
+    need_exact: bool,
     sdpa: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not sdpa:
-        run = launcher("general_bwd.general_bwd")
-        return cast("list[Tensor | None]", run(inputs, out, lse, dout, dlse, dscores, need_scores, needs))
+        saved = exact_of(out, exact), lse
+        grads = launcher("general_bwd.general_bwd")(inputs, *saved, dout, dlse, dscores, need_scores, needs)
+        return cast("list[Tensor | None]", grads)
     query, key, value, _, mask, *_ = inputs
     rows = (query, key) if value is None else (query, key, value)
 
@@ -112,9 +118,9 @@ _GENERAL = Operator(
     "general",
     GeneralInputs,
     differentiable="query key value score_bias",
-    choices="bool need_scores, bool sdpa",
-    results="out lse scores?",
-    saved="out lse",
+    choices="bool need_scores, bool need_exact, bool sdpa",
+    results="out lse scores? exact?",
+    saved="out lse exact",
     forward=_fwd,
     backward=_bwd,
     fake=_fake,
@@ -225,7 +231,7 @@ def general_attention(
         return shaped(given, out, weights if return_weights else None)
     if weight is not None:
         inputs = _projected(inputs, weight, sdpa)
-    out, lse, scores = _GENERAL(inputs, return_weights, sdpa)
+    out, lse, scores, _ = _GENERAL(inputs, return_weights, kernel and not sdpa and keeps_exact(*inputs[:4]), sdpa)
     return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
 
 

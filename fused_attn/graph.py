@@ -24,8 +24,8 @@ from ._checks import (
     know,
 )
 from ._habits import explicit
-from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
+from ._operators import Operator, exact_of, launcher
+from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
 from .kernels.inputs import GraphInputs
 
 Transposed = tuple[Tensor, Tensor, Tensor]
@@ -189,31 +189,35 @@ class Graph:
 torch.export.register_dataclass(Graph, serialized_type_name="fused_attn.Graph")
 
 
-def _fake(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, ...]:
     query, key, _, value, _, _, indices, *_ = inputs
     nodes, heads, _ = query.shape
     value = key if value is None else value
+    shape = nodes, heads, value.shape[-1]
     return (
-        query.new_empty(nodes, heads, value.shape[-1], dtype=torch.promote_types(value.dtype, torch.float32)),
+        query.new_empty(shape),
         query.new_empty(nodes, heads, 2, dtype=torch.float32),
         query.new_empty(indices.shape[0], heads, dtype=torch.float32),
+        query.new_empty(shape if need_exact else (0,), dtype=torch.float32),
     )
 
 
 def _bwd(inputs: GraphInputs, *args: Any) -> list[Tensor | None]:
-    needs = args[-1]
+    out, lse, scores, exact, dout, dlse, dscores, _, _, needs = args
     if (needs[1] or needs[3]) and inputs.perm is None:
         made = _transpose(inputs.indptr, inputs.indices, inputs.key.shape[0])
         inputs = inputs._replace(indptr_t=made[0], indices_t=made[1], perm=made[2])
-    return cast("list[Tensor | None]", launcher("graph_bwd.graph_bwd")(inputs, *args))
+    saved = exact_of(out, exact), lse, scores
+    return cast("list[Tensor | None]", launcher("graph_bwd.graph_bwd")(inputs, *saved, dout, dlse, dscores, needs))
 
 
 _GRAPH = Operator(
     "graph",
     GraphInputs,
     differentiable="query key v value edge",
-    results="out lse scores",
-    saved="out lse scores",
+    choices="bool need_exact",
+    results="out lse scores exact?",
+    saved="out lse scores exact",
     forward=launcher("graph.graph_fwd"),
     backward=_bwd,
     fake=_fake,
@@ -317,7 +321,7 @@ def graph_attention(
     structure = (indptr, indices, *(transposed or (None, None, None)))
     inputs = GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p))
     if kernel:
-        out, lse, scores = _GRAPH(inputs)
+        out, lse, scores, _ = _GRAPH(inputs, keeps_exact(*inputs[:5]))
         weights = weights_from(scores, lse, offsets=indptr) if return_weights else None
     else:
         out, weights = _GRAPH.formula(inputs, weights_only=True)

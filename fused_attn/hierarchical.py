@@ -16,8 +16,8 @@ from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
 from ._operators import launcher, left_to_autograd, raw_op, schema
-from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_from
-from .kernels.inputs import HierarchicalInputs
+from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
+from .kernels.inputs import HierarchicalInputs, LocationInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
 
@@ -66,35 +66,35 @@ class HierarchicalOutput(NamedTuple):
     outer_weights: Tensor | None
 
 
-def _fwd_fake(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
+def _fwd_fake(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...]:
     h = inputs.h
     rows, width = h.shape
     seqs, groups = inputs.inner_offsets.shape[0] - 1, inputs.outer_offsets.shape[0] - 1
     return (
-        h.new_empty(groups, 1, width, dtype=torch.float32),
+        h.new_empty(groups, 1, width),
         h.new_empty(groups, 1, 2, dtype=torch.float32),
         h.new_empty(seqs, 1, dtype=torch.float32),
         h.new_empty(seqs, width),
         h.new_empty(seqs, 1, 2, dtype=torch.float32),
         h.new_empty(rows, 1, dtype=torch.float32),
-        h.new_empty(seqs, 1, width, dtype=torch.float32),
+        *(h.new_empty((n, 1, width) if need_exact else (0,), dtype=torch.float32) for n in (groups, seqs)),
     )
 
 
 _hierarchical_fwd = raw_op(
     "hierarchical_fwd",
-    f"({schema(HierarchicalInputs)}) -> ({', '.join(['Tensor'] * 7)})",
-    lambda *args: launcher("hierarchical.hierarchical_fwd")(HierarchicalInputs(*args)),
-    lambda *args: _fwd_fake(HierarchicalInputs(*args)),
+    f"({schema(HierarchicalInputs)}, bool need_exact) -> ({', '.join(['Tensor'] * 8)})",
+    lambda *args: launcher("hierarchical.hierarchical_fwd")(HierarchicalInputs(*args[:-1]), args[-1]),
+    lambda *args: _fwd_fake(HierarchicalInputs(*args[:-1]), args[-1]),
 )
 
 
 class _HierarchicalAttention(torch.autograd.Function):
     """Both levels by the kernel; the backward is that of location attention, the outer level's and the inner's.
 
-    The results are those of `reference.hierarchical_attention`, all differentiable, and the segments in float32,
-    which are for the backward only. The second derivative needs no formula: the outer level's backward takes the
-    segments that this function returned, so that what flows back into them comes here.
+    The results are those of `reference.hierarchical_attention`, all differentiable, and output and segments in
+    float32, which are for the backward only. The second derivative needs no formula: the outer level's backward takes
+    the segments that this function returned, so that what flows back into them comes here.
     """
 
     generate_vmap_rule = True
@@ -119,32 +119,35 @@ class _HierarchicalAttention(torch.autograd.Function):
         dsegments: Tensor | None,
         dlse: Tensor | None,
         dscores: Tensor | None,
-        _: Tensor | None,
+        *_: Tensor | None,
     ) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        inputs = HierarchicalInputs(*saved[: 1 + 2 * _SCORE + 3], *ctx.options)
-        out, outer_lse, outer_scores, segments, lse, scores, pooled = saved[1 + 2 * _SCORE + 3 :]
+        inputs = HierarchicalInputs(*saved[: 1 + 2 * _SCORE + 3], *ctx.options[:-1])
+        out, outer_lse, outer_scores, segments, lse, scores, exact, pooled = saved[1 + 2 * _SCORE + 3 :]
         needs = ctx.needs_input_grad
         inner_needs, outer_needs = needs[: 1 + _SCORE], needs[1 + _SCORE : 1 + 2 * _SCORE]
         grads: list[Tensor | None] = [None] * len(needs)
-
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
             dout = torch.zeros_like(out) if dout is None else dout
             through, *parameters = LOCATION.backward(
                 inputs.level(segments, lse[:, 0, 0] != -torch.inf, outer=True),
-                (out, outer_lse, outer_scores),
-                (dout, d_outer_lse, d_outer_scores),
+                (out, outer_lse, outer_scores, exact),
+                (dout, d_outer_lse, d_outer_scores, None),
+                True,
+                False,
                 (any(inner_needs), *outer_needs, False, False),
             )[: 1 + _SCORE]
             grads[1 + _SCORE : 1 + 2 * _SCORE] = parameters
             if any(inner_needs):
                 dsegments = through if dsegments is None else dsegments + through
         if any(inner_needs):
-            dpooled = torch.zeros_like(pooled) if dsegments is None else dsegments.float()[:, None]
+            dsegments = torch.zeros_like(segments) if dsegments is None else dsegments
             grads[: 1 + _SCORE] = LOCATION.backward(
                 inputs.level(inputs.h, inputs.mask, outer=False),
-                (pooled, lse, scores),
-                (dpooled, dlse, dscores),
+                (segments[:, None], lse, scores, pooled),
+                (dsegments[:, None], dlse, dscores, None),
+                True,
+                False,
                 (*inner_needs, False, False),
             )[: 1 + _SCORE]
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
@@ -240,7 +243,7 @@ def hierarchical_attention(
     seqs = inner_offsets.shape[0] - 1
     inner_level = _level("inner", scores[:_SCORE], inner, h, seqs, check)
     width = h.shape[1] if between is None else _width_of(scores[_SCORE:], h.shape[1])
-    like = h.new_zeros(()).expand(seqs, width)
+    like = h.new_empty(()).expand(seqs, width)
     outer_level = _level("outer", scores[_SCORE:], outer, like, outer_offsets.shape[0] - 1, check)
 
     def checked(segments: Tensor, offsets: Tensor) -> Tensor:
@@ -260,12 +263,12 @@ def hierarchical_attention(
     tensors = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
     inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
-        results = _hierarchical_attention(*inputs)[:-1]
+        results = _hierarchical_attention(*inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE]))[:-2]
     else:
         results = reference.hierarchical_attention(
             inputs,
             between=None if between is None else checked,
-            attend=LOCATION if kernel else reference.location_attention,
+            attend=_attend if kernel else reference.location_attention,
         )
     out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
     out = out.squeeze(1).to(h.dtype)
@@ -285,6 +288,11 @@ def hierarchical_attention(
 
 for _class in (Score, HierarchicalOutput):  # so that `torch.export.save` knows them
     pytree._register_namedtuple(_class, serialized_type_name=f"fused_attn.{_class.__name__}")
+
+
+def _attend(inputs: LocationInputs) -> tuple[Tensor, ...]:
+    """One level by the kernel."""
+    return LOCATION(inputs, True, keeps_exact(*inputs[:9]))[:3]
 
 
 def _tensors_of(name: str, score: Score) -> list[Tensor | None]:

@@ -27,8 +27,17 @@ from ._checks import (
 )
 from ._habits import explicit
 from ._location_windowed import WINDOW
-from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton, weights_from, weights_of_rows
+from ._operators import Operator, exact_of, launcher
+from ._ops import (
+    Impl,
+    exports_from_one,
+    forward_mode,
+    keeps_exact,
+    under_autocast,
+    use_triton,
+    weights_from,
+    weights_of_rows,
+)
 from .kernels.inputs import LocationInputs, WindowInputs
 from .segments import Offsets, as_offsets
 
@@ -58,26 +67,35 @@ _TABLES = {
 }
 
 
-def _fake(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: LocationInputs, pool: bool, need_exact: bool) -> tuple[Tensor, ...]:
     h, w, _, v, _, _, _, value, _, _, cu_seqlens, *_ = inputs
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     hops = cast("Tensor", w if v is None else v).shape[1]
     width = (h if value is None else value).shape[-1]
     return (
-        h.new_empty(seqs, hops, width, dtype=torch.float32),
-        h.new_empty(seqs, hops, 2, dtype=torch.float32),
+        h.new_empty((seqs, hops, width) if pool else 0),
+        h.new_empty(seqs if pool else 0, hops, 2, dtype=torch.float32),
         h.new_empty(*h.shape[:-1], hops, dtype=torch.float32),
+        h.new_empty((seqs, hops, width) if pool and need_exact else 0, dtype=torch.float32),
     )
+
+
+def _bwd(inputs: LocationInputs, *args: Any) -> list[Tensor | None]:
+    out, lse, scores, exact, dout, dlse, dscores, _, pool, _, needs = args
+    dout, dlse = (dout, dlse) if pool else (None, None)
+    run = launcher("location_bwd.location_bwd")
+    return cast("list[Tensor | None]", run(inputs, exact_of(out, exact), lse, scores, dout, dlse, dscores, needs))
 
 
 LOCATION = Operator(
     "location",
     LocationInputs,
     differentiable="h w b v gate_w gate_b context value score_bias",
-    results="out lse scores",
-    saved="out lse scores",
+    choices="bool pool, bool need_exact",
+    results="out lse scores exact?",
+    saved="out lse scores exact",
     forward=launcher("location.location_fwd"),
-    backward=launcher("location_bwd.location_bwd"),
+    backward=_bwd,
     fake=_fake,
     formula=reference.location_attention,
 )
@@ -223,13 +241,12 @@ def location_attention(
     elif last.shape[-1] > 128 and hop_axis:
         unsupported = "holds at most 128 hops"
     kernel = use_triton(impl, h.device, unsupported)
-    run = LOCATION if kernel else LOCATION.formula
     if window is not None:
-        both = _row_scores(run, inputs, kernel), h if value is None else value
+        both = _row_scores(inputs, kernel), h if value is None else value
         windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
         return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
     if kernel:
-        out, lse, scores = LOCATION(inputs)
+        out, lse, scores, _ = LOCATION(inputs, True, keeps_exact(*inputs[:9]))
         weights = weights_of_rows(scores, lse, cu_seqlens) if return_weights else None
     else:
         out, weights = LOCATION.formula(inputs, weights_only=True)
@@ -246,7 +263,7 @@ def location_attention(
     return out, weights
 
 
-def _row_scores(run: Any, inputs: LocationInputs, kernel: bool) -> Tensor:
+def _row_scores(inputs: LocationInputs, kernel: bool) -> Tensor:
     """The scores of all rows, for a window: not pooled, and without dropout."""
     h, context, mask = inputs.h, inputs.context, inputs.mask
     bad = None
@@ -260,8 +277,9 @@ def _row_scores(run: Any, inputs: LocationInputs, kernel: bool) -> Tensor:
             context = context.masked_fill(bad, 0)
         bad = bad if mask is None else bad & mask[..., None]
         h = h.masked_fill(bad, 0)
-    scores = run(inputs._replace(h=h, context=context, value=None, seed=None, dropout_p=0.0))[2]
-    return cast("Tensor", scores if bad is None else scores.masked_fill(bad, torch.nan))
+    inputs = inputs._replace(h=h, context=context, value=None, seed=None, dropout_p=0.0)
+    scores = LOCATION(inputs, False, False)[2] if kernel else LOCATION.formula(inputs)[2]
+    return scores if bad is None else scores.masked_fill(bad, torch.nan)
 
 
 def _windowed(
@@ -277,7 +295,7 @@ def _windowed(
     if impl == "reference" or forward_mode():
         out, lse = reference.windowed_attention(inputs)
     else:
-        out, lse = WINDOW(inputs, not kernel)
+        out, lse, _ = WINDOW(inputs, not kernel, kernel and keeps_exact(inputs.value, inputs.scores))
     out = out.to(dtype)
     out = out if hop_axis else out.squeeze(-2)
     if offsets is not None:

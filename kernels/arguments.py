@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .chip import stride_of
 
+_YES, _NO = tl.constexpr(True), tl.constexpr(False)
+
 
 class Rows(NamedTuple):
     """A tensor (N, H, width) with unit stride on the last axis; no pointer where there is none."""
@@ -85,40 +87,40 @@ def sequences(x: Tensor | None, *, packed: bool) -> Sequences:
     Where not, sequences are so at some lengths, to no use.
     """
     if x is None:
-        return Sequences(None, 0, 0, tl.constexpr(True))
+        return Sequences(None, 0, 0, _YES)
     stride_b, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 2)
     even = stride_b % 16 == 0 and stride_t % 16 == 0
-    return Sequences(x, stride_b if even else untold(stride_b), stride_t, tl.constexpr(even))
+    return Sequences(x, stride_b if even else untold(stride_b), stride_t, _YES if even else _NO)
 
 
 def heads(x: Tensor | None, *, packed: bool) -> Heads:
     """As `sequences`, with an axis of heads between sequences and rows."""
     if x is None:
-        return Heads(None, 0, 0, 0, tl.constexpr(True))
+        return Heads(None, 0, 0, 0, _YES)
     stride_b, stride_h, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)
     even = all(n % 16 == 0 for n in (stride_b, stride_h, stride_t))
     outer = (stride_b, stride_h) if even else (untold(stride_b), untold(stride_h))
-    return Heads(x, *outer, stride_t, tl.constexpr(even))
+    return Heads(x, *outer, stride_t, _YES if even else _NO)
 
 
 def entries(x: Tensor | None, *, packed: bool) -> Entries:
     """The last stride is 1, or 0 of a broadcast tensor; in a transposed view it is a length."""
     if x is None:
-        return Entries(None, 0, 0, tl.constexpr(True))
+        return Entries(None, 0, 0, _YES)
     stride_b, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 1)
     plain = stride_t <= 1
-    return Entries(x, untold(stride_b), stride_t if plain else untold(stride_t), tl.constexpr(plain))
+    return Entries(x, untold(stride_b), stride_t if plain else untold(stride_t), _YES if plain else _NO)
 
 
 def pairs(x: Tensor | None) -> Pairs:
     """As `entries`; without an axis of heads all have the same numbers."""
     if x is None:
-        return Pairs(None, 0, 0, 0, 0, tl.constexpr(True))
+        return Pairs(None, 0, 0, 0, 0, _YES)
     stride_b, stride_q, stride_k = stride_of(x, 0), stride_of(x, x.dim() - 2), stride_of(x, x.dim() - 1)
     stride_h = 0 if x.dim() == 3 else stride_of(x, 1)
     plain = stride_k <= 1
     outer = untold(stride_b), untold(stride_h), untold(stride_q)
-    return Pairs(x, *outer, stride_k if plain else untold(stride_k), tl.constexpr(plain))
+    return Pairs(x, *outer, stride_k if plain else untold(stride_k), _YES if plain else _NO)
 
 
 @triton.jit
@@ -192,11 +194,22 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], blocks: 
     blocks: a named tuple with `warps`, and where it has them `stages`; the kernel gets it as `blocks`. options: of
     the compiler, by Triton's names.
     """
-    named = {name: args[name] for name in kernel.arg_names if name != "blocks"}
+    # By position: Triton takes twice as long to sort out names.
+    values = [constants(blocks) if name == "blocks" else args[name] for name in kernel.arg_names]
     if hasattr(blocks, "stages"):
         options.setdefault("num_stages", blocks.stages)
-    near = next(
-        x for arg in named.values() for x in (arg if isinstance(arg, tuple) else (arg,)) if torch.is_tensor(x)
-    )
-    with torch.cuda.device_of(near):
-        kernel[grid](**named, blocks=constants(blocks), num_warps=blocks.warps, **options)
+    device = _device_of(values)
+    if device < 0 or device == torch.cuda.current_device():
+        kernel[grid](*values, num_warps=blocks.warps, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*values, num_warps=blocks.warps, **options)
+
+
+def _device_of(values: list[Any]) -> int:
+    """The number of the GPU of the first tensor; -1 is a CPU."""
+    for value in values:
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, Tensor):
+                return x.get_device()
+    raise AssertionError("a kernel has a tensor")

@@ -123,10 +123,18 @@ def unpressed(chip: Chip, *widths: int) -> dict[str, int]:
     return all_registers(chip) if chip.small or not even(*widths) else {}
 
 
+def cdiv(n: int, size: int) -> int:
+    """Parts of a size that n has, the last one maybe short; `triton.cdiv` is one of its compiler's, and slow here."""
+    return -(-n // size)
+
+
 def pow2(n: int, least: int, most: int) -> int:
     """The power of two that holds n, within bounds that are powers of two themselves."""
-    return max(least, min(most, triton.next_power_of_2(n)))
+    return max(least, min(most, 1 << max(n - 1, 0).bit_length()))
 
+
+rule = functools.lru_cache(maxsize=1024)
+"""Of a function of numbers and a chip: what it said of calls before is remembered, host time being short."""
 
 LONG = 2**30
 """The length that packed rows have for block sizes, of however many sequences and rows."""
@@ -170,7 +178,7 @@ def matmul_flags(chip: Chip, dtype: torch.dtype) -> dict[str, object]:
     interfaces: this one sees both, where `torch.get_float32_matmul_precision` raises if they were mixed.
     """
     exact = dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision != "tf32"
-    exact |= chip.backend == "hip" and chip.gfx != "gfx942"  # the others of AMD's chips have no TF32
+    exact = exact or (chip.backend == "hip" and chip.gfx != "gfx942")  # the others of AMD's chips have no TF32
     return {
         "COMPUTE": _TL_DTYPE[torch.float32 if chip.backend == "interpreter" else dtype],
         "PRECISION": "ieee" if exact else "tf32",

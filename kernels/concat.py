@@ -35,8 +35,22 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, entries, head_ptr, heads, launch, load_pairs, pairs
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
-from .concat_factors import FACTOR, factors, readable, rows_before, rows_of, tile_at
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    even,
+    matmul_flags,
+    pow2,
+    rule,
+    tile_rows,
+    unit,
+    unpressed,
+)
+from .concat_factors import FACTOR, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
 from .location import load_rows, store_rows
 from .masks import (
@@ -156,7 +170,7 @@ def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep
     aq = q_side.tiles + q_tile * size.AP * blocks.M
     ak = k_side.tiles + k_tile * size.AP * blocks.N
     if flags.FACTORED:
-        if tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE:
+        if bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE:
             if flags.EXACT:
                 aq += q_tile * size.AP * blocks.M
                 ak += k_tile * size.AP * blocks.N
@@ -195,7 +209,10 @@ def _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size):
     """The output and (m, l) of a tile whose program has seen all its keys."""
     rows = before + q_at
     store_lse(result.lse + rows * 2, m, l, q_inside)
-    store_rows(result.out + rows * size.DV, acc * finish(l)[:, None], q_inside, dv, size.DV)
+    acc *= finish(l)[:, None]
+    store_rows(result.out + rows * size.DV, acc, q_inside, dv, size.DV)
+    if result.exact is not None:
+        store_rows(result.exact + rows * size.DV, acc, q_inside, dv, size.DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -305,6 +322,7 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
+@rule
 def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool) -> Blocks:
     """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
 
@@ -327,17 +345,11 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
-class Vector(NamedTuple):
-    """The vector v of the score."""
-
-    ptr: Tensor  # (H, AP) float32
-    sum: Tensor  # (H,) float32: Σ_d v_d
-
-
 class Result(NamedTuple):
-    """What the forward leaves, float32, contiguous; where keys are split of each part of them, the last three."""
+    """What the forward leaves, contiguous, float32 but for `out`; where keys are split o, m and l of each part."""
 
-    out: Tensor  # (B, H, Tq, DV)
+    out: Tensor  # (B, H, Tq, DV) in the dtype of the values
+    exact: Tensor | None  # the same, for a backward of 16 bits
     lse: Tensor  # (B, H, Tq, 2): (m, l), see softmax.py
     scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
     o: Tensor | None  # (B, H, Tq, splits, DV); any, or None, for one part
@@ -380,19 +392,21 @@ class Call(NamedTuple):
     args: dict[str, Any]  # by the kernels' names
 
 
-def prepare(inputs: ConcatInputs) -> Call:
-    """Arguments by the kernels' names."""
-    query, key, value, v, score_bias, mask, cu_seqlens_q, _, seed, activation, left, right, dropout_p = inputs
+def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
+    """Arguments by the kernels' names, but for what `factors` makes.
+
+    lse: in a backward, which must not multiply with a query that sees nothing: it may be NaN.
+    """
+    query, key, value, _, score_bias, mask, cu_seqlens_q, _, seed, activation, left, right, dropout_p = inputs
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed, exact = cu_seqlens_q is not None, value.dtype == torch.float32
     q_rows = k_rows = None
     if mask is not None:
         k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
-        q_rows = (mask.any(1, keepdim=True).expand(B, Tq) if mask.dim() == 2 else mask.any(2)).view(torch.uint8)
+        q_rows = None if lse is None else lse[:, 0, :, 1]  # l is 0
         mask = mask.view(torch.uint8) if mask.dim() == 3 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
-    padded_v = torch.nn.functional.pad(v.float(), (0, A % 2)).contiguous()  # which keeps the strides of an even v
     size = Size(H, A, A + A % 2, value.shape[-1])
     flags = Flags(
         activation,
@@ -409,7 +423,6 @@ def prepare(inputs: ConcatInputs) -> Call:
         "q": heads(unit(query), packed=packed),
         "k": heads(unit(key), packed=packed),
         "value": heads(unit(value), packed=packed),
-        "v": Vector(padded_v, padded_v.sum(1)),
         "bias": pairs(bias),
         "mask": pairs(mask),
         "q_rows": entries(q_rows, packed=packed),
@@ -425,51 +438,51 @@ def prepare(inputs: ConcatInputs) -> Call:
     return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
 
 
-def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores) as `fused_attn.reference.concat_attention` has them.
+def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+    """(out, lse, scores) as `fused_attn.reference.concat_attention` has them, and out in float32.
 
-    The scores are written only where `need_scores` says so (padded batches only), else they are empty.
+    The scores are written only where `need_scores` says so (padded batches only), the last only where `need_exact`
+    does, for the backward, which takes differences with it; else they are empty.
     """
-    query, key, value, _, _, mask, *offsets, _, activation, left, right, _ = inputs
+    query, key, value, v, _, mask, *offsets, _, activation, left, right, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
     call = prepare(inputs)
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
-    out = value.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
+    out = value.new_empty(B, H, Tq, DV)
+    exact = value.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
-        return out.zero_(), no_key(lse), scores
+        return out.zero_(), no_key(lse), scores, exact.zero_()
     lengths = (Tq, Tk) if cu_seqlens_q is None else (LONG, LONG)
     blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy)
-    q_side, q_items = factors(call.args["q"], call.args["q_rows"], cu_seqlens_q, blocks.M, activation)
-    k_side, _ = factors(call.args["k"], call.args["k_rows"], cu_seqlens_k, blocks.N, activation)
-    dv_blocks = triton.cdiv(DV, blocks.DV)
-    programs = q_items.count * H * dv_blocks
-    splits = max(1, min(2 * call.chip.cores // programs, triton.cdiv(Tk, 2 * blocks.N)))
+    made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation)
+    dv_blocks = cdiv(DV, blocks.DV)
+    programs = made.q_items * H * dv_blocks
+    splits = max(1, min(2 * call.chip.cores // programs, cdiv(Tk, 2 * blocks.N)))
     # One kernel for one part and for several, where that does not spill.
-    o = m = l = None if call.busy or call.flags.EXACT else out
+    o = m = l = None if call.busy or call.flags.EXACT else lse
     if splits > 1:
-        o, m, l = (out.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
+        o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
     some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
-    args = call.args | {
-        "q_side": q_side,
-        "k_side": k_side._replace(codes=codes),
+    args = made.args | {
+        "k_side": made.args["k_side"]._replace(codes=codes),
         "splits": splits,
-        "result": Result(out, lse, scores if need_scores else None, o, m, l),
+        "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
     }
     pressed = call.flags.EXACT or not call.flags.FACTORED
     registers = all_registers(call.chip) if pressed else unpressed(call.chip, DV)
-    launch(_concat_fwd_kernel, (q_items.count, H, splits * dv_blocks), args, blocks, **registers)
+    launch(_concat_fwd_kernel, (made.q_items, H, splits * dv_blocks), args, blocks, **registers)
     if splits > 1:
         flat = B * H * Tq
         states = o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1)
-        with torch.cuda.device_of(query):
-            merge(
-                *states,
-                Items(flat * splits, 0, splits, None, None),
-                out.view(flat, 1, DV),
-                lse.view(flat, 1, 2),
-                skip_single=False,
-            )
-    return out, lse, scores
+        merge(
+            *states,
+            Items(flat * splits, 0, splits, None, None),
+            out.view(flat, 1, DV),
+            lse.view(flat, 1, 2),
+            exact.view(flat, 1, DV) if need_exact else None,
+            skip_single=False,
+        )
+    return out, lse, scores, exact

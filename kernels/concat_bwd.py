@@ -24,7 +24,7 @@ the weight it is 0, and not the difference of two roundings. Without matrix unit
 operation more an element.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,12 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import head_ptr, launch, untold
-from .chip import LENGTHS, LONG, Chip, all_registers, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, pow2, rule, tile_rows, unpressed
 from .concat import Call, prepare
-from .concat_factors import factors, readable, rows_before, rows_of, tile_at
+from .concat_factors import Factors, Saved, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import (
     Gradients,
-    Saved,
     Workspace,
     features_gradient,
     gradient_tile,
@@ -46,9 +45,10 @@ from .concat_walk import (
     walk_tile,
 )
 from .inputs import ConcatInputs
-from .location import add_rows, load_rows, store_rows
+from .location import add_later, load_rows, store_rows
 from .masks import mirrored, split_tiles, window_range, window_tiles
 from .products import add_product
+from .sums import sums
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -174,7 +174,7 @@ def _concat_bwd_dq_kernel(
             g_tile,
             blocks.M,
             tl.minimum(blocks.N, tl.cdiv(last - tile * blocks.N, 2) * 2),
-            tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE,
+            bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE,
             q_ptrs,
             q_keep,
             k,
@@ -252,7 +252,7 @@ def _concat_bwd_dk_kernel(
                 work.gt + slot + offset,
                 blocks.N,
                 tl.minimum(blocks.M, tl.cdiv(q_length - lo, 2) * 2),
-                tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE,
+                bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE,
                 k_ptrs,
                 k_keep,
                 q,
@@ -266,7 +266,7 @@ def _concat_bwd_dk_kernel(
                 False,
             )
     dk_ptrs = grads.k + rows_before(seq, head, k_side, Tk, size.H) * size.A + at * size.A
-    add_rows(dk_ptrs, features_gradient(s2, v, head, d, size, flags), j < k_hi, d, size.A)
+    add_later(dk_ptrs, features_gradient(s2, v, head, d, size, flags), j < k_hi, d, size.A, q_item0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -311,7 +311,7 @@ def _concat_bwd_dvalue_kernel(
             acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
     at = (k_start + j).to(tl.int64)
     dval_ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at * size.DV
-    add_rows(dval_ptrs, acc, j < k_hi, d, size.DV)
+    add_later(dval_ptrs, acc, j < k_hi, d, size.DV, q_item0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -332,6 +332,7 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
+@rule
 def bwd_blocks(
     chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, factored: bool, busy: bool, packed: bool
 ) -> Blocks:
@@ -367,53 +368,33 @@ def concat_bwd(
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
     query, key, value, v, score_bias, _, *offsets, _, activation, _, _, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
-    call = prepare(inputs)
+    call = prepare(inputs, lse)
     need_q, need_k, need_value, need_v, need_bias = needs
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed = cu_seqlens_q is not None
+    if not (query.numel() and key.numel() and value.numel() and call.seqs):
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
+    lengths = (LONG, LONG) if packed else (Tq, Tk)
+    blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed)
+    dout, dlse, dscores, out, lse = (x if x is None else x.contiguous() for x in (dout, dlse, dscores, out, lse))
+    saved = Saved(dout, dscores, out, lse, dlse, lse.new_empty(B, H, Tq))
+    made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation, saved)
     f32 = {"dtype": torch.float32, "device": query.device}
-    dq = torch.zeros(query.shape, dtype=torch.float32 if packed else query.dtype, device=query.device)
-    dk = torch.zeros(key.shape, **f32)
-    dvalue = torch.zeros(value.shape, **f32)
     dbias = torch.zeros(B, H, Tq, Tk, **f32) if need_bias else None
-    dv = torch.zeros(H, A, **f32)
-    if query.numel() and key.numel() and value.numel() and call.seqs:
-        lengths = (LONG, LONG) if packed else (Tq, Tk)
-        blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed)
-        q_side, q_items = factors(
-            call.args["q"], call.args["q_rows"], cu_seqlens_q, blocks.M, activation, transposed=True
-        )
-        k_side, k_items = factors(
-            call.args["k"], call.args["k_rows"], cu_seqlens_k, blocks.N, activation, transposed=True
-        )
-        saved = _saved(dout, dlse, dscores, out, lse, call.flags.EXACT)
-        args = call.args | {"q_side": q_side, "k_side": k_side, "saved": saved}
-        wanted = Gradients(
-            q=dq if need_q or need_v else None, k=dk if need_k else None, value=dvalue if need_value else None
-        )
-        counts = q_items.count, k_items.count
-        if packed:
-            from .concat_bwd_packed import packed_gradients  # which is made of this file's loops
+    if packed:
+        from .concat_bwd_packed import packed_gradients  # which is made of this file's loops
 
-            dv = packed_gradients(call, *counts, blocks, args, wanted)
-        else:
-            dv = _padded_gradients(call, *counts, blocks, args, wanted, dbias)
-        dv = dv.sum(0)[:, :A]
+        grads = packed_gradients(call, made, blocks, needs)
+    else:
+        grads = _padded_gradients(call, made, blocks, needs, dbias)
+    dq, dk, dvalue, dv = grads
     return [
         dq.to(query.dtype) if need_q else None,
         dk.to(key.dtype) if need_k else None,
         dvalue.to(value.dtype) if need_value else None,
-        dv.to(v.dtype).contiguous() if need_v else None,
+        dv.to(v.dtype) if need_v else None,
         dbias.sum_to_size(score_bias.shape).to(score_bias.dtype) if need_bias else None,
     ]
-
-
-def _saved(dout: Tensor, dlse: Tensor | None, dscores: Tensor | None, out: Tensor, lse: Tensor, exact: bool) -> Saved:
-    """What kernels read of the queries, and δ."""
-    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    delta = torch.zeros_like(lse[..., 0]) if exact else (dout.float() * out).sum(-1)
-    delta = delta if dlse is None else delta - dlse[..., 1] * lse[..., 1]
-    return Saved(dout, dscores if dscores is None else dscores.contiguous(), out, lse, delta.contiguous())
 
 
 def compute_dtype(call: Call) -> torch.dtype:
@@ -422,49 +403,55 @@ def compute_dtype(call: Call) -> torch.dtype:
 
 
 def _padded_gradients(
-    call: Call,
-    q_items: int,
-    k_items: int,
-    blocks: Blocks,
-    args: dict[str, Any],
-    wanted: Gradients,
-    dbias: Tensor | None,
-) -> Tensor:
-    """Make the gradients that are wanted, dq in its own dtype; returns sums of dv, (programs, H, AP).
+    call: Call, made: Factors, blocks: Blocks, needs: list[bool], dbias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dvalue, dv) as they are needed, each in its own dtype or in float32; g into dbias.
 
     A launch has as many tiles of queries as the workspace holds, too few to fill a chip where keys are many: a
     program a tile took 116 of 129 ms on an H200 (B 2, Tq 128, Tk 65,536, A 128). So dq's loop over the keys is split
     into parts, bounded as the workspace is.
     """
-    (H, A, AP, DV), Tq, Tk, device = call.size, args["Tq"], args["Tk"], args["v"].ptr.device
-    k_tiles, pair = triton.cdiv(Tk, blocks.N), blocks.M * blocks.N
+    need_q, need_k, need_value, need_v, _ = needs
+    args, (H, A, AP, DV) = made.args, call.size
+    q, k, value, v = args["q"].ptr, args["k"].ptr, args["value"].ptr, args["v"].given
+    Tq, Tk = args["Tq"], args["Tk"]
+    k_tiles, pair = cdiv(Tk, blocks.N), blocks.M * blocks.N
     slot = k_tiles * H * pair * (8 + compute_dtype(call).itemsize)
-    chunk = max(1, min(q_items, WORKSPACE_BYTES // max(1, slot)))
-    features = triton.cdiv(A, blocks.D)
+    chunk = max(1, min(made.q_items, WORKSPACE_BYTES // max(1, slot)))
+    features = cdiv(A, blocks.D)
     bound = WORKSPACE_BYTES // (4 * call.seqs * H * Tq * A)
-    splits = max(1, min(4 * call.chip.cores // (chunk * H * features), triton.cdiv(k_tiles, 2), bound))
-    g = torch.empty(chunk, H, k_tiles, pair, dtype=torch.float32, device=device)
-    dv = g.new_empty(splits * q_items, H, AP)
+    splits = max(1, min(4 * call.chip.cores // (chunk * H * features), cdiv(k_tiles, 2), bound))
+    g = torch.empty(chunk, H, k_tiles, pair, dtype=torch.float32, device=v.device)
     work = Workspace(g, torch.empty_like(g), torch.empty_like(g, dtype=compute_dtype(call)), dbias, 0)
     args = args | {"splits": splits}
-    dq = None if wanted.q is None else g.new_empty(splits, *wanted.q.shape)
+    dq = dv = dk = dvalue = None
+    if need_q or need_v:
+        dq = g.new_empty(splits, *q.shape, dtype=torch.float32 if splits > 1 else q.dtype)
+        dv = g.new_empty(splits * made.q_items, H, AP)
+    whole = chunk >= made.q_items  # else keys have sums of what launches give
+    if need_k:
+        dk = g.new_empty(k.shape, dtype=k.dtype if whole else torch.float32)
+    if need_value:
+        dvalue = g.new_empty(value.shape, dtype=value.dtype if whole else torch.float32)
     registers = unpressed(call.chip, A, DV) if call.flags.FACTORED else all_registers(call.chip)
     walk, product = (blocks._replace(warps=warps) for warps in (blocks.walk_warps, 8))
-    keys = k_items * (blocks.N // blocks.R)
+    keys = made.k_items * (blocks.N // blocks.R)
 
     def add(kernel, grid: tuple[int, ...], tiles: Blocks, **grads: Tensor | None) -> None:
         launch(kernel, grid, args | {"grads": Gradients(**grads)}, tiles, **registers)
 
-    for q_item0 in range(0, q_items, chunk):
-        count = min(chunk, q_items - q_item0)
+    for q_item0 in range(0, made.q_items, chunk):
+        count = min(chunk, made.q_items - q_item0)
         args |= {"work": work._replace(item0=untold(q_item0)), "q_items": count}
         add(_concat_bwd_g_kernel, (count, H, k_tiles), blocks)
         if dq is not None:
             add(_concat_bwd_dq_kernel, (count, H, features * splits), walk, q=dq, v=dv)
-        if wanted.k is not None:
-            add(_concat_bwd_dk_kernel, (keys, H, features), walk, k=wanted.k)
-        if wanted.value is not None:
-            add(_concat_bwd_dvalue_kernel, (keys, H, triton.cdiv(DV, blocks.DV)), product, value=wanted.value)
-    if dq is not None:
-        wanted.q.copy_(dq.sum(0) if splits > 1 else dq[0])
-    return dv
+        if dk is not None:
+            add(_concat_bwd_dk_kernel, (keys, H, features), walk, k=dk)
+        if dvalue is not None:
+            add(_concat_bwd_dvalue_kernel, (keys, H, cdiv(DV, blocks.DV)), product, value=dvalue)
+    if dq is not None and splits == 1:
+        return dq[0], dk, dvalue, *sums([(dv[..., :A] if need_v else None, v.dtype)])
+    parts = (None if dq is None else dq.flatten(1), q.dtype), (dv[..., :A] if need_v else None, v.dtype)
+    dq_sum, dv_sum = sums(parts)
+    return None if dq_sum is None else dq_sum.view(q.shape), dk, dvalue, dv_sum

@@ -11,8 +11,6 @@ The score is made twice, of some 4 operations an element to the 6 to 7 of either
 longest sequences; there are as many launches for any lengths, and the workspace is bounded as it is there.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,10 +20,12 @@ from .arguments import head_ptr, launch, untold
 from .chip import LENGTHS, all_registers
 from .concat import Call
 from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
-from .concat_factors import rows_before, rows_of, tile_at
+from .concat_factors import Factors, bound_at, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Workspace, features_gradient, gradient_tile, staying, tiles_meet, walk_tile
 from .location import add_rows, load_rows
 from .masks import mirrored, window_range, window_tiles
+from .products import tile_product
+from .sums import sums
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -93,7 +93,7 @@ def _concat_bwd_queries_kernel(
         tl.debug_barrier()  # other threads than wrote them load the numbers of g
         k_tile = (k_item0 + tile).to(tl.int64) * size.H + head
         row0 = (k_start + tile * blocks.N).to(tl.int64)
-        safe = tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE
+        safe = bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE
         count = tl.minimum(blocks.N, tl.cdiv(last - tile * blocks.N, 2) * 2)
         for d0 in range(0, size.AP, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
@@ -247,7 +247,7 @@ def _add_to_keys(
     seq, q_start, lo, hi = queries
     k_start, k_lo, k_hi = keys
     row0 = (q_start + lo).to(tl.int64)
-    safe = tl.load(q_side.bound + q_tile) + tl.load(k_side.bound + k_tile) <= flags.SAFE
+    safe = bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE
     count = tl.minimum(blocks.M, tl.cdiv(hi - lo, 2) * 2)
     q_keep = lo + m < hi
     do_ptrs = saved.do + rows_before(seq, head, q_side, Tq, size.H) * size.DV + (row0 + m) * size.DV
@@ -291,7 +291,7 @@ def _add_to_keys(
             for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + tl.arange(0, blocks.DV)
                 do = load_rows(do_ptrs, q_keep, d, size.DV)
-                new = tl.dot(p.to(flags.COMPUTE), do.to(flags.COMPUTE), input_precision=flags.PRECISION)
+                new = tile_product(p, do, flags.COMPUTE, flags.PRECISION)
                 add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep, d, size.DV)
 
 
@@ -301,26 +301,33 @@ def _add_to_keys(
 
 
 def packed_gradients(
-    call: Call, q_items: int, k_items: int, blocks: Blocks, args: dict[str, Any], wanted: Gradients
-) -> Tensor:
-    """Add to the gradients that are wanted, zeros in float32; returns sums of dv, (q items, H, AP)."""
-    H, pair, device = call.size.H, blocks.M * blocks.N, call.args["v"].ptr.device
+    call: Call, made: Factors, blocks: Blocks, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dvalue, dv) as they are needed, in float32."""
+    need_q, need_k, need_value, need_v, _ = needs
+    args, (H, A, AP, _) = made.args, call.size
+    pair, v = blocks.M * blocks.N, args["v"].given
     registers = all_registers(call.chip)
-    dv = torch.zeros(q_items, H, call.size.AP, dtype=torch.float32, device=device)
+
+    def zeros(need: bool, *shape: int) -> Tensor | None:
+        return torch.zeros(shape, dtype=torch.float32, device=v.device) if need else None
 
     def launches(kernel, items: int, scratch: tuple[torch.dtype | None, ...], grads: Gradients) -> None:
         """For as many items at a time as the workspace has tiles of these dtypes."""
         each = H * pair * sum(dtype.itemsize for dtype in scratch if dtype)
         chunk = max(1, min(items, WORKSPACE_BYTES // each))
-        room = (dtype and torch.empty(chunk * H * pair, dtype=dtype, device=device) for dtype in scratch)
+        room = (dtype and torch.empty(chunk * H * pair, dtype=dtype, device=v.device) for dtype in scratch)
         work = Workspace(*room, None, 0)
         for item0 in range(0, items, chunk):
             every = args | {"work": work._replace(item0=untold(item0)), "grads": grads}
             launch(kernel, (min(chunk, items - item0), H), every, blocks, **registers)
 
-    if wanted.q is not None:
-        launches(_concat_bwd_queries_kernel, q_items, (torch.float32, None, None), Gradients(q=wanted.q, v=dv))
-    if wanted.k is not None or wanted.value is not None:
+    asked = need_q or need_v
+    dq, dv = zeros(asked, *args["q"].ptr.shape), zeros(asked, made.q_items, H, AP)
+    dk, dvalue = zeros(need_k, *args["k"].ptr.shape), zeros(need_value, *args["value"].ptr.shape)
+    if asked:
+        launches(_concat_bwd_queries_kernel, made.q_items, (torch.float32, None, None), Gradients(q=dq, v=dv))
+    if need_k or need_value:
         scratch = None, torch.float32, compute_dtype(call)
-        launches(_concat_bwd_keys_kernel, k_items, scratch, Gradients(k=wanted.k, value=wanted.value))
-    return dv
+        launches(_concat_bwd_keys_kernel, made.k_items, scratch, Gradients(k=dk, value=dvalue))
+    return dq, dk, dvalue, *sums([(dv[..., :A] if need_v and dv is not None else None, v.dtype)])

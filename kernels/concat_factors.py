@@ -1,26 +1,28 @@
-"""The factors of concat attention's score (see concat.py), e^{scale x} of each row, laid out by tiles.
+"""What is made once for the kernels of concat attention (see concat.py), in one launch.
 
-(tiles, H, A, rows of a tile): one step of d loads whole vectors, from sequences that start anywhere. A is made even;
-the feature that is added has v = 0. Activations that do not factor have rows themselves in the same layout.
+The factors of the score, e^{scale x} of each row of queries and keys, laid out by tiles (tiles, H, A, rows of one):
+one step of d loads whole vectors, from sequences that start anywhere. A is made even; the feature that is added has
+v = 0. Activations that do not factor have rows themselves in the same layout. Besides, v in float32 and its sum, and
+for a backward δ of the queries.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Entries, Heads, constants, head_ptr, launch, untold
+from .arguments import Heads, constants, head_ptr, launch, untold
 from .chip import LENGTHS, chip_of, pow2
 from .location import load_rows
-from .masks import Items, finite, locate, partition, sequence_of, unmasked
-from .softmax import exp
+from .masks import finite, locate, partition, sequence_of, unmasked
+from .softmax import exp, load_dlse
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 """The exponents of the activations that factor: α = e^{FACTOR q}."""
 
-PART = 16
+PART = tl.constexpr(16)
 """Rows of a tile that one program makes factors of."""
 
 
@@ -29,7 +31,7 @@ class Side(NamedTuple):
 
     tiles: Tensor  # (items, H, 1 or 2, AP, rows of a tile) float32: factors, in one part or two, or rows themselves
     rows: Tensor | None  # (items, H, rows of a tile, AP) float32: the same with features contiguous
-    bound: Tensor  # (items, H) float32: max|exponent|
+    bound: Tensor  # (items, H, parts of PART rows) float32: max|exponent|
     cu: Tensor | None
     seq: Tensor | None
     first: Tensor | None
@@ -67,58 +69,137 @@ def readable(inside, keep, seq, rows, flags):
     return inside
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _concat_factor_kernel(
-    x,  # (B, H, T, A), or packed
-    keep,  # (B, T): rows that may hold anything are False; or None
-    side,  # to be filled; its bound is (items, H, parts)
-    T,
-    A,
-    AP,
-    tile_rows,  # a multiple of blocks.T
-    scale,
-    flags,
-    blocks,
-):
-    """Tiles of e^{scale x}, or of x itself without EXP; rows past the end and features past A are exponent 0.
+@triton.jit
+def bound_at(side, tile, ROWS: tl.constexpr):
+    """max|exponent| of a tile of so many rows; tile = item * H + head, int64."""
+    parts: tl.constexpr = ROWS // PART
+    if parts == 1:
+        bound = tl.load(side.bound + tile)
+    else:
+        bound = tl.max(tl.load(side.bound + tile * parts + tl.arange(0, parts)), axis=0)
+    return bound
 
-    A program has a part of a tile, of blocks.T rows: tiles of whatever length are one kernel.
+
+class Vector(NamedTuple):
+    """The vector v of the score."""
+
+    given: Tensor  # (H, A), contiguous
+    ptr: Tensor  # (H, AP) float32
+    sum: Tensor  # (H,) float32: Σ_d v_d
+
+
+class Saved(NamedTuple):
+    """Of the queries, contiguous: gradients that came, and what the forward left. Nothing in a forward."""
+
+    do: Tensor | None = None  # (B, H, Tq, DV)
+    scores: Tensor | None = None  # (B, H, Tq, Tk) float32: gradient of the scores
+    out: Tensor | None = None  # (B, H, Tq, DV) float32
+    lse: Tensor | None = None  # (B, H, Tq, 2) float32: (m, l)
+    dlse: Tensor | None = None  # the same
+    delta: Tensor | None = None  # (B, H, Tq) float32: dO · o - l dl; of float32 values -l dl
+
+
+@triton.jit
+def _store_vector(v, head, size, blocks):
+    total = 0.0
+    for a0 in range(0, size.AP, blocks.A):
+        a = a0 + tl.arange(0, blocks.A)
+        x = tl.load(v.given + head * size.A + a, mask=a < size.A, other=0.0).to(tl.float32)
+        tl.store(v.ptr + head * size.AP + a, x, mask=a < size.AP)
+        total += tl.sum(x, axis=0)
+    tl.store(v.sum + head, total)
+
+
+@triton.jit
+def _store_delta(rows, inside, saved, size, flags, blocks):
+    """δ of rows of a contiguous (B, H, Tq)."""
+    delta = tl.zeros([blocks.T], tl.float32)
+    if not flags.GAP:
+        for d0 in range(0, size.DV, blocks.A):
+            d = d0 + tl.arange(0, blocks.A)
+            do = load_rows(saved.do + rows * size.DV, inside, d, size.DV).to(tl.float32)
+            delta += tl.sum(do * load_rows(saved.out + rows * size.DV, inside, d, size.DV), axis=1)
+    if saved.dlse is not None:
+        delta -= load_dlse(saved.dlse + rows * 2, saved.lse + rows * 2, inside)
+    tl.store(saved.delta + rows, delta, mask=inside)
+
+
+@triton.jit
+def _store_factors(x, keep, side, program, head, saved, T, tile_rows, scale, size, flags, blocks):
+    """A part of a tile, of blocks.T rows; rows past the end and features past A are exponent 0.
+
+    With `saved` δ of these rows, too.
     """
     parts = tile_rows // blocks.T
-    item = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    head = tl.program_id(1).to(tl.int64)
+    item = program // parts
+    part = program % parts
     seq, start, lo, hi, _ = tile_at(item, side, T, tile_rows)
     i = part * blocks.T + tl.arange(0, blocks.T)
     rows = (start + lo + i).to(tl.int64)
-    inside = readable(lo + i < hi, keep, seq, rows, flags)
+    inside = lo + i < hi
+    if saved.delta is not None:
+        _store_delta(rows_before(seq, head, side, T, size.H) + rows, inside, saved, size, flags, blocks)
+    inside = readable(inside, keep, seq, rows, flags)
     ptrs = head_ptr(x, seq, head) + rows * x.stride_t
-    tile = (item.to(tl.int64) * tl.num_programs(1) + head) * AP * tile_rows
+    tile = (item.to(tl.int64) * size.H + head) * size.AP * tile_rows
     planes: tl.constexpr = 2 if flags.EXP and flags.EXACT else 1
     bound = tl.zeros([blocks.T], tl.float32)
-    for a0 in range(0, AP, blocks.A):
+    for a0 in range(0, size.AP, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
-        y = load_rows(ptrs, inside, a, A).to(tl.float32)
+        y = load_rows(ptrs, inside, a, size.A).to(tl.float32)
         if flags.EXP:
             y *= scale  # a power of two
-            bound = tl.maximum(bound, tl.max(tl.abs(y), axis=1))
+            # The largest of numbers and NaN may be any of them: a tile that has NaN does not factor.
+            bound = tl.maximum(bound, tl.max(tl.where(y == y, tl.abs(y), float("inf")), axis=1))
             if flags.EXACT:
                 full = tl.exp(y.to(tl.float64))
                 y = full.to(tl.float32)
                 rest = (full - y.to(tl.float64)).to(tl.float32)
-                at = planes * tile + (AP + a[None, :]) * tile_rows + i[:, None]
-                tl.store(side.tiles + at, rest, mask=(a < AP)[None, :])
+                at = planes * tile + (size.AP + a[None, :]) * tile_rows + i[:, None]
+                tl.store(side.tiles + at, rest, mask=(a < size.AP)[None, :])
             else:
                 y = exp(y, flags.FMA)
-        tl.store(side.tiles + planes * tile + a[None, :] * tile_rows + i[:, None], y, mask=(a < AP)[None, :])
+        tl.store(side.tiles + planes * tile + a[None, :] * tile_rows + i[:, None], y, mask=(a < size.AP)[None, :])
         if side.rows is not None:
             # The backward takes these times gradients that are 0 where a row is hidden: NaN must not come of it.
             if flags.EXP:
                 y = tl.where(y == y, y, 1.0)
             else:
                 y = finite(y)
-            tl.store(side.rows + tile + i[:, None] * AP + a[None, :], y, mask=(a < AP)[None, :])
-    tl.store(side.bound + (item * tl.num_programs(1) + head) * parts + part, tl.max(bound, axis=0))
+            tl.store(side.rows + tile + i[:, None] * size.AP + a[None, :], y, mask=(a < size.AP)[None, :])
+    tl.store(side.bound + (item * size.H + head) * parts + part, tl.max(bound, axis=0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _concat_factor_kernel(
+    q,  # (B, H, Tq, A), or packed
+    k,  # (B, H, Tk, A)
+    v,
+    q_rows,  # (B, Tq): rows that may hold anything are 0; or None
+    k_rows,  # (B, Tk)
+    q_side,  # to be filled
+    k_side,
+    saved,
+    Tq,
+    Tk,
+    q_items,
+    q_tile,  # rows of a tile, a multiple of blocks.T: tiles of whatever length are one kernel
+    k_tile,
+    scale,
+    size,
+    flags,
+    blocks,
+):
+    program = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    of_queries = q_items * (q_tile // blocks.T)
+    if program == 0:
+        _store_vector(v, head, size, blocks)
+    if program < of_queries:
+        _store_factors(q, q_rows, q_side, program, head, saved, Tq, q_tile, scale, size, flags, blocks)
+    else:
+        program -= of_queries
+        _store_factors(k, k_rows, k_side, program, head, Saved(), Tk, k_tile, scale, size, flags, blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -138,45 +219,68 @@ class FactorFlags(NamedTuple):
     """What the kernel that makes factors is compiled for."""
 
     EXP: bool
-    EXACT: bool
+    EXACT: bool  # factors in two parts
+    GAP: bool  # dO · o is taken elsewhere
     FMA: bool
     PACKED: bool
 
 
+class Factors(NamedTuple):
+    """What the other kernels take, and how many tiles of queries and of keys there are."""
+
+    args: dict[str, Any]  # by their names
+    q_items: int
+    k_items: int
+
+
 def factors(
-    x: Heads, keep: Entries, cu_seqlens: Tensor | None, rows: int, activation: str, *, transposed: bool = False
-) -> tuple[Side, Items]:
-    """Exponentials of ``x (B, H, T, A)`` (packed: B = 1), or x itself, in tiles of `rows` rows."""
-    like = x.ptr
-    B, H, T, A = like.shape
-    seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    items = partition(seqs, T, rows, cu_seqlens, always=True)
-    width, parts, exponents = A + A % 2, rows // PART, activation in FACTOR
+    given: dict[str, Any],
+    v: Tensor,
+    offsets: tuple[Tensor | None, Tensor | None],
+    tiles: tuple[int, int],
+    activation: str,
+    saved: Saved | None = None,
+) -> Factors:
+    """Make `Vector`, the `Side` of the queries and that of the keys, in tiles of so many rows.
+
+    given: the kernels' arguments by name. saved: for a backward, whose δ is made, and factors in rows too.
+    """
+    size, packed = given["size"], offsets[0] is not None
+    width, exponents = size.AP, activation in FACTOR
+    like = given["q"].ptr
     exact = exponents and like.dtype == torch.float32
 
     def room(*shape: int) -> Tensor:
-        return torch.empty(items.count, H, *shape, dtype=torch.float32, device=like.device)
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
 
-    side = Side(
-        room(2 if exact else 1, width, rows),
-        room(rows, width) if transposed else None,
-        room(parts),
-        *items.spans(cu_seqlens),
-        untold(seqs),
-        untold(items.per_seq),
-    )
-    args = {
-        "x": x,
-        "keep": keep,
-        "side": side,
-        "T": T,
-        "A": A,
-        "AP": width,
-        "tile_rows": rows,
-        "scale": FACTOR.get(activation, 1.0),
-    }
+    def side(x: Heads, cu_seqlens: Tensor | None, rows: int) -> tuple[Side, int]:
+        B, H, T, _ = x.ptr.shape
+        seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        items = partition(seqs, T, rows, cu_seqlens, always=True)
+        made = Side(
+            room(items.count, H, 2 if exact else 1, width, rows),
+            None if saved is None else room(items.count, H, rows, width),
+            room(items.count, H, rows // PART.value),
+            *items.spans(cu_seqlens),
+            untold(seqs),
+            untold(items.per_seq),
+        )
+        return made, items.count
+
+    (q_side, q_items), (k_side, k_items) = map(side, (given["q"], given["k"]), offsets, tiles)
     fma = chip_of(like.device).backend != "interpreter"
-    args["flags"] = constants(FactorFlags(exponents, exact, fma, cu_seqlens is not None))
-    blocks = FactorBlocks(PART, pow2(width, 2, 16 if exact else 32))
-    launch(_concat_factor_kernel, (items.count * parts, H), args, blocks)
-    return side._replace(bound=side.bound.squeeze(2) if parts == 1 else side.bound.amax(2)), items
+    made = {"v": Vector(v.contiguous(), room(size.H, width), room(size.H)), "q_side": q_side, "k_side": k_side}
+    args = {
+        **given,
+        **made,
+        "saved": saved or Saved(),
+        "q_items": q_items,
+        "q_tile": tiles[0],
+        "k_tile": tiles[1],
+        "scale": FACTOR.get(activation, 1.0),
+        "flags": constants(FactorFlags(exponents, exact, given["value"].ptr.dtype == torch.float32, fma, packed)),
+    }
+    blocks = FactorBlocks(PART.value, pow2(width, 2, 16 if exact else 32))
+    programs = q_items * (tiles[0] // blocks.T) + k_items * (tiles[1] // blocks.T)
+    launch(_concat_factor_kernel, (programs, size.H), args, blocks)
+    return Factors({**given, **made, "saved": saved}, q_items, k_items)

@@ -16,16 +16,6 @@ from .products import add_product
 from .softmax import exp, load_lse
 
 
-class Saved(NamedTuple):
-    """Of the queries, contiguous: gradients that came, and what the forward left."""
-
-    do: Tensor  # (B, H, Tq, DV)
-    scores: Tensor | None  # (B, H, Tq, Tk) float32: gradient of the scores
-    out: Tensor  # (B, H, Tq, DV) float32
-    lse: Tensor  # (B, H, Tq, 2) float32: (m, l)
-    delta: Tensor  # (B, H, Tq) float32: dO · o - l dl; with EXACT -l dl
-
-
 class Workspace(NamedTuple):
     """Numbers of the pairs of tiles that a launch has, from some tile of queries (or of keys) on; None: not made."""
 
@@ -237,7 +227,9 @@ def walk_tile(
             for n in range(0, tl.minimum(count, inside)):
                 shown = d < size.A
                 if not flags.PACKED and keep.ptr is not None:
-                    shown = shown & (tl.load(entry_ptr(keep, seq, row0 + n)) != 0)
+                    kept = tl.load(entry_ptr(keep, seq, row0 + n)).to(tl.float32)
+                    # A tile is compared: one number's answer is a float to the interpreter.
+                    shown = shown & (tl.full(d.shape, 1.0, tl.float32) * kept != 0)
                 z = tl.load(raw_ptr + (row0 + n) * raw.stride_t + d, mask=shown, other=0.0).to(tl.float32)[None, :]
                 z += x_raw.to(tl.float32)
                 g = tl.load((g_ptr + n * stride_g + r)[:, None])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, unit, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, unit, unpressed
 from .inputs import GeneralInputs
 from .location import load_rows, store_rows
 from .masks import (
@@ -47,7 +47,7 @@ from .masks import (
     window_pairs,
     window_tiles,
 )
-from .products import add_product
+from .products import add_product, tile_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -107,7 +107,7 @@ def product(
             b_part = load_rows(b_ptrs, b_keep, d, width)
             acc = add_product(a_part, tl.trans(b_part), acc, flags.COMPUTE, flags.PRECISION)
     else:
-        acc = tl.dot(a.to(flags.COMPUTE), tl.trans(b.to(flags.COMPUTE)), input_precision=flags.PRECISION)
+        acc = tile_product(a, tl.trans(b), flags.COMPUTE, flags.PRECISION)
     return acc
 
 
@@ -257,7 +257,10 @@ def _general_fwd_kernel(
     if splits == 1:
         inv = finish(l)
         store_lse(result.lse + rows * 2, m, l, q_inside)
-        store_rows(result.out + row0 * size.DV + q_rows * size.DV, acc * inv[:, None], q_inside, dv, size.DV)
+        acc *= inv[:, None]
+        store_rows(result.out + row0 * size.DV + q_rows * size.DV, acc, q_inside, dv, size.DV)
+        if result.exact is not None:
+            store_rows(result.exact + row0 * size.DV + q_rows * size.DV, acc, q_inside, dv, size.DV)
     else:
         rows = rows * splits + split
         tl.store(result.m + rows, m, mask=q_inside)
@@ -287,6 +290,7 @@ def widths(D: int, DV: int) -> tuple[int, int]:
     return pow2(D, 16, 256) if D <= 256 else 64, pow2(DV, 16, 256 if max(D, DV) <= 256 else 64)
 
 
+@rule
 def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: bool, parts: bool) -> Blocks:
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
@@ -341,6 +345,7 @@ class Flags(NamedTuple):
     EXACT: bool
     NATURAL: bool
     SHARED: bool
+    MASKED: bool
     PARTS: bool  # a key may be hidden from some queries only
     PLAIN: bool
     WIDE: bool  # the width of the score is walked in parts
@@ -351,12 +356,13 @@ class Flags(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward writes, float32."""
+    """What the forward writes, float32 but for `out`, which has the dtype of the keys."""
 
     out: Tensor  # (B, H, Tq, DV)
+    exact: Tensor | None  # the same, for a backward of 16 bits
     lse: Tensor  # (B, H, Tq, 2): (m, l), m in the units of `power`
     scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
-    o: Tensor  # (B, H, Tq, splits, DV): of parts of the keys; not written where there is one
+    o: Tensor  # (B, H, Tq, splits, DV): of parts of the keys; (m, l) where there is one, and not written
     m: Tensor  # (B, H, Tq, splits)
     l: Tensor
 
@@ -385,11 +391,9 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
     parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    q_rows = k_rows = None
-    if mask is not None:
-        q_rows, k_rows = (
-            (mask.any(1, keepdim=True).expand(B, Tq), mask) if mask.dim() == 2 else (mask.any(2), mask.any(1))
-        )
+    q_rows, k_rows = None, mask
+    if mask is not None and mask.dim() == 3:
+        q_rows, k_rows = mask.any(2), mask.any(1)
     if parts:  # keys that some queries see, and some do not
         k_rows = row_codes(k_rows, key, None if value is None else values)
     if parts and backward:
@@ -410,6 +414,7 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         EXACT=exact,
         NATURAL=exact or natural or bias is not None,
         SHARED=value is None,
+        MASKED=mask is not None,
         PARTS=parts,
         PLAIN=plain,
         WIDE=False,
@@ -452,35 +457,36 @@ def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
     return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
 
 
-def general_fwd(inputs: GeneralInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores) as `fused_attn.reference.general_attention` has them, the weight apart.
+def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+    """(out, lse, scores) as `fused_attn.reference.general_attention` has them, the weight apart; and out in float32.
 
-    The scores are written only where `need_scores` says so (padded batches only), else they are empty.
+    The scores are written only where `need_scores` says so (padded batches only), the last only where `need_exact`
+    does, for the backward, which takes differences with it; else they are empty.
     """
     call = prepare(inputs, need_scores)
     query, key, cu_seqlens_q = inputs.query, inputs.key, inputs.cu_seqlens_q
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
-    out = query.new_empty(B, H, Tq, DV, dtype=torch.float32)  # the backward takes differences with it
+    out = query.new_empty(B, H, Tq, DV)
+    exact = query.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(B, H, Tq, device=query.device)
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
-        return out.zero_(), no_key(lse), scores
+        return out.zero_(), no_key(lse), scores, exact.zero_()
     plain = call.plain and not need_scores
     length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
     blocks = fwd_blocks(call.chip, itemsize, length, D, DV, plain, call.busy or need_scores, call.flags.PARTS)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
-    dv_blocks = triton.cdiv(DV, blocks.DV)
-    splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), triton.cdiv(Tk, 2 * blocks.N)))
-    o = m = l = out
+    dv_blocks = cdiv(DV, blocks.DV)
+    splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), cdiv(Tk, 2 * blocks.N)))
+    o = m = l = lse
     if splits > 1:
-        o = out.new_empty(B, H, Tq, splits, DV)
-        m, l = (out.new_empty(B, H, Tq, splits) for _ in range(2))
+        o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
     args = {
         **call.args,
         "q_spans": items.spans(call.args["q_spans"].cu),
         "per_seq": items.per_seq,
         "splits": splits,
-        "result": Result(out, lse, scores if need_scores else None, o, m, l),
+        "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
         "flags": fitting(call.flags._replace(PLAIN=plain), call.size, blocks),
     }
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
@@ -488,15 +494,15 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool) -> tuple[Tensor, Tenso
     if splits > 1:
         flat = B * H * Tq
         parts = Items(flat * splits, 0, splits, None, None)
-        with torch.cuda.device_of(query):
-            merge(
-                o.view(flat * splits, 1, DV),
-                m.view(-1, 1),
-                l.view(-1, 1),
-                parts,
-                out.view(flat, 1, DV),
-                lse.view(flat, 1, 2),
-                skip_single=False,
-                unit=1.0 if call.flags.NATURAL else LN2.value,
-            )
-    return out, lse, scores
+        merge(
+            o.view(flat * splits, 1, DV),
+            m.view(-1, 1),
+            l.view(-1, 1),
+            parts,
+            out.view(flat, 1, DV),
+            lse.view(flat, 1, 2),
+            exact.view(flat, 1, DV) if need_exact else None,
+            skip_single=False,
+            unit=1.0 if call.flags.NATURAL else LN2.value,
+        )
+    return out, lse, scores, exact

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .activations import activate_grad
 from .arguments import launch
-from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .general import (
     Blocks,
     Flags,
@@ -45,7 +45,7 @@ from .inputs import GeneralInputs
 from .location import load_rows, store_rows
 from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_tiles
 from .products import add_product
-from .softmax import power
+from .softmax import load_dlse, load_lse, power
 
 
 class Given(NamedTuple):
@@ -53,9 +53,9 @@ class Given(NamedTuple):
 
     do: Tensor  # (B, H, Tq, DV)
     out: Tensor  # (B, H, Tq, DV) float32
-    top: Tensor  # (B, H, Tq) float32: m in the units of `power`
-    inv: Tensor  # (B, H, Tq) float32: 1 / l
-    delta: Tensor  # (B, H, Tq) float32: δ
+    lse: Tensor  # (B, H, Tq, 2) float32: (m, l), m in the units of `power`
+    dlse: Tensor | None  # the same
+    delta: Tensor  # (B, H, Tq) float32: δ, which the kernel for dq leaves
     dscores: Tensor | None  # (B, H, Tq, Tk) float32
 
 
@@ -177,9 +177,22 @@ def _general_bwd_dq_kernel(
     row0 = first_row(q_spans, seq, head, size.H, Tq)
     do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
     do = narrow_rows(do_ptrs, q_keep, dv, size.DV, flags.WIDE_V or flags.EXACT)
-    top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
-    inv = tl.load(given.inv + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
-    delta = tl.load(given.delta + row0 + q_rows, mask=q_keep, other=0.0)[:, None]
+    lse_at = (row0 + q_rows) * 2
+    top, inv = load_lse(given.lse + lse_at, q_keep)
+    if flags.EXACT and not flags.GAP:
+        delta = tl.load(given.delta + row0 + q_rows, mask=q_keep, other=0.0)
+    else:
+        delta = tl.zeros([blocks.M], tl.float32)
+        if not flags.EXACT:  # of float32 the gap is made in the walk, -l dl is left of δ
+            for d0 in range(0, size.DV, blocks.DV):
+                do_part = load_rows(do_ptrs, q_keep, d0 + dv, size.DV).to(tl.float32)
+                out = load_rows(given.out + row0 * size.DV + q_rows * size.DV, q_keep, d0 + dv, size.DV)
+                delta += tl.sum(do_part * out, axis=1)
+        if given.dlse is not None:
+            delta -= load_dlse(given.dlse + lse_at, given.lse + lse_at, q_keep)
+    top = top[:, None]
+    inv = inv[:, None]
+    delta = delta[:, None]
     k_row0 = k_start.to(tl.int64)
     k_ptr = head_rows(key, seq, head, k_row0)
     val_ptr = head_rows(value, seq, head, k_row0)
@@ -187,6 +200,8 @@ def _general_bwd_dq_kernel(
     acc = tl.zeros([blocks.M, blocks.D], tl.float32)
     rest = tl.zeros([blocks.M], tl.float32)
     begin, end = window_tiles(window, lo, hi, length, blocks.N)
+    if flags.GAP and not flags.EXACT:
+        end = begin
     whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
@@ -244,9 +259,10 @@ def _general_bwd_dq_kernel(
                 if flags.WIDE:
                     k = load_rows(k_ptrs, k_keep, d_out, size.D)
                 acc = add_product(g, k, acc, flags.COMPUTE, flags.PRECISION)
-    if flags.GAP:
-        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
-    else:
+    if flags.GAP or not flags.EXACT:
+        own = q_keep[:, None] & (tl.program_id(2) == 0)
+        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=own)
+    if not flags.GAP:
         dq_ptrs = grads.q + row0 * grads.stride_q + q_rows * grads.stride_q
         store_rows(dq_ptrs, acc * size.scale, q_inside, d_out, size.D)
 
@@ -310,6 +326,8 @@ def _general_bwd_dkv_kernel(
             q_good = q_keep
             if EDGE:
                 _code, q_keep, q_good, _keep = coded_rows(q_codes, seq, head, q_row0 + q_rows, i < length)
+                if flags.MASKED and not flags.PARTS:  # a query that sees nothing may be NaN
+                    q_good = tl.load(given.lse + (row0 + q_rows) * 2 + 1, mask=q_keep, other=0.0) != 0
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
@@ -326,8 +344,9 @@ def _general_bwd_dkv_kernel(
             else:
                 dp = product(values, val_ptrs, k_keep, do, do_ptrs, q_good, size.DV, flags.WIDE_V, flags, blocks.DV)
             inside = q_keep[None, :] & k_keep[:, None]
-            top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
-            inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
+            top, inv = load_lse(given.lse + (row0 + q_rows) * 2, q_keep)
+            top = top[None, :]
+            inv = tl.where(q_good, inv, 0.0)[None, :]
             delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             g, p = _general_gradient(
                 x,
@@ -375,6 +394,7 @@ def _general_bwd_dkv_kernel(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@rule
 def bwd_blocks(
     chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: bool, parts: bool
 ) -> tuple[Blocks, Blocks]:
@@ -460,13 +480,9 @@ def general_bwd(
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
     dbias = torch.zeros(B, H, Tq, Tk, dtype=torch.float32, device=query.device) if need_bias else None
     if query.numel() and key.numel() and call.seqs:
-        # The gap of float32 is made in the kernels; -l dl is left of δ.
-        top, total = (x.contiguous() for x in lse.unbind(-1))
-        delta = torch.zeros_like(top) if exact else (dout * out).sum(-1)
-        delta = delta if dlse is None else delta - dlse[..., 1] * total
-        top, inv = top.masked_fill(top == -torch.inf, 0), total.masked_fill(total == 0, torch.inf).reciprocal()
-        dscores = None if dscores is None else dscores.contiguous()
-        given = Given(dout.to(key.dtype).contiguous(), out.contiguous(), top, inv, delta.contiguous(), dscores)
+        delta = torch.empty(B, H, Tq, dtype=torch.float32, device=query.device)
+        dout, out, lse, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse, dscores))
+        given = Given(dout, out, lse, dlse, delta, dscores)
         plain, busy = call.plain and dscores is None, call.busy or dscores is not None
         flags = call.flags._replace(PLAIN=plain)
 
@@ -477,7 +493,8 @@ def general_bwd(
 
         lengths = (LONG, LONG) if packed else (Tq, Tk)
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts)
-        gap = exact and (need_q or need_k or need_bias)  # the gradient of the values needs no δ
+        # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
+        gap = need_q or need_k or need_bias if exact else need_k and not (need_q or need_bias)
         if gap or need_q or need_bias:
             items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
             of_queries = {"q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq}
@@ -485,12 +502,12 @@ def general_bwd(
             only = {**of_queries, "grads": Grads(), "given": given._replace(dscores=None)}
             run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True), **only)
         if need_q or need_bias:
-            grid = items.count, H, triton.cdiv(D, for_q.D)
+            grid = items.count, H, cdiv(D, for_q.D)
             made = Grads(torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq, D)
             run(_general_bwd_dq_kernel, grid, for_q, flags, **of_queries, grads=made._replace(bias=dbias))
         if need_k or need_value:
             items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
-            grid = items.count, H, max(triton.cdiv(D, for_k.D), triton.cdiv(DV, for_k.DV))
+            grid = items.count, H, max(cdiv(D, for_k.D), cdiv(DV, for_k.DV))
             of_keys = {"k_spans": items.spans(call.args["k_spans"].cu), "per_seq": items.per_seq}
             run(_general_bwd_dkv_kernel, grid, for_k, flags, **of_keys, grads=Grads(k=dk, value=dvalue))
     else:

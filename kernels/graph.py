@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, rows
-from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit, unpressed
+from .arguments import constants, launch, rows
+from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
 from .inputs import GraphInputs
 from .location import store_rows
@@ -126,7 +126,10 @@ def _graph_fwd_kernel(
     row = node * size.H + h
     if tl.program_id(2) == 0:
         store_lse(result.lse + row * 2, m, l, whole)
-    store_rows(result.out + row * size.DV, acc * finish(l)[:, None], whole, dv, size.DV)
+    out = acc * finish(l)[:, None]
+    store_rows(result.out + row * size.DV, out, whole, dv, size.DV)
+    if result.exact is not None:
+        store_rows(result.exact + row * size.DV, out, whole, dv, size.DV)
     if flags.HUBS:
         piece = (h < size.H) & (slot >= 0)
         row = slot * size.H + h
@@ -163,7 +166,7 @@ def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) ->
     width, value_width = (pow2(n, 4, 256 if max(A, DV) <= 256 else 64) for n in (A, DV))
     heads = pow2(H, 1, min(8, 256 // max(width, value_width)))
     row = heads * max(width, value_width)
-    tile = pow2(triton.cdiv(edges, nodes), 4, min(8, 1024 // row))
+    tile = pow2(cdiv(edges, nodes), 4, min(8, 1024 // row))
     return Blocks(tile, heads, width, value_width, pow2(tile * row // 128, 1, 4))
 
 
@@ -187,11 +190,12 @@ class Flags(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the forward leaves, float32: of a node, or of a hub's pieces."""
+    """What the forward leaves, of a node in the dtype of the keys, of a hub's pieces in float32."""
 
     out: Tensor | None  # (nodes, H, DV)
     lse: Tensor | None  # (nodes, H, 2): (m, l), see softmax.py
     scores: Tensor | None  # (edges, H)
+    exact: Tensor | None = None  # out in float32, for a backward of 16 bits
 
 
 class Call(NamedTuple):
@@ -233,28 +237,27 @@ def prepare(inputs: GraphInputs) -> Call:
     return Call(chip, blocks, hubs, args)
 
 
-def graph_fwd(inputs: GraphInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores) as `fused_attn.reference.graph_attention` has them."""
+def graph_fwd(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.graph_attention` has them, and out in float32.
+
+    That is written only where `need_exact` says so, for the backward, which takes differences with it; else empty.
+    """
     query, key, _, value, _, _, indices, *_ = inputs
     (nodes, H, A), edges = query.shape, indices.numel()
     DV = (key if value is None else value).shape[2]
-    out = query.new_empty(nodes, H, DV, dtype=torch.float32)
+    out = query.new_empty(nodes, H, DV)
+    exact = query.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(nodes, H, device=query.device)
     scores = torch.empty(edges, H, dtype=torch.float32, device=query.device)
     if out.numel() == 0 or edges == 0:
-        return out.zero_(), no_key(lse), scores
+        return out.zero_(), no_key(lse), scores, exact.zero_()
     call = prepare(inputs)
     blocks, hubs = call.blocks, call.hubs
     part = State(hubs.parts(H, DV), hubs.parts(H, 2), None)
-    with torch.cuda.device_of(query):
-        _graph_fwd_kernel[(hubs.items, triton.cdiv(H, blocks.H), triton.cdiv(DV, blocks.DV))](
-            **call.args,
-            **hubs.lengths,
-            result=State(out, lse, scores),
-            part=part,
-            blocks=constants(blocks),
-            num_warps=blocks.warps,
-            **(all_registers(call.chip) if blocks.A < A or blocks.DV < DV else unpressed(call.chip, A, DV)),
-        )
-        hubs.join(part.out, out, part.lse, lse)
-    return out, lse, scores
+    args = {**call.args, **hubs.lengths, "result": State(out, lse, scores, exact if need_exact else None)}
+    args["part"] = part
+    pressed = blocks.A < A or blocks.DV < DV
+    registers = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
+    launch(_graph_fwd_kernel, (hubs.items, cdiv(H, blocks.H), cdiv(DV, blocks.DV)), args, blocks, **registers)
+    hubs.join(part.out, out, part.lse, lse, exact if need_exact else None)
+    return out, lse, scores, exact

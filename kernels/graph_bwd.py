@@ -26,13 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, rows
-from .chip import LENGTHS, all_registers, unpressed
+from .arguments import launch, rows
+from .chip import LENGTHS, all_registers, cdiv, unpressed
 from .graph import Blocks, State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
 from .graph_hubs import Csr, Hubs, edges_of, slots_of
 from .inputs import GraphInputs
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
+from .sums import sums
 
 
 class Cotangents(NamedTuple):
@@ -295,40 +296,39 @@ def graph_bwd(
         "dedge_ptr": dedge,
     }
 
-    def launch(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
-        every = {**args, **hubs.lengths, "csr": hubs.csr, "blocks": constants(blocks), **more}
+    def run(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
+        every = {**args, **hubs.lengths, "csr": hubs.csr, **more}
         # Where the compiler put numbers on the stack: rows of many numbers, narrow ones, those walked in parts.
         narrow, wide = blocks.H * max(blocks.A, blocks.DV) <= 64, blocks.A < A or blocks.DV < DV
         pressed = kernel is _graph_bwd_scores_kernel or narrow or wide
         options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
-        kernel[grid](**{name: every[name] for name in kernel.arg_names}, num_warps=blocks.warps, **options)
+        launch(kernel, grid, every, blocks, **options)
 
-    with torch.cuda.device_of(query):
-        blocks = call.blocks
-        heads = triton.cdiv(H, blocks.H)
-        # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
-        wider = blocks._replace(warps=2 * blocks.warps)
-        launch(_graph_bwd_scores_kernel, (hubs.items, heads), wider, hubs)
-        if hubs.slots:
-            launch(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, hubs)
-        # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
-        programs = min(hubs.items, 16 * call.chip.cores)
-        dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
-        if need_q or need_v or need_edge:
-            grid, part = (programs, heads, triton.cdiv(A, blocks.A)), hubs.parts(H, A)
-            launch(_graph_bwd_dq_kernel, grid, blocks, hubs, items=hubs.items, dv_ptr=dv, part_ptr=part)
-            hubs.join(part, dq)
-        if need_k or need_value:
-            indptr_t, indices_t, perm = (x.contiguous() for x in transposed)
-            blocks = graph_blocks(call.chip, key.shape[0], hubs.edges, H, A, DV)
-            hubs = Hubs(key.shape[0], hubs.edges, blocks.piece, Csr(indptr_t, indices_t))
-            part, part_value = hubs.parts(H, A), hubs.parts(H, DV)
-            grid = hubs.items, heads, max(triton.cdiv(A, blocks.A), triton.cdiv(DV, blocks.DV))
-            more = {"perm_ptr": perm, "part_ptr": part, "part_value_ptr": part_value}
-            launch(_graph_bwd_dk_kernel, grid, blocks, hubs, **more)
-            if need_k:
-                hubs.join(part, dk)
-            if need_value:
-                hubs.join(part_value, dvalue)
-    grads = (dq, dk, dv.sum(0).to(v.dtype), dvalue, dedge)
+    blocks = call.blocks
+    heads = cdiv(H, blocks.H)
+    # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
+    wider = blocks._replace(warps=2 * blocks.warps)
+    run(_graph_bwd_scores_kernel, (hubs.items, heads), wider, hubs)
+    if hubs.slots:
+        run(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, hubs)
+    # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
+    programs = min(hubs.items, 16 * call.chip.cores)
+    dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
+    if need_q or need_v or need_edge:
+        grid, part = (programs, heads, cdiv(A, blocks.A)), hubs.parts(H, A)
+        run(_graph_bwd_dq_kernel, grid, blocks, hubs, items=hubs.items, dv_ptr=dv, part_ptr=part)
+        hubs.join(part, dq)
+    if need_k or need_value:
+        indptr_t, indices_t, perm = (x.contiguous() for x in transposed)
+        blocks = graph_blocks(call.chip, key.shape[0], hubs.edges, H, A, DV)
+        hubs = Hubs(key.shape[0], hubs.edges, blocks.piece, Csr(indptr_t, indices_t))
+        part, part_value = hubs.parts(H, A), hubs.parts(H, DV)
+        grid = hubs.items, heads, max(cdiv(A, blocks.A), cdiv(DV, blocks.DV))
+        more = {"perm_ptr": perm, "part_ptr": part, "part_value_ptr": part_value}
+        run(_graph_bwd_dk_kernel, grid, blocks, hubs, **more)
+        if need_k:
+            hubs.join(part, dk)
+        if need_value:
+            hubs.join(part_value, dvalue)
+    grads = (dq, dk, *sums([(dv if need_v else None, v.dtype)]), dvalue, dedge)
     return [g if need else None for g, need in zip(grads, needs, strict=True)]

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import INTERPRET, LENGTHS, chip_of, unpressed
+from .arguments import launch
+from .chip import INTERPRET, LENGTHS, cdiv, chip_of, pow2, unpressed
 from .softmax import finish, join_states, store_lse
 
 
@@ -79,32 +80,31 @@ def _graph_join_kernel(
     csr,
     out_ptr,  # (nodes, H, D)
     lse_ptr,  # (nodes, H, 2) float32 or None
+    exact_ptr,  # (nodes, H, D) float32, or None
     nodes,
     edges,
     steps,
     H,
     D,
     FMA: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    blocks,
 ):
     """One head of the hub that begins in a chunk, if one does: it has the chunk's last edge, and the next one."""
-    begin = tl.program_id(0).to(tl.int64) * PIECE
+    begin = tl.program_id(0).to(tl.int64) * blocks.PIECE
     head = tl.program_id(1)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if begin + PIECE < edges:
-        node = node_of(begin + PIECE, nodes, csr, steps)
+    d = tl.program_id(2) * blocks.D + tl.arange(0, blocks.D)
+    if begin + blocks.PIECE < edges:
+        node = node_of(begin + blocks.PIECE, nodes, csr, steps)
         first = tl.load(csr.indptr + node).to(tl.int64)
         last = tl.load(csr.indptr + node + 1).to(tl.int64)
-        if (last - first > PIECE) & (first >= begin) & (first < begin + PIECE):
-            count = (last - 1) // PIECE - first // PIECE + 1
+        if (last - first > blocks.PIECE) & (first >= begin) & (first < begin + blocks.PIECE):
+            count = (last - 1) // blocks.PIECE - first // blocks.PIECE + 1
             m = tl.full([1], float("-inf"), tl.float32)
             l = tl.zeros([1], tl.float32)
-            acc = tl.zeros([BLOCK_D], tl.float32)
-            for i0 in range(0, count, BLOCK_I):
-                i = i0 + tl.arange(0, BLOCK_I)
-                at = slots_of(i, first, PIECE) * H + head
+            acc = tl.zeros([blocks.D], tl.float32)
+            for i0 in range(0, count, blocks.I):
+                i = i0 + tl.arange(0, blocks.I)
+                at = slots_of(i, first, blocks.PIECE) * H + head
                 keep = (i < count)[:, None] & (d < D)[None, :]
                 part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=keep, other=0.0)
                 if part_lse_ptr is None:
@@ -119,6 +119,17 @@ def _graph_join_kernel(
                 if tl.program_id(2) == 0:
                     store_lse(lse_ptr + row * 2 + tl.arange(0, 1), m, l, True)
             tl.store(out_ptr + row * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+            if exact_ptr is not None:
+                tl.store(exact_ptr + row * D + d, acc, mask=d < D)
+
+
+class JoinBlocks(NamedTuple):
+    """Pieces and width of a tile, and edges of a piece."""
+
+    I: int
+    D: int
+    PIECE: int
+    warps: int = 4
 
 
 class Csr(NamedTuple):
@@ -139,7 +150,7 @@ class Hubs(NamedTuple):
     @property
     def slots(self) -> int:
         """Two a chunk of edges; none where no node can be a hub."""
-        return 2 * triton.cdiv(self.edges, self.piece) if self.edges > self.piece else 0
+        return 2 * cdiv(self.edges, self.piece) if self.edges > self.piece else 0
 
     @property
     def items(self) -> int:
@@ -158,26 +169,32 @@ class Hubs(NamedTuple):
         return torch.empty(self.slots, *shape, dtype=torch.float32, device=self.csr.indptr.device)
 
     def join(
-        self, parts: Tensor | None, out: Tensor, part_lse: Tensor | None = None, lse: Tensor | None = None
+        self,
+        parts: Tensor | None,
+        out: Tensor,
+        part_lse: Tensor | None = None,
+        lse: Tensor | None = None,
+        exact: Tensor | None = None,
     ) -> None:
-        """Write the hubs' rows of ``out (nodes, H, D)``: sums of their parts, or, with `lse`, merged states."""
+        """Write the hubs' rows of ``out (nodes, H, D)``: sums of their parts, or, with `lse`, merged states.
+
+        exact: in float32 what `out` is in another dtype.
+        """
         if parts is None:
             return
         _, H, D = parts.shape
-        block = min(128, triton.next_power_of_2(D))
-        _graph_join_kernel[(self.slots // 2, H, triton.cdiv(D, block))](
-            parts,
-            part_lse,
-            self.csr,
-            out,
-            lse,
+        blocks = JoinBlocks(16, pow2(D, 1, 128), self.piece)
+        args = {
+            "part_ptr": parts,
+            "part_lse_ptr": part_lse,
+            "csr": self.csr,
+            "out_ptr": out,
+            "lse_ptr": lse,
+            "exact_ptr": exact,
             **self.lengths,
-            H=H,
-            D=D,
-            FMA=not INTERPRET,
-            PIECE=self.piece,
-            BLOCK_I=16,
-            BLOCK_D=block,
-            num_warps=4,
-            **unpressed(chip_of(parts.device), D),
-        )
+            "H": H,
+            "D": D,
+            "FMA": not INTERPRET,
+        }
+        grid = self.slots // 2, H, cdiv(D, blocks.D)
+        launch(_graph_join_kernel, grid, args, blocks, **unpressed(chip_of(parts.device), D))

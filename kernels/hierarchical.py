@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import constants, launch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, unit, unpressed
+from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, rule, unit, unpressed
 from .inputs import HierarchicalInputs
 from .location import Blocks, _weighted_sum, fwd_blocks, gated, load_rows, location_fwd, matmul, prepare, project
 from .masks import unmasked
@@ -131,7 +131,8 @@ def _hierarchical_fwd_kernel(
         x = acc * finish(l)[None, :]
         x_at = seg[None, :] * size.D + d[:, None]
         write = (d < size.D)[:, None] & exists[None, :]
-        tl.store(result.pooled + x_at, x, mask=write)
+        if result.pooled is not None:
+            tl.store(result.pooled + x_at, x, mask=write)
         tl.store(result.segments + x_at, x.to(result.segments.dtype.element_ty), mask=write)
         tl.debug_barrier()  # what follows loads x from cache, other parts of it than a thread has stored
 
@@ -159,7 +160,11 @@ def _hierarchical_fwd_kernel(
         outer_acc = outer_acc * alpha + tl.sum(load_rows(x_ptrs, seen, d, size.D).to(tl.float32) * p, axis=0)
 
     store_lse(result.outer_lse + group * 2 + tl.arange(0, 1), outer_m, outer_l, True)
-    tl.store(result.out + group * size.D + d, outer_acc * finish(outer_l), mask=d < size.D)
+    out = outer_acc * finish(outer_l)
+    out_at = group * size.D + d
+    tl.store(result.out + out_at, out.to(result.out.dtype.element_ty), mask=d < size.D)
+    if result.exact is not None:
+        tl.store(result.exact + out_at, out, mask=d < size.D)
 
 
 class Size(NamedTuple):
@@ -193,17 +198,19 @@ class Tiles(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward leaves, float32 but for `segments`."""
+    """What the forward leaves, float32 but for `out` and `segments`, which have the dtype of H."""
 
     out: Tensor  # (G, 1, D)
     outer_lse: Tensor  # (G, 1, 2): (m, l), see softmax.py
     outer_scores: Tensor  # (S, 1)
-    segments: Tensor  # (S, D) in the dtype of H
+    segments: Tensor  # (S, D)
     inner_lse: Tensor  # (S, 1, 2)
     inner_scores: Tensor  # (N, 1)
-    pooled: Tensor  # (S, 1, D)
+    exact: Tensor | None  # (G, 1, D): out, for a backward of 16 bits
+    pooled: Tensor | None  # (S, 1, D): segments
 
 
+@rule
 def blocks_of(
     chip: Chip,
     itemsize: int,
@@ -247,10 +254,11 @@ def fits(chip: Chip, width: int, D: int, rows: int, groups: int) -> bool:
     return width >= D and (groups >= chip.cores or rows <= groups * SHORT)
 
 
-def hierarchical_fwd(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
-    """(out, outer lse, outer scores, segments, inner lse, inner scores, pooled).
+def hierarchical_fwd(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...]:
+    """(out, outer lse, outer scores, segments, inner lse, inner scores, exact, pooled).
 
-    As `fused_attn.reference.hierarchical_attention`; `pooled` is `segments` in float32, for the backward.
+    As `fused_attn.reference.hierarchical_attention`; the last two are `out` and `segments` in float32 where
+    `need_exact` says so, for the backward, else empty.
     """
     h, w, context, outer_w, outer_context = inputs.h, inputs.w, inputs.context, inputs.outer_w, inputs.outer_context
     inner = inputs.level(h, inputs.mask, outer=False)
@@ -263,16 +271,17 @@ def hierarchical_fwd(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
     linear = inputs.v is None, inputs.outer_v is None
     blocks, outer_blocks = blocks_of(chip, h.element_size(), D, *widths, *linear, gated, plain)
     if not fits(chip, min(blocks.DV, outer_blocks.DV), D, rows, groups):
-        pooled, inner_lse, inner_scores = location_fwd(inner)
-        segments = pooled.squeeze(1).to(h.dtype, copy=True)
-        top = location_fwd(inputs.level(segments, inner_lse[:, 0, 0] != -torch.inf, outer=True))
-        return *top, segments, inner_lse, inner_scores, pooled
+        segments, inner_lse, inner_scores, pooled = location_fwd(inner, True, need_exact)
+        segments = segments.squeeze(1)
+        seen = inner_lse[:, 0, 0] != -torch.inf
+        *top, exact = location_fwd(inputs.level(segments, seen, outer=True), True, need_exact)
+        return *top, segments, inner_lse, inner_scores, exact, pooled
 
     new: Callable[..., Tensor] = h.new_empty
     outer_lse, inner_lse = (new_lse(n, 1, device=h.device) for n in (groups, seqs))
     outer_scores, inner_scores = (new(n, 1, dtype=torch.float32) for n in (seqs, rows))
-    out, pooled = (new(n, 1, D, dtype=torch.float32) for n in (groups, seqs))
-    result = Result(out, outer_lse, outer_scores, new(seqs, D), inner_lse, inner_scores, pooled)
+    exact, pooled = (new((n, 1, D) if need_exact else (0,), dtype=torch.float32) for n in (groups, seqs))
+    result = Result(new(groups, 1, D), outer_lse, outer_scores, new(seqs, D), inner_lse, inner_scores, exact, pooled)
     if groups == 0:
         return tuple(result)
     call = prepare(inner)
@@ -290,7 +299,7 @@ def hierarchical_fwd(inputs: HierarchicalInputs) -> tuple[Tensor, ...]:
             Levels(w is not None and blocks.D >= D, inputs.context_per_row, inputs.outer_context_per_row)
         ),
         "size": Size(D, call.size.A, outer_call.size.A),
-        "result": result,
+        "result": result if need_exact else result._replace(exact=None, pooled=None),
     }
     tiles = Tiles(
         blocks.T, blocks.D, blocks.A, outer_blocks.D, outer_blocks.A, blocks.DV, SEGMENTS, blocks.warps, blocks.stages

@@ -20,10 +20,24 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    even,
+    matmul_flags,
+    pow2,
+    rule,
+    tile_rows,
+    unit,
+    unpressed,
+)
 from .inputs import LocationInputs
 from .masks import Items, dropout, dropout_scale, locate, partition, unmasked
-from .products import add_product
+from .products import add_product, tile_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
 MAX_HOPS = 128
@@ -52,6 +66,12 @@ def store_rows(ptrs, x, keep, cols, width):
 def add_rows(ptrs, x, keep, cols, width):
     """Add a tile to what is there, float32."""
     store_rows(ptrs, load_rows(ptrs, keep, cols, width) + x, keep, cols, width)
+
+
+@triton.jit
+def add_later(ptrs, x, keep, cols, width, before):
+    """Store a tile, or add it to what launches of earlier items have left, if there were any before."""
+    store_rows(ptrs, x + load_rows(ptrs, keep & (before > 0), cols, width).to(tl.float32), keep, cols, width)
 
 
 @triton.jit
@@ -143,7 +163,7 @@ def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECI
     if BLOCK_P == 1:
         return tl.sum(values.to(tl.float32) * p, axis=0)[:, None]
     p = tl.broadcast_to(p, [p.shape[0], BLOCK_P])  # one hop: sixteen equal columns, the first is stored
-    return tl.dot(tl.trans(values.to(COMPUTE)), p.to(COMPUTE), input_precision=PRECISION)
+    return tile_product(tl.trans(values), p, COMPUTE, PRECISION)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,47 +242,52 @@ def _location_fwd_kernel(
         at = (seq * T + rows)[:, None] * size.R + r[None, :]
         tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
 
-        p, alpha, m, l = online_softmax(s, m, l, 0, False)
-        if dropout.seed is not None:
-            p *= dropout_scale(dropout, t[:, None], seq, r[None, :])
-        if values.ptr is None:
-            val_ptrs = h_ptrs
-        else:
-            val_ptrs = sequence_ptr(values, seq, rows)
-        if flags.ONE_DV:
-            if flags.RESIDENT and values.ptr is None:
-                x = tile
+        if flags.POOL:
+            p, alpha, m, l = online_softmax(s, m, l, 0, False)
+            if dropout.seed is not None:
+                p *= dropout_scale(dropout, t[:, None], seq, r[None, :])
+            if values.ptr is None:
+                val_ptrs = h_ptrs
             else:
-                x = load_rows(val_ptrs, keep, dv, size.DV)
-            acc = acc * alpha[None, :] + _weighted_sum(x, p, blocks.P, flags.COMPUTE, flags.PRECISION)
-        else:
-            # Too wide for registers: the running sum lives in this item's slot of parts.o, which stays in cache.
-            for d0 in range(0, size.DV, blocks.DV):
-                d = d0 + dv
-                new = _weighted_sum(
-                    load_rows(val_ptrs, keep, d, size.DV), p, blocks.P, flags.COMPUTE, flags.PRECISION
-                )
-                o_ptrs = parts.o + (item.to(tl.int64) * size.R + col[None, :]) * size.DV + d[:, None]
-                write = (d < size.DV)[:, None] & (col < size.R)[None, :]
-                old = tl.load(o_ptrs, mask=write & (t0 > lo), other=0.0)
-                tl.store(o_ptrs, old * alpha[None, :] + new, mask=write)
-            tl.debug_barrier()  # the next tile's load may belong to another thread
+                val_ptrs = sequence_ptr(values, seq, rows)
+            if flags.ONE_DV:
+                if flags.RESIDENT and values.ptr is None:
+                    x = tile
+                else:
+                    x = load_rows(val_ptrs, keep, dv, size.DV)
+                acc = acc * alpha[None, :] + _weighted_sum(x, p, blocks.P, flags.COMPUTE, flags.PRECISION)
+            else:
+                # Too wide for registers: the running sum lives in this item's slot of parts.o, which stays in cache.
+                for d0 in range(0, size.DV, blocks.DV):
+                    d = d0 + dv
+                    new = _weighted_sum(
+                        load_rows(val_ptrs, keep, d, size.DV), p, blocks.P, flags.COMPUTE, flags.PRECISION
+                    )
+                    o_ptrs = parts.o + (item.to(tl.int64) * size.R + col[None, :]) * size.DV + d[:, None]
+                    write = (d < size.DV)[:, None] & (col < size.R)[None, :]
+                    old = tl.load(o_ptrs, mask=write & (t0 > lo), other=0.0)
+                    tl.store(o_ptrs, old * alpha[None, :] + new, mask=write)
+                tl.debug_barrier()  # the next tile's load may belong to another thread
 
-    valid = seq < num_seqs
-    if flags.ONE_DV:
-        single = valid & (items == 1)
-    else:
-        single = valid & False
-    at = item.to(tl.int64) * size.R + r
-    tl.store(parts.m + at, m, mask=r < size.R)
-    tl.store(parts.l + at, l, mask=r < size.R)
-    store_lse(result.lse + (seq * size.R + r) * 2, m, l, (r < size.R) & single)
-    if flags.ONE_DV:
-        write = (dv < size.DV)[:, None] & (col < size.R)[None, :]
-        offsets = col[None, :] * size.DV + dv[:, None]
-        out = (acc * finish(l)[None, :]).to(result.out.dtype.element_ty)
-        tl.store(result.out + seq * size.R * size.DV + offsets, out, mask=write & single)
-        tl.store(parts.o + item.to(tl.int64) * size.R * size.DV + offsets, acc, mask=write & (items != 1))
+    if flags.POOL:
+        valid = seq < num_seqs
+        if flags.ONE_DV:
+            single = valid & (items == 1)
+        else:
+            single = valid & False
+        at = item.to(tl.int64) * size.R + r
+        tl.store(parts.m + at, m, mask=r < size.R)
+        tl.store(parts.l + at, l, mask=r < size.R)
+        store_lse(result.lse + (seq * size.R + r) * 2, m, l, (r < size.R) & single)
+        if flags.ONE_DV:
+            write = (dv < size.DV)[:, None] & (col < size.R)[None, :]
+            offsets = col[None, :] * size.DV + dv[:, None]
+            out = acc * finish(l)[None, :]
+            out_at = seq * size.R * size.DV + offsets
+            tl.store(result.out + out_at, out.to(result.out.dtype.element_ty), mask=write & single)
+            if result.exact is not None:
+                tl.store(result.exact + out_at, out, mask=write & single)
+            tl.store(parts.o + item.to(tl.int64) * size.R * size.DV + offsets, acc, mask=write & (items != 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +314,7 @@ def hop_block(hops: int) -> int:
     return 1 if hops == 1 else pow2(hops, 16, MAX_HOPS)
 
 
+@rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
     """Tiles of the forward. `blocks.D >= D` keeps a tile of H on chip from the projection to the weighted sum.
 
@@ -340,19 +366,20 @@ class Weights(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward leaves, float32."""
+    """What the forward leaves, float32 but for `out`, which in the backward is float32 too."""
 
-    out: Tensor  # (S, R, DV)
+    out: Tensor  # (S, R, DV) in the dtype of H
     lse: Tensor  # (S, R, 2): (m, l), see softmax.py
     scores: Tensor  # (B, T, R) or (N, R)
+    exact: Tensor | None = None  # as out, for a backward of 16 bits
 
 
 class Parts(NamedTuple):
-    """States of items, float32."""
+    """States of items, float32; none without POOL."""
 
-    o: Tensor  # (items, R, DV); where every sequence is one item, and ONE_DV, it is not written
-    m: Tensor  # (items, R)
-    l: Tensor
+    o: Tensor | None  # (items, R, DV); where every sequence is one item, and ONE_DV, it is not written
+    m: Tensor | None  # (items, R)
+    l: Tensor | None
 
 
 class Size(NamedTuple):
@@ -375,6 +402,7 @@ class Flags(NamedTuple):
     PRECISION: str
     U_COMPUTE: object  # of the product with v
     U_PRECISION: str
+    POOL: bool = True  # else scores alone
     RESIDENT: bool = False  # blocks.D >= D: a tile of H is loaded once and kept
     ONE_DV: bool = False  # blocks.DV >= DV: the sum is kept in registers, else in parts.o
 
@@ -448,40 +476,48 @@ def prepare(inputs: LocationInputs) -> Call:
     return Call(seqs, length, size, flags, chip, cu_seqlens, args)
 
 
-def location_fwd(inputs: LocationInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, scores) as `fused_attn.reference.location_attention` has them."""
+def location_fwd(inputs: LocationInputs, pool: bool, need_exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, scores) as `fused_attn.reference.location_attention` has them, and out in float32.
+
+    Without `pool` there are scores alone, the rest is empty. The last is written only where `need_exact` says so, for
+    the backward, which takes differences with it; else it is empty.
+    """
     call = prepare(inputs)
     h, w, v, cu_seqlens = inputs.h, inputs.w, inputs.v, inputs.cu_seqlens
     seqs, packed, (D, A, R, DV) = call.seqs, cu_seqlens is not None, call.size
-    out = h.new_empty(seqs, R, DV, dtype=torch.float32)  # the backward takes differences with it
-    lse = new_lse(seqs, R, device=h.device)
+    out = h.new_empty((seqs, R, DV) if pool else 0)
+    exact = h.new_empty((seqs, R, DV) if pool and need_exact else 0, dtype=torch.float32)
+    lse = new_lse(seqs if pool else 0, R, device=h.device)
     scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
     if seqs == 0 or call.length == 0:
-        return out.zero_(), no_key(lse), scores
+        return out.zero_(), no_key(lse), scores, exact.zero_()
 
     blocks = fwd_blocks(call.chip, h.element_size(), LONG if packed else call.length, D, A, R, DV, v is None)
     one_dv = blocks.DV >= DV
     rows = _rows_per_item(call, packed, blocks.T)
     items = call.items(rows)
     alone = items.first is None and items.per_seq == 1
-    # One kernel for all: an item of its own only leaves (m, l) that nobody reads, and its running sum, where there is
-    # one, lives where the result goes.
-    o = out if alone else h.new_empty(items.count, R, DV, dtype=torch.float32)
-    m, l = (h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
-    flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
+    parts = Parts(None, None, None)
+    if pool:
+        # One kernel for all: an item of its own only leaves (m, l) that nobody reads, and its sum, where it is in
+        # registers, not even that.
+        unread = out if h.dtype == torch.float32 else exact
+        o = unread if alone and (one_dv or unread.numel()) else h.new_empty(items.count, R, DV, dtype=torch.float32)
+        parts = Parts(o, *(h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2)))
+    flags = call.flags._replace(POOL=pool, RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
     args = {
         **call.args,
         "bias": entries(inputs.score_bias, packed=packed),
-        "result": Result(out, lse, scores),
-        "parts": Parts(o, m, l),
+        "result": Result(out, lse, scores, exact if need_exact else None),
+        "parts": parts,
         "rows_per_item": rows,
         "flags": constants(flags),
     }
     registers = all_registers(call.chip) if D <= 32 or call.chip.arch == 100 else unpressed(call.chip, D, DV, A)
     launch(_location_fwd_kernel, (items.count,), args, blocks, **registers)
-    if not (one_dv and alone):
-        merge(o, m, l, items, out, lse, skip_single=one_dv)
-    return out, lse, scores
+    if pool and not (one_dv and alone):
+        merge(*parts, items, out, lse, exact if need_exact else None, skip_single=one_dv)
+    return out, lse, scores, exact
 
 
 def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
@@ -490,6 +526,6 @@ def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
     Beside the workspace there is, at most, a sum for each sequence.
     """
     want = max(1, min(4 * call.chip.cores, WORKSPACE_BYTES // max(1, 4 * call.size.R * call.size.DV)))
-    parts = triton.cdiv(want, 1 if ragged else call.seqs)
-    rows = max(triton.cdiv(call.length, parts), 4 * block_t)
-    return triton.cdiv(rows, block_t) * block_t
+    parts = cdiv(want, 1 if ragged else call.seqs)
+    rows = max(cdiv(call.length, parts), 4 * block_t)
+    return cdiv(rows, block_t) * block_t

@@ -30,14 +30,14 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .arguments import constants, launch, sequence_ptr
-from .chip import LENGTHS, LONG, Chip, all_registers, even, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed
 from .inputs import LocationInputs
 from .location import (
     WORKSPACE_BYTES,
     Blocks,
     Call,
     Result,
-    add_rows,
+    add_later,
     hop_block,
     load_rows,
     matmul,
@@ -45,14 +45,15 @@ from .location import (
     project,
     store_rows,
 )
-from .masks import Items, dropout_scale, item_rows, locate, sequence_of
-from .products import add_product
+from .masks import dropout_scale, item_rows, items_of, locate
+from .products import add_product, tile_product
 from .softmax import load_dlse, load_lse
+from .sums import sums
 
 
 @triton.jit
-def _weights_and_gaps(val_ptrs, rows, keep, seq, t, result, given, dropout, T, num_seqs, size, flags, blocks):
-    """(a, a ⊙ k, gap, where a is visible, where the scores are, |dO| of a hop), all but the last [BLOCK_T, BLOCK_R].
+def _weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks):
+    """(a, a ⊙ k, gap, |dO| of a hop) of the `visible` scores `at`, all but the last [BLOCK_T, BLOCK_R].
 
     gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
     are in float32. Then a key with all the weight gets 0, not the difference of two roundings. With dropout and
@@ -70,7 +71,7 @@ def _weights_and_gaps(val_ptrs, rows, keep, seq, t, result, given, dropout, T, n
         x = load_rows(val_ptrs, keep, d, size.DV)
         out_at = seq * size.R * size.DV + r[None, :] * size.DV + d[:, None]
         some = hop[None, :] & (d < size.DV)[:, None]
-        do = tl.load(given.do + out_at, mask=some, other=0.0)  # [BLOCK_D, BLOCK_R]
+        do = tl.load(given.do + out_at, mask=some, other=0.0).to(tl.float32)  # [BLOCK_D, BLOCK_R]
         out = tl.load(result.out + out_at, mask=some, other=0.0)
         cotangent += tl.sum(tl.abs(do), axis=0)
         if blocks.R == 1 and dropout.seed is not None:
@@ -86,15 +87,13 @@ def _weights_and_gaps(val_ptrs, rows, keep, seq, t, result, given, dropout, T, n
         gap *= k
     gap -= offset[None, :]
 
-    at = (seq * T + rows)[:, None] * size.R + r[None, :]
-    visible = keep[:, None] & hop[None, :]
     s = tl.load(result.scores + at, mask=visible, other=float("-inf"))
     top, inv = load_lse(result.lse + (seq * size.R + r) * 2, hop)
     a_w = tl.exp(s - top[None, :]) * inv[None, :]
     p = a_w
     if dropout.seed is not None:
         p *= k
-    return a_w, p, gap, visible, at, cotangent
+    return a_w, p, gap, cotangent
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -118,8 +117,10 @@ def _location_bwd_gap_kernel(
     seq, t, _inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
     r = tl.arange(0, blocks.R)
     val_ptrs = sequence_ptr(values, seq, rows)
-    a_w, _p, gap, visible, _at, _cotangent = _weights_and_gaps(
-        val_ptrs, rows, keep, seq, t, result, given, dropout, T, num_seqs, size, flags, blocks
+    at = (seq * T + rows)[:, None] * size.R + r[None, :]
+    visible = keep[:, None] & ((r < size.R) & (seq < num_seqs))[None, :]
+    a_w, _p, gap, _cotangent = _weights_and_gaps(
+        val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
     )
     total = tl.sum(tl.where(visible, a_w * gap, 0.0), axis=0)
     tl.store(gap_ptr + item.to(tl.int64) * size.R + r, total, mask=r < size.R)
@@ -158,23 +159,29 @@ def _location_bwd_dz_kernel(
         val_ptrs = sequence_ptr(values, seq, rows)
     r = tl.arange(0, blocks.R)
     hop = (r < size.R) & (seq < num_seqs)
-    a_w, p, gap, visible, at, cotangent = _weights_and_gaps(
-        val_ptrs, rows, keep, seq, t, result, given, dropout, T, num_seqs, size, flags, blocks
-    )
-    if given.left is not None:
-        gap -= tl.load(given.left + seq * size.R + r, mask=hop, other=0.0)[None, :]
-    if given.dlse is not None:
-        lse_at = (seq * size.R + r) * 2
-        dlse = load_dlse(given.dlse + lse_at, result.lse + lse_at, hop)
-        gap += dlse[None, :]
-        cotangent += tl.abs(dlse)
-    sends = visible & (cotangent != 0)[None, :]
-    p = tl.where(sends, p, 0.0)
-    ds = tl.where(sends, a_w * gap, 0.0)
-    if given.dscores is not None:
-        ds += tl.load(given.dscores + at, mask=visible, other=0.0)
+    at = (seq * T + rows)[:, None] * size.R + r[None, :]
+    visible = keep[:, None] & hop[None, :]
+    if given.do is None:
+        ds = tl.load(given.dscores + at, mask=visible, other=0.0)
+    else:
+        a_w, p, gap, cotangent = _weights_and_gaps(
+            val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
+        )
+        if given.left is not None:
+            gap -= tl.load(given.left + seq * size.R + r, mask=hop, other=0.0)[None, :]
+        if given.dlse is not None:
+            lse_at = (seq * size.R + r) * 2
+            dlse = load_dlse(given.dlse + lse_at, result.lse + lse_at, hop)
+            gap += dlse[None, :]
+            cotangent += tl.abs(dlse)
+        sends = visible & (cotangent != 0)[None, :]
+        p = tl.where(sends, p, 0.0)
+        ds = tl.where(sends, a_w * gap, 0.0)
+        if given.dscores is not None:
+            ds += tl.load(given.dscores + at, mask=visible, other=0.0)
+        p_at = (item * blocks.T + tl.arange(0, blocks.T))[:, None] * size.R + r[None, :]
+        tl.store(work.p + p_at, p, mask=(r < size.R)[None, :])
     slot = item * blocks.T + tl.arange(0, blocks.T)
-    tl.store(work.p + slot[:, None] * size.R + r[None, :], p, mask=(r < size.R)[None, :])
     if work.ds is not None:
         tl.store(work.ds + slot[:, None] * size.R + r[None, :], ds, mask=(r < size.R)[None, :])
     live = tl.max((ds != 0).to(tl.int32), axis=1) != 0
@@ -187,7 +194,8 @@ def _location_bwd_dz_kernel(
         width = size.A
     else:
         width = 2 * size.A
-    dz_ptrs = work.dz + slot[:, None] * width
+    if work.dz is not None:
+        dz_ptrs = work.dz + slot[:, None] * width
     for a0 in range(0, size.A, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
         z, g = project(
@@ -202,9 +210,7 @@ def _location_bwd_dz_kernel(
             if blocks.R == 1:
                 du = ds * tl.trans(v)
             else:
-                du = tl.dot(
-                    ds.to(flags.U_COMPUTE), tl.trans(v).to(flags.U_COMPUTE), input_precision=flags.U_PRECISION
-                )
+                du = tile_product(ds, tl.trans(v), flags.U_COMPUTE, flags.U_PRECISION)
         dy = du
         if weights.gw is not None:
             gate = activate(g, flags.GATE_ACT, flags.FAST)
@@ -215,7 +221,10 @@ def _location_bwd_dz_kernel(
             if parts.dgb is not None:
                 tl.store(parts.dgb + item * size.A + a, tl.sum(dg, axis=0), mask=a < size.A)
         dz = dy * activate_grad(z, y, flags.ACT, flags.FAST)
-        tl.store(dz_ptrs + a[None, :], dz.to(work.dz.dtype.element_ty), mask=(a < size.A)[None, :])
+        if work.dz is not None:
+            tl.store(dz_ptrs + a[None, :], dz.to(work.dz.dtype.element_ty), mask=(a < size.A)[None, :])
+        if work.dh is not None:
+            store_rows(work.dh + (seq * T + rows) * size.A, dz, inside, a, size.A)
         if parts.db is not None:
             tl.store(parts.db + item * size.A + a, tl.sum(dz, axis=0), mask=a < size.A)
         if dctx_ptr is not None:
@@ -287,7 +296,7 @@ def _location_bwd_dw_kernel(
     h,  # (B, T, D) or (N, D)
     live_ptr,  # (items of this launch, blocks.T) int32
     dz_ptr,  # (items of this launch, blocks.T, K)
-    dw_ptr,  # (splits, D, K) float32: added to
+    dw_ptr,  # (splits, D, K) float32: added to, but by the first launch
     spans,
     item0,
     items,  # items of this launch
@@ -315,14 +324,15 @@ def _location_bwd_dw_kernel(
         x = load_rows(sequence_ptr(h, seq, rows), live, d, D)
         dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         acc = add_product(tl.trans(x), dz, acc, flags.COMPUTE, flags.PRECISION)
-    add_rows(dw_ptr + (split.to(tl.int64) * D + d) * K, acc, d < D, k, K)
+    add_later(dw_ptr + (split.to(tl.int64) * D + d) * K, acc, d < D, k, K, item0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_dv_kernel(
     u_ptr,  # (rows, A)
     ds_ptr,  # (rows, R) float32
-    dv_ptr,  # (splits, A, R) float32: added to
+    dv_ptr,  # (splits, A, R) float32: added to, but by the first launch
+    item0,
     rows,  # of the workspace
     rows_per_split,
     A,
@@ -342,36 +352,31 @@ def _location_bwd_dv_kernel(
         u = load_rows(u_ptr + row.to(tl.int64) * A, row < last, a, A)
         ds = load_rows(ds_ptr + row.to(tl.int64) * R, row < last, r, R)
         acc = add_product(tl.trans(u), ds, acc, flags.U_COMPUTE, flags.U_PRECISION)
-    add_rows(dv_ptr + (split.to(tl.int64) * A + a) * R, acc, a < A, r, R)
+    add_later(dv_ptr + (split.to(tl.int64) * A + a) * R, acc, a < A, r, R, item0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_bwd_context_kernel(
     db_ptr,  # (items of this launch, A) float32
-    dctx_seq_ptr,  # (S, A) float32: added to
-    spans,
+    dctx_seq_ptr,  # (S, A): added to, but by the first launch
+    first_ptr,  # (S + 1,) int32 or None, see masks.Spans
     item0,
     items,  # items of this launch
-    num_seqs,
     per_seq,
-    T,
     A,
     blocks,
 ):
     """Context a sequence: its gradient is the sum of dz over the items of the sequence, in their order."""
-    item = item0 + tl.program_id(0)
+    seq = tl.program_id(0).to(tl.int64)
     a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
-    seq, _, _, _, count = locate(item, spans, T, num_seqs, per_seq, 1)
-    _, _, first = sequence_of(seq, spans, T, num_seqs, per_seq)
-    # The first item of a sequence in this launch sums them all; those past the last sequence have nothing to.
-    last = tl.where(item == tl.maximum(first, item0), tl.minimum(first + count, item0 + items), item)
-    last = tl.where(seq < num_seqs, last, item)
-    acc = tl.zeros([blocks.A], tl.float32)
-    for i in range(item, last):
-        acc += tl.load(db_ptr + (i - item0).to(tl.int64) * A + a, mask=a < A, other=0.0)
+    lo, hi = items_of(seq, first_ptr, per_seq)
+    lo = tl.maximum(lo, item0)
+    hi = tl.minimum(hi, item0 + items)
     at = dctx_seq_ptr + seq * A + a
-    some = (a < A) & (item < last)
-    tl.store(at, tl.load(at, mask=some, other=0.0) + acc, mask=some)
+    acc = tl.load(at, mask=(a < A) & (item0 > 0), other=0.0).to(tl.float32)
+    for i in range(lo, hi):
+        acc += tl.load(db_ptr + (i - item0) * A + a, mask=a < A, other=0.0)
+    tl.store(at, acc.to(at.dtype.element_ty), mask=a < A)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,7 +387,7 @@ def _location_bwd_context_kernel(
 class Given(NamedTuple):
     """Gradients of what the forward left."""
 
-    do: Tensor  # (S, R, DV)
+    do: Tensor | None  # (S, R, DV), of any dtype; None: the scores have all that comes back
     dlse: Tensor | None  # (S, R, 2) float32
     dscores: Tensor | None  # (B, T, R) or (N, R) float32
     left: Tensor | None = None  # (S, R) float32: what is left of Σ_j a_jr gap_jr, which is 0
@@ -391,11 +396,12 @@ class Given(NamedTuple):
 class Work(NamedTuple):
     """What a launch leaves for the products, of the rows of its items."""
 
-    dz: Tensor  # (items, blocks.T, A or 2A): [dz dg]
-    p: Tensor  # (items, blocks.T, R) float32: a ⊙ k
+    dz: Tensor | None  # (items, blocks.T, A or 2A): [dz dg]; None where it is dh
+    p: Tensor | None  # (items, blocks.T, R) float32: a ⊙ k; none without an output
     live: Tensor  # (items, blocks.T) int32: rows that have a ds
     u: Tensor | None  # (items, blocks.T, A), with hops
     ds: Tensor | None  # (items, blocks.T, R) float32, there with u
+    dh: Tensor | None  # (B, T, A) or (N, A), contiguous: where H is projected already, and no values, it is dz
 
 
 class Sums(NamedTuple):
@@ -414,6 +420,7 @@ class Matrix(NamedTuple):
     stride_k: int
 
 
+@rule
 def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
     """Tiles of the backward kernels; T is also the rows of an item. Chosen as the forward's are."""
     hop = hop_block(R)
@@ -442,44 +449,54 @@ def location_bwd(
     out: Tensor,
     lse: Tensor,
     scores: Tensor,
-    dout: Tensor,
+    dout: Tensor | None,
     dlse: Tensor | None,
     dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False."""
+    """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False.
+
+    dout: None where there are scores alone, which then have a gradient.
+    """
     call = prepare(inputs)
     h, w, b, v, gate_w, gate_b, context, values, score_bias, *_ = inputs
     need_h, need_w, need_b, need_v, need_gw, need_gb, need_ctx, need_values, need_bias = needs
     D, A, R, DV = call.size
     a_sequence = need_ctx and not inputs.context_per_row
 
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=h.device)
     ww = call.args["weights"].w if gate_w is None else torch.cat([w, gate_w], dim=1)
     K = A if gate_w is None else 2 * A
     blocks = _blocks(call, h.element_size(), K)
-    items = call.items(blocks.T) if call.length else Items(0, 1, 0, None, None)
-    work, parts = _workspace(call, h, blocks, items.count, K, (need_b or a_sequence, need_gb, need_v))
-    chunk = len(work.dz)
-    tiles = triton.cdiv(D, blocks.D), triton.cdiv(K, blocks.K)
+    if call.seqs == 0 or call.length == 0:
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
+    items = call.items(blocks.T)
+    wanted = need_b or a_sequence, need_gb, need_v
+    dh, dvalues, dbias = _like(h, need_h), _like(values, need_values), _like(score_bias, need_bias)
+    direct = dh if ww is None and (values is not None or dout is None) else None
+    work, parts = _workspace(call, h, blocks, items.count, K, wanted, dout is not None, direct)
+    chunk = len(work.live)
+    tiles = cdiv(D, blocks.D), cdiv(K, blocks.K)
     splits = _splits(call.chip, tiles[0] * tiles[1], chunk)
     v_blocks = blocks._replace(A=pow2(A, 16, 64))
-    v_splits = _splits(call.chip, triton.cdiv(A, v_blocks.A), chunk)
-    sums = [None if part is None else zeros(A) for part in parts]
-    dh, dvalues, dbias = _like(h, need_h), _like(values, need_values), _like(score_bias, need_bias)
-    dctx = zeros(call.seqs, A) if a_sequence else _like(context, need_ctx)
-    dw = zeros(splits, D, K) if need_w or need_gw else None
-    dv = zeros(v_splits, A, R) if work.u is not None else None
+    v_splits = _splits(call.chip, cdiv(A, v_blocks.A), chunk)
+    whole = chunk >= items.count  # in one launch
+    new = functools.partial(torch.empty, dtype=torch.float32, device=h.device)
+    dctx, of_items = None, a_sequence and whole and items.first is None  # sequences have as many items each
+    if need_ctx and not of_items:
+        dctx = new(call.seqs, A) if a_sequence and not whole else _like(context, need_ctx)
+    dw = new(splits, D, K) if need_w or need_gw else None
+    dv = new(v_splits, A, R) if work.u is not None else None
     dout, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, dlse, dscores))
     args = call.args | {
         "flags": constants(call.flags), "result": Result(out, lse, scores), "given": Given(dout, dlse, dscores),
         "work": work, "parts": parts, "dbias_ptr": dbias, "dctx_ptr": None if a_sequence else dctx,
         **{f"{name}_ptr": x for name, x in work._asdict().items()}, "db_ptr": parts.db, "dctx_seq_ptr": dctx,
+        "first_ptr": items.first,
         "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": D, "A": A, "R": R, "K": K,
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
     of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh}
-    of_h |= {} if values is None else {"p_ptr": None, "do_ptr": None}
+    of_h |= {} if values is None and dout is not None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
 
     many = hop_block(R) > (32 if h.element_size() == 4 else 64)  # float32 products are sums of their own
@@ -490,41 +507,43 @@ def location_bwd(
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
     fusion = h.element_size() == 2
-    if not fusion and call.flags.PRECISION == "ieee" and items.count and any((*needs[:7], need_bias)):
+    if not fusion and dout is not None and call.flags.PRECISION == "ieee" and any((*needs[:7], need_bias)):
         args["given"] = args["given"]._replace(left=_left(call, args, blocks, items.count, registers))
+    vectors: list[Tensor | None] = [None] * 3  # gradients of b, gate_b and v, of launches before the last
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
-        args |= {"item0": item0, "items": count, "items_per_split": triton.cdiv(count, splits)}
-        args |= {"rows": count * blocks.T, "rows_per_split": triton.cdiv(count, v_splits) * blocks.T}
+        args |= {"item0": item0, "items": count, "items_per_split": cdiv(count, splits)}
+        args |= {"rows": count * blocks.T, "rows_per_split": cdiv(count, v_splits) * blocks.T}
         launch(_location_bwd_dz_kernel, (count,), args, dz_blocks, enable_fp_fusion=fusion, **registers)
-        if need_h:
+        if need_h and direct is None:
             launch(_location_bwd_rows_kernel, (count, tiles[0]), args | of_h, blocks, **registers)
         if need_values:
-            grid = count, triton.cdiv(DV, blocks.D)
+            grid = count, cdiv(DV, blocks.D)
             launch(_location_bwd_rows_kernel, grid, args | of_values, blocks, **registers)
         if dw is not None:
             launch(_location_bwd_dw_kernel, (*tiles, splits), args, blocks, **registers)
         if dv is not None:
-            grid = triton.cdiv(A, v_blocks.A), v_splits
-            launch(_location_bwd_dv_kernel, grid, args, v_blocks, **registers)
-        if a_sequence:
-            launch(_location_bwd_context_kernel, (count, triton.cdiv(A, 128)), args, Blocks(0, 0, 128))
-        for total, part in zip(sums, parts, strict=True):
-            if part is not None:
-                total += part[:count].sum(0)
+            launch(_location_bwd_dv_kernel, (cdiv(A, v_blocks.A), v_splits), args, v_blocks, **registers)
+        if dctx is not None and a_sequence:
+            launch(_location_bwd_context_kernel, (call.seqs, cdiv(A, 128)), args, Blocks(0, 0, 128))
+        if not whole:
+            more = sums([(x if x is None else x[:count], torch.float32) for x in parts])
+            vectors = [x if y is None else y + x for x, y in zip(more, vectors, strict=True)]
 
-    dww = None if dw is None else dw.sum(0)
-    return [
-        dh,
-        dww[:, :A].clone().to(w.dtype) if need_w else None,
-        sums[0].to(b.dtype) if need_b else None,
-        (sums[2][:, None] if dv is None else dv.sum(0)).to(v.dtype) if need_v else None,
-        dww[:, A:].clone().to(gate_w.dtype) if need_gw else None,
-        sums[1].to(gate_b.dtype) if need_gb else None,
-        dctx.to(context.dtype) if need_ctx else None,
-        dvalues,
-        dbias,
-    ]
+    db, dgb, dv_parts = (x if whole or x is None else x[None] for x in (parts if whole else vectors))
+    dw_parts, dgw_parts = (None if dw is None else dw[..., columns] for columns in (slice(0, A), slice(A, None)))
+    given = (
+        (dw_parts if need_w else None, w),
+        (db if need_b else None, b),
+        (dv_parts if dv is None else dv, v),
+        (dgw_parts if need_gw else None, gate_w),
+        (dgb, gate_b),
+        (parts.db.view(call.seqs, -1, A).transpose(0, 1) if of_items else None, context),
+    )
+    made_w, made_b, made_v, *made_gate, made_ctx = sums([(x, h.dtype if y is None else y.dtype) for x, y in given])
+    made_v = made_v[:, None] if made_v is not None and dv is None else made_v
+    made_ctx = made_ctx if dctx is None else dctx.to(context.dtype)
+    return [dh, made_w, made_b, made_v, *made_gate, made_ctx, dvalues, dbias]
 
 
 def _like(x: Tensor | None, need: bool) -> Tensor | None:
@@ -545,18 +564,25 @@ def _left(call: Call, args: dict[str, Any], blocks: Blocks, items: int, register
     """What is left of Σ_j a_jr gap_jr, (S, R)."""
     R, out = call.size.R, args["result"].out
     gaps = torch.empty(items, R, dtype=torch.float32, device=out.device)
-    left = torch.zeros(call.seqs, R, dtype=torch.float32, device=out.device)
+    left = torch.empty(call.seqs, R, dtype=torch.float32, device=out.device)
     args = args | {"item0": 0, "items": items, "gap_ptr": gaps, "db_ptr": gaps, "dctx_seq_ptr": left, "A": R}
     if args["values"].ptr is None:
         args["values"] = args["h"]
     launch(_location_bwd_gap_kernel, (items,), args, blocks, enable_fp_fusion=False, **registers)
     each = Blocks(0, 0, pow2(R, 16, 128))
-    launch(_location_bwd_context_kernel, (items, triton.cdiv(R, each.A)), args, each)
+    launch(_location_bwd_context_kernel, (call.seqs, cdiv(R, each.A)), args, each)
     return left
 
 
 def _workspace(
-    call: Call, h: Tensor, blocks: Blocks, items: int, K: int, wanted: tuple[bool, bool, bool]
+    call: Call,
+    h: Tensor,
+    blocks: Blocks,
+    items: int,
+    K: int,
+    wanted: tuple[bool, bool, bool],
+    pooled: bool,
+    dh: Tensor | None,
 ) -> tuple[Work, Sums]:
     """Room for as many items as fit, one at least; `wanted` are the gradients of Sums."""
     _, A, R, _ = call.size
@@ -567,11 +593,12 @@ def _workspace(
     rows = max(1, min(items, WORKSPACE_BYTES // size)), blocks.T
     f32 = {"dtype": torch.float32, "device": h.device}
     work = Work(
-        h.new_empty(*rows, K),
-        torch.empty(*rows, R, **f32),
+        h.new_empty(*rows, K) if dh is None else None,
+        torch.empty(*rows, R, **f32) if pooled else None,
         torch.empty(rows, dtype=torch.int32, device=h.device),
         h.new_empty(*rows, A, dtype=u_dtype) if hops else None,
         torch.empty(*rows, R, **f32) if hops else None,
+        dh,
     )
     of_vectors = (*wanted[:2], wanted[2] and not hops)
     return work, Sums(*(torch.empty(rows[0], A, **f32) if want else None for want in of_vectors))
@@ -584,4 +611,4 @@ def _item_bytes(rows: int, K: int, A: int, R: int, itemsize: int, u_size: int) -
 
 def _splits(chip: Chip, tiles: int, items: int) -> int:
     """Parts of a sum over items: programs for two a core, none for fewer than four items."""
-    return max(1, min(triton.cdiv(2 * chip.cores, tiles), triton.cdiv(items, 4)))
+    return max(1, min(cdiv(2 * chip.cores, tiles), cdiv(items, 4)))

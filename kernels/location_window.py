@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import WindowInputs
 from .location import load_rows, store_rows
 from .masks import (
@@ -167,7 +167,8 @@ def _location_window_fwd_kernel(
     values,  # (B, T, DV) or (N, DV)
     scanned,
     dropout,
-    out_ptr,  # (B, T, R, DV) or (N, R, DV) float32
+    out_ptr,  # (B, T, R, DV) or (N, R, DV)
+    exact_ptr,  # the same in float32, or None
     lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
     spans,
     num_seqs,
@@ -219,7 +220,10 @@ def _location_window_fwd_kernel(
     inv = finish(l)
     if tl.program_id(2) == 0:
         store_lse(lse_ptr + at * 2, m, l, inside)
-    store_rows(out_ptr + at * DV, acc * inv[:, None], inside, d, DV)
+    acc *= inv[:, None]
+    store_rows(out_ptr + at * DV, acc, inside, d, DV)
+    if exact_ptr is not None:
+        store_rows(exact_ptr + at * DV, acc, inside, d, DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,6 +241,7 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
+@rule
 def window_blocks(chip: Chip, itemsize: int, length: int, DV: int, dropout: bool, packed: bool) -> Blocks:
     """Tiles of all kernels: short sequences without scans, and long ones, so that there are two variants.
 
@@ -302,7 +307,7 @@ class Call(NamedTuple):
             "flags": flags,
         }
         args |= {"state": room(), "scanned": room()}
-        parts = max(1, triton.cdiv(width, self.blocks.DV))
+        parts = max(1, cdiv(width, self.blocks.DV))
         self.launch(_location_window_totals_kernel, *shape, parts, **args)
         self.launch(_location_window_scan_kernel, self.args["num_seqs"], self.hops, parts, **args)
         return args["scanned"]
@@ -339,14 +344,15 @@ def prepare(inputs: WindowInputs) -> Call:
     return Call(items, scores.shape[-1], blocks, flags, all_registers(chip), args)
 
 
-def window_fwd(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) as `fused_attn.reference.windowed_attention` has them, out in float32."""
+def window_fwd(inputs: WindowInputs, need_exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse) as `fused_attn.reference.windowed_attention` has them; out in float32 too, as in `location_fwd`."""
     scores, values, cu_seqlens, *_ = inputs
     DV = values.shape[-1]
-    out = scores.new_empty(*scores.shape, DV, dtype=torch.float32)
+    out = values.new_empty(*scores.shape, DV)
+    exact = scores.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(*scores.shape, device=scores.device)
     if lse.numel() == 0:
-        return out, lse
+        return out, lse, exact
     call = prepare(inputs)
     if call.flags.SCAN:
         terms = values[None] if cu_seqlens is not None else values
@@ -354,6 +360,7 @@ def window_fwd(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
         call.args["scanned"] = call.scan(
             terms, call.args["scores_ptr"], None, lse=False, reverse=inputs.left is not None
         )
-    grid = call.items.count, call.hops, max(1, triton.cdiv(DV, call.blocks.DV))  # lse is there without values
-    call.launch(_location_window_fwd_kernel, *grid, out_ptr=out, lse_ptr=lse)
-    return out, lse
+    grid = call.items.count, call.hops, max(1, cdiv(DV, call.blocks.DV))  # lse is there without values
+    more = {"out_ptr": out, "exact_ptr": exact if need_exact else None, "lse_ptr": lse}
+    call.launch(_location_window_fwd_kernel, *grid, **more)
+    return out, lse, exact

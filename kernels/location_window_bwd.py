@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import sequence_ptr
-from .chip import LENGTHS, pow2
+from .chip import LENGTHS, cdiv, pow2
 from .inputs import WindowInputs
 from .location import load_rows, store_rows
 from .location_window import band, prepare
@@ -229,7 +229,7 @@ def window_bwd(
     )
     blocks = call.blocks
     narrow = blocks._replace(DV=pow2(DV, 16, 32))
-    call.launch(_location_window_delta_kernel, triton.cdiv(delta.numel(), blocks.T), blocks=narrow)
+    call.launch(_location_window_delta_kernel, cdiv(delta.numel(), blocks.T), blocks=narrow)
     call.args["lse_ptr"] = seen
     if call.flags.SCAN:
         terms = (dout if cu_seqlens is None else dout[None]).transpose(1, 2)
@@ -239,6 +239,6 @@ def window_bwd(
     if need_values:
         # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
         blocks = blocks._replace(DV=max(16, blocks.DV // 2) if call.flags.EXACT else blocks.DV, stages=1)
-        grid = call.items.count, triton.cdiv(DV, blocks.DV)
+        grid = call.items.count, cdiv(DV, blocks.DV)
         call.launch(_location_window_bwd_values_kernel, *grid, blocks=blocks)
     return [ds, dvalue]

@@ -3,9 +3,10 @@
 A launch is over *items*: consecutive rows of one sequence, at most `Items.rows` of them. For a padded batch
 item -> (sequence, part) is a division. For a ragged batch the lengths are known on the device only, so the
 map is made there without a synchronisation: the launch has as many items as the worst case needs
-(`N // rows + S`), and those past the end find an empty range.
+(`N // rows + S`), at most one of them a sequence to spare, and these find an empty range.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import entry_ptr, load_pairs, untold
+from .arguments import entry_ptr, launch, load_pairs, untold
+from .chip import LENGTHS, cdiv
 
 
 class Spans(NamedTuple):
     """Which rows are a sequence's, and which items: of packed rows, for kernels that call `locate`."""
 
     cu: Tensor | None  # (S + 1,): first row of each sequence; None: the batch is padded
-    seq: Tensor | None = (
-        None  # (count,) int32: sequence of each item, S for those past the end; None: item = sequence
-    )
-    first: Tensor | None = None  # (S + 1,) int32: first item of each sequence; None as above
+    seq: Tensor | None = None  # (count,) int32: sequence of each item, S of those to spare; None: item = sequence
+    first: Tensor | None = None  # (S + 1,) int32: first item of each sequence, cu // rows + s; None as above
 
 
 class Items(NamedTuple):
@@ -60,15 +60,47 @@ def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, 
     map is another variant than one without.
     """
     if cu_seqlens is None:
-        per_seq = triton.cdiv(length, rows)
+        per_seq = cdiv(length, rows)
         return Items(batch * per_seq, rows, per_seq, None, None)
     if length <= rows and not always:
         return Items(batch, rows, 1, None, None)
     count = length // rows + batch
-    items = (cu_seqlens.diff() + (rows - 1)) // rows
-    first = torch.cat([items.new_zeros(1), items.cumsum(0)]).to(torch.int32)
-    item = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
-    return Items(count, rows, 0, torch.searchsorted(first[1:], item, right=True, out_int32=True), first)
+    seq, first = cu_seqlens.new_empty(count), cu_seqlens.new_empty(batch + 1)
+    args = {"cu_ptr": cu_seqlens.contiguous(), "seq_ptr": seq, "first_ptr": first, "num_seqs": batch, "rows": rows}
+    if batch:
+        launch(_partition_kernel, (batch,), args, PartitionBlocks(128))
+    return Items(count, rows, 0, seq, first)
+
+
+class PartitionBlocks(NamedTuple):
+    """Items that are written at a time."""
+
+    I: int
+    warps: int = 1
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _partition_kernel(
+    cu_ptr,  # (S + 1,) int32
+    seq_ptr,  # (count,) int32, see Spans
+    first_ptr,  # (S + 1,) int32
+    num_seqs,
+    rows,
+    blocks,
+):
+    """The items of a sequence, whose places no other sequence needs to know of: see Spans."""
+    seq = tl.program_id(0)
+    start = tl.load(cu_ptr + seq)
+    end = tl.load(cu_ptr + seq + 1)
+    first = start // rows + seq
+    past = end // rows + seq + 1
+    tl.store(first_ptr + seq, first)
+    if seq == num_seqs - 1:
+        tl.store(first_ptr + num_seqs, past)
+    used = first + tl.maximum(tl.cdiv(end - start, rows), 1)  # an empty sequence has one too, which says so
+    for i0 in range(first, past, blocks.I):
+        i = i0 + tl.arange(0, blocks.I)
+        tl.store(seq_ptr + i, tl.where(i < used, seq, num_seqs), mask=i < past)
 
 
 def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Tensor:
@@ -106,7 +138,7 @@ def locate(item, spans, T, num_seqs, per_seq, rows):
         else:
             seq = tl.load(spans.seq + item)
             first = tl.load(spans.first + seq)
-            part = item - first
+            part = tl.maximum(item - first, 0)  # one to spare: nothing of the empty sequence S
             items = tl.load(spans.first + seq + 1, mask=seq < num_seqs, other=0) - first
         start = tl.load(spans.cu + seq)
         # An item past the end has seq == num_seqs: an empty range.
@@ -190,6 +222,7 @@ class Window(NamedTuple):
     HAS_RIGHT: Any
 
 
+@functools.lru_cache(maxsize=1024)
 def window(left: int | None, right: int | None) -> Window:
     """None: that side has no end."""
     return Window(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .activations import tanh
 from .arguments import constants, entries, launch, matrix, sequence_ptr, sequences
-from .chip import LENGTHS, Chip, all_registers, chip_of, pow2, unit
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, pow2, unit
 from .inputs import WordByWordInputs
 from .location import load_rows
 from .masks import Spans, sequence_of, unmasked
@@ -203,7 +203,7 @@ def held_blocks(chip: Chip, per_element: int, longest: int, A: int, D: int) -> B
     of a key and of a value has `per_element` of them, 1 in the forward and 4 in the backward. Chosen by the compile
     report (no spills); speed on a GPU not yet measured.
     """
-    width_a, width_d = triton.next_power_of_2(max(A, 16)), triton.next_power_of_2(max(D, 16))
+    width_a, width_d = pow2(A, 16, LONG), pow2(D, 16, LONG)
     room = 64 * 16 if chip.backend == "interpreter" else 128 * 256 // per_element
     room //= 2 if chip.arch == 100 else 1  # what the others hold spilled there
     row = width_a + width_d
@@ -292,7 +292,7 @@ def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: boo
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
     """
     A, D = call.size
-    usual = triton.cdiv(2 * longest, call.seqs) if packed else longest
+    usual = cdiv(2 * longest, call.seqs) if packed else longest
     held = held_blocks(call.chip, per_element, usual, A, D)
     limit = -1 if held is None else held.N
     forms = [(True, held)] if held is not None and (packed or longest <= limit) else []

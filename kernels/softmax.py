@@ -9,12 +9,15 @@ size of the scores. One number, lse = m + log l, would not do: beside scores of 
 beside 1e30 float64 has none.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import INTERPRET, LENGTHS
+from .arguments import constants, launch
+from .chip import INTERPRET, LENGTHS, cdiv, pow2
 from .masks import Items, items_of
 
 
@@ -141,62 +144,87 @@ def _merge_kernel(
     first_ptr,  # (S + 1,) int32 or None
     out_ptr,  # (S, R, DV)
     lse_ptr,  # (S, R, 2) float32: (m, l)
+    exact_ptr,  # (S, R, DV) float32, or None
     per_seq,
     R,
     DV,
     unit,  # what a difference of two m is in natural units
-    FMA: tl.constexpr,
-    SKIP_SINGLE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    flags,
+    blocks,
 ):
     row = tl.program_id(0).to(tl.int64)  # sequence and hop
     seq = row // R
-    d = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    d = tl.program_id(1) * blocks.DV + tl.arange(0, blocks.DV)
     lo, hi = items_of(seq, first_ptr, per_seq)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for i0 in range(lo, hi, BLOCK_I):
-        item = i0 + tl.arange(0, BLOCK_I)
+    acc = tl.zeros([blocks.DV], tl.float32)
+    for i0 in range(lo, hi, blocks.I):
+        item = i0 + tl.arange(0, blocks.I)
         at = item * R + row % R
         m_i = tl.load(m_ptr + at, mask=item < hi, other=float("-inf"))
         l_i = tl.load(l_ptr + at, mask=item < hi, other=0.0)
         # A part that saw no key may not have written its sum.
         seen = (m_i > float("-inf"))[:, None] & (d < DV)[None, :]
         o_i = tl.load(o_ptr + at[:, None] * DV + d[None, :], mask=seen, other=0.0)
-        m, l, acc = join_states(m, l, acc, m_i, l_i, o_i, unit, FMA)
+        m, l, acc = join_states(m, l, acc, m_i, l_i, o_i, unit, flags.FMA)
     inv = finish(l)
-    write = hi - lo != 1 if SKIP_SINGLE else True
-    tl.store(out_ptr + row * DV + d, (acc * inv).to(out_ptr.dtype.element_ty), mask=(d < DV) & write)
+    write = hi - lo != 1 if flags.SKIP_SINGLE else True
+    out = acc * inv
+    tl.store(out_ptr + row * DV + d, out.to(out_ptr.dtype.element_ty), mask=(d < DV) & write)
+    if exact_ptr is not None:
+        tl.store(exact_ptr + row * DV + d, out, mask=(d < DV) & write)
     if tl.program_id(1) == 0:
         store_lse(lse_ptr + row * 2 + tl.arange(0, 1), m, l, write)
 
 
+class MergeBlocks(NamedTuple):
+    """Items and width of the values of a tile."""
+
+    I: int
+    DV: int
+    warps: int = 4
+
+
+class MergeFlags(NamedTuple):
+    """What the kernel is compiled for."""
+
+    FMA: bool
+    SKIP_SINGLE: bool
+
+
 def merge(
-    o: Tensor, m: Tensor, l: Tensor, items: Items, out: Tensor, lse: Tensor, *, skip_single: bool, unit: float = 1.0
+    o: Tensor,
+    m: Tensor,
+    l: Tensor,
+    items: Items,
+    out: Tensor,
+    lse: Tensor,
+    exact: Tensor | None = None,
+    *,
+    skip_single: bool,
+    unit: float = 1.0,
 ) -> None:
     """Merge the states ``o (items, R, Dv)``, ``m`` and ``l (items, R)`` into ``out (S, R, Dv)``, ``lse (S, R, 2)``.
 
+    exact: in float32 what `out` is in another dtype.
     unit: of m; log 2 where the exponentials are powers of 2. skip_single leaves sequences of exactly one item alone:
     their kernel has written the result itself.
     """
     seqs, hops, width = out.shape
-    block = min(128, triton.next_power_of_2(width))
-    _merge_kernel[(seqs * hops, triton.cdiv(width, block))](
-        o,
-        m,
-        l,
-        items.first,
-        out,
-        lse,
-        items.per_seq,
-        hops,
-        width,
-        unit,
-        FMA=not INTERPRET,
-        SKIP_SINGLE=skip_single,
-        BLOCK_I=16,
-        BLOCK_DV=block,
-        num_warps=4,
-    )
+    blocks = MergeBlocks(16, pow2(width, 1, 128))
+    args = {
+        "o_ptr": o,
+        "m_ptr": m,
+        "l_ptr": l,
+        "first_ptr": items.first,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "exact_ptr": exact,
+        "per_seq": items.per_seq,
+        "R": hops,
+        "DV": width,
+        "unit": unit,
+        "flags": constants(MergeFlags(not INTERPRET, skip_single)),
+    }
+    launch(_merge_kernel, (seqs * hops, cdiv(width, blocks.DV)), args, blocks)

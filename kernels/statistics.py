@@ -37,7 +37,21 @@ from .arguments import (
     sequence_ptr,
     sequences,
 )
-from .chip import LENGTHS, LONG, Chip, all_registers, chip_of, even, matmul_flags, pow2, tile_rows, unit, unpressed
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    even,
+    matmul_flags,
+    pow2,
+    rule,
+    tile_rows,
+    unit,
+    unpressed,
+)
 from .inputs import StatisticsInputs
 from .location import load_rows, matmul, store_rows
 from .masks import Items, items_of, locate, partition, unmasked
@@ -175,11 +189,12 @@ def _statistics_fwd_kernel(
         l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), y)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
 
-    own = (r < R) & (seq < num_seqs)
+    own = r < R
     if not flags.PER_CHANNEL:
         own = own & (block == 0)
     if state.m is None:
-        _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, seq < num_seqs, own)
+        valid = seq < num_seqs
+        _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, valid, own & valid)
     else:
         at = item.to(tl.int64) * size.C + c
         tl.store(state.mean + at, mean, mask=c < size.C)
@@ -247,6 +262,7 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
+@rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the forward; A is 0 for one weight a frame. 8192 elements a tile are 32 registers of 8 warps.
 
@@ -353,7 +369,7 @@ def statistics_fwd(inputs: StatisticsInputs, return_scores: bool) -> tuple[Tenso
 
     longest = call.length if cu_seqlens is None else LONG
     blocks = fwd_blocks(call.chip, values.element_size(), longest, C, A)
-    channel_blocks = triton.cdiv(C, blocks.C)
+    channel_blocks = cdiv(C, blocks.C)
     rows = _rows_per_item(call, cu_seqlens is not None, channel_blocks, blocks.T)
     items = call.items(rows, blocks)
     parts = state
@@ -367,13 +383,13 @@ def statistics_fwd(inputs: StatisticsInputs, return_scores: bool) -> tuple[Tenso
     if parts is not state:
         block_c = pow2(C, 16, 128)
         args |= {"parts": parts, "state": state, "first_ptr": items.first}
-        grid = seqs, triton.cdiv(C, block_c)
+        grid = seqs, cdiv(C, block_c)
         launch(_statistics_merge_kernel, grid, args, Blocks(16, block_c, 0, 4), **all_registers(call.chip))
     return state.mean, state.var, lse, scores
 
 
 def _rows_per_item(call: Call, ragged: bool, channel_blocks: int, block_t: int) -> int:
     """Enough programs for four a core, but no item so short that its state costs more than its frames."""
-    parts = triton.cdiv(4 * call.chip.cores, channel_blocks * (1 if ragged else call.seqs))
-    rows = max(triton.cdiv(call.length, parts), 4 * block_t)
-    return triton.cdiv(rows, block_t) * block_t
+    parts = cdiv(4 * call.chip.cores, channel_blocks * (1 if ragged else call.seqs))
+    rows = max(cdiv(call.length, parts), 4 * block_t)
+    return cdiv(rows, block_t) * block_t

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import entry_ptr, launch, sequence_ptr
-from .chip import LENGTHS, LONG, Chip, even, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, cdiv, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
 from .location import load_rows, store_rows
 from .masks import Items, item_rows
@@ -310,7 +310,7 @@ def statistics_bwd(
     if need_v or need_values:
         dv = _channels(call, blocks, items, args, need_v)
     if need_x:
-        grid = items.count, triton.cdiv(A, blocks.A)
+        grid = items.count, cdiv(A, blocks.A)
         launch(_statistics_bwd_features_kernel, grid, args, blocks, **registers)
     return [dx, None if dv is None else dv.sum(0).to(v.dtype), dvalues]
 
@@ -318,10 +318,10 @@ def statistics_bwd(
 def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], need_v: bool) -> Tensor | None:
     """Write dx, and return the partials of dv ``(splits, A, C)``: two programs a core, so that they are few."""
     A, C = call.size
-    channel_blocks, chunks = triton.cdiv(C, blocks.C), triton.cdiv(A, blocks.A) if need_v else 1
-    splits = min(items.count, triton.cdiv(2 * call.chip.cores, channel_blocks * chunks))
+    channel_blocks, chunks = cdiv(C, blocks.C), cdiv(A, blocks.A) if need_v else 1
+    splits = min(items.count, cdiv(2 * call.chip.cores, channel_blocks * chunks))
     dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].var.device) if need_v else None
-    args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": triton.cdiv(items.count, splits)}
+    args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": cdiv(items.count, splits)}
     grid = channel_blocks * splits, chunks
     launch(_statistics_bwd_values_kernel, grid, args, blocks, **unpressed(call.chip, C, A))
     return dv

@@ -105,8 +105,8 @@ def test_free_gradients_of_the_output_and_the_normaliser_match_the_reference(pie
 
     def op(*, impl, query, key, v, value, edge, indptr, indices):
         structure = (indptr, indices, None, None, None, None)
-        run = graph._GRAPH if impl == "triton" else graph._GRAPH.formula
-        out, lse, _ = run(GraphInputs(query, key, v, value, edge, *structure, "leaky_relu", 0.0))
+        inputs = GraphInputs(query, key, v, value, edge, *structure, "leaky_relu", 0.0)
+        out, lse, *_ = graph._GRAPH(inputs, False) if impl == "triton" else graph._GRAPH.formula(inputs)
         return out, lse[..., 1].where(lse[..., 1] > 0, 1).log()  # no edge: 0
 
     assert_matches_reference(op, tensors)
@@ -390,8 +390,9 @@ def test_raw_backward_without_edges_passes_opcheck_in_any_layout(device):
     query = torch.randn(3, 5, 4, device=device).transpose(0, 1)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     forward = (query, query, torch.randn(3, 4, device=device), None, None, none.new_zeros(6), none, None, None, None)
-    out, lse, scores = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0)
-    backward = (out, lse, scores, *forward, None, out, lse, scores, "tanh", 0.0, [True, True, True, False, False])
+    results = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0, False)
+    options = "tanh", 0.0, False, [True, True, True, False, False]
+    backward = (*results[:3], None, *forward, None, *results, *options)
     torch.library.opcheck(torch.ops.fused_attn.graph_bwd, backward)
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="kernels are in Triton")
-from fused_attn.kernels import chip, hierarchical, location, location_bwd, softmax
+from fused_attn.kernels import chip, hierarchical, location, location_bwd, masks, softmax, sums
 from fused_attn.kernels.inputs import HierarchicalInputs, LocationInputs
 
 MIB = 2**20
@@ -25,7 +25,7 @@ class _NoLaunch:
 
 @pytest.fixture(autouse=True)
 def _an_h200_that_runs_nothing(monkeypatch):
-    for module in (location, location_bwd, hierarchical, softmax):
+    for module in (location, location_bwd, hierarchical, masks, softmax, sums):
         for name in vars(module):
             if name.startswith("_") and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _NoLaunch(getattr(module, name)))
@@ -108,15 +108,16 @@ def test_temporaries_stay_in_the_workspace(sizes, dtype):
     tensors = inputs(**sizes, dtype=dtype)
     given = LocationInputs(*tensors.values(), "tanh", "sigmoid", 0.0, False)
     with _Peak() as forward:
-        out, lse, scores = location.location_fwd(given)
-    kept = nbytes(out, lse, scores)
-    assert forward.most <= kept + location.WORKSPACE_BYTES * 1.01 + nbytes(out) + 8 * 2**20
+        out, lse, scores, exact = location.location_fwd(given, True, dtype == torch.bfloat16)
+    kept = nbytes(out, lse, scores, exact)
+    assert forward.most <= kept + location.WORKSPACE_BYTES * 1.01 + 4 * out.numel() + 8 * 2**20
 
     names = ("h", "w", "b", "v", "gate_w", "gate_b", "context", "value", "score_bias")
     needs = [tensors[name] is not None for name in names]
     dout = torch.empty_like(out)
     with _Peak() as backward:
-        grads = location_bwd.location_bwd(given, out, lse, scores, dout, None, None, needs)
+        saved = exact if exact.numel() else out, lse, scores
+        grads = location_bwd.location_bwd(given, *saved, dout, None, None, needs)
     parameters = 4 * sum(tensors[name].numel() for name in names[1:6] if tensors[name] is not None)
     sequences = 4 * tensors["context"].numel() if tensors["context"] is not None else 0
     offsets = 16 * len(tensors["h"]) if tensors["cu_seqlens"] is not None else 0
@@ -137,7 +138,8 @@ def test_two_levels_keep_no_more_than_their_segments(groups):
     h = new(5 * sentences, D)
     with _Peak() as peak:
         results = hierarchical.hierarchical_fwd(
-            HierarchicalInputs(h, *level, *level, None, *offsets, "tanh", "sigmoid", False, "tanh", "sigmoid", False)
+            HierarchicalInputs(h, *level, *level, None, *offsets, "tanh", "sigmoid", False, "tanh", "sigmoid", False),
+            True,
         )
     segments = results[-1]
     assert peak.most <= nbytes(*results) + nbytes(segments) + location.WORKSPACE_BYTES

@@ -145,8 +145,10 @@ class LocationCase(SequenceCase):
             self.dropout,
             self.context == "row",
         )
-        results = location.location_fwd(inputs)
-        location_bwd.location_bwd(inputs, *results, *results, [x is not None for x in inputs[:9]])
+        exact = self.dtype.itemsize == 2
+        out, lse, scores, more = location.location_fwd(inputs, True, exact)
+        saved = more if exact else out, lse, scores
+        location_bwd.location_bwd(inputs, *saved, out, lse, scores, [x is not None for x in inputs[:9]])
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,9 @@ class WindowCase(SequenceCase):
 
         scores, value = self._empty(*self._rows, self.R, dtype=F32), self._empty(*self._rows, self.DV)
         inputs = WindowInputs(scores, value, self._offsets, self._seed(self.dropout), *self.window, self.dropout)
-        results = location_window.window_fwd(inputs)
-        location_window_bwd.window_bwd(inputs, *results, *results, [True, True])
+        exact = self.dtype.itemsize == 2
+        out, lse, more = location_window.window_fwd(inputs, exact)
+        location_window_bwd.window_bwd(inputs, more if exact else out, lse, out, lse, [True, True])
 
 
 _MLP = [

@@ -194,8 +194,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/_location_windowed.py",
-        "        scores.new_empty(*scores.shape, 2, dtype=dtype),",
-        "        scores.new_empty(*scores.shape, dtype=dtype),",
+        "        scores.new_empty(*scores.shape, 2, dtype=wide),",
+        "        scores.new_empty(*scores.shape, dtype=wide),",
         ("tests/test_location_window.py", "-k", "opcheck or one_graph"),
         "the compiler is told another shape of the normaliser",
     ),
