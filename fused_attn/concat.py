@@ -160,6 +160,7 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
     in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity":
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
+    in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
         out, weights = _CONCAT.formula(inputs, weights_only=True)
         return shaped(given, out, weights if return_weights else None)
@@ -171,6 +172,23 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5])
     out, lse, scores, _ = _CONCAT(inputs, return_weights, exact, in_blocks)
     return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
+
+
+_FEW = 2**17
+"""Features of pairs that the formula is faster on than blocks are, which take some 60 operators a call."""
+
+
+def _few(inputs: ConcatInputs) -> bool:
+    """Whether a padded call on a CPU is so small.
+
+    Four times the features where an element costs as much in blocks: the forward of tanh and sigmoid alone has no
+    tanh an element there.
+    """
+    if torch.compiler.is_compiling() or inputs.cu_seqlens_q is not None or inputs.activation == "identity":
+        return False
+    features = inputs.query.shape.numel() * inputs.key.shape[2]
+    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5])
+    return features <= (4 * _FEW if asked or inputs.activation not in ("tanh", "sigmoid") else _FEW)
 
 
 def _summed(inputs: ConcatInputs) -> ConcatInputs:

@@ -43,8 +43,7 @@ def tiles_meet(window, lo, hi, k_lo, length, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def gradient_tile(
-    slot,  # where in the workspace this tile begins
+def tile_weights(
     q_item,
     tile,
     head,
@@ -62,6 +61,88 @@ def gradient_tile(
     k_side,
     dropout,  # as in concat.py
     saved,
+    Tq,
+    Tk,
+    window,
+    size,
+    flags,
+    blocks,
+):
+    """(a, k ⊙ a, dO · k value, or with EXACT dO · (k value - o), visible pairs) of a pair of tiles."""
+    seq, q_start, lo, hi = queries
+    k_start, k_length, k_item0 = keys
+    i = lo + tl.arange(0, blocks.M)
+    j = tl.arange(0, blocks.N) + tile * blocks.N
+    q_at = (q_start + i).to(tl.int64)
+    k_at = (k_start + j).to(tl.int64)
+    q_keep = readable(i < hi, q_rows, seq, q_at, flags)
+    k_keep = readable(j < k_length, k_rows, seq, k_at, flags)
+    s = concat_scores(
+        q_item.to(tl.int64) * size.H + head,
+        (k_item0 + tile).to(tl.int64) * size.H + head,
+        q_side,
+        k_side,
+        head_ptr(q, seq, head) + q_at * q.stride_t,
+        q_keep,
+        head_ptr(k, seq, head) + k_at * k.stride_t,
+        k_keep,
+        v.ptr + head * size.AP,
+        tl.load(v.sum + head),
+        size,
+        flags,
+        blocks,
+    )
+    s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
+    before = rows_before(seq, head, q_side, Tq, size.H)
+    wide = before * size.DV + q_at * size.DV
+    top, inv = load_lse(saved.lse + (before + q_at) * 2, q_keep)
+    p = tl.where(shown, exp(s - top[:, None], flags.EXACT and flags.FMA) * inv[:, None], 0.0)
+    pk = p
+    if dropout.seed is not None:
+        kept = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+        pk *= kept
+    dp = tl.zeros([blocks.M, blocks.N], tl.float32)
+    value_ptrs = head_ptr(value, seq, head) + k_at * value.stride_t
+    if flags.EXACT:
+        for d in range(0, size.DV):
+            do = tl.load(saved.do + wide + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
+            out = tl.load(saved.out + wide + d, mask=q_keep, other=0.0)[:, None]
+            values = tl.load(value_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
+            if dropout.seed is not None:
+                values *= kept
+            dp = tl.fma(do, values - out, dp)
+    else:
+        do_ptrs = saved.do + wide
+        for d0 in range(0, size.DV, blocks.DV):
+            d = d0 + tl.arange(0, blocks.DV)
+            do = load_rows(do_ptrs, q_keep, d, size.DV)
+            values = load_rows(value_ptrs, k_keep, d, size.DV)
+            dp = add_product(do, tl.trans(values), dp, flags.COMPUTE, flags.PRECISION)
+        if dropout.seed is not None:
+            dp *= kept
+    return p, pk, dp, shown
+
+
+@triton.jit
+def gradient_tile(
+    slot,  # where in the workspace this tile begins
+    q_item,
+    tile,
+    head,
+    queries,  # as of tile_weights
+    keys,
+    q,
+    k,
+    v,
+    value,
+    bias,
+    mask,
+    q_rows,
+    k_rows,
+    q_side,
+    k_side,
+    dropout,
+    saved,
     work,
     Tq,
     Tk,
@@ -72,61 +153,38 @@ def gradient_tile(
 ):
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
     seq, q_start, lo, hi = queries
-    k_start, k_length, k_item0 = keys
-    if tiles_meet(window, lo, hi, tile * blocks.N, k_length, blocks.N) & (lo < hi):
-        i = lo + tl.arange(0, blocks.M)
-        j = tile * blocks.N + tl.arange(0, blocks.N)
-        q_at = (q_start + i).to(tl.int64)
-        k_at = (k_start + j).to(tl.int64)
-        q_keep = readable(i < hi, q_rows, seq, q_at, flags)
-        k_keep = readable(j < k_length, k_rows, seq, k_at, flags)
-        s = concat_scores(
-            q_item.to(tl.int64) * size.H + head,
-            (k_item0 + tile).to(tl.int64) * size.H + head,
+    if tiles_meet(window, lo, hi, tile * blocks.N, keys[1], blocks.N) & (lo < hi):
+        p, pk, dp, shown = tile_weights(
+            q_item,
+            tile,
+            head,
+            queries,
+            keys,
+            q,
+            k,
+            v,
+            value,
+            bias,
+            mask,
+            q_rows,
+            k_rows,
             q_side,
             k_side,
-            head_ptr(q, seq, head) + q_at * q.stride_t,
-            q_keep,
-            head_ptr(k, seq, head) + k_at * k.stride_t,
-            k_keep,
-            v.ptr + head * size.AP,
-            tl.load(v.sum + head),
+            dropout,
+            saved,
+            Tq,
+            Tk,
+            window,
             size,
             flags,
             blocks,
         )
-        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
-        before = rows_before(seq, head, q_side, Tq, size.H)
-        rows = before + q_at
-        wide = before * size.DV + q_at * size.DV
-        top, inv = load_lse(saved.lse + rows * 2, q_keep)
-        delta = tl.load(saved.delta + rows, mask=q_keep, other=0.0)
-        p = tl.where(shown, exp(s - top[:, None], flags.EXACT and flags.FMA) * inv[:, None], 0.0)
-        pk = p
-        if dropout.seed is not None:
-            kept = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
-            pk *= kept
-        dp = tl.zeros([blocks.M, blocks.N], tl.float32)
-        value_ptrs = head_ptr(value, seq, head) + k_at * value.stride_t
-        if flags.EXACT:
-            for d in range(0, size.DV):
-                do = tl.load(saved.do + wide + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
-                out = tl.load(saved.out + wide + d, mask=q_keep, other=0.0)[:, None]
-                values = tl.load(value_ptrs + d, mask=k_keep, other=0.0).to(tl.float32)[None, :]
-                if dropout.seed is not None:
-                    values *= kept
-                dp = tl.fma(do, values - out, dp)
-        else:
-            do_ptrs = saved.do + wide
-            for d0 in range(0, size.DV, blocks.DV):
-                d = d0 + tl.arange(0, blocks.DV)
-                do = load_rows(do_ptrs, q_keep, d, size.DV)
-                values = load_rows(value_ptrs, k_keep, d, size.DV)
-                dp = add_product(do, tl.trans(values), dp, flags.COMPUTE, flags.PRECISION)
-            if dropout.seed is not None:
-                dp *= kept
+        i = lo + tl.arange(0, blocks.M)
+        rows = rows_before(seq, head, q_side, Tq, size.H) + (q_start + i).to(tl.int64)
+        delta = tl.load(saved.delta + rows, mask=i < hi, other=0.0)
         g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN
-        pair = (before + i[:, None]) * Tk + j[None, :]
+        pair = (rows_before(seq, head, q_side, Tq, size.H) + i[:, None]) * Tk
+        pair += (tl.arange(0, blocks.N) + tile * blocks.N)[None, :]
         if saved.scores is not None:
             g += tl.load(saved.scores + pair, mask=shown, other=0.0)
         if work.bias is not None:

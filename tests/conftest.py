@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -205,6 +205,14 @@ def _poisoned_memory() -> None:
             (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
         ):  # fmt: skip
             patch.setattr(owner, name, poison(name, getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_calls_in_blocks() -> Iterator[None]:
+    """Concat on a CPU goes in blocks whatever the size, which the tests of blocks would be too small for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("fused_attn.concat"), "_FEW", -1)
         yield
 
 

@@ -12,7 +12,7 @@ from _compare import assert_close, evaluate
 from _concat import ACTIVATIONS, Case
 from _recorder import Recorder
 
-from fused_attn import concat_attention
+from fused_attn import concat, concat_attention
 from fused_attn.blocked import concat as in_blocks
 
 
@@ -170,3 +170,25 @@ def test_beside_busy_programs_it_is_not_slower_than_eager():
         torch.set_num_threads(threads)
         for other in others:
             other.kill()
+
+
+@pytest.mark.parametrize(
+    ("queries", "needs_grad", "activation", "expected"),
+    [
+        (4, False, "tanh", False),
+        (40, False, "tanh", True),
+        (40, True, "tanh", False),
+        (40, False, "relu", False),
+        (200, True, "relu", True),
+    ],
+)
+def test_small_calls_are_by_the_formula(queries, needs_grad, activation, expected, monkeypatch):
+    monkeypatch.setattr(concat, "_FEW", 2**17)
+    ran = []
+    monkeypatch.setattr(
+        in_blocks, "concat_fwd", lambda *args, run=in_blocks.concat_fwd: (ran.append(args), run(*args))[1]
+    )
+    case = Case(batch=1, queries=queries, keys=100, attn_dim=50, activation=activation, return_weights=False)
+    tensors = case.tensors(torch.device("cpu"))
+    evaluate(case.op, tensors, "auto", wrt=None if needs_grad else [])
+    assert bool(ran) == expected

@@ -72,6 +72,49 @@ def test_large_rows_beside_masked_ones_that_hold_nan(mask, layout, impl, device)
     assert_as_exact(evaluate(case.op, tensors, impl), rough, want)
 
 
+@each_impl
+@each_loop
+@pytest.mark.parametrize("where", [0, 2, 11], ids=str)
+def test_large_rows_beside_one_of_nan_are_exact(where, dtype, impl, device):
+    """A query that is NaN is so by itself, wherever it stands in the tile of the others."""
+    case = Case(dtype=dtype, batch=1, queries=12, keys=9, attn_dim=5, return_weights=False)
+    tensors = case.tensors(device)
+    tensors["query"][:, 1] = 60
+    tensors["key"][:, :3] = 60
+    others = [i for i in range(12) if i != where]
+    want, rough = (evaluate(case.op, given, "reference", wrt=[]) for given in (in_double(tensors), tensors))
+    tensors["query"][:, where] = torch.nan
+    got = evaluate(case.op, tensors, impl, wrt=[])
+    assert got.outputs["output"][:, where].isnan().all()
+    got, rough, want = (x._replace(outputs={"output": x.outputs["output"][:, others]}) for x in (got, rough, want))
+    assert_as_exact(got, rough, want, dtype=dtype)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ragged": True},
+        {"window": (3, 9)},
+        {"mask": "keys", "heads": 2},
+        {"activation": "gelu", "score_bias": "qk"},
+    ],
+    ids=str,
+)
+def test_where_a_key_has_nearly_all_the_weight_gradients_are_exact(options, seed, device):
+    """They are small differences: what o is rounded by, which all keys of a query have alike, must not be in them."""
+    case = Case(**{"batch": 1, "queries": 5, "keys": 70, "attn_dim": 8, "return_weights": False, **options})
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(x.shape, generator=rng).to(x) if x.is_floating_point() else x
+        for name, x in case.tensors(device).items()
+    }
+    tensors["v"] *= 100
+    assert_matches_reference(case.op, tensors, large=True)
+
+
 # The largest exponent of αβ. The loops of pairs take up to 42 (on a CPU, 30), those of float32 up to 80: past 88.7
 # a float32 is infinite, and past half of that the product of two may be.
 EXPONENTS = (29.9, 39.9, 47, 75, 87)
