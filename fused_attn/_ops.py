@@ -219,8 +219,8 @@ def weights_of_rows(scores: Tensor, lse: Tensor, offsets: Tensor | None) -> Tens
 
 def _weights(scores: Tensor, lse: Tensor, index: Tensor | None) -> Tensor:
     top, total = (lse if index is None else lse[index]).unbind(-1)
-    top = top.detach()
-    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0)) / total.masked_fill(total == 0, 1)
+    ends = torch.finfo(top.dtype)  # a row that sees nothing has (-inf, 0)
+    return torch.exp(scores - top.detach().clamp(min=ends.min)) / total.clamp(min=ends.tiny)
 
 
 class _Weights(torch.autograd.Function):
@@ -254,7 +254,7 @@ class _Weights(torch.autograd.Function):
         mean = total(weights * grad)
         d_scores = weights * (grad - (mean if index is None else mean[index]))
         # 0 but for rounding: l is the sum of what the weights are of.
-        d_total = -total(d_scores) / of_row.masked_fill(of_row == 0, 1)
+        d_total = -total(d_scores) / of_row.clamp(min=torch.finfo(of_row.dtype).tiny)
         return d_scores, torch.stack([torch.zeros_like(d_total), d_total], -1), None, None
 
 

@@ -336,14 +336,10 @@ def location_aware_attention(
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     _validate_location_aware(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     dtype = query.dtype
-    if query.device.type == "cpu":  # before sums of 16 bits overflow
-        wide = torch.promote_types(dtype, torch.float32)
-        tensors = (x.to(wide) for x in (query, key, value, v, previous, conv_weight, u))
-        query, key, value, v, previous, conv_weight, u = tensors
-        score_bias = None if score_bias is None else score_bias.to(wide)
-    if mask is not None:  # what may be NaN, before it meets a number
+    tensors = query, key, value, v, previous, conv_weight, u, score_bias  # before sums of 16 bits overflow
+    query, key, value, v, previous, conv_weight, u, score_bias = reference.widened(*tensors)
+    if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
         previous = previous.masked_fill(~mask, 0)
-        (key,) = reference.hide(mask[..., None], key)
     # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
     # its own, which is on by default, and this one follows that of matrix products.
     half = conv_weight.shape[1] // 2

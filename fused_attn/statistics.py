@@ -197,9 +197,7 @@ def _features(
     cu_seqlens: Tensor | None,
     activation: str,
 ) -> Tensor:
-    if h.device.type == "cpu":  # a product of 16 bits overflows where its activation would not
-        wide = torch.promote_types(h.dtype, torch.float32)
-        h, w = h.to(wide), w.to(wide)
+    h, w = reference.widened(h, w)  # a product of 16 bits overflows where its activation would not
     z = h @ w
     if b is not None:
         z = z + b
@@ -208,7 +206,7 @@ def _features(
     elif context is not None:
         context = context.reshape(context.shape[0], w.shape[1])
         z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
-    if mask is not None:  # a context may be NaN where it meets masked frames alone
+    if mask is not None and context is not None:  # it may be NaN where it meets masked frames alone
         (z,) = reference.hide(mask[..., None], z)
     return reference.ACTIVATIONS[activation](z)
 
