@@ -52,7 +52,7 @@ from .chip import (
 )
 from .concat_factors import FACTOR, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
-from .location import load_rows, store_rows
+from .location import load_rows, store_both, store_rows
 from .masks import (
     Items,
     dropout,
@@ -205,14 +205,11 @@ def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags):
 
 
 @triton.jit
-def _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size):
+def _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size):
     """The output and (m, l) of a tile whose program has seen all its keys."""
     rows = before + q_at
     store_lse(result.lse + rows * 2, m, l, q_inside)
-    acc *= finish(l)[:, None]
-    store_rows(result.out + rows * size.DV, acc, q_inside, dv, size.DV)
-    if result.exact is not None:
-        store_rows(result.exact + rows * size.DV, acc, q_inside, dv, size.DV)
+    store_both(result.out, result.exact, rows * size.DV, acc * finish(l)[:, None], q_inside, dv0, size.DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -240,7 +237,8 @@ def _concat_fwd_kernel(
     q_item = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2) % splits
-    dv = (tl.program_id(2) // splits) * blocks.DV + tl.arange(0, blocks.DV)
+    dv0 = (tl.program_id(2) // splits) * blocks.DV
+    dv = dv0 + tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
     k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
     i = lo + tl.arange(0, blocks.M)
@@ -296,10 +294,10 @@ def _concat_fwd_kernel(
         acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
 
     if result.o is None:
-        _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size)
+        _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size)
     else:
         if splits == 1:
-            _store_whole(result, before, q_at, dv, acc, m, l, q_inside, size)
+            _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size)
         else:
             rows = (before + q_at) * splits + split
             tl.store(result.m + rows, m, mask=q_inside)

@@ -31,7 +31,7 @@ from .activations import activate
 from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, unit, unpressed
 from .inputs import GeneralInputs
-from .location import load_rows, store_rows
+from .location import load_rows, store_both, store_rows
 from .masks import (
     Items,
     Spans,
@@ -257,10 +257,9 @@ def _general_fwd_kernel(
     if splits == 1:
         inv = finish(l)
         store_lse(result.lse + rows * 2, m, l, q_inside)
-        acc *= inv[:, None]
-        store_rows(result.out + row0 * size.DV + q_rows * size.DV, acc, q_inside, dv, size.DV)
-        if result.exact is not None:
-            store_rows(result.exact + row0 * size.DV + q_rows * size.DV, acc, q_inside, dv, size.DV)
+        first = (tl.program_id(2) // splits) * blocks.DV
+        row_at = row0 * size.DV + q_rows * size.DV
+        store_both(result.out, result.exact, row_at, acc * inv[:, None], q_inside, first, size.DV)
     else:
         rows = rows * splits + split
         tl.store(result.m + rows, m, mask=q_inside)

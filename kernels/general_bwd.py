@@ -184,12 +184,16 @@ def _general_bwd_dq_kernel(
     else:
         delta = tl.zeros([blocks.M], tl.float32)
         if not flags.EXACT:  # of float32 the gap is made in the walk, -l dl is left of δ
-            for d0 in range(0, size.DV, blocks.DV):
-                do_part = load_rows(do_ptrs, q_keep, d0 + dv, size.DV).to(tl.float32)
-                out = load_rows(given.out + row0 * size.DV + q_rows * size.DV, q_keep, d0 + dv, size.DV)
+            PART: tl.constexpr = 32 if blocks.DV > 32 else blocks.DV  # of whole rows some was put on the stack
+            for d0 in range(0, size.DV, PART):
+                part = d0 + tl.arange(0, PART)
+                do_part = load_rows(do_ptrs, q_keep, part, size.DV).to(tl.float32)
+                out = load_rows(given.out + row0 * size.DV + q_rows * size.DV, q_keep, part, size.DV)
                 delta += tl.sum(do_part * out, axis=1)
         if given.dlse is not None:
             delta -= load_dlse(given.dlse + lse_at, given.lse + lse_at, q_keep)
+        if not flags.GAP:  # for the other kernel
+            tl.store(given.delta + row0 + q_rows, delta, mask=q_keep & (tl.program_id(2) == 0))
     top = top[:, None]
     inv = inv[:, None]
     delta = delta[:, None]
@@ -259,10 +263,9 @@ def _general_bwd_dq_kernel(
                 if flags.WIDE:
                     k = load_rows(k_ptrs, k_keep, d_out, size.D)
                 acc = add_product(g, k, acc, flags.COMPUTE, flags.PRECISION)
-    if flags.GAP or not flags.EXACT:
-        own = q_keep[:, None] & (tl.program_id(2) == 0)
-        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=own)
-    if not flags.GAP:
+    if flags.GAP:
+        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
+    else:
         dq_ptrs = grads.q + row0 * grads.stride_q + q_rows * grads.stride_q
         store_rows(dq_ptrs, acc * size.scale, q_inside, d_out, size.D)
 

@@ -63,6 +63,28 @@ def store_rows(ptrs, x, keep, cols, width):
 
 
 @triton.jit
+def store_both(out, exact, rows, x, keep, first, width):
+    """Store a tile as `store_rows` does, and in float32 at `exact`, if it is not None.
+
+    rows: where each begins, from either pointer. first: the tile's first column. A wide tile is stored once and read
+    again in parts: both stores of all of it took registers that there are not.
+    """
+    BLOCK: tl.constexpr = x.shape[1]
+    cols = first + tl.arange(0, BLOCK)
+    if exact is None:
+        store_rows(out + rows, x, keep, cols, width)
+    else:
+        store_rows(exact + rows, x, keep, cols, width)
+        if BLOCK <= 64:
+            store_rows(out + rows, x, keep, cols, width)
+        else:
+            tl.debug_barrier()  # other threads than stored them read these numbers
+            for part in range(0, BLOCK, 64):
+                few = first + part + tl.arange(0, 64)
+                store_rows(out + rows, load_rows(exact + rows, keep, few, width), keep, few, width)
+
+
+@triton.jit
 def add_rows(ptrs, x, keep, cols, width):
     """Add a tile to what is there, float32."""
     store_rows(ptrs, load_rows(ptrs, keep, cols, width) + x, keep, cols, width)

@@ -434,9 +434,8 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
             return Blocks(tile_rows(T, 64), pow2(D, 16, 32), block_a, warps=8, R=hop)
         return Blocks(tile_rows(T, 32 if hop == 1 else 16), 16, block_a, warps=8, R=hop)
     if hop > 64:  # of so many hops dO has an address an element where rows are no vectors, which spilled
-        return Blocks(
-            tile_rows(T, 32), pow2(D, 16, 64 if whole else 16), hop if linear else pow2(A, 16, 32), warps=8, R=hop
-        )
+        rows = tile_rows(T, 16 if chip.backend == "hip" and not whole else 32)
+        return Blocks(rows, pow2(D, 16, 64 if whole else 16), hop if linear else pow2(A, 16, 32), warps=8, R=hop)
     if not whole or chip.from_registers:
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), hop if linear else pow2(A, 16, 32), warps=8, R=hop)
     # With 16 features the walk of one product would keep wgmma from that of the hops: so rows too few for it.

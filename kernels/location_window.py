@@ -26,7 +26,7 @@ from torch import Tensor
 from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import WindowInputs
-from .location import load_rows, store_rows
+from .location import load_rows, store_both
 from .masks import (
     Items,
     dropout,
@@ -220,10 +220,7 @@ def _location_window_fwd_kernel(
     inv = finish(l)
     if tl.program_id(2) == 0:
         store_lse(lse_ptr + at * 2, m, l, inside)
-    acc *= inv[:, None]
-    store_rows(out_ptr + at * DV, acc, inside, d, DV)
-    if exact_ptr is not None:
-        store_rows(exact_ptr + at * DV, acc, inside, d, DV)
+    store_both(out_ptr, exact_ptr, at * DV, acc * inv[:, None], inside, tl.program_id(2) * blocks.DV, DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, pow2, unit
 from .inputs import WordByWordInputs
 from .location import load_rows
 from .masks import Spans, sequence_of, unmasked
-from .softmax import exp, finish, online_softmax, pivot, rounded_product
+from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 
 
 @triton.jit
@@ -116,7 +116,10 @@ def _recurrent_fwd_kernel(
             c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
             s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], flags.FAST)), axis=1)
-            p, _alpha, m, l = online_softmax(tl.where(keep, s, float("-inf")), float("-inf"), 0.0, 0, flags.FMA)
+            s = tl.where(keep, s, float("-inf"))
+            if flags.ONCE:
+                s = made_once(s)
+            p, _alpha, m, l = online_softmax(s, float("-inf"), 0.0, 0, flags.FMA)
             inv = finish(l)
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
@@ -232,6 +235,7 @@ class Flags(NamedTuple):
 
     FAST: bool
     FMA: bool
+    ONCE: bool  # scores go through `made_once`: on AMD's chips narrow ones were made twice
     HELD: bool  # keys and values of a premise stay on chip
 
 
@@ -267,7 +271,8 @@ def prepare(inputs: WordByWordInputs) -> Call:
     premise, hypothesis = (x if x is None else x.contiguous() for x in (cu_seqlens_premise, cu_seqlens_hypothesis))
     seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
     size = Size(query.shape[-1], value.shape[-1])
-    flags = Flags(chip.backend == "cuda" and key.element_size() == 2, chip.backend != "interpreter", False)
+    fast = chip.backend == "cuda" and key.element_size() == 2
+    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False)
     args = {
         "q": sequences(query, packed=packed),
         "k": sequences(key, packed=packed),

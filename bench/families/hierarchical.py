@@ -128,7 +128,7 @@ class HierarchicalCase(CompileCase):
             *options,
             *options,
         )
-        hierarchical.hierarchical_fwd(inputs)
+        hierarchical.hierarchical_fwd(inputs, self.dtype.itemsize == 2)
 
 
 _DOCUMENTS = {"G": 256, "S": 2560, "N": 51_200}
