@@ -67,7 +67,7 @@ WINDOW = Operator(
     WindowInputs,
     differentiable="scores value",
     choices="bool in_blocks, bool need_exact",
-    results="out lse exact?",
+    results="out lse exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
     backward=_bwd,

@@ -31,7 +31,7 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     """
 
     def plain(*args: Any) -> Any:
-        with _without_autocast(args[0].device.type):
+        with _without_autocast(args):
             return fn(*args)
 
     hidden = torch._disable_dynamo(plain)  # from the compiler, where there is one
@@ -79,8 +79,9 @@ def raw_op(name: str, schema: str, fn: Callable[..., Any], fake: Callable[..., A
     return op
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """For what was cast before: see `_ops.under_autocast`."""
+    device = next(x for x in args if isinstance(x, Tensor)).device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
@@ -188,10 +189,11 @@ def _is_eager(args: Sequence[Any]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    return all(type(x) in _PLAIN and not x.is_meta for x in args if isinstance(x, Tensor))
+    return all(type(x) in _PLAIN and not x.is_meta and not _is_batched(x) for x in args if isinstance(x, Tensor))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # as `is_grads_batched=True` makes them: no functorch level
 
 
 def launcher(path: str) -> Callable[..., Any]:
@@ -247,8 +249,8 @@ class Operator:
     choices
         What does not concern the formula, as a schema says it: ``"bool in_blocks"``.
     results
-        Names of the results, which are all differentiable. One with a ``?`` is made where the choice ``need_<name>``
-        is True; else it is of size 0.
+        Names of the results, which are all differentiable. ``name?choice`` is made where that choice is True; else it
+        is of size 0.
     saved
         Names of the results that the backward takes.
     dense
@@ -282,16 +284,14 @@ class Operator:
     ) -> None:
         kinds = _kinds(inputs)
         tensors = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
-        made = results.split()
+        made, conditions = zip(*([*x.split("?"), ""][:2] for x in results.split()), strict=True)
         self.name, self.inputs, self.dense, self.formula = name, inputs, dense, formula
         self.tensors, self.gradients, self.results = len(tensors), len(differentiable.split()), len(made)
         self.options = len(kinds) - len(tensors)
-        self.saved = [[x.rstrip("?") for x in made].index(x) for x in saved.split()]
+        self.saved = [made.index(x) for x in saved.split()]
         chosen = [x.split()[1] for x in choices.split(", ") if x]
-        self.optional = {
-            i: self.options + chosen.index(f"need_{x[:-1]}") for i, x in enumerate(made) if x.endswith("?")
-        }
-        cotangents = [f"Tensor{'?' * (i >= dense)} d{x.rstrip('?')}" for i, x in enumerate(made)]
+        self.optional = {i: self.options + chosen.index(x) for i, x in enumerate(conditions) if x}
+        cotangents = [f"Tensor{'?' * (i >= dense or i in self.optional)} d{x}" for i, x in enumerate(made)]
         fields = [f"{kind} {x}" for x, kind in kinds.items()]
         kept, more = [f"Tensor {x}" for x in saved.split()], [choices] if choices else []
 
@@ -305,11 +305,11 @@ class Operator:
             """Contiguous, as the compiler is told; no list, which batched gradients do not know."""
             given, tensors, saved, options, rest = self.parted(args)
             grads = backward(inputs(*tensors, *options), *saved, *given, *rest)
-            return tuple(args[0].new_empty(0) if g is None else g.contiguous() for g in grads)
+            return tuple(tensors[0].new_empty(0) if g is None else g.contiguous() for g in grads)
 
         def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
             pairs = zip(args[self.results : self.results + self.gradients], args[-1], strict=True)
-            return tuple(x.new_empty(x.shape) if need else args[0].new_empty(0) for x, need in pairs)
+            return tuple(x.new_empty(x.shape) if need else args[self.results].new_empty(0) for x, need in pairs)
 
         given = ", ".join(fields + more)
         self._run = results_of(forward), gradients
@@ -331,7 +331,7 @@ class Operator:
         """A raw operator, the forward (0) or the backward (1), or where nobody watches its body alone."""
         if not _is_eager(args):
             return cast("tuple[Tensor, ...]", (self.fwd, self.bwd)[which](*args))
-        with _without_autocast(args[0].device.type):
+        with _without_autocast(args):
             return self._run[which](*args)
 
     def backward(

@@ -24,10 +24,12 @@ def in_graph() -> bool:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether a number of x can be read at once: on a CPU, outside of graphs, transforms and modes."""
+    """Whether a number of x can be read at once: on a CPU, outside of graphs, traces, transforms and modes."""
     if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or in_graph():
         return False
-    return not torch._C._are_functorch_transforms_active() and _get_current_dispatch_mode() is None
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def is_tame(x: Tensor) -> bool:

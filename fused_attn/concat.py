@@ -54,7 +54,7 @@ _CONCAT = Operator(
     ConcatInputs,
     differentiable="query key value v score_bias",
     choices="bool need_scores, bool need_exact, bool in_blocks",
-    results="out lse scores? exact?",
+    results="out lse scores?need_scores exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
     backward=_bwd,

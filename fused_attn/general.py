@@ -119,7 +119,7 @@ _GENERAL = Operator(
     GeneralInputs,
     differentiable="query key value score_bias",
     choices="bool need_scores, bool need_exact, bool sdpa",
-    results="out lse scores? exact?",
+    results="out lse scores?need_scores exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
     backward=_bwd,

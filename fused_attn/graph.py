@@ -216,7 +216,7 @@ _GRAPH = Operator(
     GraphInputs,
     differentiable="query key v value edge",
     choices="bool need_exact",
-    results="out lse scores exact?",
+    results="out lse scores exact?need_exact",
     saved="out lse scores exact",
     forward=launcher("graph.graph_fwd"),
     backward=_bwd,

@@ -81,8 +81,7 @@ def _fake(inputs: LocationInputs, pool: bool, need_exact: bool) -> tuple[Tensor,
 
 
 def _bwd(inputs: LocationInputs, *args: Any) -> list[Tensor | None]:
-    out, lse, scores, exact, dout, dlse, dscores, _, pool, _, needs = args
-    dout, dlse = (dout, dlse) if pool else (None, None)
+    out, lse, scores, exact, dout, dlse, dscores, *_, needs = args
     run = launcher("location_bwd.location_bwd")
     return cast("list[Tensor | None]", run(inputs, exact_of(out, exact), lse, scores, dout, dlse, dscores, needs))
 
@@ -92,7 +91,7 @@ LOCATION = Operator(
     LocationInputs,
     differentiable="h w b v gate_w gate_b context value score_bias",
     choices="bool pool, bool need_exact",
-    results="out lse scores exact?",
+    results="out?pool lse?pool scores exact?need_exact",
     saved="out lse scores exact",
     forward=launcher("location.location_fwd"),
     backward=_bwd,

@@ -108,7 +108,7 @@ _WORD_BY_WORD = Operator(
     WordByWordInputs,
     differentiable="query key value w w_r w_t state",
     choices="bool need_weights, bool plain",  # plain: by the reference, whose loop is not the compiler's to unroll
-    results="out weights?",
+    results="out weights?need_weights",
     saved="out",
     forward=_fwd,
     backward=_bwd,

@@ -54,7 +54,7 @@ _STATISTICS = Operator(
     StatisticsInputs,
     differentiable="x v value",
     choices="bool need_scores",
-    results="mean var lse scores?",
+    results="mean var lse scores?need_scores",
     saved="mean var lse scores",
     dense=2,
     forward=launcher("statistics.statistics_fwd"),

@@ -218,3 +218,14 @@ def test_a_row_of_nan_reaches_only_those_who_see_it(impl, window, name, ragged, 
     if blind.any():
         _, all_of_it = run(spoilt, [])
         assert all_of_it["w"].isnan().any() or all_of_it["value"].isnan().any()
+
+
+def test_a_trace_keeps_no_answer_about_the_numbers_of_its_example():
+    """Nothing was hidden there, and all was finite."""
+    h, w, v = torch.randn(2, 6, 4), torch.randn(4, 3), torch.randn(3)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    traced = torch.jit.trace(lambda h, mask: location_attention(h, w, None, v, mask=mask), (h, mask))
+    h[1, 3:], mask[1, 3:] = torch.nan, False
+    torch.testing.assert_close(traced(h, mask), location_attention(h, w, None, v, mask=mask))
+    mask[1] = False
+    assert (traced(h, mask)[1] == 0).all()
