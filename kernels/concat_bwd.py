@@ -527,7 +527,8 @@ def _padded_gradients(
         dk = g.new_empty(k.shape, dtype=k.dtype if whole else torch.float32)
     if need_value:
         dvalue = g.new_empty(value.shape, dtype=value.dtype if whole else torch.float32)
-    registers = unpressed(call.chip, A, DV) if call.flags.FACTORED else all_registers(call.chip)
+    tight = not call.flags.FACTORED or (call.flags.EXACT and call.busy)
+    registers = all_registers(call.chip) if tight else unpressed(call.chip, A, DV)
     walk, product = (blocks._replace(warps=warps) for warps in (blocks.walk_warps, 8))
     keys = made.k_items * (blocks.N // blocks.R)
 

@@ -455,7 +455,7 @@ def location_bwd(
 ) -> list[Tensor | None]:
     """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False.
 
-    dout: None where there are scores alone, which then have a gradient.
+    dout: None where scores alone have a gradient.
     """
     call = prepare(inputs)
     h, w, b, v, gate_w, gate_b, context, values, score_bias, *_ = inputs
@@ -466,7 +466,9 @@ def location_bwd(
     ww = call.args["weights"].w if gate_w is None else torch.cat([w, gate_w], dim=1)
     K = A if gate_w is None else 2 * A
     blocks = _blocks(call, h.element_size(), K)
-    if call.seqs == 0 or call.length == 0:
+    if dout is None and dlse is not None:
+        dout = torch.zeros_like(out)
+    if call.seqs == 0 or call.length == 0 or (dout is None and dscores is None):
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
     items = call.items(blocks.T)
     wanted = need_b or a_sequence, need_gb, need_v
