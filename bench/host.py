@@ -295,7 +295,10 @@ def main() -> int:
     parser.add_argument("--kernels", action="store_true", help="name the kernels")
     parser.add_argument("--json", action="store_true", help="print numbers only")
     args = parser.parse_args()
-    found = measure(args.target, [name for name in ROWS if args.row in name])
+    rows = [name for name in ROWS if args.row in name]
+    if not rows:
+        parser.error(f"--row: expected text of one of {', '.join(map(repr, ROWS))}; got {args.row!r}")
+    found = measure(args.target, rows)
     if args.json:
         print(json.dumps(found))
         return 0

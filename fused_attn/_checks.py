@@ -22,7 +22,7 @@ from .reference import ACTIVATIONS
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = (-sys.float_info.max, math.inf)  # from, and under
 TRUE_IS_VISIBLE = "True = may be attended"
-OFFSETS_HINT = "offsets of the sequences in the packed rows: lengths.cumsum(0) with a leading 0, .int()"
+OFFSETS_HINT = "offsets of the sequences in the packed rows: of lengths Segments.from_lengths(lengths) has them"
 
 _WIDTHS = frozenset(["A", "C", "D", "Dh", "Dk", "Dq", "Dv", "K", "R"]) | {"D'"}  # sizes of at least 1
 _INDEX = {"bool": (torch.bool,), "int32": (torch.int32,), "index": (torch.int32, torch.int64)}
@@ -172,12 +172,13 @@ class Checker:
         elif arg.kind == "same" and self.like and x.dtype in DTYPES:
             hint = f": that of {self.like} is {_names(self.dtypes['same'])}{hint}"
         elif arg.kind == "bool" and x.is_floating_point():
-            more = ", score_bias=" if "score_bias" in self.table else ""
-            hint += f"; what is added to the scores is no mask{more and ': pass it as score_bias='}"
+            more = "score_bias" in self.table
+            hint += f": pass {name}.bool() of 0 and 1; what is added to the scores is no mask"
+            hint += ": pass it as score_bias=" if more else ""
         elif arg.kind == "bool":
             hint += f": pass {name}.bool()"
         elif arg.kind == "int32" and x.dtype == torch.int64:
-            hint += f": pass {name}.int()"
+            hint += f"; int64 offsets: pass {name}.int()"
         elif x.is_quantized:
             hint = f": pass {name}.dequantize()"
         raise TypeError(
@@ -507,7 +508,17 @@ def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int 
         _assert_each(good, f"{name}: expected {expected}")
     elif not good.all():
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
-        raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}")
+        cause = "" if count is None or "offsets" not in expected else _cause_of_offsets(x, count)
+        raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}{cause}")
+
+
+def _cause_of_offsets(x: Tensor, rows: int) -> str:
+    """The likely reason of wrong offsets, or nothing."""
+    if int(x.sum()) == rows and bool((x >= 0).all()):
+        return "; looks like lengths: pass Segments.from_lengths(...) of them"
+    if int(x[-1]) == rows and bool((x[1:] >= x[:-1]).all()) and int(x[0]) > 0:
+        return "; looks as if the leading 0 is missing"
+    return ""
 
 
 # --- Queries and keys ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ T = TypeVar("T")
 _WEIGHTS = ("return_weights=True", "return_weights")
 _CAUSAL = ("window=(None, 0) for causal attention", "window")
 _MASK = "mask=, where True = may be attended"
-_PADDED = "lengths[:, None] > torch.arange(lengths.max())"
+_PADDED = "torch.arange(T, device=lengths.device) < lengths[:, None], T rows a sequence"
 
 # Name: what to pass instead, each with the argument that it is about. The first that the callable has is said.
 _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -32,6 +32,14 @@ _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
     "need_weights": (_WEIGHTS, ("no such option, the weights are always returned", "previous")),
     "output_attentions": (_WEIGHTS,),
     "return_attention": (_WEIGHTS,),
+    "return_attention_scores": (_WEIGHTS,),
+    "use_causal_mask": (_CAUSAL,),
+    "key_mask": ((_MASK, "mask"),),
+    "memory_mask": ((_MASK, "mask"),),
+    "valid_lens": ((f"mask={_PADDED}", "mask"),),
+    "max_seqlen": (("no such argument, lengths are read from the offsets", "cu_seqlens"),),
+    "max_seqlen_q": (("no such argument, lengths are read from the offsets", "cu_seqlens_q"),),
+    "max_seqlen_k": (("no such argument, lengths are read from the offsets", "cu_seqlens_k"),),
     "return_attention_weights": (_WEIGHTS,),
     "attn_bias": (("score_bias=", "score_bias"),),
     "dropout": (("dropout_p=", "dropout_p"),),
@@ -42,13 +50,13 @@ _HABITS: dict[str, tuple[tuple[str, str], ...]] = {
         ("inner_offsets and outer_offsets", "inner_offsets"),
     ),
     "lengths": (
-        (f"mask={_PADDED}, or packed rows with cu_seqlens=", "cu_seqlens"),
+        (f"mask={_PADDED}, or packed rows with cu_seqlens=Segments.from_lengths(lengths)", "cu_seqlens"),
         (f"mask={_PADDED}", "mask"),
     ),
     "values": (("value=", "value"),),
     "weights": (("weight=", "weight"),),
     "edge_attr": (("edge=, in the order of indices", "edge"),),
-    "edge_index": (("indptr and indices, which csr_from_edges makes of it", "indptr"),),
+    "edge_index": (("a structure, graph, order = Graph.from_edges(edge_index, ...)", "indptr"),),
     "backend": (("impl=", "impl"),),
 }
 

@@ -338,7 +338,12 @@ def csr_of(
 ) -> tuple[Tensor, Tensor, Graph | None]:
     """(indptr, indices, the `Graph` that they are of)."""
     if not isinstance(indptr, Graph):
-        return indptr, cast("Tensor", indices), None
+        if indices is None:
+            raise TypeError(
+                "indices: expected a torch.Tensor beside indptr, or a Graph alone, which of an edge_index "
+                "Graph.from_edges makes: graph, order = Graph.from_edges(edge_index, ...); got None"
+            )
+        return indptr, indices, None
     for name, x in (("indices", indices), ("transposed", transposed)):
         if x is not None:
             raise TypeError(f"{name}: expected None beside a Graph, which has its own; got {type(x).__name__}")

@@ -98,7 +98,17 @@ class Segments:
         return int(self.lengths.max()) if len(self) else 0
 
     def pad(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed rows ``(N, ...)`` as a batch ``(S, longest, ...)`` with zeros, and its mask ``(S, longest)``."""
+        """Packed rows ``(N, ...)`` as a batch ``(S, longest, ...)`` with zeros, and its mask ``(S, longest)``.
+
+        Raises
+        ------
+        ValueError
+            For another number of rows.
+
+        """
+        count = int(self.offsets[-1])
+        if rows.shape[0] != count:
+            raise ValueError(f"rows: expected {count} rows, those of the offsets; got {rows.shape[0]}")
         mask = torch.arange(self.longest, device=rows.device) < self.lengths[:, None]
         out = rows.new_zeros(*mask.shape, *rows.shape[1:])
         return out.masked_scatter(mask.view(*mask.shape, *[1] * (rows.dim() - 1)), rows), mask

@@ -24,7 +24,7 @@ from .segments import Offsets, as_offsets
 
 _TABLES = {
     packed: {
-        **_SCORES[packed, "A"],
+        **{name: row for name, row in _SCORES[packed, "A"].items() if name != "score_bias"},
         "v": argument("A | A C", linear=True),
         "value": argument(f"{'N' if packed else 'B T'} C", optional=True),
     }

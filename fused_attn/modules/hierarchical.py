@@ -65,8 +65,8 @@ class RaggedRNN(nn.Module):
         self.rnn = rnn
 
     @exports_from_one
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)``.
+    def forward(self, rows: Tensor, offsets: Offsets) -> Tensor:
+        """The states ``(S, D')`` of the last layer, for ``rows (S, D)`` and int32 ``offsets (G + 1,)`` or `Segments`.
 
         Raises
         ------
@@ -74,6 +74,7 @@ class RaggedRNN(nn.Module):
             For shapes and dtypes, and for offsets that do not go from 0 to S, as in `hierarchical_attention`.
 
         """
+        offsets = as_offsets(offsets)
         check = module_checker(_RNN, next(self.rnn.parameters()), input_size=self.rnn.input_size)
         check("rows", rows)
         check_cu_seqlens("offsets", offsets, rows.shape[0], rows.device)
