@@ -243,7 +243,8 @@ def hierarchical_attention(
     seqs = inner_offsets.shape[0] - 1
     inner_level = _level("inner", scores[:_SCORE], inner, h, seqs, check)
     width = h.shape[1] if between is None else _width_of(scores[_SCORE:], h.shape[1])
-    like = h.new_empty(()).expand(seqs, width)
+    # Of which nothing is read. The compiler drops it, and a kernel that would fill it.
+    like = (h.new_zeros if torch.compiler.is_compiling() else h.new_empty)(()).expand(seqs, width)
     outer_level = _level("outer", scores[_SCORE:], outer, like, outer_offsets.shape[0] - 1, check)
 
     def checked(segments: Tensor, offsets: Tensor) -> Tensor:

@@ -220,8 +220,8 @@ PAIRS = {
         mask=bools(TQ, TK),
     ),
     "mask that is added": type_error(
-        "mask: expected dtype bool; got float32; True = may be attended; "
-        "pass mask.bool() of 0 and 1; what is added to the scores is no mask: pass it as score_bias=",
+        "mask: expected dtype bool; got float32; True = may be attended: pass mask.bool() of 0 and 1; "
+        "what is added to the scores is no mask: pass it as score_bias=",
         mask=floats(B, TK),
     ),
     "mask that would broadcast": value_error("mask", mask=bools(1, TQ, TK)),
