@@ -514,6 +514,8 @@ def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int 
 
 def _cause_of_offsets(x: Tensor, rows: int) -> str:
     """The likely reason of wrong offsets, or nothing."""
+    if x.dim() != 1:  # of every sample of a `vmap`
+        return ""
     if int(x.sum()) == rows and bool((x >= 0).all()):
         return "; looks like lengths: pass Segments.from_lengths(...) of them"
     if int(x[-1]) == rows and bool((x[1:] >= x[:-1]).all()) and int(x[0]) > 0:
