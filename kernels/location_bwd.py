@@ -45,10 +45,10 @@ from .location import (
     project,
     store_rows,
 )
-from .masks import dropout_scale, item_rows, items_of, locate
+from .masks import Items, dropout_scale, item_rows, locate
 from .products import add_product, tile_product
 from .softmax import load_dlse, load_lse
-from .sums import sums
+from .sums import add_items, sums
 
 
 @triton.jit
@@ -355,30 +355,6 @@ def _location_bwd_dv_kernel(
     add_later(dv_ptr + (split.to(tl.int64) * A + a) * R, acc, a < A, r, R, item0)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_bwd_context_kernel(
-    db_ptr,  # (items of this launch, A) float32
-    dctx_seq_ptr,  # (S, A): added to, but by the first launch
-    first_ptr,  # (S + 1,) int32 or None, see masks.Spans
-    item0,
-    items,  # items of this launch
-    per_seq,
-    A,
-    blocks,
-):
-    """Context a sequence: its gradient is the sum of dz over the items of the sequence, in their order."""
-    seq = tl.program_id(0).to(tl.int64)
-    a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
-    lo, hi = items_of(seq, first_ptr, per_seq)
-    lo = tl.maximum(lo, item0)
-    hi = tl.minimum(hi, item0 + items)
-    at = dctx_seq_ptr + seq * A + a
-    acc = tl.load(at, mask=(a < A) & (item0 > 0), other=0.0).to(tl.float32)
-    for i in range(lo, hi):
-        acc += tl.load(db_ptr + (i - item0) * A + a, mask=a < A, other=0.0)
-    tl.store(at, acc.to(at.dtype.element_ty), mask=a < A)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------
@@ -491,8 +467,7 @@ def location_bwd(
     args = call.args | {
         "flags": constants(call.flags), "result": Result(out, lse, scores), "given": Given(dout, dlse, dscores),
         "work": work, "parts": parts, "dbias_ptr": dbias, "dctx_ptr": None if a_sequence else dctx,
-        **{f"{name}_ptr": x for name, x in work._asdict().items()}, "db_ptr": parts.db, "dctx_seq_ptr": dctx,
-        "first_ptr": items.first,
+        **{f"{name}_ptr": x for name, x in work._asdict().items()},
         "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": D, "A": A, "R": R, "K": K,
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
@@ -509,7 +484,7 @@ def location_bwd(
     # the two is fused into the difference.
     fusion = h.element_size() == 2
     if not fusion and dout is not None and call.flags.PRECISION == "ieee" and any((*needs[:7], need_bias)):
-        args["given"] = args["given"]._replace(left=_left(call, args, blocks, items.count, registers))
+        args["given"] = args["given"]._replace(left=_left(call, args, blocks, items, registers))
     vectors: list[Tensor | None] = [None] * 3  # gradients of b, gate_b and v, of launches before the last
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
@@ -526,7 +501,7 @@ def location_bwd(
         if dv is not None:
             launch(_location_bwd_dv_kernel, (cdiv(A, v_blocks.A), v_splits), args, v_blocks, **registers)
         if dctx is not None and a_sequence:
-            launch(_location_bwd_context_kernel, (call.seqs, cdiv(A, 128)), args, Blocks(0, 0, 128))
+            add_items(parts.db, dctx, items, item0, count)
         if not whole:
             more = sums([(x if x is None else x[:count], torch.float32) for x in parts])
             vectors = [x if y is None else y + x for x, y in zip(more, vectors, strict=True)]
@@ -561,17 +536,16 @@ def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
     return blocks._replace(K=pow2(K, 16, 64))
 
 
-def _left(call: Call, args: dict[str, Any], blocks: Blocks, items: int, registers: dict[str, int]) -> Tensor:
+def _left(call: Call, args: dict[str, Any], blocks: Blocks, items: Items, registers: dict[str, int]) -> Tensor:
     """What is left of Σ_j a_jr gap_jr, (S, R)."""
     R, out = call.size.R, args["result"].out
-    gaps = torch.empty(items, R, dtype=torch.float32, device=out.device)
+    gaps = torch.empty(items.count, R, dtype=torch.float32, device=out.device)
     left = torch.empty(call.seqs, R, dtype=torch.float32, device=out.device)
-    args = args | {"item0": 0, "items": items, "gap_ptr": gaps, "db_ptr": gaps, "dctx_seq_ptr": left, "A": R}
+    args = args | {"item0": 0, "gap_ptr": gaps}
     if args["values"].ptr is None:
         args["values"] = args["h"]
-    launch(_location_bwd_gap_kernel, (items,), args, blocks, enable_fp_fusion=False, **registers)
-    each = Blocks(0, 0, pow2(R, 16, 128))
-    launch(_location_bwd_context_kernel, (call.seqs, cdiv(R, each.A)), args, each)
+    launch(_location_bwd_gap_kernel, (items.count,), args, blocks, enable_fp_fusion=False, **registers)
+    add_items(gaps, left, items, 0, items.count)
     return left
 
 

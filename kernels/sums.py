@@ -1,6 +1,7 @@
-"""Gradients of parameters: programs leave a part each, and one launch sums them, in a fixed order.
+"""Sums of the parts that programs leave, in a fixed order: of all items, or of each sequence's.
 
-A program has a few numbers of one of the sums, and walks that one's parts.
+Of all: gradients of parameters, several in one launch. A program has a few numbers of one of the sums, and walks that
+one's parts.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import launch, untold
-from .chip import cdiv
+from .chip import LENGTHS, cdiv, pow2
+from .masks import Items, items_of
 
 MOST = 6
 """Sums that a launch makes."""
@@ -88,3 +90,49 @@ def sums(given: Sequence[tuple[Tensor | None, torch.dtype]]) -> list[Tensor | No
         args = dict(zip("abcdef", todo + [none] * (MOST - len(todo)), strict=True))
         launch(_sums_kernel, (sum(cdiv(x.size, blocks.N) for x in todo),), args, blocks)
     return out
+
+
+class ItemBlocks(NamedTuple):
+    """Numbers of a tile."""
+
+    A: int
+    warps: int = 4
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _item_sums_kernel(
+    part_ptr,  # (items of this launch, A) float32
+    sum_ptr,  # (S, A): added to, but by the first launch
+    first_ptr,  # (S + 1,) int32 or None, see masks.Spans
+    item0,
+    items,  # items of this launch
+    per_seq,
+    A,
+    blocks,
+):
+    seq = tl.program_id(0).to(tl.int64)
+    a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
+    lo, hi = items_of(seq, first_ptr, per_seq)
+    lo = tl.maximum(lo, item0)
+    hi = tl.minimum(hi, item0 + items)
+    at = sum_ptr + seq * A + a
+    acc = tl.load(at, mask=(a < A) & (item0 > 0), other=0.0).to(tl.float32)
+    for i in range(lo, hi):
+        acc += tl.load(part_ptr + (i - item0) * A + a, mask=a < A, other=0.0)
+    tl.store(at, acc.to(at.dtype.element_ty), mask=a < A)
+
+
+def add_items(parts: Tensor, total: Tensor, items: Items, item0: int, count: int) -> None:
+    """Add to ``total (S, A)`` the ``parts (count, A)`` of the items from `item0` on; from the first on, write it."""
+    seqs, A = total.shape
+    blocks = ItemBlocks(pow2(A, 16, 128))
+    args = {
+        "part_ptr": parts,
+        "sum_ptr": total,
+        "first_ptr": items.first,
+        "item0": item0,
+        "items": count,
+        "per_seq": items.per_seq,
+        "A": A,
+    }
+    launch(_item_sums_kernel, (seqs, cdiv(A, blocks.A)), args, blocks)

@@ -117,8 +117,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/_ops.py",
-        "    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0)) / total.masked_fill(total == 0, 1)",
-        "    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0))",
+        "    return torch.exp(scores - top.detach().clamp(min=ends.min)) / total.clamp(min=ends.tiny)",
+        "    return torch.exp(scores - top.detach().clamp(min=ends.min))",
         ("tests/test_pairs_weights.py",),
         "returned weights are not divided by their sum",
     ),
