@@ -572,13 +572,6 @@ KERNELS: tuple[Mutant, ...] = (
         "nobody writes the output of an empty sequence",
     ),
     Mutant(
-        "kernels/masks.py",
-        "tl.where(i < used, seq, num_seqs)",
-        "seq",
-        ("tests/test_location_structure.py", "-k", "segments or empty"),
-        "an item to spare is taken for one of its sequence",
-    ),
-    Mutant(
         "kernels/sums.py",
         "mask=(p < count)[:, None]",
         "mask=(p < count - 1)[:, None]",
@@ -591,13 +584,6 @@ KERNELS: tuple[Mutant, ...] = (
         "at // x.width * x.width",
         ("tests/test_location.py", "-k", "every_pair"),
         "of parts that lie beside others the wrong rows are summed",
-    ),
-    Mutant(
-        "kernels/concat_factors.py",
-        'tl.where(y == y, tl.abs(y), float("inf"))',
-        "tl.abs(y)",
-        ("tests/test_concat_exactness.py", "-k", "hold_nan"),
-        "beside a row of NaN a large one goes unseen",
     ),
     Mutant(
         "kernels/concat_factors.py",
