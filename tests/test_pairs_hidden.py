@@ -7,7 +7,13 @@ import torch
 from _compare import assert_close, evaluate, largest
 from _concat import every_impl
 
-from fused_attn import ConcatAttention, GeneralAttention
+from fused_attn import (
+    ConcatAttention,
+    GeneralAttention,
+    concat_attention,
+    distance_attention,
+    general_attention,
+)
 
 SIZES = {"queries": 9, "keys": 21, "attn_dim": 4, "value_dim": 6, "batch": 1}
 HEADS = {"heads": 2, "batch": 1}
@@ -201,3 +207,20 @@ def test_hidden_rows_leave_the_weight_of_general_attention_alone(structure, num_
     clean = parameter_gradients(module, query, key, impl=impl, **structure)
     spoilt = parameter_gradients(module, spoil(query, q_seen, fill), spoil(key, k_seen, fill), impl=impl, **structure)
     torch.testing.assert_close(spoilt, clean)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("op", [concat_attention, distance_attention, general_attention], ids=lambda op: op.__name__)
+def test_queries_of_nan_that_see_nothing_send_nothing(op, queries, device):
+    """A sequence whose keys are all hidden: its queries must not meet even a gradient of 0."""
+    query, key, value = (torch.randn(2, n, d, device=device) for n, d in ((queries, 4), (7, 4), (7, 3)))
+    query[1] = torch.nan
+    parameters = [] if op is general_attention else [torch.ones(4, device=device)]
+    mask = torch.tensor([[True] * 7, [False] * 7], device=device)
+    leaves = [x.requires_grad_() for x in (query, key, value, *parameters)]
+    out = op(*leaves, mask=mask, impl="triton")
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert (out[1] == 0).all()
+    assert all((g[1] == 0).all() for g in grads[:3])
+    assert all(g.isfinite().all() for g in grads)
