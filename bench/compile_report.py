@@ -109,9 +109,10 @@ def record(target: str) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = {k: v for k, v in kwargs.items() if isinstance(v, (int, str)) and k.isupper()}
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        constants = {k: v for k, v in named.items() if isinstance(v, (int, str)) and k.isupper()}
         for name, prefix in (("blocks", "BLOCK_"), ("flags", "")):  # tuples, see kernels/arguments.py
-            fields = kwargs[name]._asdict() if name in kwargs else {}
+            fields = named[name]._asdict() if name in named else {}
             constants |= {prefix + k: v.value for k, v in fields.items() if k.isupper() and v.value}
         launched.append((kernel, {**constants, "num_warps": kwargs.get("num_warps", 4)}))
         return kernel
