@@ -449,7 +449,8 @@ def concat_bwd(
     if gap:
         programs = cdiv(Tq, blocks.M) * H * (1 if packed else B)
         splits = 1 if packed else max(1, min(2 * call.chip.cores // programs, cdiv(Tk, 2 * blocks.N)))
-    delta = lse.new_empty(1 + splits, B, H, Tq)
+    rows = B * H * Tq
+    delta = lse.new_empty(1 + splits, cdiv(rows, 4) * 4)[:, :rows]  # each at 16 bytes
     saved = Saved(dout, dscores, out, lse, dlse, delta[0])
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation, saved)
     if gap:
@@ -482,12 +483,12 @@ class Gaps(NamedTuple):
 def _exact_delta(call: Call, made: Factors, blocks: Blocks, parts: Tensor, splits: int) -> Factors:
     """What was made, with δ less what is left of the sums that should be 0: see general_bwd.py.
 
-    parts: ``(1 + splits, B, H, Tq)``, δ is the first.
+    parts: ``(1 + splits, B H Tq)``, δ is the first.
     """
-    gaps = Gaps(parts[1:], untold(parts[0].numel()))
+    gaps = Gaps(parts[1:], untold(parts.stride(0)))
     args = made.args | {"gaps": gaps, "splits": splits}
     launch(_concat_bwd_gap_kernel, (made.q_items, call.size.H, splits), args, blocks, **all_registers(call.chip))
-    (delta,) = sums([(parts.flatten(1), torch.float32)])
+    (delta,) = sums([(parts, torch.float32)])
     return made._replace(args=made.args | {"saved": made.args["saved"]._replace(delta=delta)})
 
 
@@ -520,13 +521,12 @@ def _padded_gradients(
     args = args | {"splits": splits}
     dq = dv = dk = dvalue = None
     if need_q or need_v:
-        dq = g.new_empty(splits, *q.shape, dtype=torch.float32 if splits > 1 else q.dtype)
+        dq = g.new_empty(splits, *q.shape)
         dv = g.new_empty(splits * made.q_items, H, AP)
-    whole = chunk >= made.q_items  # else keys have sums of what launches give
     if need_k:
-        dk = g.new_empty(k.shape, dtype=k.dtype if whole else torch.float32)
+        dk = g.new_empty(k.shape)
     if need_value:
-        dvalue = g.new_empty(value.shape, dtype=value.dtype if whole else torch.float32)
+        dvalue = g.new_empty(value.shape)
     tight = not call.flags.FACTORED or (call.flags.EXACT and call.busy)
     registers = all_registers(call.chip) if tight else unpressed(call.chip, A, DV)
     walk, product = (blocks._replace(warps=warps) for warps in (blocks.walk_warps, 8))
@@ -545,8 +545,17 @@ def _padded_gradients(
             add(_concat_bwd_dk_kernel, (keys, H, features), walk, k=dk)
         if dvalue is not None:
             add(_concat_bwd_dvalue_kernel, (keys, H, cdiv(DV, blocks.DV)), product, value=dvalue)
-    if dq is not None and splits == 1:
-        return dq[0], dk, dvalue, *sums([(dv[..., :A] if need_v else None, v.dtype)])
-    parts = (None if dq is None else dq.flatten(1), q.dtype), (dv[..., :A] if need_v else None, v.dtype)
-    dq_sum, dv_sum = sums(parts)
-    return None if dq_sum is None else dq_sum.view(q.shape), dk, dvalue, dv_sum
+    # Float32 until here, whatever the parts and launches: as many variants of the kernels. One launch casts them all.
+    parts = [
+        (None if dq is None else dq.flatten(1), q.dtype),
+        (None if dk is None or k.dtype == torch.float32 else dk.view(1, -1), k.dtype),
+        (None if dvalue is None or value.dtype == torch.float32 else dvalue.view(1, -1), value.dtype),
+        (dv[..., :A] if dv is not None and need_v else None, v.dtype),
+    ]
+    dq_sum, dk_cast, dvalue_cast, dv_sum = sums(parts)
+    return (
+        None if dq_sum is None else dq_sum.view(q.shape),
+        dk if dk_cast is None else dk_cast.view(k.shape),
+        dvalue if dvalue_cast is None else dvalue_cast.view(value.shape),
+        dv_sum,
+    )

@@ -25,7 +25,7 @@ class Sum(NamedTuple):
 
     parts: Tensor | None  # (count, rows, width) float32
     out: Tensor | None  # (rows, width), contiguous
-    count: int  # 4 n + 3, see arguments.untold
+    count: int  # all 4 n + 3, see arguments.untold
     stride_p: int
     stride_row: int
     width: int
@@ -35,13 +35,14 @@ class Sum(NamedTuple):
 @triton.jit
 def _add_parts(x, program, blocks):
     at = program * blocks.N + tl.arange(0, blocks.N)
-    inside = at < x.size
-    source = at // x.width * x.stride_row + at % x.width
+    inside = at < (x.size >> 2)
+    width = (x.width >> 2).to(tl.int32)
+    source = at // width * (x.stride_row >> 2) + at % width
     count = (x.count >> 2).to(tl.int32)
     acc = tl.zeros([blocks.N], tl.float32)
     for p0 in range(0, count, blocks.P):
         p = p0 + tl.arange(0, blocks.P)
-        ptrs = x.parts + p[:, None].to(tl.int64) * x.stride_p + source[None, :]
+        ptrs = x.parts + p[:, None].to(tl.int64) * (x.stride_p >> 2) + source[None, :]
         acc += tl.sum(tl.load(ptrs, mask=(p < count)[:, None] & inside[None, :], other=0.0), axis=0)
     tl.store(x.out + at, acc.to(x.out.dtype.element_ty), mask=inside)
 
@@ -50,7 +51,7 @@ def _add_parts(x, program, blocks):
 def _or_next(x, program, blocks):
     """The sum x, if this program is one of its own; else which of the next one's it is, from 0."""
     if x.parts is not None:
-        own = tl.cdiv(x.size, blocks.N)
+        own = tl.cdiv((x.size >> 2).to(tl.int32), blocks.N)
         if (program >= 0) & (program < own):
             _add_parts(x, program, blocks)
         program -= own
@@ -80,15 +81,20 @@ def sums(given: Sequence[tuple[Tensor | None, torch.dtype]]) -> list[Tensor | No
     blocks = SumBlocks(32, 128)
     out: list[Tensor | None] = [None if x is None else x.new_empty(x.shape[1:], dtype=to) for x, to in given]
     todo = [
-        Sum(x, y, untold(x.shape[0]), x.stride(0), x.stride(1) if x.dim() == 3 else 0, x.shape[-1], y.numel())
+        Sum(
+            x,
+            y,
+            *map(untold, (x.shape[0], x.stride(0), x.stride(1) if x.dim() == 3 else 0, x.shape[-1], y.numel())),
+        )
         for (x, _), y in zip(given, out, strict=True)
         if x is not None and y is not None and y.numel()
     ]
     assert len(todo) <= MOST
     if todo:
         none = Sum(None, None, 0, 0, 0, 0, 0)
+        programs = sum(cdiv(x.size >> 2, blocks.N) for x in todo)
         args = dict(zip("abcdef", todo + [none] * (MOST - len(todo)), strict=True))
-        launch(_sums_kernel, (sum(cdiv(x.size, blocks.N) for x in todo),), args, blocks)
+        launch(_sums_kernel, (programs,), args, blocks)
     return out
 
 
