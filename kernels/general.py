@@ -344,7 +344,7 @@ class Flags(NamedTuple):
     EXACT: bool
     NATURAL: bool
     SHARED: bool
-    MASKED: bool
+    MASKED: bool  # a query may see nothing, and then be NaN
     PARTS: bool  # a key may be hidden from some queries only
     PLAIN: bool
     WIDE: bool  # the width of the score is walked in parts
