@@ -144,7 +144,7 @@ COMPILED = [
     ConcatCase(F32, 4, 1, 64, 64, 64, 128, "silu"),
     ConcatCase(F32, 4, 1, 64, 64, 64, 64, mask=3, bias=True, window=(100, 0), dropout=0.1),
 ]
-BRIEF = [COMPILED[0], COMPILED[6]]
+BRIEF = [COMPILED[0], COMPILED[10]]
 VARIED = {
     "concat": [
         ConcatCase(BF16, 3, 1, 1, 1, 64, 64),
