@@ -157,9 +157,8 @@ def _hierarchical() -> Callable[..., Any]:
 
 
 def _statistics() -> Callable[..., Any]:
-    # narrow: PyTorch's operators are not mocked, and what they compute is no work of the host
-    weights = {"w": _normal(16, 8), "b": _normal(8), "v": _normal(8, 16)}
-    return partial(statistics_pooling, _normal(B, 512, 16), **weights, mask=torch.rand(B, 512) > 0.1)
+    weights = {"w": _normal(D, A), "b": _normal(A), "v": _normal(A, D)}
+    return partial(statistics_pooling, _normal(B, 512, D), **weights, mask=torch.rand(B, 512) > 0.1)
 
 
 def _graph() -> Callable[..., Any]:

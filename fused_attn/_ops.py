@@ -104,11 +104,16 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
 
 def keeps_exact(like: Tensor, *tensors: Tensor | None) -> bool:
     """Whether a kernel leaves its 16-bit output in float32 too: where somebody may ask for a gradient."""
-    if like.dtype.itemsize > 2 or not torch.is_grad_enabled():
+    return like.dtype.itemsize == 2 and may_ask(like, *tensors)
+
+
+def may_ask(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for a gradient of one of these."""
+    if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    return any(x is not None and x.requires_grad for x in (like, *tensors))
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def forward_mode() -> bool:

@@ -6,6 +6,7 @@ differentiates it to any order. The kernels are tested against these functions i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,24 +87,13 @@ def sums_of_rows(scores: Tensor, top: Tensor, pivot: Tensor, segment: Tensor | N
     return normaliser(top, torch.zeros_like(pivot).index_add(0, segment, torch.exp(scores - pivot[segment])))
 
 
-def location_attention(inputs: LocationInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
-    r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
-
-    .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
-        \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
-
-    Returns ``out (S, R, Dv)`` in the dtype of ``value``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
-    least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False; with `weights_only`
-    out and, of the shape of the scores, the weights before dropout.
-    """
-    h, *score, value, score_bias, mask, cu_seqlens, seed, activation, gate_activation, dropout_p, per_row = inputs
-    rows = h.shape[:-1]
-    dtype = (h if value is None else value).dtype
+def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores of location attention, and its values, with zeros where the mask is False: in at least float32."""
+    h, *score, value, score_bias, mask, _, _, activation, gate_activation, _, per_row = inputs
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
     h = h.to(wide)
     w, b, v, gate_w, gate_b, context, value = (x if x is None else x.to(wide) for x in (*score, value))
     value = h if value is None else value
-    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
 
     if mask is not None:
         h, value = hide(mask[..., None], h, value)
@@ -112,7 +102,7 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
         if segment is None and mask is not None:  # of a sequence that sees nothing
             context = context.masked_fill(~mask.any(1, keepdim=True), 0)
         context = context[:, None] if segment is None else context[segment]
-    if context is not None and mask is not None and (per_row or cu_seqlens is not None):
+    if context is not None and mask is not None and (per_row or segment is not None):
         (context,) = hide(mask[..., None], context)
 
     z = h if w is None else h @ w
@@ -129,14 +119,30 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
         scores = scores + score_bias[..., None]
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
+    return scores, value
 
+
+def location_attention(inputs: LocationInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
+    r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
+
+    .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
+        \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
+
+    Returns ``out (S, R, Dv)`` in the dtype of ``value``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
+    least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False; with `weights_only`
+    out and, of the shape of the scores, the weights before dropout.
+    """
+    *_, cu_seqlens, seed, _, _, dropout_p, _ = inputs
+    dtype, rows = (inputs.h if inputs.value is None else inputs.value).dtype, inputs.h.shape[:-1]
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
+    scores, value = _location_scores(inputs, segment)
     seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     weights, top, pivot = softmax_of_rows(scores, segment, seqs)
     shares = weights
     if dropout_p > 0:
         assert seed is not None
-        hop = torch.arange(scores.shape[-1], device=h.device)
-        seq, place = positions(rows[0] if segment is None else 1, rows[-1], cu_seqlens, h.device)
+        hop = torch.arange(scores.shape[-1], device=seed.device)
+        seq, place = positions(rows[0] if segment is None else 1, rows[-1], cu_seqlens, seed.device)
         scale = dropout_scale(seed, place[..., None], seq[..., None], hop, dropout_p)
         scale = scale if segment is None else scale[0]
         weights = weights * scale.to(weights.dtype)
@@ -488,31 +494,31 @@ def hierarchical_attention(
 
 
 def statistics_pooling(
-    inputs: StatisticsInputs, return_scores: bool = True, *, weights_only: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Weighted mean and variance over the frames, on canonical arguments, as `fused_attn.statistics` passes them.
+    inputs: StatisticsInputs, need_scores: bool = True, *, weights_only: bool = False
+) -> tuple[Tensor, ...]:
+    r"""Mean and standard deviation of the frames, on canonical arguments, as `fused_attn.statistics` passes them.
 
-    .. math:: s_{jc} = u_j \cdot v_c, \quad \alpha_{jc} = softmax_j(s_{jc}), \quad
-        mean_c = \sum_j \alpha_{jc} x_{jc}, \quad var_c = \sum_j \alpha_{jc} (x_{jc} - mean_c)^2
+    .. math:: u_j = act(h_j W + b + c_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c), \quad
+        mean_c = \sum_j \alpha_{jc} x_{jc}, \quad
+        std_c = \sqrt{\max\big(\sum_j \alpha_{jc} (x_{jc} - mean_c)^2, floor\big)}
 
-    With ``v`` `x` is the features u; without it the scores, one for all channels.
-
-    Returns ``mean (S, C)`` and ``var (S, C)`` in at least float32, ``lse (S, C, 2)``, ``(S, 1, 2)`` without v, and
-    with `return_scores` the scores of v in at least float32, ``-inf`` where the mask is False; else an empty tensor.
-    With `weights_only` in place of the last two the largest scores ``(S, C)`` and the weights.
+    Returns ``mean (S, C)`` and ``std (S, C)`` in the dtype of the values, ``lse (S, C, 2)``, with one weight a frame
+    ``(S, 1, 2)``, and in at least float32 the scores ``(B, T, C)`` or ``(N, C)``, or one a frame, ``-inf`` where the
+    mask is False; those of channels with `need_scores`, else, and without w, an empty tensor. With `weights_only`
+    mean, std and the weights.
     """
-    x, v, value, mask, cu_seqlens = inputs
-    scores = x[..., None] if v is None else x
-    if mask is not None:
-        scores, value = hide(mask[..., None], scores, value)
-    wide = torch.promote_types(value.dtype, torch.float32)
-    scores, value = scores.to(wide), value.to(wide)
-    scores = scores if v is None else scores @ v.to(wide)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[..., None], -torch.inf)
-
-    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, value.shape[0])
-    seqs = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    h, w, _, v, _, value, mask, cu_seqlens, _, _, floor = inputs
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, h.shape[0])
+    seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = (h if value is None else value).dtype
+    if w is None:
+        scores = h.new_zeros(*h.shape[:-1], 1, dtype=torch.promote_types(dtype, torch.float32))
+        value = (h if value is None else value).to(scores.dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[..., None], -torch.inf)
+            (value,) = hide(mask[..., None], value)
+    else:
+        scores, value = _location_scores(inputs.score()._replace(value=value), segment)
 
     def to_frames(y: Tensor) -> Tensor:
         return y[:, None] if segment is None else y[segment]
@@ -528,9 +534,12 @@ def statistics_pooling(
     near = total(weights.detach(), value.detach())
     apart = value - to_frames(near)
     rest = total(weights, apart)
-    mean = near + rest
     var = total(weights, (apart - to_frames(rest)).square())
+    low = var <= floor  # then a constant; NaN stays NaN
+    std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
+    std = std.masked_fill(low, math.sqrt(floor)).masked_fill(top == -torch.inf, 0)
+    mean, std = (near + rest).to(dtype), std.to(dtype)
     if weights_only:
-        return mean, var, top, weights
-    lse = sums_of_rows(scores, top, pivot, segment)
-    return mean, var, lse, scores if return_scores else scores.new_empty(0)
+        return mean, std, weights
+    made = w is not None and (need_scores or (v is not None and v.dim() == 1))
+    return mean, std, sums_of_rows(scores, top, pivot, segment), scores if made else scores.new_empty(0)

@@ -1,7 +1,7 @@
 """Attentive statistics pooling: the weighted mean and standard deviation of the frames of a sequence.
 
-The features u = act(h W + b + ctx) are PyTorch's: they are narrow beside the values. The operator takes them, or the
-scores where a frame has one, and makes the softmax and both moments.
+The features u = act(h W + b + ctx), or the scores where a frame has one, come from the kernels of location attention:
+they are narrow beside the values. The operator makes the softmax and both moments of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from . import reference
 from ._checks import Checker, argument, check_activation, check_flag, check_number
 from ._habits import explicit
 from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, under_autocast, use_triton, weights_of_rows
-from .kernels.inputs import StatisticsInputs
+from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, weights_of_rows
+from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
 from .segments import Offsets, as_offsets
@@ -32,30 +32,37 @@ _TABLES = {
 }
 
 
-def _fake(inputs: StatisticsInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, v, value, _, cu_seqlens = inputs
-    seqs = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    channels = value.shape[-1]
+def _fake(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+    h, w, _, v, _, value, _, cu_seqlens, *_ = inputs
+    rows, (A, per_channel) = h.shape[:-1], (0, False) if v is None else (v.shape[0], v.dim() == 2)
+    seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    channels = (h if value is None else value).shape[-1]
+    hops = channels if per_channel else 1
+    made = w is not None and (need_scores or not per_channel)
+    features = features_dtype(h.dtype, inputs.activation) if per_channel else h.dtype
     return (
-        value.new_empty(seqs, channels, dtype=torch.float64),
-        value.new_empty(seqs, channels, dtype=torch.float32),
-        value.new_empty(seqs, 1 if v is None else channels, 2, dtype=torch.float32),
-        value.new_empty(value.shape if need_scores else 0, dtype=torch.float32),
+        h.new_empty(seqs, channels),
+        h.new_empty(seqs, channels),
+        h.new_empty(seqs, hops, 2, dtype=torch.float32),
+        h.new_empty((*rows, hops) if made else 0, dtype=torch.float32),
+        h.new_empty((*rows, A) if per_channel else 0, dtype=features),
+        h.new_empty((5, seqs, channels) if need_exact else 0, dtype=torch.float32),
     )
 
 
 def _bwd(inputs: StatisticsInputs, *args: Any) -> list[Tensor | None]:
-    *args, _, needs = args  # type: ignore[assignment]
-    return cast("list[Tensor | None]", launcher("statistics_bwd.statistics_bwd")(inputs, *args, needs))
+    _mean, _std, *saved, dmean, dstd, dlse, dscores, _dx, _dexact, _, _, needs = args
+    run = launcher("statistics_bwd.statistics_bwd")
+    return cast("list[Tensor | None]", run(inputs, *saved, dmean, dstd, dlse, dscores, needs))
 
 
 _STATISTICS = Operator(
     "statistics",
     StatisticsInputs,
-    differentiable="x v value",
-    choices="bool need_scores",
-    results="mean var lse scores?need_scores",
-    saved="mean var lse scores",
+    differentiable="h w b v context value",
+    choices="bool need_scores, bool need_exact",
+    results="mean std lse scores x exact?need_exact",
+    saved="mean std lse scores x exact",
     dense=2,
     forward=launcher("statistics.statistics_fwd"),
     backward=_bwd,
@@ -113,8 +120,7 @@ def statistics_pooling(
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
     mask
-        bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN. With `w` it
-        costs a copy of `h`, whose masked rows have to be 0 for the gradient of W.
+        bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     cu_seqlens
         int32 ``(S + 1,)``: sequence s is the rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of `h`.
     floor
@@ -153,69 +159,30 @@ def statistics_pooling(
         h, w, b, v, context, value, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    if w is None or v is None:
-        x = h.new_zeros(h.shape[:-1], dtype=wide)
-    else:
-        if mask is not None:  # 0 · NaN would be in the gradient of W
-            (h,) = reference.hide(mask[..., None], h)
-        x = _features(h, w, b, context, context_per_row, mask, cu_seqlens, activation)
-        if v.dim() == 1:
-            x = x.to(wide) @ v.to(wide)
-        elif kernel:  # a product of 16-bit operands there
-            x = x.to(h.dtype)
-    per_channel = None if v is None or v.dim() == 1 else v
-    return_scores = return_weights and per_channel is not None
-    inputs = StatisticsInputs(x, per_channel, h if value is None else value, mask, cu_seqlens)
+    if w is not None and context is not None:
+        seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        context = context.reshape(*(h.shape[:-1] if context_per_row else (seqs,)), w.shape[1])
+    inputs = StatisticsInputs(h, w, b, v, context, value, mask, cu_seqlens, activation, context_per_row, float(floor))
+    per_channel = v is not None and v.dim() == 2
+    weights = None
     if kernel:
-        mean, var, lse, scores = _STATISTICS(inputs, return_scores)
-        top, weights = lse[..., 0], None
+        asked = may_ask(h, w, b, v, context, value)
+        mean, std, lse, scores, *_ = _STATISTICS(inputs, return_weights and per_channel, asked)
         if return_weights:
-            if per_channel is None:
-                scores = (x if mask is None else x.masked_fill(~mask, -torch.inf))[..., None]
+            if w is None:
+                scores = h.new_zeros(*h.shape[:-1], 1, dtype=torch.float32)
+                scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
             weights = weights_of_rows(scores, lse, cu_seqlens)
     else:
-        mean, var, top, weights = _STATISTICS.formula(inputs, weights_only=True)
-    results = mean.to(h.dtype), _deviation(var, top, floor).to(h.dtype)
+        mean, std, weights = _STATISTICS.formula(inputs, weights_only=True)
     if weights is None or not return_weights:
-        return results
+        return mean, std
 
     weights = weights.to(h.dtype)
-    weights = weights.squeeze(-1) if per_channel is None else weights
+    weights = weights if per_channel else weights.squeeze(-1)
     if offsets is not None:
         weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
-    return *results, weights
-
-
-def _features(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    context: Tensor | None,
-    context_per_row: bool,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str,
-) -> Tensor:
-    h, w = reference.widened(h, w)  # a product of 16 bits overflows where its activation would not
-    z = h @ w
-    if b is not None:
-        z = z + b
-    if context is not None and context_per_row:
-        z = z + context.reshape(z.shape)
-    elif context is not None:
-        context = context.reshape(context.shape[0], w.shape[1])
-        z = z + (context[:, None] if cu_seqlens is None else context[reference.segment_ids(cu_seqlens, h.shape[0])])
-    if mask is not None and context is not None:  # it may be NaN where it meets masked frames alone
-        (z,) = reference.hide(mask[..., None], z)
-    return reference.ACTIVATIONS[activation](z)
-
-
-def _deviation(var: Tensor, top: Tensor, floor: float) -> Tensor:
-    """sqrt(max(var, floor)), a constant at the floor; 0 where no frame is visible. NaN stays NaN."""
-    low = var <= floor
-    std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
-    return std.masked_fill(low, math.sqrt(floor)).masked_fill(top == -torch.inf, 0)
+    return mean, std, weights
 
 
 def _validate_statistics(

@@ -6,7 +6,14 @@ of a score, Dv that of the values. What each is for says the function of the sam
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def features_dtype(dtype: torch.dtype, *activations: str) -> torch.dtype:
+    """What holds the features of a score: float16 has no room for them past 65,504."""
+    unbounded = dtype == torch.float16 and any(name not in ("tanh", "sigmoid") for name in activations)
+    return torch.float32 if unbounded else dtype
 
 
 class LocationInputs(NamedTuple):
@@ -114,11 +121,23 @@ class GraphInputs(NamedTuple):
 class StatisticsInputs(NamedTuple):
     """Of statistics pooling."""
 
-    x: Tensor  # the features (B, T, A) or (N, A); without v the scores (B, T) or (N,)
-    v: Tensor | None  # (A, C)
-    value: Tensor  # (B, T, C) or (N, C)
+    h: Tensor  # (B, T, D) or (N, D)
+    w: Tensor | None  # (D, A), or None, and then no b, v and context: all frames weigh the same
+    b: Tensor | None  # (A,)
+    v: Tensor | None  # (A,): one weight a frame; (A, C): one a channel
+    context: Tensor | None  # (S, A), or a vector a row: see context_per_row
+    value: Tensor | None  # (B, T, C) or (N, C); None: h
     mask: Tensor | None  # bool (B, T) or (N,)
     cu_seqlens: Tensor | None  # (S + 1,)
+    activation: str
+    context_per_row: bool
+    floor: float
+
+    def score(self) -> LocationInputs:
+        """What makes the scores of frames, a channel a hop."""
+        v = self.v if self.v is None or self.v.dim() == 2 else self.v[:, None]
+        structure = self.mask, self.cu_seqlens, None, self.activation, "identity", 0.0, self.context_per_row
+        return LocationInputs(self.h, self.w, self.b, v, None, None, self.context, None, None, *structure)
 
 
 class HierarchicalInputs(NamedTuple):

@@ -35,7 +35,7 @@ from .chip import (
     unit,
     unpressed,
 )
-from .inputs import LocationInputs
+from .inputs import LocationInputs, features_dtype
 from .masks import Items, dropout, dropout_scale, locate, partition, unmasked
 from .products import add_product, tile_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
@@ -176,6 +176,14 @@ def gated(z, g, weights, flags):
 
 
 @triton.jit
+def _biased(s, bias, seq, rows, keep):
+    """Scores and the bias of their rows; -inf where a row is hidden."""
+    if bias.ptr is not None:
+        s += tl.load(entry_ptr(bias, seq, rows), mask=keep, other=0.0).to(tl.float32)[:, None]
+    return tl.where(keep[:, None], s, float("-inf"))
+
+
+@triton.jit
 def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Σ_j value_j p_j, [BLOCK_DV, BLOCK_P].
 
@@ -253,16 +261,18 @@ def _location_fwd_kernel(
                 blocks.D,
             )
             u = gated(z, g, weights, flags)
-            if weights.v is None:
+            if flags.FEATURES:
+                u = _biased(u, bias, seq, rows, keep)
+                store_rows(result.scores + (seq * T + rows) * size.A, u, inside, a, size.A)
+            elif weights.v is None:
                 s = u
             else:
                 v = load_rows(weights.v + a * size.R, a < size.A, r, size.R)
                 s = matmul(u, v, s, flags.U_COMPUTE, flags.U_PRECISION)
-        if bias.ptr is not None:
-            s += tl.load(entry_ptr(bias, seq, rows), mask=keep, other=0.0).to(tl.float32)[:, None]
-        s = tl.where(keep[:, None], s, float("-inf"))
-        at = (seq * T + rows)[:, None] * size.R + r[None, :]
-        tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
+        if not flags.FEATURES:
+            s = _biased(s, bias, seq, rows, keep)
+            at = (seq * T + rows)[:, None] * size.R + r[None, :]
+            tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
 
         if flags.POOL:
             p, alpha, m, l = online_softmax(s, m, l, 0, False)
@@ -388,7 +398,7 @@ class Weights(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward leaves, float32 but for `out`, which in the backward is float32 too."""
+    """What the forward leaves, float32 but for `out`, which in the backward is float32 too, and for features."""
 
     out: Tensor  # (S, R, DV) in the dtype of H
     lse: Tensor  # (S, R, 2): (m, l), see softmax.py
@@ -425,6 +435,8 @@ class Flags(NamedTuple):
     U_COMPUTE: object  # of the product with v
     U_PRECISION: str
     POOL: bool = True  # else scores alone
+    FEATURES: bool = False  # scores alone, without v: any number of them, a part of them at a time; R is 1
+    ADD: bool = False  # gradients of rows are added to what is there
     RESIDENT: bool = False  # blocks.D >= D: a tile of H is loaded once and kept
     ONE_DV: bool = False  # blocks.DV >= DV: the sum is kept in registers, else in parts.o
 
@@ -454,14 +466,14 @@ def _near(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
-def _u_flags(chip: Chip, dtype: torch.dtype, activations: tuple[str, ...]) -> tuple[object, str]:
-    """How features are multiplied with v: float16 has no room for them past 65,504, so float32, in as many digits."""
-    if dtype == torch.float16 and any(name not in ("tanh", "sigmoid") for name in activations):
+def features_flags(chip: Chip, dtype: torch.dtype, *activations: str) -> tuple[object, str]:
+    """How features are multiplied with v: where they are float32 for their size alone, in no more digits."""
+    if features_dtype(dtype, *activations) != dtype:
         return tl.float32, "tf32" if chip.backend == "cuda" else "ieee"
     return tuple(matmul_flags(chip, dtype).values())
 
 
-def prepare(inputs: LocationInputs) -> Call:
+def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
     h, w, b, v, gate_w, gate_b, context, values, _, mask, cu_seqlens, seed, *options = inputs
     activation, gate_activation, dropout_p, context_per_row = options
     chip = chip_of(h.device)
@@ -470,7 +482,9 @@ def prepare(inputs: LocationInputs) -> Call:
     w, gate_w = _near(w), _near(gate_w)
     b, v, gate_b, cu_seqlens = (x if x is None else x.contiguous() for x in (b, v, gate_b, cu_seqlens))
     D, A = (h.shape[-1],) * 2 if w is None else w.shape
-    size = Size(D, A, A if v is None else v.shape[1], (h if values is None else values).shape[-1])
+    features = v is None and not pool
+    R = 1 if features else A if v is None else v.shape[1]
+    size = Size(D, A, R, (h if values is None else values).shape[-1])
     activations = (activation,) if gate_w is None else (activation, gate_activation)
     flags = Flags(
         activation,
@@ -478,7 +492,9 @@ def prepare(inputs: LocationInputs) -> Call:
         h.dtype.itemsize == 2 and chip.backend == "cuda",
         context_per_row,
         *matmul_flags(chip, h.dtype).values(),
-        *_u_flags(chip, h.dtype, activations),
+        *features_flags(chip, h.dtype, *activations),
+        pool,
+        features,
     )
     if context is not None and not context_per_row:
         context = context[:, None]
@@ -498,23 +514,26 @@ def prepare(inputs: LocationInputs) -> Call:
     return Call(seqs, length, size, flags, chip, cu_seqlens, args)
 
 
-def location_fwd(inputs: LocationInputs, pool: bool, need_exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def location_fwd(
+    inputs: LocationInputs, pool: bool, need_exact: bool, scores_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, scores) as `fused_attn.reference.location_attention` has them, and out in float32.
 
     Without `pool` there are scores alone, the rest is empty. The last is written only where `need_exact` says so, for
     the backward, which takes differences with it; else it is empty.
     """
-    call = prepare(inputs)
-    h, w, v, cu_seqlens = inputs.h, inputs.w, inputs.v, inputs.cu_seqlens
+    call = prepare(inputs, pool)
+    h, w, cu_seqlens = inputs.h, inputs.w, inputs.cu_seqlens
     seqs, packed, (D, A, R, DV) = call.seqs, cu_seqlens is not None, call.size
     out = h.new_empty((seqs, R, DV) if pool else 0)
     exact = h.new_empty((seqs, R, DV) if pool and need_exact else 0, dtype=torch.float32)
     lse = new_lse(seqs if pool else 0, R, device=h.device)
-    scores = h.new_empty(*h.shape[:-1], R, dtype=torch.float32)
+    scores = h.new_empty(*h.shape[:-1], A if call.flags.FEATURES else R, dtype=scores_dtype)
     if seqs == 0 or call.length == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
 
-    blocks = fwd_blocks(call.chip, h.element_size(), LONG if packed else call.length, D, A, R, DV, v is None)
+    longest, linear = LONG if packed else call.length, inputs.v is None and pool
+    blocks = fwd_blocks(call.chip, h.element_size(), longest, D, A, R, DV, linear)
     one_dv = blocks.DV >= DV
     rows = _rows_per_item(call, packed, blocks.T)
     items = call.items(rows)
@@ -526,7 +545,7 @@ def location_fwd(inputs: LocationInputs, pool: bool, need_exact: bool) -> tuple[
         unread = out if h.dtype == torch.float32 else exact
         o = unread if alone and (one_dv or unread.numel()) else h.new_empty(items.count, R, DV, dtype=torch.float32)
         parts = Parts(o, *(h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2)))
-    flags = call.flags._replace(POOL=pool, RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
+    flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
     args = {
         **call.args,
         "bias": entries(inputs.score_bias, packed=packed),
@@ -547,7 +566,10 @@ def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
 
     Beside the workspace there is, at most, a sum for each sequence.
     """
-    want = max(1, min(4 * call.chip.cores, WORKSPACE_BYTES // max(1, 4 * call.size.R * call.size.DV)))
+    want, least = 4 * call.chip.cores, block_t
+    if call.flags.POOL:
+        want = max(1, min(want, WORKSPACE_BYTES // max(1, 4 * call.size.R * call.size.DV)))
+        least *= 4
     parts = cdiv(want, 1 if ragged else call.seqs)
-    rows = max(cdiv(call.length, parts), 4 * block_t)
+    rows = max(cdiv(call.length, parts), least)
     return cdiv(rows, block_t) * block_t

@@ -161,7 +161,16 @@ def _location_bwd_dz_kernel(
     hop = (r < size.R) & (seq < num_seqs)
     at = (seq * T + rows)[:, None] * size.R + r[None, :]
     visible = keep[:, None] & hop[None, :]
-    if given.do is None:
+    if flags.FEATURES:  # their own gradients, of which ds is what a bias and `live` need, the sum and whether any is
+        du_ptrs = given.dscores + (seq * T + rows) * size.A
+        ds = tl.zeros([blocks.T, blocks.R], tl.float32)
+        some = tl.zeros([blocks.T], tl.int32)
+        for a0 in range(0, size.A, blocks.A):
+            du = load_rows(du_ptrs, keep, a0 + tl.arange(0, blocks.A), size.A).to(tl.float32)
+            ds += tl.sum(du, axis=1)[:, None]
+            some = tl.maximum(some, tl.max((du != 0).to(tl.int32), axis=1))
+        live = some != 0
+    elif given.do is None:
         ds = tl.load(given.dscores + at, mask=visible, other=0.0)
     else:
         a_w, p, gap, cotangent = _weights_and_gaps(
@@ -184,7 +193,8 @@ def _location_bwd_dz_kernel(
     slot = item * blocks.T + tl.arange(0, blocks.T)
     if work.ds is not None:
         tl.store(work.ds + slot[:, None] * size.R + r[None, :], ds, mask=(r < size.R)[None, :])
-    live = tl.max((ds != 0).to(tl.int32), axis=1) != 0
+    if not flags.FEATURES:
+        live = tl.max((ds != 0).to(tl.int32), axis=1) != 0
     tl.store(work.live + slot, live.to(tl.int32))
     if dbias_ptr is not None:
         dbias = tl.sum(ds, axis=1).to(dbias_ptr.dtype.element_ty)
@@ -203,7 +213,9 @@ def _location_bwd_dz_kernel(
         )
         y = activate(z, flags.ACT, flags.FAST)
         u = y
-        if weights.v is None:
+        if flags.FEATURES:
+            du = load_rows(du_ptrs, live, a, size.A).to(tl.float32)
+        elif weights.v is None:
             du = ds
         else:
             v = load_rows(weights.v + a * size.R, a < size.A, r, size.R).to(tl.float32)
@@ -288,7 +300,10 @@ def _location_bwd_rows_kernel(
             acc += p * do.to(tl.float32)
         else:
             acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
-    store_rows(grad_ptr + (seq * T + start + t) * D, acc, t < hi, d, D)
+    grad_ptrs = grad_ptr + (seq * T + start + t) * D
+    if flags.ADD:
+        acc += load_rows(grad_ptrs, t < hi, d, D).to(tl.float32)
+    store_rows(grad_ptrs, acc, t < hi, d, D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -365,7 +380,7 @@ class Given(NamedTuple):
 
     do: Tensor | None  # (S, R, DV), of any dtype; None: the scores have all that comes back
     dlse: Tensor | None  # (S, R, 2) float32
-    dscores: Tensor | None  # (B, T, R) or (N, R) float32
+    dscores: Tensor | None  # (B, T, R) or (N, R) float32; of features (B, T, A) or (N, A)
     left: Tensor | None = None  # (S, R) float32: what is left of Σ_j a_jr gap_jr, which is 0
 
 
@@ -428,12 +443,16 @@ def location_bwd(
     dlse: Tensor | None,
     dscores: Tensor | None,
     needs: list[bool],
+    *,
+    onto: Tensor | None = None,
+    also: tuple[Tensor | None, torch.dtype] | None = None,
 ) -> list[Tensor | None]:
     """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False.
 
-    dout: None where scores alone have a gradient.
+    dout: None where scores alone have a gradient. onto: contiguous, of the shape of H; the gradient of H is added to
+    it, and is it. also: another sum for `sums`, which is the last of the results.
     """
-    call = prepare(inputs)
+    call = prepare(inputs, dout is not None or dlse is not None)
     h, w, b, v, gate_w, gate_b, context, values, score_bias, *_ = inputs
     need_h, need_w, need_b, need_v, need_gw, need_gb, need_ctx, need_values, need_bias = needs
     D, A, R, DV = call.size
@@ -445,10 +464,15 @@ def location_bwd(
     if dout is None and dlse is not None:
         dout = torch.zeros_like(out)
     if call.seqs == 0 or call.length == 0 or (dout is None and dscores is None):
-        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
+        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
+        return [*zeros, *sums([also] if also else [])]
     items = call.items(blocks.T)
     wanted = need_b or a_sequence, need_gb, need_v
-    dh, dvalues, dbias = _like(h, need_h), _like(values, need_values), _like(score_bias, need_bias)
+    dh, dvalues, dbias = (
+        _like(h, need_h) if onto is None else onto,
+        _like(values, need_values),
+        _like(score_bias, need_bias),
+    )
     direct = dh if ww is None and (values is not None or dout is None) else None
     work, parts = _workspace(call, h, blocks, items.count, K, wanted, dout is not None, direct)
     chunk = len(work.live)
@@ -472,13 +496,14 @@ def location_bwd(
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
     of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh}
+    of_h["flags"] = constants(call.flags._replace(ADD=onto is not None))
     of_h |= {} if values is None and dout is not None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
 
     many = hop_block(R) > (32 if h.element_size() == 4 else 64)  # float32 products are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
     dz_blocks = blocks
-    if h.element_size() == 4 and v is not None:
+    if h.element_size() == 4 and (v is not None or call.flags.FEATURES):
         dz_blocks = blocks._replace(D=min(16, blocks.D))  # beside the score's features a wider part of W spilled
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
@@ -516,10 +541,12 @@ def location_bwd(
         (dgb, gate_b),
         (parts.db.view(call.seqs, -1, A).transpose(0, 1) if of_items else None, context),
     )
-    made_w, made_b, made_v, *made_gate, made_ctx = sums([(x, h.dtype if y is None else y.dtype) for x, y in given])
+    todo = [(x, h.dtype if y is None else y.dtype) for x, y in given]
+    made = sums([*todo, *([also] if also else [])])
+    made_w, made_b, made_v, *made_gate, made_ctx = made[:6]
     made_v = made_v[:, None] if made_v is not None and dv is None else made_v
     made_ctx = made_ctx if dctx is None else dctx.to(context.dtype)
-    return [dh, made_w, made_b, made_v, *made_gate, made_ctx, dvalues, dbias]
+    return [dh, made_w, made_b, made_v, *made_gate, made_ctx, dvalues, dbias, *made[6:]]
 
 
 def _like(x: Tensor | None, need: bool) -> Tensor | None:
@@ -530,7 +557,7 @@ def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
     """`bwd_blocks` of a call."""
     (D, A, R, DV), weights, flags = call.size, call.args["weights"], call.flags
     longest = call.length if call.cu_seqlens is None else LONG
-    blocks = bwd_blocks(call.chip, itemsize, longest, D, A, R, DV, weights.v is None)
+    blocks = bwd_blocks(call.chip, itemsize, longest, D, A, R, DV, weights.v is None and not flags.FEATURES)
     if weights.gw is not None and flags.CTX_PER_ROW and flags.ACT in ("gelu", "silu"):
         blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
     return blocks._replace(K=pow2(K, 16, 64))

@@ -1,8 +1,11 @@
 """Attentive statistics pooling: scores, softmax over the frames, weighted mean and variance, in one pass.
 
-For the frames j of an item and a channel c, with a weight a frame (the scores s_j come ready) or a channel:
+For the frames j of an item and a channel c, with a weight a frame or a channel:
 
     s_jc = u_j · v_c      α_jc = softmax_j(s_jc)      mean_c = Σ_j α_jc x_jc      var_c = Σ_j α_jc (x_jc - mean_c)²
+
+The scores s_j of one weight a frame, and the features u_j of one a channel, are made by the kernel of location
+attention, without its weighted sum: they are narrow beside the values.
 
 The running state of a channel is (m, l, mean, M): the pivot and the sum of its softmax, and of the frames so far the
 mean and l times the variance. A tile of frames has a state of its own, made while it is in registers: a first mean μ,
@@ -12,8 +15,8 @@ over disjoint frames join by Chan's formula,
     l = l_a + l_b      δ = mean_b - mean_a      mean = mean_a + δ l_b / l      M = M_a + M_b + δ² l_a l_b / l
 
 once both are brought to one pivot. No square of a value is ever subtracted from another: channels far from 0 lose
-nothing. The mean is float64: the backward takes differences of
-values with it, and its rounding to float32 would be in all of them alike. It is one number a channel.
+nothing. The mean is float64, and two float32 for the backward, which takes differences of values with it: its
+rounding to float32 would be in all of them alike. It is one number a channel.
 
 A program has a block of channels of an item; one sequence makes several items where there are too few programs to
 fill the chip, and `_statistics_merge_kernel` joins their states by the same formula.
@@ -21,6 +24,8 @@ fill the chip, and `_statistics_merge_kernel` joins their states by the same for
 The backward is in statistics_bwd.py.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,15 +50,14 @@ from .chip import (
     cdiv,
     chip_of,
     even,
-    matmul_flags,
     pow2,
     rule,
     tile_rows,
     unit,
     unpressed,
 )
-from .inputs import StatisticsInputs
-from .location import load_rows, matmul, store_rows
+from .inputs import StatisticsInputs, features_dtype
+from .location import features_flags, load_rows, location_fwd, matmul, store_rows
 from .masks import Items, items_of, locate, partition, unmasked
 from .softmax import finish, new_lse, no_key, pivot, store_lse
 
@@ -84,6 +88,16 @@ def channel_scores(
             u_a = load_rows(x_ptrs, keep, a, size.A)
             s = matmul(u_a, load_channels(v, a, c, size), s, flags.COMPUTE, flags.PRECISION)
     return tl.where(keep[:, None], s, float("-inf"))
+
+
+@triton.jit
+def frame_scores(x, seq, rows, keep):
+    """s_j for a tile of frames, [BLOCK_T, 1]; -inf where a frame is not seen."""
+    if x.ptr is None:
+        s = tl.where(keep, 0.0, float("-inf"))
+    else:
+        s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
+    return s[:, None]
 
 
 @triton.jit
@@ -144,13 +158,13 @@ def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_fwd_kernel(
-    x,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,)
+    x,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,), or None: they are 0
     v,  # (A, C), or None: one weight a frame
     values,  # (B, T, C) or (N, C)
     mask,  # (B, T), (N,) or None
     spans,
-    state,  # of items, where there are m and l
-    lse_ptr,  # (S, R, 2) float32, R = C with v and 1 without: (m, l), see softmax.py
+    result,
+    parts,
     scores_ptr,  # (B, T, C) or (N, C) float32, or None: they are not wanted
     num_seqs,
     per_seq,
@@ -183,7 +197,7 @@ def _statistics_fwd_kernel(
             if scores_ptr is not None:
                 store_rows(scores_ptr + (seq * T + rows) * size.C, s, t < hi, c, size.C)
         else:
-            s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))[:, None]
+            s = frame_scores(x, seq, rows, keep)
         y = load_rows(sequence_ptr(values, seq, rows), keep, c, size.C).to(tl.float32)
         m_tile = tl.max(s, axis=0)
         l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), y)
@@ -192,32 +206,47 @@ def _statistics_fwd_kernel(
     own = r < R
     if not flags.PER_CHANNEL:
         own = own & (block == 0)
-    if state.m is None:
+    if parts.m is None:
         valid = seq < num_seqs
-        _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, valid, own & valid)
+        _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, valid, own & valid)
     else:
         at = item.to(tl.int64) * size.C + c
-        tl.store(state.mean + at, mean, mask=c < size.C)
-        tl.store(state.var + at, sq, mask=c < size.C)
-        tl.store(state.m + item.to(tl.int64) * R + r, m, mask=own)
-        tl.store(state.l + item.to(tl.int64) * R + r, l, mask=own)
+        tl.store(parts.mean + at, mean, mask=c < size.C)
+        tl.store(parts.sq + at, sq, mask=c < size.C)
+        tl.store(parts.m + item.to(tl.int64) * R + r, m, mask=own)
+        tl.store(parts.l + item.to(tl.int64) * R + r, l, mask=own)
 
 
 @triton.jit
-def _store_statistics(state, lse_ptr, seq, c, C, r, R, m, l, mean, sq, valid, own):
+def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, valid, own):
     """The statistics of the channels c of a sequence, and its (m, l) where it is this program's `own`."""
     at = seq * C + c
-    tl.store(state.mean + at, mean, mask=(c < C) & valid)
-    tl.store(state.var + at, sq * finish(l), mask=(c < C) & valid)
-    store_lse(lse_ptr + (seq * R + r) * 2, m, l, own)
+    write = (c < C) & valid
+    inv = finish(l)
+    var = sq * inv
+    low = var <= result.floor  # then a constant; NaN stays NaN
+    root = tl.sqrt_rn(tl.where(low, 1.0, var))
+    std = tl.where(low, result.least, root)
+    std = tl.where(m == float("-inf"), 0.0, std)  # no frame is visible
+    near = mean.to(tl.float32)
+    tl.store(result.mean + at, near.to(result.mean.dtype.element_ty), mask=write)
+    tl.store(result.std + at, std.to(result.std.dtype.element_ty), mask=write)
+    if result.exact is not None:
+        plane = num_seqs.to(tl.int64) * C
+        tl.store(result.exact + at, near, mask=write)
+        tl.store(result.exact + plane + at, (mean - near.to(tl.float64)).to(tl.float32), mask=write)
+        tl.store(result.exact + 2 * plane + at, var, mask=write)
+        tl.store(result.exact + 3 * plane + at, tl.where(low, 0.0, tl.div_rn(0.5, root)), mask=write)
+        tl.store(result.exact + 4 * plane + at, tl.broadcast_to(inv, at.shape), mask=write)
+    store_lse(result.lse + (seq * R + r) * 2, m, l, own)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_merge_kernel(
     parts,
     first_ptr,  # (S + 1,) int32 or None
-    state,
-    lse_ptr,  # (S, R, 2) float32
+    result,
+    num_seqs,
     per_seq,
     size,
     flags,
@@ -239,12 +268,12 @@ def _statistics_merge_kernel(
         weight = tl.exp(m_i - pivot(m_tile)[None, :])
         mean_i = load_rows(parts.mean + item * size.C, item < hi, c, size.C)
         l_tile, mean_tile, sq_tile = _moments(weight * l_i, mean_i)
-        sq_tile += tl.sum(weight * load_rows(parts.var + item * size.C, item < hi, c, size.C), axis=0)
+        sq_tile += tl.sum(weight * load_rows(parts.sq + item * size.C, item < hi, c, size.C), axis=0)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
     own = r < R
     if not flags.PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
-    _store_statistics(state, lse_ptr, seq, c, size.C, r, R, m, l, mean, sq, True, own)
+    _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, True, own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,12 +317,23 @@ def product_warps(chip: Chip, itemsize: int, C: int, A: int) -> int:
     return 4 if chip.backend == "hip" or fits else 8
 
 
-class State(NamedTuple):
-    """Statistics of sequences, or of items, with what their softmax needs to be joined."""
+class Result(NamedTuple):
+    """What the forward leaves, R = C with a weight a channel and 1 with one a frame."""
 
-    mean: Tensor  # (S, C) or (items, C) float64
-    var: Tensor  # the same, float32; of items M
-    m: Tensor | None = None  # (items, R) float32, or None: every sequence is one item
+    mean: Tensor  # (S, C), as the values
+    std: Tensor
+    lse: Tensor  # (S, R, 2) float32: (m, l), see softmax.py
+    exact: Tensor | None  # (5, S, C) float32, or none: mean in two parts, variance, dvar / dstd, 1 / l
+    floor: float  # of the variance
+    least: float  # its root
+
+
+class Parts(NamedTuple):
+    """States of items; none where every sequence is one."""
+
+    mean: Tensor | None = None  # (items, C) float64
+    sq: Tensor | None = None  # M (items, C) float32
+    m: Tensor | None = None  # (items, R) float32
     l: Tensor | None = None
 
 
@@ -333,15 +373,20 @@ class Call(NamedTuple):
         return items
 
 
-def prepare(inputs: StatisticsInputs) -> Call:
-    x, v, values, mask, cu_seqlens = inputs
+def prepare(inputs: StatisticsInputs, x: Tensor | None) -> Call:
+    """x: features, scores of frames (B, T, 1) or (N, 1), or None."""
+    values, v, mask, cu_seqlens = inputs.h if inputs.value is None else inputs.value, inputs.v, *inputs[6:8]
     chip, packed = chip_of(values.device), cu_seqlens is not None
-    v, values, cu_seqlens = unit(v), unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    v = None if v is None or v.dim() == 1 else unit(v)
+    values, cu_seqlens = unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     size = Size(0 if v is None else v.shape[0], values.shape[-1])
     seqs, length = (cu_seqlens.numel() - 1, values.shape[0]) if packed else values.shape[:2]
-    flags = Flags(v is not None, chip.backend != "interpreter", *matmul_flags(chip, values.dtype).values())
+    flags = Flags(
+        v is not None, chip.backend != "interpreter", *features_flags(chip, values.dtype, inputs.activation)
+    )
+    frame = None if x is None else x.squeeze(-1)
     args = {
-        "x": entries(x, packed=packed) if v is None else sequences(unit(x), packed=packed),
+        "x": entries(frame, packed=packed) if v is None else sequences(x, packed=packed),
         "v": Matrix(v, 0 if v is None else v.stride(0)),
         "values": sequences(values, packed=packed),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
@@ -352,40 +397,61 @@ def prepare(inputs: StatisticsInputs) -> Call:
     return Call(seqs, length, size, chip, flags, cu_seqlens, args)
 
 
-def statistics_fwd(inputs: StatisticsInputs, return_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, var, lse, scores) as `fused_attn.reference.statistics_pooling` has them."""
-    call = prepare(inputs)
-    _, v, values, _, cu_seqlens = inputs
-    seqs, (A, C) = call.seqs, call.size
-    R = 1 if v is None else C
-    state = State(
-        values.new_empty(seqs, C, dtype=torch.float64),
-        values.new_empty(seqs, C, dtype=torch.float32),
-    )
-    lse = new_lse(seqs, R, device=values.device)
-    scores = values.new_empty(values.shape if return_scores else 0, dtype=torch.float32)
-    if seqs == 0 or call.length == 0:
-        return state.mean.zero_(), state.var.zero_(), no_key(lse), scores
+def floors(floor: float) -> tuple[float, float]:
+    """The least variance and its root, which float32 may hold where it does not hold the variance."""
+    return floor if floor <= torch.finfo(torch.float32).max else math.inf, math.sqrt(floor)
 
-    longest = call.length if cu_seqlens is None else LONG
-    blocks = fwd_blocks(call.chip, values.element_size(), longest, C, A)
+
+def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+    """(mean, std, lse, scores) as `fused_attn.reference.statistics_pooling` has them, features u and `Result.exact`.
+
+    The scores of one weight a frame are always there, of one a channel where they are needed, and then the features
+    are. What is not there is empty.
+    """
+    values = inputs.h if inputs.value is None else inputs.value
+    score, per_channel = inputs.score(), inputs.v is not None and inputs.v.dim() == 2
+    scores = x = None
+    if inputs.w is not None and per_channel:
+        x = location_fwd(score._replace(v=None), False, False, features_dtype(values.dtype, inputs.activation))[2]
+    elif inputs.w is not None:
+        scores = location_fwd(score, False, False)[2]
+    call = prepare(inputs, x if per_channel else scores)
+    seqs, (A, C) = call.seqs, call.size
+    R = C if per_channel else 1
+    if per_channel:
+        scores = values.new_empty(values.shape if need_scores else 0, dtype=torch.float32)
+    mean, std = (values.new_empty(seqs, C) for _ in range(2))
+    exact = values.new_empty((5, seqs, C) if need_exact else 0, dtype=torch.float32)
+    lse = new_lse(seqs, R, device=values.device)
+    results = mean, std, lse, *(values.new_empty(0) if y is None else y for y in (scores, x)), exact
+    if seqs == 0 or call.length == 0:
+        return mean.zero_(), std.zero_(), no_key(lse), *results[3:5], exact.zero_()
+
+    longest = call.length if inputs.cu_seqlens is None else LONG
+    blocks = fwd_blocks(call.chip, (values if x is None else x).element_size(), longest, C, A)
     channel_blocks = cdiv(C, blocks.C)
-    rows = _rows_per_item(call, cu_seqlens is not None, channel_blocks, blocks.T)
+    rows = _rows_per_item(call, inputs.cu_seqlens is not None, channel_blocks, blocks.T)
     items = call.items(rows, blocks)
-    parts = state
-    if items.first is not None or items.per_seq > 1:
-        m, l = (values.new_empty(items.count, R, dtype=torch.float32) for _ in range(2))
-        parts = State(*(y.new_empty(items.count, C) for y in state[:2]), m, l)
-    args = call.args | {"scores_ptr": scores if return_scores else None, "lse_ptr": lse, "rows_per_item": rows}
+    parts, alone = Parts(), items.first is None and items.per_seq == 1
+    if not alone:
+        new = functools.partial(torch.empty, dtype=torch.float32, device=values.device)
+        of_channels = new(items.count, C, dtype=torch.float64), new(items.count, C)
+        parts = Parts(*of_channels, *(new(items.count, R) for _ in range(2)))
+    args = call.args | {
+        "result": Result(mean, std, lse, exact if need_exact else None, *floors(inputs.floor)),
+        "parts": parts,
+        "scores_ptr": scores if per_channel and need_scores else None,
+        "first_ptr": items.first,
+        "rows_per_item": rows,
+    }
     grid = (items.count * channel_blocks,)
     registers = all_registers(call.chip) if 0 < A <= 16 else unpressed(call.chip, C, A)
-    launch(_statistics_fwd_kernel, grid, args | {"state": parts}, blocks, **registers)
-    if parts is not state:
+    launch(_statistics_fwd_kernel, grid, args, blocks, **registers)
+    if not alone:
         block_c = pow2(C, 16, 128)
-        args |= {"parts": parts, "state": state, "first_ptr": items.first}
         grid = seqs, cdiv(C, block_c)
         launch(_statistics_merge_kernel, grid, args, Blocks(16, block_c, 0, 4), **all_registers(call.chip))
-    return state.mean, state.var, lse, scores
+    return results
 
 
 def _rows_per_item(call: Call, ragged: bool, channel_blocks: int, block_t: int) -> int:

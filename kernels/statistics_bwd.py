@@ -6,6 +6,10 @@ With e_jc = x_jc - mean_c and α_jc = exp(s_jc - m_c) / l_c, dlse_c = l_c dl_c:
     ds_jc = α_jc (dmean_c e_jc + dvar_c (e_jc² - var_c) + dlse_c) + dscores_jc         (one a frame: the sum over c)
     du_j = Σ_c ds_jc v_c        dv_c = Σ_j u_j ds_jc
 
+dvar = dstd / 2 std, 0 where the variance is at its floor; dvar / dstd is one of the numbers that are kept. From ds of
+one weight a frame, or du, the backward of location attention makes the other gradients, and adds that of H to dx
+where the values are H.
+
 The mean inside var_c has no gradient of its own: Σ_j α_jc e_jc = 0. With a weight a channel, du sums over the
 channels and dv over the frames, so each has a kernel that makes the scores again: nothing of size N·C but dx reaches
 memory. Only where the forward has returned the scores, for the weights, they are read: then those that dscores and
@@ -20,14 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import entry_ptr, launch, sequence_ptr
+from .arguments import launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, cdiv, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
 from .location import load_rows, store_rows
+from .location_bwd import location_bwd
 from .masks import Items, item_rows
 from .products import add_product
-from .softmax import exp, load_dlse, load_lse
-from .statistics import Blocks, Call, channel_scores, load_channels, prepare, product_warps
+from .softmax import exp, load_dlse, pivot
+from .statistics import Blocks, Call, channel_scores, frame_scores, load_channels, prepare, product_warps
+from .sums import sums
 
 
 @triton.jit
@@ -37,10 +43,12 @@ def _of_sequence(ptr, seq, c, C, num_seqs):
 
 
 @triton.jit
-def _load_lse(state, seq, r, R, num_seqs):
+def _load_lse(state, seq, r, R, C, num_seqs):
     """(m, 1 / l), [1, BLOCK_R] each."""
-    top, inv = load_lse(state.lse + (seq * R + r) * 2, (r < R) & (seq < num_seqs))
-    return top[None, :], inv[None, :]
+    known = (r < R) & (seq < num_seqs)
+    m = tl.load(state.lse + (seq * R + r) * 2, mask=known, other=0.0)
+    inv = tl.load(state.exact + (num_seqs.to(tl.int64) * 4 + seq) * C + r, mask=known, other=0.0)
+    return pivot(m)[None, :], inv[None, :]
 
 
 @triton.jit
@@ -54,16 +62,18 @@ def _load_dlse(state, seq, r, R, num_seqs):
 def _deviation(values, state, seq, rows, keep, c, C, num_seqs):
     """X - mean of frames [BLOCK_T] and channels c, to the last bit of the float64 mean, [BLOCK_T, BLOCK_C]."""
     e = load_rows(sequence_ptr(values, seq, rows), keep, c, C).to(tl.float32)
-    e -= _of_sequence(state.mean, seq, c, C, num_seqs)
-    return e - _of_sequence(state.mean_lo, seq, c, C, num_seqs)
+    e -= _of_sequence(state.exact, seq, c, C, num_seqs)
+    return e - _of_sequence(state.exact + num_seqs.to(tl.int64) * C, seq, c, C, num_seqs)
 
 
 @triton.jit
 def _gradient(state, e, seq, c, C, num_seqs):
     """(dx / α, ds / α without dlse), [BLOCK_T, BLOCK_C]."""
     dmean = _of_sequence(state.dmean, seq, c, C, num_seqs)
-    dvar = _of_sequence(state.dvar, seq, c, C, num_seqs)
-    var = _of_sequence(state.var, seq, c, C, num_seqs)
+    plane = num_seqs.to(tl.int64) * C
+    var = _of_sequence(state.exact + 2 * plane, seq, c, C, num_seqs)
+    slope = _of_sequence(state.exact + 3 * plane, seq, c, C, num_seqs)
+    dvar = _of_sequence(state.dstd, seq, c, C, num_seqs) * slope
     return dmean + 2.0 * dvar * e, e * (dmean + dvar * e) - dvar * var
 
 
@@ -80,7 +90,7 @@ def _frame_weights(s, top, inv, FMA: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_bwd_frame_kernel(
-    x,  # scores (B, T) or (N,) float32
+    x,  # scores (B, T) or (N,) float32, or None: they are 0
     values,  # (B, T, C) or (N, C)
     mask,  # (B, T), (N,) or None
     spans,
@@ -97,9 +107,8 @@ def _statistics_bwd_frame_kernel(
     """One weight a frame: an item of frames, all channels."""
     seq, _, inside, rows, keep = item_rows(tl.program_id(0), mask, spans, T, num_seqs, per_seq, blocks.T)
     one = tl.arange(0, 1)
-    top, inv = _load_lse(state, seq, one, 1, num_seqs)
-    s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
-    alpha = _frame_weights(s[:, None], top, inv, flags.FMA)  # [BLOCK_T, 1]
+    top, inv = _load_lse(state, seq, one, 1, size.C, num_seqs)
+    alpha = _frame_weights(frame_scores(x, seq, rows, keep), top, inv, flags.FMA)  # [BLOCK_T, 1]
     factor = tl.zeros([blocks.T], tl.float32)
     for c0 in range(0, size.C, blocks.C):
         c = c0 + tl.arange(0, blocks.C)
@@ -111,7 +120,10 @@ def _statistics_bwd_frame_kernel(
     if dx_ptr is not None:
         if state.dlse is not None:
             factor += tl.sum(_load_dlse(state, seq, one, 1, num_seqs), axis=1)
-        tl.store(dx_ptr + seq * T + rows, tl.sum(alpha, axis=1) * factor, mask=inside)
+        ds = tl.sum(alpha, axis=1) * factor
+        if state.dscores is not None:
+            ds += tl.load(state.dscores + seq * T + rows, mask=keep, other=0.0)
+        tl.store(dx_ptr + seq * T + rows, ds, mask=inside)
 
 
 @triton.jit
@@ -121,7 +133,7 @@ def _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, si
         s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, BLOCK_A)
     else:
         s = tl.where(keep[:, None], load_rows(state.scores + at, keep, c, size.C), float("-inf"))
-    top, inv = _load_lse(state, seq, c, size.C, num_seqs)
+    top, inv = _load_lse(state, seq, c, size.C, size.C, num_seqs)
     return tl.exp(s - top) * inv
 
 
@@ -230,17 +242,15 @@ def _statistics_bwd_features_kernel(
 
 
 class State(NamedTuple):
-    """What the forward left, and its gradients."""
+    """What the forward left, see `statistics.Result`, and its gradients."""
 
-    mean: Tensor  # (S, C) float32, and the rest of mean, which is float64
-    mean_lo: Tensor
-    var: Tensor  # (S, C) float32
-    lse: Tensor  # (S, R, 2) float32, R = C with v and 1 without: (m, l)
-    scores: Tensor | None  # (B, T, C) or (N, C) float32; None: they are made again
-    dmean: Tensor  # (S, C) float32
-    dvar: Tensor  # (S, C) float32
+    exact: Tensor
+    lse: Tensor
+    scores: Tensor | None  # (B, T, C) or (N, C) float32; None: they are made again, or are x
+    dmean: Tensor  # (S, C), of any dtype
+    dstd: Tensor
     dlse: Tensor | None  # as lse
-    dscores: Tensor | None  # as scores
+    dscores: Tensor | None  # of scores returned, or of x
 
 
 def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
@@ -255,64 +265,69 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     whole = even(C, A)
     small = chip.from_registers or chip.arch // 10 == 10
     wgmma = chip.backend == "cuda" and not chip.from_registers
-    block_t = 16 if chip.backend == "hip" else 64 if whole and wgmma else 32
+    block_t = 16 if chip.backend == "hip" or (wgmma and not whole) else 64 if wgmma else 32
     block_a = pow2(A, 16, 128 if A <= 128 and (whole or not chip.from_registers) else 64)
     block_c = 64 if whole and not small and block_a <= 64 else 32
-    if small and whole and block_a <= 64:
+    if (small and whole and block_a <= 64) or (wgmma and not whole):
         warps = 4
     return Blocks(tile_rows(T, block_t), pow2(C, 16, block_c), block_a, warps)
 
 
 def statistics_bwd(
     inputs: StatisticsInputs,
-    mean: Tensor,
-    var: Tensor,
     lse: Tensor,
     scores: Tensor,
+    x: Tensor,
+    exact: Tensor,
     dmean: Tensor,
-    dvar: Tensor,
+    dstd: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (x, v, values), None where `needs` is False."""
-    call = prepare(inputs)
-    x, v, values, _, cu_seqlens = inputs
-    need_x, need_v, need_values = needs
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
-    if call.seqs == 0 or call.length == 0:
-        return [dx, torch.zeros_like(v) if need_v else None, dvalues]
-
-    longest = call.length if cu_seqlens is None else LONG
+    """Gradients of (h, w, b, v, context, value), None where `needs` is False."""
+    need_h, need_w, need_b, need_v, need_context, need_values = needs
+    h, values, v = inputs.h, inputs.h if inputs.value is None else inputs.value, inputs.v
+    per_channel = v is not None and v.dim() == 2
+    made = None if v is None else x if per_channel else scores
+    need_x = v is not None and (need_h or need_w or need_b or need_context or (need_v and not per_channel))
+    call = prepare(inputs, made)
     A, C = call.size
-    blocks = bwd_blocks(call.chip, values.element_size(), longest, C, A)
-    items = call.items(blocks.T, blocks)
-    mean_hi = mean.float()
-    scores, dlse, dscores = (x if x is None or not x.numel() else x.contiguous() for x in (scores, dlse, dscores))
-    state = State(
-        mean_hi,
-        (mean - mean_hi).float(),
-        var,
-        lse,
-        scores if scores.numel() else None,
-        dmean.float().contiguous(),
-        dvar.contiguous(),
-        dlse,
-        dscores,
+    wanted = need_h if inputs.value is None else need_values
+    # Where the values are H, the gradient of the scores is added to this one.
+    dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if wanted else None
+    dx = torch.empty_like(made) if need_x and made is not None else None
+    parts = None
+    if call.seqs and call.length:
+        longest = call.length if inputs.cu_seqlens is None else LONG
+        blocks = bwd_blocks(call.chip, (x if per_channel else values).element_size(), longest, C, A)
+        items = call.items(blocks.T, blocks)
+        dmean, dstd, dlse, dscores = (y if y is None else y.contiguous() for y in (dmean, dstd, dlse, dscores))
+        returned = scores if per_channel and scores.numel() else None
+        state = State(exact, lse, returned, dmean, dstd, dlse, dscores)
+        args = call.args | {"state": state, "dx_ptr": dx, "dval_ptr": dvalues}
+        registers = unpressed(call.chip, C, A)
+        if not per_channel:
+            launch(_statistics_bwd_frame_kernel, (items.count,), args, blocks, **registers)
+        elif need_v or dvalues is not None:
+            parts = _channels(call, blocks, items, args, need_v)
+        if per_channel and need_x:
+            grid = items.count, cdiv(A, blocks.A)
+            launch(_statistics_bwd_features_kernel, grid, args, blocks, **registers)
+    elif per_channel and need_v:
+        parts = lse.new_empty(0, A, C)
+
+    dh, dvalues = (dvalues, None) if inputs.value is None else (None, dvalues)
+    also = None if parts is None else (parts, h.dtype)
+    if dx is None:
+        return [dh, None, None, *(sums([also]) if also else [None]), None, dvalues]
+    score = inputs.score()._replace(v=None) if per_channel else inputs.score()
+    needs = [need_h, need_w, need_b, need_v and not per_channel, False, False, need_context, False, False]
+    dh, dw, db, dv, _, _, dcontext, _, _, *of_channels = location_bwd(
+        score, x, lse, scores, None, None, dx, needs, onto=dh, also=also
     )
-    args = call.args | {"state": state, "dx_ptr": dx, "dval_ptr": dvalues}
-    registers = unpressed(call.chip, C, A)
-    if v is None:  # the scores are x, with all of their gradient
-        launch(_statistics_bwd_frame_kernel, (items.count,), args, blocks, **registers)
-        return [dx, None, dvalues]
-    dv = None
-    if need_v or need_values:
-        dv = _channels(call, blocks, items, args, need_v)
-    if need_x:
-        grid = items.count, cdiv(A, blocks.A)
-        launch(_statistics_bwd_features_kernel, grid, args, blocks, **registers)
-    return [dx, None if dv is None else dv.sum(0).to(v.dtype), dvalues]
+    dv = of_channels[0] if also else dv if dv is None else dv.squeeze(-1)
+    return [dh, dw, db, dv, dcontext, dvalues]
 
 
 def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], need_v: bool) -> Tensor | None:
@@ -320,7 +335,7 @@ def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], ne
     A, C = call.size
     channel_blocks, chunks = cdiv(C, blocks.C), cdiv(A, blocks.A) if need_v else 1
     splits = min(items.count, cdiv(2 * call.chip.cores, channel_blocks * chunks))
-    dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].var.device) if need_v else None
+    dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].lse.device) if need_v else None
     args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": cdiv(items.count, splits)}
     grid = channel_blocks * splits, chunks
     launch(_statistics_bwd_values_kernel, grid, args, blocks, **unpressed(call.chip, C, A))

@@ -105,6 +105,15 @@ def test_matches_the_reference_for_other_sizes(sizes, device):
 
 
 @pytest.mark.kernel
+def test_features_of_one_block_alone_send_a_gradient(device):
+    """Of 130 features the first alone are scored: rows whose last ones send nothing are no rows to leave out."""
+    case = Case(rows=20, dim=5, attn_dim=130, dtype=torch.bfloat16)
+    tensors = case.tensors(device)
+    tensors["v"][16:] = 0
+    assert_matches_reference(case.op, tensors, dtype=case.dtype)
+
+
+@pytest.mark.kernel
 @both_kinds
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_one_gradient_alone_is_that_of_the_reference(name, per_channel, device):

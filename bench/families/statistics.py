@@ -86,19 +86,22 @@ class StatisticsCase(SequenceCase):
         from fused_attn.kernels import statistics, statistics_bwd
         from fused_attn.kernels.inputs import StatisticsInputs
 
-        rows = self._rows
+        rows, A = self._rows, 64 if self.A is None else self.A
         inputs = StatisticsInputs(
-            self._empty(*rows, dtype=F32) if self.A is None else self._empty(*rows, self.A),
-            None if self.A is None else self._empty(self.A, self.D),
             self._empty(*rows, self.D),
+            self._empty(self.D, A),
+            self._empty(A),
+            self._empty(A) if self.A is None else self._empty(A, self.D),
+            *(None, None),
             self._empty(*rows, dtype=torch.bool) if self.mask else None,
             self._offsets,
+            *("tanh", False, 1e-12),
         )
         returned = self.weights and self.A is not None
-        mean, var, lse, scores = statistics.statistics_fwd(inputs, returned)
-        needs = [True, self.A is not None, True]
-        cotangents = mean, var, lse if self.weights else None, scores if returned else None
-        statistics_bwd.statistics_bwd(inputs, mean, var, lse, scores, *cotangents, needs)
+        mean, std, lse, scores, *more = statistics.statistics_fwd(inputs, returned, True)
+        cotangents = mean, std, lse if self.weights else None, scores if self.weights else None
+        needs = [x is not None for x in inputs[:6]]
+        statistics_bwd.statistics_bwd(inputs, lse, scores, *more, *cotangents, needs)
 
 
 COMPILED = [
