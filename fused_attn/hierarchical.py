@@ -16,7 +16,7 @@ from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
 from ._operators import launcher, left_to_autograd, raw_op, schema
-from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
+from ._ops import Impl, exports_from_one, keeps_exact, may_ask, under_autocast, use_triton, weights_from
 from .kernels.inputs import HierarchicalInputs, LocationInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
@@ -129,8 +129,10 @@ class _HierarchicalAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
         if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
             dout = torch.zeros_like(out) if dout is None else dout
+            # A segment that sees nothing has a score of -inf, so no weight: only the formula needs a mask.
+            seen = lse[:, 0, 0] != -torch.inf if may_ask(*saved, dout) else None
             through, *parameters = LOCATION.backward(
-                inputs.level(segments, lse[:, 0, 0] != -torch.inf, outer=True),
+                inputs.level(segments, seen, outer=True),
                 (out, outer_lse, outer_scores, exact),
                 (dout, d_outer_lse, d_outer_scores, None),
                 True,

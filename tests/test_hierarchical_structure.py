@@ -213,3 +213,17 @@ def test_a_layer_between_that_does_nothing_changes_nothing(impl, device):
     tensors = case.tensors(device)
     with_layer = operator(through=case.through, between=lambda segments, _: segments)
     assert_close(evaluate(with_layer, tensors, impl), evaluate(case.op, tensors, impl))
+
+
+@pytest.mark.kernel
+def test_second_derivatives_know_which_sentences_saw_nothing(device):
+    """The formula that they are of has no -inf for an empty sentence's score: it needs to be told."""
+    tensors = Case(documents="few", dim=5).tensors(device)
+    leaves = [x.requires_grad_() for x in tensors.values() if x.is_floating_point()]
+    found = []
+    for impl in ("triton", "reference"):
+        loss = operator()(impl=impl, **tensors).square().sum()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
