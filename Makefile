@@ -12,7 +12,7 @@ PART ?= $(shell expr $$(date +%s) / 86400 % 6 + 1)/6
 DRAWN ?= 0
 SEED ?= 0
 
-.PHONY: demo test test-fast test-long test-devices test-gpu gpu mutants bench lint clean
+.PHONY: demo test test-fast test-long test-devices test-gpu gpu mutants bench bench-guard lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,9 @@ mutants: $(VENV)/.installed # the tree broken in many ways: does a test see each
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
+
+bench-guard: $(VENV)/.installed # on a CPU, alone on the machine: is what the newest stored run had still there?
+	$(BIN)/python -m bench.cpu --guard
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
