@@ -17,6 +17,7 @@ from ._operators import left_to_autograd
 from .reference import segment_ids
 
 Impl = Literal["auto", "triton", "reference"]
+_IMPLS = get_args(Impl)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -69,9 +70,9 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
 
     """
     if not isinstance(impl, str):
-        raise TypeError(f"impl: expected one of {', '.join(get_args(Impl))}; got {type(impl).__name__}")
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: expected one of {', '.join(get_args(Impl))}; got {impl!r}")
+        raise TypeError(f"impl: expected one of {', '.join(_IMPLS)}; got {type(impl).__name__}")
+    if impl not in _IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(_IMPLS)}; got {impl!r}")
     if impl == "reference":
         return False
     if impl == "auto":

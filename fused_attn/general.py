@@ -7,6 +7,7 @@ values are the keys, as in the classical papers.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -190,7 +191,8 @@ def general_attention(
     impl
         ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
         `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
-        activation, bias, dropout, weights or packed rows, Dv = Dk, no window or the causal one; on a GPU also values
+        activation, bias, dropout, weights or packed rows, Dv = Dk, no window or the causal one; on a CPU more than
+        2^18 pairs of query and key, over all heads, or that window (else the reference is faster); on a GPU values
         that are not the keys, no mask (its fastest backends have none), no window (it would let NaN past it) and no
         gradient (its backward has no derivative, so ours would run its forward twice). The rule on a GPU is not yet
         measured. ``"triton"`` and ``"reference"`` never fall back.
@@ -250,6 +252,10 @@ def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInpu
     return inputs._replace(query=query, key=key, value=value)
 
 
+_FEW = 2**18
+"""Pairs that on a CPU the reference is faster on than `scaled_dot_product_attention`, whose backward begins anew."""
+
+
 def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> bool:
     """Whether `impl="auto"` calls `scaled_dot_product_attention`: the rule that `general_attention` documents.
 
@@ -265,6 +271,7 @@ def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> 
     if value is not None and value.shape[-1] != key.shape[-1]:
         return False  # only its backend without a fused kernel takes these
     if not kernel:
-        return query.device.type == "cpu"
+        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+        return query.device.type == "cpu" and (right == 0 or pairs > _FEW)
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, weight))
     return value is not None and mask is None and right is None and not gradient

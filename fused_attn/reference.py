@@ -91,8 +91,8 @@ def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Te
     """Scores of location attention, and its values, with zeros where the mask is False: in at least float32."""
     h, *score, value, score_bias, mask, _, _, activation, gate_activation, _, per_row = inputs
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
-    h = h.to(wide)
-    w, b, v, gate_w, gate_b, context, value = (x if x is None else x.to(wide) for x in (*score, value))
+    h, *score, value = (x if x is None or x.dtype == wide else x.to(wide) for x in (h, *score, value))
+    w, b, v, gate_w, gate_b, context = score
     value = h if value is None else value
 
     if mask is not None:

@@ -210,9 +210,10 @@ def _poisoned_memory() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_calls_in_blocks() -> Iterator[None]:
-    """Concat on a CPU goes in blocks whatever the size, which the tests of blocks would be too small for."""
+    """Concat on a CPU goes in blocks whatever the size, and general by SDPA: the tests' sizes would be too small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("fused_attn.concat"), "_FEW", -1)
+        for family in ("concat", "general"):
+            patch.setattr(importlib.import_module(f"fused_attn.{family}"), "_FEW", -1)
         yield
 
 

@@ -78,6 +78,14 @@ def test_auto_calls_pytorch_by_the_documented_rule(changes, on_cpu, on_gpu, call
     assert bool(calls) == (on_cpu if device.type == "cpu" else on_gpu)
 
 
+@pytest.mark.parametrize(("keys", "right", "expected"), [(64, None, False), (65, None, True), (64, 0, True)])
+def test_on_a_cpu_few_pairs_are_by_the_reference(keys, right, expected, calls, monkeypatch):
+    monkeypatch.setattr("fused_attn.general._FEW", 2**18)
+    query, key = torch.randn(2, 2, 1024, 4), torch.randn(2, 2, keys, 4)
+    general_attention(query, key, window=(None, right))
+    assert bool(calls) == expected
+
+
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.kernel), "reference"])
 def test_the_other_implementations_never_call_pytorch(impl, calls, device):
     evaluate(BASE.op, BASE.tensors(device), impl)
