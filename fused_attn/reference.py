@@ -6,7 +6,9 @@ differentiates it to any order. The kernels are tested against these functions i
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dropout import dropout_scale
-from ._tracing import every_sample, in_graph, is_tame, may_have
+from ._tracing import can_look, every_sample, in_graph, is_tame, may_have
 from .kernels.inputs import (
     ConcatInputs,
     GeneralInputs,
@@ -39,6 +41,50 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Those of the public functions."""
 FEATURES = ACTIVATIONS | {"abs": torch.abs, "square": torch.square}
 """What may be made of a sum of query and key; of their difference, in distance attention."""
+
+
+class _Looking(threading.local):
+    """Whether a formula of this thread takes hidden rows as they are: its results are looked at instead."""
+
+    after = False
+
+
+_looking = _Looking()
+
+
+def looked_at_after(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A formula whose results, all but the last, tell whether hidden rows hold what they should not: if not finite.
+
+    On a CPU to look at the rows before takes as long as a product with them, and the results are short. But only
+    where no gradient is asked for: that of a query meets the keys that are hidden from it, with a factor of 0.
+    """
+
+    @functools.wraps(formula)
+    def wrapped(inputs: Any, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        tensors = [x for x in (*inputs, *options.values()) if isinstance(x, Tensor)]
+        if inputs.mask is not None and can_look(tensors[0]) and not asks_gradient(*tensors):
+            _looking.after = True
+            try:
+                results = formula(inputs, *args, **options)
+            finally:
+                _looking.after = False
+            if all(_is_finite(x) for x in results[:-1]):
+                return results
+        return formula(inputs, *args, **options)
+
+    return wrapped
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all numbers are; one look, which takes large ones for infinite."""
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
+
+
+def asks_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd, of either mode, follows what is made of these."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def normaliser(top: Tensor, total: Tensor) -> Tensor:
@@ -122,6 +168,7 @@ def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Te
     return scores, value
 
 
+@looked_at_after
 def location_attention(inputs: LocationInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
     r"""Location attention on canonical arguments, as `fused_attn.location` passes them.
 
@@ -213,6 +260,7 @@ def in_window(i: Tensor, j: Tensor, left: int | None, right: int | None, among: 
     return among
 
 
+@looked_at_after
 def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
@@ -238,6 +286,7 @@ def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tup
     return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 
 
+@looked_at_after
 def general_attention(
     inputs: GeneralInputs, *, weight: Tensor | None = None, weights_only: bool = False
 ) -> tuple[Tensor, ...]:
@@ -274,6 +323,8 @@ def hide(shown: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
     They are not copied where they are seen to be tame: a weight of 0 makes 0 of them, and of their gradients.
     """
+    if _looking.after:
+        return tensors
     first, *rest = tensors
     hidden = first if is_tame(first) else first.masked_fill(~shown, 0)
     return hidden, *(hidden if x is first else hide(shown, x)[0] for x in rest)
@@ -493,6 +544,7 @@ def hierarchical_attention(
     return *top, segments, lse, scores
 
 
+@looked_at_after
 def statistics_pooling(
     inputs: StatisticsInputs, need_scores: bool = True, *, weights_only: bool = False
 ) -> tuple[Tensor, ...]:
