@@ -21,7 +21,7 @@ read again, so that NaN in it stays out of what is summed over rows.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,90 +40,15 @@ from .location import (
     add_later,
     hop_block,
     load_rows,
-    matmul,
     prepare,
     project,
     store_rows,
 )
-from .masks import Items, dropout_scale, item_rows, locate
+from .location_gap import left_of_gaps, weights_and_gaps
+from .masks import item_rows, locate
 from .products import add_product, tile_product
-from .softmax import load_dlse, load_lse
+from .softmax import load_dlse
 from .sums import add_items, sums
-
-
-@triton.jit
-def _weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks):
-    """(a, a ⊙ k, gap, |dO| of a hop) of the `visible` scores `at`, all but the last [BLOCK_T, BLOCK_R].
-
-    gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
-    are in float32. Then a key with all the weight gets 0, not the difference of two roundings. With dropout and
-    more hops they are not: k o_0 is far from o_r, and would be taken out of large numbers again.
-    """
-    r = tl.arange(0, blocks.R)
-    hop = (r < size.R) & (seq < num_seqs)
-    if dropout.seed is not None:
-        k = dropout_scale(dropout, t[:, None], seq, r[None, :])
-    gap = tl.zeros([blocks.T, blocks.R], tl.float32)
-    offset = tl.zeros([blocks.R], tl.float32)  # dO_r · (o_r - o_0), or dO_r · o_r
-    cotangent = tl.zeros([blocks.R], tl.float32)  # 0 where all of dO_r and dlse_r is 0
-    for d0 in range(0, size.DV, blocks.D):
-        d = d0 + tl.arange(0, blocks.D)
-        x = load_rows(val_ptrs, keep, d, size.DV)
-        out_at = seq * size.R * size.DV + r[None, :] * size.DV + d[:, None]
-        some = hop[None, :] & (d < size.DV)[:, None]
-        do = tl.load(given.do + out_at, mask=some, other=0.0).to(tl.float32)  # [BLOCK_D, BLOCK_R]
-        out = tl.load(result.out + out_at, mask=some, other=0.0)
-        cotangent += tl.sum(tl.abs(do), axis=0)
-        if blocks.R == 1 and dropout.seed is not None:
-            x = x.to(tl.float32) * k
-        if blocks.R == 1 or (tl.float32 == flags.COMPUTE and dropout.seed is None):
-            first = result.out + seq * size.R * size.DV + d
-            centre = tl.load(first, mask=(d < size.DV) & (seq < num_seqs), other=0.0)
-            x = x.to(tl.float32) - centre[None, :]
-            out -= centre[:, None]
-        offset += tl.sum(do * out, axis=0)
-        gap = matmul(x, do, gap, flags.COMPUTE, flags.PRECISION)
-    if blocks.R > 1 and dropout.seed is not None:
-        gap *= k
-    gap -= offset[None, :]
-
-    s = tl.load(result.scores + at, mask=visible, other=float("-inf"))
-    top, inv = load_lse(result.lse + (seq * size.R + r) * 2, hop)
-    a_w = tl.exp(s - top[None, :]) * inv[None, :]
-    p = a_w
-    if dropout.seed is not None:
-        p *= k
-    return a_w, p, gap, cotangent
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_bwd_gap_kernel(
-    values,  # (B, T, DV) or (N, DV)
-    mask,  # (B, T), (N,) or None
-    spans,
-    dropout,
-    result,
-    given,
-    gap_ptr,  # (items, R) float32
-    num_seqs,
-    per_seq,
-    T,  # 0 where the batch is ragged
-    size,
-    flags,
-    blocks,
-):
-    """Σ_j a_jr gap_jr over an item, which for a sequence is 0 but for roundings, those of o above all."""
-    item = tl.program_id(0)
-    seq, t, _inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
-    r = tl.arange(0, blocks.R)
-    val_ptrs = sequence_ptr(values, seq, rows)
-    at = (seq * T + rows)[:, None] * size.R + r[None, :]
-    visible = keep[:, None] & ((r < size.R) & (seq < num_seqs))[None, :]
-    a_w, _p, gap, _cotangent = _weights_and_gaps(
-        val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
-    )
-    total = tl.sum(tl.where(visible, a_w * gap, 0.0), axis=0)
-    tl.store(gap_ptr + item.to(tl.int64) * size.R + r, total, mask=r < size.R)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -173,7 +98,7 @@ def _location_bwd_dz_kernel(
     elif given.do is None:
         ds = tl.load(given.dscores + at, mask=visible, other=0.0)
     else:
-        a_w, p, gap, cotangent = _weights_and_gaps(
+        a_w, p, gap, cotangent = weights_and_gaps(
             val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
         )
         if given.left is not None:
@@ -509,7 +434,7 @@ def location_bwd(
     # the two is fused into the difference.
     fusion = h.element_size() == 2
     if not fusion and dout is not None and call.flags.PRECISION == "ieee" and any((*needs[:7], need_bias)):
-        args["given"] = args["given"]._replace(left=_left(call, args, blocks, items, registers))
+        args["given"] = args["given"]._replace(left=left_of_gaps(call, args, blocks, items, registers))
     vectors: list[Tensor | None] = [None] * 3  # gradients of b, gate_b and v, of launches before the last
     for item0 in range(0, items.count, chunk):
         count = min(chunk, items.count - item0)
@@ -561,19 +486,6 @@ def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
     if weights.gw is not None and flags.CTX_PER_ROW and flags.ACT in ("gelu", "silu"):
         blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
     return blocks._replace(K=pow2(K, 16, 64))
-
-
-def _left(call: Call, args: dict[str, Any], blocks: Blocks, items: Items, registers: dict[str, int]) -> Tensor:
-    """What is left of Σ_j a_jr gap_jr, (S, R)."""
-    R, out = call.size.R, args["result"].out
-    gaps = torch.empty(items.count, R, dtype=torch.float32, device=out.device)
-    left = torch.empty(call.seqs, R, dtype=torch.float32, device=out.device)
-    args = args | {"item0": 0, "gap_ptr": gaps}
-    if args["values"].ptr is None:
-        args["values"] = args["h"]
-    launch(_location_bwd_gap_kernel, (items.count,), args, blocks, enable_fp_fusion=False, **registers)
-    add_items(gaps, left, items, 0, items.count)
-    return left
 
 
 def _workspace(

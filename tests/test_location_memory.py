@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="kernels are in Triton")
-from fused_attn.kernels import chip, hierarchical, location, location_bwd, masks, softmax, sums
+from fused_attn.kernels import chip, hierarchical, location, location_bwd, location_gap, masks, softmax, sums
 from fused_attn.kernels.inputs import HierarchicalInputs, LocationInputs
 
 MIB = 2**20
@@ -25,7 +25,7 @@ class _NoLaunch:
 
 @pytest.fixture(autouse=True)
 def _an_h200_that_runs_nothing(monkeypatch):
-    for module in (location, location_bwd, hierarchical, masks, softmax, sums):
+    for module in (location, location_bwd, location_gap, hierarchical, masks, softmax, sums):
         for name in vars(module):
             if name.startswith("_") and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _NoLaunch(getattr(module, name)))
