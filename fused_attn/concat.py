@@ -187,7 +187,7 @@ def _few(inputs: ConcatInputs) -> bool:
     if torch.compiler.is_compiling() or inputs.cu_seqlens_q is not None or inputs.activation == "identity":
         return False
     features = inputs.query.shape.numel() * inputs.key.shape[2]
-    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5])
+    asked = reference.asks_gradient(*inputs[:5])
     return features <= (4 * _FEW if asked or inputs.activation not in ("tanh", "sigmoid") else _FEW)
 
 

@@ -273,5 +273,5 @@ def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> 
     if not kernel:
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         return query.device.type == "cpu" and (right == 0 or pairs > _FEW)
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, weight))
+    gradient = reference.asks_gradient(query, key, value, weight)
     return value is not None and mask is None and right is None and not gradient

@@ -80,11 +80,11 @@ def _is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
-def asks_gradient(*tensors: Tensor) -> bool:
+def asks_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd, of either mode, follows what is made of these."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def normaliser(top: Tensor, total: Tensor) -> Tensor:
