@@ -27,7 +27,7 @@ from ._checks import (
 )
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
-from ._ops import Impl, exports_from_one, forward_mode, under_autocast, use_triton
+from ._ops import Impl, exports_from_one, forward_mode, may_ask, under_autocast, use_triton
 from .concat import concat_attention
 from .kernels.inputs import WordByWordInputs
 from .segments import Offsets, as_offsets
@@ -66,32 +66,41 @@ _LOCATION_AWARE = {
 }
 
 
-def _fake(inputs: WordByWordInputs, need_weights: bool, plain: bool) -> tuple[Tensor, Tensor]:
-    query, key, value, *_ = inputs
-    shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(*query.shape[:-1], value.shape[-1], dtype=dtype), query.new_empty(shape, dtype=dtype)
+def _fake(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
+    query, key, value, *_, cu_seqlens, _ = inputs
+    *rows, T = query.shape[:-1]
+    weights = (*rows, T, key.shape[-2]) if need_weights else (0,)
+    states = (*rows, T + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1), value.shape[-1])
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return (
+        value.new_empty(*query.shape[:-1], value.shape[-1]),
+        value.new_empty(weights, dtype=wide),
+        value.new_empty(states if need_states else (0,), dtype=wide),
+    )
 
 
-def _fwd(inputs: WordByWordInputs, need_weights: bool, plain: bool) -> tuple[Tensor, Tensor]:
+def _fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
     if not plain:
-        return cast("tuple[Tensor, Tensor]", launcher("recurrent.recurrent_fwd")(inputs, need_weights))
+        return cast("tuple[Tensor, ...]", launcher("recurrent.recurrent_fwd")(inputs, need_weights, need_states))
     out, weights = reference.word_by_word_attention(inputs)
-    wide = torch.promote_types(out.dtype, torch.float32)
-    return out.to(wide, copy=True), weights if need_weights else weights.new_empty(0)  # no word: out is an input's
+    none = weights.new_empty(0)
+    return out.clone(), weights if need_weights else none, none.clone()  # no word: out is an input's
 
 
 def _bwd(
     inputs: WordByWordInputs,
     out: Tensor,
+    states: Tensor,
     dout: Tensor,
     dweights: Tensor | None,
+    dstates: Tensor | None,
     need_weights: bool,
+    need_states: bool,
     plain: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not plain:
-        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, out, dout, dweights, needs)
+        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, states, dout, dweights, needs)
         return cast("list[Tensor | None]", grads)
     at = [i for i, need in enumerate(needs) if need]
 
@@ -107,9 +116,10 @@ _WORD_BY_WORD = Operator(
     "word_by_word",
     WordByWordInputs,
     differentiable="query key value w w_r w_t state",
-    choices="bool need_weights, bool plain",  # plain: by the reference, whose loop is not the compiler's to unroll
-    results="out weights?need_weights",
-    saved="out",
+    # plain: by the reference, whose loop is not the compiler's to unroll
+    choices="bool need_weights, bool need_states, bool plain",
+    results="out weights?need_weights states?need_states",
+    saved="out states",
     forward=_fwd,
     backward=_bwd,
     fake=_fake,
@@ -216,10 +226,10 @@ def word_by_word_attention(
         wide = torch.promote_types(premise.dtype, torch.float32)
         query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        out, weights = _WORD_BY_WORD(WordByWordInputs(query, key, *more), return_weights, not kernel)
+        states = kernel and may_ask(query, key, *more[:5])
+        out, weights, _ = _WORD_BY_WORD(WordByWordInputs(query, key, *more), return_weights, states, not kernel)
     else:
         out, weights = reference.word_by_word_attention(WordByWordInputs(query, key, *more))
-    out = out.to(premise.dtype)
     return (out, weights.to(out.dtype)) if return_weights else out
 
 

@@ -6,8 +6,9 @@ With key = Y W_y and query = H W_h made before, and t the words of the hypothesi
     α_t  = softmax_j(s_t)                     r_t  = Σ_j α_tj value_j + tanh(r_{t-1} W_t)
 
 Step t needs all of r_{t-1}, so one program walks all steps of a sequence. r goes from step to step through global
-memory (float32; two slots in turn, a few KiB that stay in cache, and a barrier): there a product with a weight reads
-it in any layout, and nothing limits its width. The weights stream from cache, a block of rows at a time.
+memory (float32, and a barrier): there a product with a weight reads it in any layout, and nothing limits its width.
+Those of all steps stay (`KEPT`) where a gradient may be asked for, else two rows in turn, which stay in cache. The
+weights stream from cache, a block of rows at a time.
 
 - `HELD`: keys and values of the premise are loaded once, and stay on chip for all steps. For premises of at most
   `limit` words and widths that registers hold.
@@ -39,7 +40,6 @@ from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_prod
 @triton.jit
 def vector_matrix(
     x_ptr,  # (K,) float32
-    gate_ptr,  # (K,) float32 to multiply x with, or None
     w,  # (K, width)
     cols,  # [BLOCK]
     K,
@@ -51,8 +51,6 @@ def vector_matrix(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        if gate_ptr is not None:
-            x *= tl.load(gate_ptr + k, mask=k < K, other=0.0)
         acc += x[:, None] * load_rows(w.ptr + k.to(tl.int64) * w.stride, k < K, cols, width).to(tl.float32)
     return tl.sum(acc, axis=0)
 
@@ -74,7 +72,8 @@ def _recurrent_fwd_kernel(
     mask,  # (B, Ty) or None
     q_spans,
     k_spans,
-    state_ptr,  # (S, 2, D) float32: r_{t-1} and r_t in turn
+    first_ptr,  # (S, D): r before the first step, or None
+    state_ptr,  # float32 (B, Th + 1, D) or packed (N + S, D): r before and after each step; not KEPT (S, 2, D)
     scratch,
     result,
     num_seqs,
@@ -88,7 +87,8 @@ def _recurrent_fwd_kernel(
     seq = tl.program_id(0).to(tl.int64)
     q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
     k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
-    steps = tl.where((length <= limit) == flags.HELD, steps, 0)
+    own = (length <= limit) == flags.HELD
+    steps = tl.where(own, steps, 0)
     q_ptr = sequence_ptr(q, seq, q_start)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
@@ -108,13 +108,25 @@ def _recurrent_fwd_kernel(
         c_ptr = scratch.c + seq * size.A
         s_ptr = scratch.s + seq * Ty + k_start
 
-    state_ptr += seq * 2 * size.D
+    state_ptr += (seq * (Th + 1) + q_start if flags.KEPT else seq * 2) * size.D
+    for d0 in range(0, size.D, blocks.D):
+        i = d0 + tl.arange(0, blocks.D)
+        r = tl.zeros([blocks.D], tl.float32)
+        if first_ptr is not None:
+            r += tl.load(first_ptr + seq * size.D + i, mask=i < size.D, other=0.0).to(tl.float32)
+        tl.store(state_ptr + i, r, mask=(i < size.D) & own)
+    tl.debug_barrier()
     for t in range(0, steps):
-        last_ptr = state_ptr + t % 2 * size.D
-        next_ptr = state_ptr + (t + 1) % 2 * size.D
+        if flags.KEPT:
+            last_ptr = state_ptr
+            next_ptr = state_ptr + size.D
+            state_ptr += size.D
+        else:
+            last_ptr = state_ptr + t % 2 * size.D
+            next_ptr = state_ptr + (t + 1) % 2 * size.D
         if flags.HELD:
             c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
-            c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
+            c += vector_matrix(last_ptr, w_r, a, size.D, size.A, blocks.K)
             s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], flags.FAST)), axis=1)
             s = tl.where(keep, s, float("-inf"))
             if flags.ONCE:
@@ -125,14 +137,14 @@ def _recurrent_fwd_kernel(
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
             r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
             # Not flags.FAST: this term goes from step to step, and the backward makes it again with PyTorch.
-            r += tanh(vector_matrix(last_ptr, None, w_t, d, size.D, size.D, blocks.K), False)
+            r += tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)
             tl.store(next_ptr + d, r, mask=d < size.D)
-            tl.store(out_ptr + d, r, mask=d < size.D)
+            tl.store(out_ptr + d, r.to(out_ptr.dtype.element_ty), mask=d < size.D)
         else:
             for a0 in range(0, size.A, blocks.A):
                 a = a0 + tl.arange(0, blocks.A)
                 c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
-                c += vector_matrix(last_ptr, None, w_r, a, size.D, size.A, blocks.K)
+                c += vector_matrix(last_ptr, w_r, a, size.D, size.A, blocks.K)
                 tl.store(c_ptr + a, c, mask=a < size.A)
             tl.debug_barrier()
             m = tl.full([1], float("-inf"), tl.float32)
@@ -156,9 +168,9 @@ def _recurrent_fwd_kernel(
                     values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
                     r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
                 r *= inv
-                r += tanh(vector_matrix(last_ptr, None, w_t, d, size.D, size.D, blocks.K), False)  # as above
+                r += tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)  # as above
                 tl.store(next_ptr + d, r, mask=d < size.D)
-                tl.store(out_ptr + d, r, mask=d < size.D)
+                tl.store(out_ptr + d, r.to(out_ptr.dtype.element_ty), mask=d < size.D)
             if weights_ptr is not None:
                 for n0 in range(0, length, blocks.N):
                     j = n0 + tl.arange(0, blocks.N)
@@ -236,6 +248,7 @@ class Flags(NamedTuple):
     FAST: bool
     FMA: bool
     ONCE: bool  # scores go through `made_once`: on AMD's chips narrow ones were made twice
+    KEPT: bool  # r of all steps
     HELD: bool  # keys and values of a premise stay on chip
 
 
@@ -247,10 +260,10 @@ class Scratch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward leaves, float32."""
+    """What the forward leaves."""
 
     out: Tensor  # (B, Th, D)
-    weights: Tensor | None  # (B, Th, Ty)
+    weights: Tensor | None  # (B, Th, Ty) float32
 
 
 class Call(NamedTuple):
@@ -263,7 +276,7 @@ class Call(NamedTuple):
     args: dict[str, object]
 
 
-def prepare(inputs: WordByWordInputs) -> Call:
+def prepare(inputs: WordByWordInputs, *, kept: bool) -> Call:
     """Arguments by the kernels' names."""
     query, key, value, w, w_r, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     chip, packed = chip_of(query.device), cu_seqlens_premise is not None
@@ -272,7 +285,7 @@ def prepare(inputs: WordByWordInputs) -> Call:
     seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
     size = Size(query.shape[-1], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
-    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False)
+    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", kept, False)
     args = {
         "q": sequences(query, packed=packed),
         "k": sequences(key, packed=packed),
@@ -310,23 +323,27 @@ def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: boo
         launch(kernel, (call.seqs,), args, blocks, **all_registers(call.chip))
 
 
-def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool) -> tuple[Tensor, Tensor]:
-    """(out, weights) in float32, as `fused_attn.reference.word_by_word_attention` has them.
+def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, weights, states): the first as `fused_attn.reference.word_by_word_attention` has them.
 
-    The weights are written only where `need_weights` says so (padded batches only), else they are empty.
+    states: r before and after each step in float32, ``(B, Th + 1, D)`` or packed ``(N + S, D)``. They and the weights
+    (of padded batches only) are written only where they are needed, else they are empty.
     """
-    call = prepare(inputs)
+    call = prepare(inputs, kept=need_states)
     query, key, value, *_, state, _, cu_seqlens_premise, _ = inputs
     packed = cu_seqlens_premise is not None
-    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32, device=query.device)
-    shape = (*query.shape[:-1], key.shape[-2]) if need_weights else (0,)
-    weights = torch.empty(shape, dtype=torch.float32, device=query.device)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+    out = torch.empty(*query.shape[:-1], call.size.D, dtype=value.dtype, device=query.device)
+    weights = empty(*query.shape[:-1], key.shape[-2]) if need_weights else empty(0)
+    rows = (query.shape[0] + call.seqs,) if packed else (call.seqs, query.shape[1] + 1)
+    states = empty(*(rows if need_states else (call.seqs, 2)), call.size.D)
     if out.numel():
-        states = torch.empty(call.seqs, 2, out.shape[-1], dtype=torch.float32, device=query.device)
-        states[:, 0] = 0 if state is None else state
-        c = torch.empty(call.seqs, query.shape[-1], dtype=torch.float32, device=query.device)
-        s = torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device)
         result = Result(out, weights if need_weights else None)
-        more = {"scratch": Scratch(c, s), "state_ptr": states, "result": result}
+        scratch = Scratch(empty(call.seqs, call.size.A), empty(*key.shape[:-1]))
+        first = None if state is None else state.contiguous()
+        more = {"scratch": scratch, "first_ptr": first, "state_ptr": states, "result": result}
         launch_forms(_recurrent_fwd_kernel, call, 1, key.shape[-2], packed, **more)
-    return out, weights
+    return out, weights, states if need_states else empty(0)

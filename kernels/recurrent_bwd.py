@@ -8,9 +8,10 @@ that of the returned weights, from the last step to the first:
     du_t  = δr_t ⊙ (1 - u_t²)                      δr_{t-1} = dr_{t-1} + dc_t W_rᵀ + du_t W_tᵀ
     dkey_j = Σ_t dz_tj,  dvalue_j = Σ_t α_tj δr_t,  dw = Σ_tj ds_tj M_tj
 
-c and u of all steps are a matrix product each before the kernel: it has all r already. So are the gradients of the
-weights after it, from the dc and δr that it writes: dW_r = Σ_t r_{t-1}ᵀ dc_t, dW_t = Σ_t r_{t-1}ᵀ du_t. What is left
-to the kernel is what one step needs of the next. Nothing of size Th·Ty·A exists; sums have a fixed order.
+r_{t-1} W_r and r_{t-1} W_t of all steps are one matrix product before the kernel: the forward has left all r. The
+kernel puts dc and du in their places, and one product more gives the gradients of both weights, dW_r = Σ_t r_{t-1}ᵀ
+dc_t, dW_t = Σ_t r_{t-1}ᵀ du_t. What is left to the kernel is what one step needs of the next. Nothing of size
+Th·Ty·A exists; sums have a fixed order.
 
 The two forms are those of the forward. `HELD` keeps dkey and dvalue on chip beside keys and values, the other adds to
 them in global memory, each number by the one program that has its sequence. All scores of a step are made before its
@@ -32,13 +33,13 @@ from .location import add_rows, load_rows, store_rows
 from .masks import sequence_of
 from .recurrent import launch_forms, premise_keys, prepare, score_tile, vector_matrix
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
+from .sums import sums
 
 
 class Given(NamedTuple):
     """What PyTorch has made, float32."""
 
-    c: Tensor  # (B, Th, A)
-    gate: Tensor  # (B, Th, D): 1 - u²
+    z: Tensor  # (B, Th + 1, A + D) or packed (N + S, A + D): r W_r and r W_t, become dc and du, of the last r 0
     dweights: Tensor | None  # (B, Th, Ty)
 
 
@@ -50,10 +51,10 @@ class Scratch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Gradients in float32; all but the first two are zeros."""
+    """Gradients, in float32 but for dq."""
 
     dr: Tensor  # (B, Th, D): dr, becomes δr
-    dc: Tensor  # (B, Th, A)
+    dq: Tensor  # (B, Th, A)
     dk: Tensor  # (B, Ty, A)
     dvalue: Tensor  # (B, Ty, D)
     dw: Tensor  # (S, A)
@@ -72,9 +73,21 @@ def _weights(s_ptrs, g_ptrs, keep, shift, inv, FMA: tl.constexpr):
     return exp(s - shift, FMA) * inv, tl.load(g_ptrs, mask=keep, other=0.0)
 
 
+@triton.jit
+def _zero_rows(ptr, length, width, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows up to length of ptr (length, width)."""
+    for n0 in range(0, length, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        for i0 in range(0, width, BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            zero = tl.zeros([BLOCK_N, BLOCK], tl.float32)
+            store_rows(ptr + j.to(tl.int64) * width, zero, j < length, i, width)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_bwd_kernel(
-    k,  # (B, Ty, A), or packed
+    q,  # (B, Th, A), or packed
+    k,  # (B, Ty, A)
     value,  # (B, Ty, D)
     w_ptr,  # (A,)
     w_r,  # (A, D): W_r transposed
@@ -96,7 +109,9 @@ def _recurrent_bwd_kernel(
     seq = tl.program_id(0).to(tl.int64)
     q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
     k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
-    steps = tl.where((length <= limit) == flags.HELD, steps, 0)
+    own = (length <= limit) == flags.HELD
+    steps = tl.where(own, steps, 0)
+    q_ptr = sequence_ptr(q, seq, q_start)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
     q_row0 = seq * Th + q_start  # packed: Th = Ty = 0
@@ -104,6 +119,10 @@ def _recurrent_bwd_kernel(
     dk_ptr = made.dk + k_row0 * size.A
     dvalue_ptr = made.dvalue + k_row0 * size.D
     dw_ptr = made.dw + seq * size.A
+    width = size.A + size.D
+    z_ptr = given.z + (q_row0 + seq) * width  # a row more a sequence
+    _zero_rows(z_ptr + steps.to(tl.int64) * width, own.to(tl.int32), width, 1, blocks.D)
+    _zero_rows(made.dstate + seq * size.D, own.to(tl.int32), size.D, 1, blocks.D)
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -118,16 +137,23 @@ def _recurrent_bwd_kernel(
     else:
         s_ptr = scratch.s + k_row0
         g_ptr = scratch.g + k_row0
+        _zero_rows(dk_ptr, tl.where(own, length, 0), size.A, blocks.N, blocks.A)
+        _zero_rows(dvalue_ptr, tl.where(own, length, 0), size.D, blocks.N, blocks.D)
+        _zero_rows(dw_ptr, own.to(tl.int32), size.A, 1, blocks.A)
+    tl.debug_barrier()
 
     for back in range(0, steps):
         t = steps - 1 - back
         row = q_row0 + t
-        c_row = given.c + row * size.A
-        dc_row = made.dc + row * size.A
+        z_row = z_ptr + t.to(tl.int64) * width
+        u_row = z_row + size.A
+        q_row = q_ptr + t.to(tl.int64) * q.stride_t
+        dq_row = made.dq + row * size.A
         dr_row = made.dr + row * size.D
         pairs = (seq * Th + t) * Ty
         if flags.HELD:
-            c = tl.load(c_row + a, mask=a < size.A, other=0.0)
+            c = tl.load(q_row + a, mask=a < size.A, other=0.0).to(tl.float32)
+            c += tl.load(z_row + a, mask=a < size.A, other=0.0)
             dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], flags.FAST)
             s = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))
@@ -141,15 +167,22 @@ def _recurrent_bwd_kernel(
             dk += dz
             dval += p[:, None] * dr[None, :]
             dw += tl.sum(ds[:, None] * y, axis=0)
-            tl.store(dc_row + a, tl.sum(dz, axis=0), mask=a < size.A)
+            dc = tl.sum(dz, axis=0)
+            tl.debug_barrier()  # z has been read
+            tl.store(z_row + a, dc, mask=a < size.A)
+            tl.store(dq_row + a, dc.to(dq_row.dtype.element_ty), mask=a < size.A)
         else:
+            for a0 in range(0, size.A, blocks.A):
+                a = a0 + tl.arange(0, blocks.A)
+                _add(z_row + a, tl.load(q_row + a, mask=a < size.A, other=0.0).to(tl.float32), a < size.A)
+            tl.debug_barrier()
             m = tl.full([1], float("-inf"), tl.float32)
             l = tl.zeros([1], tl.float32)
             mean = tl.zeros([1], tl.float32)  # Σ α g, times l
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask, seq)
-                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_row, w_ptr, size.A, flags.FAST, blocks.A)
+                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, z_row, w_ptr, size.A, flags.FAST, blocks.A)
                 g = tl.zeros([blocks.N], tl.float32)
                 for d0 in range(0, size.D, blocks.D):
                     d = d0 + tl.arange(0, blocks.D)
@@ -168,7 +201,7 @@ def _recurrent_bwd_kernel(
             tl.debug_barrier()
             for a0 in range(0, size.A, blocks.A):
                 a = a0 + tl.arange(0, blocks.A)
-                c = tl.load(c_row + a, mask=a < size.A, other=0.0)
+                c = tl.load(z_row + a, mask=a < size.A, other=0.0)
                 w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
                 dc = tl.zeros([blocks.A], tl.float32)
                 dw = tl.zeros([blocks.A], tl.float32)
@@ -183,7 +216,9 @@ def _recurrent_bwd_kernel(
                     dc += tl.sum(dz, axis=0)
                     dw += tl.sum(ds[:, None] * y, axis=0)
                     add_rows(dk_ptr + j.to(tl.int64) * size.A, dz, keep, a, size.A)
-                tl.store(dc_row + a, dc, mask=a < size.A)
+                tl.debug_barrier()  # z has been read
+                tl.store(z_row + a, dc, mask=a < size.A)
+                tl.store(dq_row + a, dc.to(dq_row.dtype.element_ty), mask=a < size.A)
                 _add(dw_ptr + a, dw, a < size.A)
             for d0 in range(0, size.D, blocks.D):
                 d = d0 + tl.arange(0, blocks.D)
@@ -193,20 +228,24 @@ def _recurrent_bwd_kernel(
                     keep = premise_keys(j, length, mask, seq)
                     p, _g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     add_rows(dvalue_ptr + j.to(tl.int64) * size.D, p[:, None] * dr[None, :], keep, d, size.D)
+        for d0 in range(0, size.D, blocks.D):
+            d = d0 + tl.arange(0, blocks.D)
+            u = tanh(tl.load(u_row + d, mask=d < size.D, other=0.0), False)
+            tl.store(u_row + d, tl.load(dr_row + d, mask=d < size.D, other=0.0) * (1.0 - u * u), mask=d < size.D)
         tl.debug_barrier()
         for d0 in range(0, size.D, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
-            from_c = vector_matrix(dc_row, None, w_r, d, size.A, size.D, blocks.K)
-            from_u = vector_matrix(dr_row, given.gate + row * size.D, w_t, d, size.D, size.D, blocks.K)
+            from_c = vector_matrix(z_row, w_r, d, size.A, size.D, blocks.K)
+            from_u = vector_matrix(u_row, w_t, d, size.D, size.D, blocks.K)
             _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))
             tl.store(made.dstate + seq * size.D + d, from_c + from_u, mask=(d < size.D) & (t == 0))
         tl.debug_barrier()
 
     if flags.HELD:
-        inside = (j < length) & (steps > 0)
+        inside = (j < length) & own
         store_rows(dk_ptr + j.to(tl.int64) * size.A, dk, inside, a, size.A)
         store_rows(dvalue_ptr + j.to(tl.int64) * size.D, dval, inside, d, size.D)
-        tl.store(dw_ptr + a, dw, mask=(a < size.A) & (steps > 0))
+        tl.store(dw_ptr + a, dw, mask=(a < size.A) & own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -214,42 +253,34 @@ def _recurrent_bwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def previous(out: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """r_{t-1} of every step, like r itself, (B, Th, D) or (N, D); `state (S, D)` comes before the first."""
-    if cu_seqlens is None:
-        return torch.cat([state[:, None], out[:, :-1]], 1)
-    row = torch.arange(out.shape[0], device=out.device, dtype=cu_seqlens.dtype)
-    seq = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
-    first = (cu_seqlens[seq] == row)[:, None]
-    return torch.where(first, state[seq], out.roll(1, 0))
-
-
 def recurrent_bwd(
-    inputs: WordByWordInputs, out: Tensor, dout: Tensor, dweights: Tensor | None, needs: list[bool]
+    inputs: WordByWordInputs, states: Tensor, dout: Tensor, dweights: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False."""
-    query, key, value, _, w_r, w_t, state, _, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
-    call = prepare(inputs)
+    """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False; states: see the forward."""
+    query, key, value, w, w_r, w_t, _, _, cu_seqlens_premise, _ = inputs
+    call = prepare(inputs, kept=False)
     A, D = call.size
+    if dout.numel() == 0:
+        shapes = *(x.shape for x in inputs[:6]), (call.seqs, D)  # type: ignore[union-attr]
+        pairs = zip(inputs, shapes, needs, strict=False)
+        return [value.new_zeros(shape, dtype=x.dtype) if need else None for x, shape, need in pairs]
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=query.device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=query.device)
 
-    dk, dval, dw, dstate = zeros(*key.shape), zeros(*value.shape), zeros(call.seqs, A), zeros(call.seqs, D)
-    if out.numel() == 0:
-        made = (zeros(*query.shape), dk, dval, dw.sum(0), zeros(D, A), zeros(D, D), dstate)
-    else:
-        before = previous(out, zeros(call.seqs, D) if state is None else state.float(), cu_seqlens_hypothesis)
-        c = (query.float() + before @ w_r.float()).contiguous()  # a sum is laid out as its terms are
-        gate = 1 - torch.tanh(before @ w_t.float()).square()
-        dr = torch.empty(out.shape, dtype=torch.float32, device=query.device).copy_(dout)
-        dc = torch.empty_like(c)
-        by_column = {"w_r": Matrix(w_r.t().contiguous(), D), "w_t": Matrix(w_t.t().contiguous(), D)}
-        scratch = (torch.empty(key.shape[:-1], dtype=torch.float32, device=query.device) for _ in "sg")
-        given = Given(c, gate, None if dweights is None else dweights.float().contiguous())
-        more = {**by_column, "given": given, "scratch": Scratch(*scratch), "made": Made(dr, dc, dk, dval, dw, dstate)}
-        launch_forms(_recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **more)
-        rows = before.flatten(0, -2).t()
-        dw_r, dw_t = rows @ dc.flatten(0, -2), rows @ (dr * gate).flatten(0, -2)
-        made = (dc, dk, dval, dw.sum(0), dw_r, dw_t, dstate)
+    by_column = torch.cat([w_r.t(), w_t.t()])  # (A + D, D)
+    z = states @ by_column.float().t()
+    dr, dq = empty(*dout.shape).copy_(dout), torch.empty_like(query, memory_format=torch.contiguous_format)
+    dk, dval, dw, dstate = empty(*key.shape), empty(*value.shape), empty(call.seqs, A), empty(call.seqs, D)
+    more = {
+        "w_r": Matrix(by_column[:A], D),
+        "w_t": Matrix(by_column[A:], D),
+        "given": Given(z, None if dweights is None else dweights.float().contiguous()),
+        "scratch": Scratch(empty(*key.shape[:-1]), empty(*key.shape[:-1])),
+        "made": Made(dr, dq, dk, dval, dw, dstate),
+    }
+    launch_forms(_recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **more)
+    (dw_sum,) = sums([(dw if needs[3] else None, w.dtype)])
+    of_weights = states.flatten(0, -2).t() @ z.flatten(0, -2) if needs[4] or needs[5] else empty(D, A + D)
+    made = (dq, dk, dval, dw_sum, of_weights[:, :A], of_weights[:, A:], dstate)
     return [g.to(x.dtype) if need else None for g, x, need in zip(made, inputs, needs, strict=False)]

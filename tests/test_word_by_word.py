@@ -288,9 +288,10 @@ def raw(case, t):
         "mask": t["mask"],
     }
     made |= {name: t[name] for name in ("key", "value") if name in t}
-    out, weights = torch.ops.fused_attn.word_by_word_fwd(*made.values(), None, None, True, False)
-    needs = [True] * 7
-    grads = torch.ops.fused_attn.word_by_word_bwd(out, weights, *made.values(), None, None, out, True, False, needs)
+    rest = None, None
+    out, weights, states = torch.ops.fused_attn.word_by_word_fwd(*made.values(), *rest, True, True, False)
+    starts, choices = (out, weights, None), (True, True, False, [True] * 7)
+    grads = torch.ops.fused_attn.word_by_word_bwd(*starts, *made.values(), *rest, out, states, *choices)
     return made, [out, weights, *grads]
 
 

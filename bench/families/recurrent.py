@@ -99,8 +99,9 @@ class WordCase(CompileCase):
         shapes = ((*hypothesis, A), (*premise, A), (*premise, D), (A,), (D, A), (D, D), (B, D))
         mask = self._empty(B, Tk, dtype=torch.bool) if self.mask else None
         inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, offsets, offsets)
-        out, weights = recurrent.recurrent_fwd(inputs, self.weights)
-        recurrent_bwd.recurrent_bwd(inputs, out, out, weights if self.weights else None, [True] * 7)
+        recurrent.recurrent_fwd(inputs, self.weights, False)
+        out, weights, states = recurrent.recurrent_fwd(inputs, self.weights, True)
+        recurrent_bwd.recurrent_bwd(inputs, states, out, weights if self.weights else None, [True] * 7)
 
 
 COMPILED = [
