@@ -1,5 +1,7 @@
 """Whether, and where, the numbers of a tensor can be read."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -40,6 +42,6 @@ def is_tame(x: Tensor) -> bool:
     return low.item() >= -TAME and high.item() <= TAME  # neither is NaN
 
 
-def may_have(x: Tensor) -> bool:
-    """Whether any of x is True, as far as can be seen."""
-    return not can_look(x) or bool(x.any())
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers are; one look, which takes large ones for infinite."""
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())

@@ -224,8 +224,6 @@ def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[T
     keys = mask
     if mask is not None:
         keys = mask if mask.dim() == 2 else mask[:, 0]
-        if not kernel:  # which does not read a query that sees nothing: it may be NaN
-            query = query.masked_fill(~keys.any(1)[:, None, None, None], 0)
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2]).squeeze(2).squeeze(1)
     if not kernel:
         query, key, v = reference.widened(query, key, v)

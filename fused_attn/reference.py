@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dropout import dropout_scale
-from ._tracing import can_look, every_sample, in_graph, is_tame, may_have
+from ._softmax import highest, normaliser, pivot_of, softmax, softmax_of_rows, sums_of_rows
+from ._tracing import can_look, every_sample, in_graph, is_finite, is_tame
 from .kernels.inputs import (
     ConcatInputs,
     GeneralInputs,
@@ -41,6 +42,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Those of the public functions."""
 FEATURES = ACTIVATIONS | {"abs": torch.abs, "square": torch.square}
 """What may be made of a sum of query and key; of their difference, in distance attention."""
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
+    "sigmoid": torch.sigmoid_,
+    "leaky_relu": lambda x: F.leaky_relu_(x, 0.2),
+    "abs": torch.abs_,
+    "square": torch.square_,
+}
+
+
+def activate(name: str, z: Tensor) -> Tensor:
+    """The feature of a z that only the caller has: on a CPU in its place, if no gradient asks for z itself.
+
+    New memory costs a CPU as much as an activation, for the system hands it out a page at a time.
+    """
+    if name in _IN_PLACE and can_look(z) and not asks_gradient(z):
+        return _IN_PLACE[name](z)
+    return FEATURES[name](z)
 
 
 class _Looking(threading.local):
@@ -68,16 +87,11 @@ def looked_at_after(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[...,
                 results = formula(inputs, *args, **options)
             finally:
                 _looking.after = False
-            if all(_is_finite(x) for x in results[:-1]):
+            if all(is_finite(x) for x in results[:-1]):
                 return results
         return formula(inputs, *args, **options)
 
     return wrapped
-
-
-def _is_finite(x: Tensor) -> bool:
-    """Whether all numbers are; one look, which takes large ones for infinite."""
-    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
 def asks_gradient(*tensors: Tensor | None) -> bool:
@@ -87,50 +101,12 @@ def asks_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def normaliser(top: Tensor, total: Tensor) -> Tensor:
-    """(m, l) of softmaxes, ``shape + (2,)``: the largest score, a constant to autograd, and Σ exp(score - m).
-
-    A weight is ``exp(score - m) / l``. Where no key is visible they are (-inf, 0).
-    """
-    return torch.stack([top.detach().to(total.dtype), total], -1)
-
-
 def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
     """For each packed row, the index of its segment: int64 ``(rows,)``."""
+    if can_look(cu_seqlens):  # a tenth of the time of a search
+        return torch.repeat_interleave(cu_seqlens.diff().long(), output_size=rows)
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens.contiguous(), row, right=True) - 1
-
-
-def softmax_of_rows(scores: Tensor, segment: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, top, pivot) over axis 1 of ``(B, T, R)``; of ``(N, R)`` over the rows of each of `count` segments.
-
-    `top` is the largest score, -inf of no row, and `pivot` a finite one, from which exponents are counted.
-    """
-    if segment is None:
-        top = highest(scores, 1)
-        pivot = top.masked_fill(top == -torch.inf, 0)  # one that sees no row: never -inf - -inf
-        return softmax(scores, top, 1), top, pivot
-    top = scores.new_full((count, scores.shape[-1]), -torch.inf)
-    top = top.scatter_reduce(0, segment[:, None].expand_as(scores), scores.detach(), "amax")
-    pivot = top.masked_fill(top == -torch.inf, 0)
-    weights = torch.exp(scores - pivot[segment])
-    total = torch.zeros_like(pivot).index_add(0, segment, weights)
-    return weights / total.masked_fill(total == 0, 1)[segment], top, pivot
-
-
-def softmax(scores: Tensor, top: Tensor, dim: int) -> Tensor:
-    """Softmax along `dim`, whose largest are `top`; zeros where that is -inf, of which PyTorch's makes NaN."""
-    blind = (top == -torch.inf).unsqueeze(dim)
-    if not may_have(blind):
-        return torch.softmax(scores, dim)
-    return torch.softmax(scores.masked_fill(blind, 0), dim).masked_fill(blind, 0)
-
-
-def sums_of_rows(scores: Tensor, top: Tensor, pivot: Tensor, segment: Tensor | None) -> Tensor:
-    """The normaliser of `softmax_of_rows`."""
-    if segment is None:
-        return normaliser(top, torch.exp(scores - pivot[:, None]).sum(1))
-    return normaliser(top, torch.zeros_like(pivot).index_add(0, segment, torch.exp(scores - pivot[segment])))
 
 
 def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -145,27 +121,31 @@ def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Te
         h, value = hide(mask[..., None], h, value)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
     if context is not None and not per_row:
-        if segment is None and mask is not None:  # of a sequence that sees nothing
+        if segment is None and mask is not None and not _looking.after:  # of a sequence that sees nothing
             context = context.masked_fill(~mask.any(1, keepdim=True), 0)
-        context = context[:, None] if segment is None else context[segment]
+        context = context[:, None] if segment is None else context.index_select(0, segment)
     if context is not None and mask is not None and (per_row or segment is not None):
         (context,) = hide(mask[..., None], context)
 
-    z = h if w is None else h @ w
-    if b is not None:
-        z = z + b
+    z = _affine(h, w, b)
     if context is not None:
         z = z + context
-    u = FEATURES[activation](z)
+    u = FEATURES[activation](z) if z is h else activate(activation, z)
     if gate_w is not None:
-        g = h @ gate_w
-        u = u * ACTIVATIONS[gate_activation](g if gate_b is None else g + gate_b)
+        u = u * activate(gate_activation, _affine(h, gate_w, gate_b))
     scores = u if v is None else u @ v
     if score_bias is not None:
         scores = scores + score_bias[..., None]
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
     return scores, value
+
+
+def _affine(h: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    """H W + b, of which each may be absent."""
+    if w is None:
+        return h if b is None else h + b
+    return h @ w if b is None else F.linear(h, w.mT, b)
 
 
 @looked_at_after
@@ -184,7 +164,7 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
     scores, value = _location_scores(inputs, segment)
     seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    weights, top, pivot = softmax_of_rows(scores, segment, seqs)
+    weights, top = softmax_of_rows(scores, segment, seqs)
     shares = weights
     if dropout_p > 0:
         assert seed is not None
@@ -202,7 +182,7 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
         out = out.index_add(0, segment, weights[:, :, None] * value[:, None, :])
     if weights_only:
         return out.to(dtype), shares
-    return out.to(dtype), sums_of_rows(scores, top, pivot, segment), scores
+    return out.to(dtype), sums_of_rows(scores, top, segment), scores
 
 
 def windowed_attention(inputs: WindowInputs) -> tuple[Tensor, Tensor]:
@@ -281,7 +261,7 @@ def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tup
         bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
         (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
         bad = bad_q | bad_k.mT
-    scores = (v[:, None, None] * FEATURES[activation](query[:, :, :, None] + key[:, :, None])).sum(-1)
+    scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
     return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 
@@ -304,14 +284,14 @@ def general_attention(
     if in_parts(mask, offsets[0], left, right):
         (query, bad_q), (key, bad_k) = sound(query), sound(key)
         bad = bad_q | bad_k.mT
-    scores = ACTIVATIONS[activation](scale * ((query if weight is None else query @ weight) @ key.mT))
+    scores = activate(activation, scale * ((query if weight is None else query @ weight) @ key.mT))
     structure = (mask, *offsets, seed, left, right, dropout_p)
     return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 
 
 def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``(B, H, T, D)`` with zeros where the mask lets no pair use a row: it may be NaN."""
-    if mask is not None:
+    if mask is not None and not _looking.after:
         queries, keys = used_rows(mask)
         key, value = hide(keys[:, None, :, None], key, value)
         (query,) = hide(queries[:, None, :, None], query)
@@ -338,7 +318,9 @@ def used_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
     """On a CPU, 16-bit tensors in float32: a product that float16 cannot hold may still be a score that it can."""
     return tuple(
-        x if x is None or x.device.type != "cpu" else x.to(torch.promote_types(x.dtype, torch.float32))
+        x.to(torch.promote_types(x.dtype, torch.float32))
+        if x is not None and x.element_size() < 4 and x.device.type == "cpu"
+        else x
         for x in tensors
     )
 
@@ -398,8 +380,8 @@ def _attend(
         scores = scores + score_bias
     if shown is not None:
         scores = scores.masked_fill(~shown[:, None], -torch.inf)
-    top = highest(scores, -1)
-    weights = shares = softmax(scores, top, -1)
+    weights, top = softmax(scores, -1)
+    shares = weights
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(H, device=scores.device)[:, None, None]
@@ -414,8 +396,8 @@ def _attend(
     out = (weights.to(value.dtype) @ value).to(dtype)
     if weights_only:
         return out, shares
-    pivot = top.masked_fill(top == -torch.inf, 0)[..., None]  # of a row that sees no key
-    return out, normaliser(top, torch.exp(scores - pivot).sum(-1)), scores
+    top = highest(scores, -1) if top is None else top
+    return out, normaliser(top, torch.exp(scores - pivot_of(top)[..., None]).sum(-1)), scores
 
 
 def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
@@ -463,15 +445,6 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     return out.to(dtype), weights
 
 
-def highest(scores: Tensor, dim: int) -> Tensor:
-    """The largest score along `dim`, a constant; -inf of none, which an exported program may meet later on."""
-    scores = scores.detach()
-    if torch.compiler.is_exporting() or not scores.shape[dim]:
-        one = scores.sum(dim, keepdim=True)
-        scores = torch.cat([scores, torch.full_like(one, -torch.inf)], dim)
-    return scores.amax(dim)
-
-
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:
     """Packed rows ``(N, width)`` as ``(S, T, width)``, zeros past a sequence's end; True in ``(S, T)`` up to there.
 
@@ -497,27 +470,27 @@ def graph_attention(inputs: GraphInputs, *, weights_only: bool = False) -> tuple
     least float32 ``scores (E, H)``; with `weights_only` out and, of that shape, the weights before dropout.
     """
     query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
-    node = segment_ids(indptr, indices.shape[0])
+    node, indices = segment_ids(indptr, indices.shape[0]), indices.long()
     dtype, wide = key.dtype, torch.promote_types(key.dtype, torch.float32)
     query, v = query.to(wide), v.to(wide)  # before anything can overflow
-    rows = key[indices].to(wide)
-    z = query[node] + rows
+    rows = key.index_select(0, indices).to(wide)  # whose gradient is a sum, several times as fast as an index's
+    z = query.index_select(0, node) + rows
     if edge is not None:
         z = z + edge
-    scores = (v * ACTIVATIONS[activation](z)).sum(-1)
-    weights, top, pivot = softmax_of_rows(scores, node, query.shape[0])
+    scores = (v * activate(activation, z)).sum(-1)
+    weights, top = softmax_of_rows(scores, node, query.shape[0])
     shares = weights
     if dropout_p > 0:
         assert seed is not None
         place = torch.arange(indices.shape[0], device=indices.device) - indptr[node]
         head = torch.arange(scores.shape[-1], device=indices.device)
         weights = weights * dropout_scale(seed, place[:, None], node[:, None], head, dropout_p).to(weights.dtype)
-    values = rows if value is None else value[indices].to(wide)
+    values = rows if value is None else value.index_select(0, indices).to(wide)
     out = values.new_zeros(*query.shape[:2], values.shape[-1])
     out = out.index_add(0, node, weights[..., None] * values).to(dtype)
     if weights_only:
         return out, shares
-    return out, sums_of_rows(scores, top, pivot, node), scores
+    return out, sums_of_rows(scores, top, node), scores
 
 
 def hierarchical_attention(
@@ -580,18 +553,21 @@ def statistics_pooling(
             return y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, weights * y)
         return (weights.mT @ y).squeeze(1) if weights.shape[-1] == 1 else (weights * y).sum(1)
 
-    weights, top, pivot = softmax_of_rows(scores, segment, seqs)
+    weights, top = softmax_of_rows(scores, segment, seqs)
+    alone = can_look(value) and not asks_gradient(weights, value)  # what is made on the way can be made in its place
     # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
     # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
     near = total(weights.detach(), value.detach())
     apart = value - to_frames(near)
     rest = total(weights, apart)
-    var = total(weights, (apart - to_frames(rest)).square())
+    apart = apart.sub_(to_frames(rest)).square_() if alone else (apart - to_frames(rest)).square()
+    var = total(weights, apart)
     low = var <= floor  # then a constant; NaN stays NaN
     std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
-    std = std.masked_fill(low, math.sqrt(floor)).masked_fill(top == -torch.inf, 0)
+    std = std.masked_fill(low, math.sqrt(floor))
+    std = std if top is None else std.masked_fill(top == -torch.inf, 0)
     mean, std = (near + rest).to(dtype), std.to(dtype)
     if weights_only:
         return mean, std, weights
     made = w is not None and (need_scores or (v is not None and v.dim() == 1))
-    return mean, std, sums_of_rows(scores, top, pivot, segment), scores if made else scores.new_empty(0)
+    return mean, std, sums_of_rows(scores, top, segment), scores if made else scores.new_empty(0)

@@ -35,8 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dropout import dropout_scale
+from .._softmax import normaliser
 from ..kernels.inputs import ConcatInputs
-from ..reference import in_parts, normaliser, readable, sound
+from ..reference import in_parts, readable, sound
 
 T = TypeVar("T")
 

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from .._dropout import dropout_scale
 from .._operators import vjp
+from .._softmax import normaliser
 from ..kernels.inputs import WindowInputs
-from ..reference import in_window, normaliser
+from ..reference import in_window
 
 CHUNK = 64
 """Rows of a chunk; of windows bounded on both sides up to `WIDE`, so that a chunk has not many times as many keys."""
