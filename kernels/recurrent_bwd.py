@@ -282,5 +282,7 @@ def recurrent_bwd(
     launch_forms(_recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **more)
     (dw_sum,) = sums([(dw if needs[3] else None, w.dtype)])
     of_weights = states.flatten(0, -2).t() @ z.flatten(0, -2) if needs[4] or needs[5] else empty(D, A + D)
-    made = (dq, dk, dval, dw_sum, of_weights[:, :A], of_weights[:, A:], dstate)
+    # Copies, which casts are anyhow: of one row both would be contiguous views of one tensor.
+    of_r, of_t = (g.to(x.dtype, copy=True) for g, x in ((of_weights[:, :A], w_r), (of_weights[:, A:], w_t)))
+    made = (dq, dk, dval, dw_sum, of_r, of_t, dstate)
     return [g.to(x.dtype) if need else None for g, x, need in zip(made, inputs, needs, strict=False)]

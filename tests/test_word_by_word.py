@@ -275,6 +275,14 @@ def test_raw_operators_read_no_masked_key_or_value(case, device):
         assert torch.equal(got, want)
 
 
+@pytest.mark.kernel
+def test_gradients_of_two_weights_of_one_column_are_two_tensors(device):
+    """The compiler may write to one of them."""
+    case = Case(dim=1, attn_dim=1, mask="some", state=True)
+    grads = raw(case, case.tensors(device))[1][2:]
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
+
+
 def raw(case, t):
     """The arguments of the raw forward by name, and its results with the gradients of the raw backward."""
     made = {
