@@ -6,6 +6,7 @@ from .general import general_attention
 from .graph import Graph, csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
+from .location_aware import location_aware_attention
 from .modules import (
     ConcatAttention,
     DistanceAttention,
@@ -18,7 +19,7 @@ from .modules import (
     StatisticsPooling,
     WordByWordAttention,
 )
-from .recurrent import location_aware_attention, word_by_word_attention
+from .recurrent import word_by_word_attention
 from .segments import Segments
 from .statistics import statistics_pooling
 

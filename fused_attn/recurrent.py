@@ -1,15 +1,10 @@
-"""Attention that a recurrence runs through: word by word, and the location-aware step.
-
-In the first the last result is part of the next query, a loop that one kernel runs for a whole sequence. In the
-second the last weights are part of the next score, and the loop is the user's: a decoder makes a query at a time.
-"""
+"""Word-by-word attention: the last result is part of the next query, a loop that one kernel runs for a sequence."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -17,9 +12,7 @@ from ._checks import (
     Checker,
     Table,
     argument,
-    check_activation,
     check_both,
-    check_dropout,
     check_flag,
     check_packed,
     mask_of,
@@ -28,7 +21,6 @@ from ._checks import (
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, may_ask, under_autocast, use_triton
-from .concat import concat_attention
 from .kernels.inputs import WordByWordInputs
 from .segments import Offsets, as_offsets
 
@@ -53,17 +45,6 @@ def _table(*, packed: bool) -> Table:
 
 
 _TABLES = {packed: _table(packed=packed) for packed in (False, True)}
-_LOCATION_AWARE = {
-    "query": argument("B A", "first"),
-    "key": argument("B Tk A"),
-    "value": argument("B Tk Dv"),
-    "v": argument("A", linear=True),
-    "previous": argument("B Tk"),
-    "conv_weight": argument("C K", hint="that of a `nn.Conv1d` of one channel without its middle axis"),
-    "u": argument("C A", linear=True),
-    "mask": mask_of("B Tk"),
-    "score_bias": argument("B Tk", "bias", optional=True),
-}
 
 
 def _fake(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
@@ -268,138 +249,3 @@ def _validate_word_by_word(
         check.bind("S", cu_seqlens_premise.shape[0] - 1, "cu_seqlens_premise")
     check("state", state)
     check("mask", mask)
-
-
-@explicit
-@under_autocast("query", "key", "value", "v", "previous", "conv_weight", "u")
-def location_aware_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    previous: Tensor,
-    conv_weight: Tensor,
-    u: Tensor,
-    *,
-    activation: str = "tanh",
-    mask: Tensor | None = None,
-    score_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
-    r"""One step of location-aware attention: the score sees where the last step looked.
-
-    .. math:: f_j = \sum_k F_k \, \alpha^{prev}_{j + k - (K - 1)/2}, \quad s_j = v \cdot act(q + k_j + f_j U), \quad
-        \alpha = softmax_j(s), \quad o = \sum_j \alpha_j \, value_j
-
-    A decoder calls this once a word, with the weights that the last call returned; gradients go back through them.
-    The score and the sum are `concat_attention` of one query, which is one kernel. Before it one matrix
-    product makes f, ``(B, Tk, C)``, of the windows of `previous`, ``(B, Tk, K)``, and another adds f U to the keys,
-    ``(B, Tk, A)``: at every step all three are written, read again, and kept for the backward. Both follow PyTorch's
-    TF32 setting for matrix products. A bias of the score goes into the query or the keys.
-
-    Parameters
-    ----------
-    query, key
-        Projected to the width A of the score: ``(B, A)`` and ``(B, Tk, A)``. float16, bfloat16, float32; float64 on a
-        CPU or by the reference.
-    value
-        ``(B, Tk, Dv)``.
-    v
-        ``(A,)``.
-    previous
-        The last weights, ``(B, Tk)``, or what is made of them, as their sum over all steps; zeros before the first.
-    conv_weight
-        F, ``(C, K)``, as `torch.nn.Conv1d` has it (a cross-correlation), K odd. Outside of the keys are zeros.
-    u
-        U, ``(C, A)``.
-    activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
-    mask
-        bool ``(B, Tk)``, True = may be attended. What it hides of keys, values and `previous` may be NaN; the
-        convolution takes it as zero.
-    score_bias
-        ``(B, Tk)``, added to the scores, in the dtype of `query` or float32.
-    dropout_p
-        Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
-    impl
-        As in `concat_attention`; it does not change what comes before the score.
-
-    Returns
-    -------
-    (Tensor, Tensor)
-        Output ``(B, Dv)`` and weights ``(B, Tk)``, as they are before dropout. A sequence without a visible key has
-        zeros in both.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For arguments that do not fit, an even width of `conv_weight`, and an `impl` that cannot run here.
-
-    References
-    ----------
-    Chorowski et al. 2015, Attention-based models for speech recognition; Shen et al. 2018 (Tacotron 2: the sum of all
-    weights so far).
-
-    """
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    _validate_location_aware(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
-    dtype = query.dtype
-    tensors = query, key, value, v, previous, conv_weight, u, score_bias  # before sums of 16 bits overflow
-    query, key, value, v, previous, conv_weight, u, score_bias = reference.widened(*tensors)
-    if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
-        previous = previous.masked_fill(~mask, 0)
-    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
-    # its own, which is on by default, and this one follows that of matrix products.
-    half = conv_weight.shape[1] // 2
-    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
-    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
-    key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
-    out, weights = concat_attention(
-        query[:, None],
-        key,
-        value,
-        v,
-        activation=activation,
-        mask=mask,
-        score_bias=None if score_bias is None else score_bias[:, None],
-        dropout_p=dropout_p,
-        return_weights=True,
-        impl=impl,
-    )
-    return out.squeeze(1).to(dtype), weights.squeeze(1).to(dtype)
-
-
-def _validate_location_aware(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    previous: Tensor,
-    conv_weight: Tensor,
-    u: Tensor,
-    activation: str,
-    mask: Tensor | None,
-    score_bias: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Check every argument: `concat_attention` would call some by another shape."""
-    check = Checker(_LOCATION_AWARE)
-    for name, x in (
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("v", v),
-        ("previous", previous),
-        ("conv_weight", conv_weight),
-    ):
-        check(name, x)
-    C, K = conv_weight.shape
-    if K % 2 == 0:
-        raise ValueError(f"conv_weight: expected shape (C, K) with an odd width K; got {(C, K)}")
-    check("u", u)
-    check("mask", mask)
-    check("score_bias", score_bias)
-    check_activation("activation", activation)
-    check_dropout("dropout_p", dropout_p)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fused_attn import concat, distance, general, graph, hierarchical, location, recurrent, statistics
+from fused_attn import concat, distance, general, graph, hierarchical, location, location_aware, recurrent, statistics
 
 FUNCTIONS = {
     concat.concat_attention: concat._TABLES.values(),
@@ -17,7 +17,7 @@ FUNCTIONS = {
         {"w": location._TABLES[False, "R"]["w"]},  # a context's A is then R, or no axis
     ],
     recurrent.word_by_word_attention: recurrent._TABLES.values(),
-    recurrent.location_aware_attention: [recurrent._LOCATION_AWARE],
+    location_aware.location_aware_attention: [location_aware._TABLE],
     statistics.statistics_pooling: statistics._TABLES.values(),
 }
 

@@ -32,7 +32,7 @@ def test_every_kernel_and_every_python_path_has_a_listed_mutant():
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py") if "_kernel(" in p.read_text()}
     assert kernels <= mutated
     modules = {f"fused_attn/modules/{p.name}" for p in (ROOT / "fused_attn" / "modules").glob("[!_]*.py")}
-    paths = ["location", "general", "hierarchical", "recurrent", "statistics", "graph", "reference"]
+    paths = ["location", "location_aware", "general", "hierarchical", "recurrent", "statistics", "graph", "reference"]
     paths += ["blocked/location", "blocked/concat", "_location_windowed", "_ragged_rnn"]
     paths += ["_ops", "_operators", "_checks"]
     assert modules | {f"fused_attn/{name}.py" for name in paths} <= mutated

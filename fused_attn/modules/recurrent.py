@@ -17,7 +17,8 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..recurrent import location_aware_attention, word_by_word_attention
+from ..location_aware import location_aware_attention
+from ..recurrent import word_by_word_attention
 from ..segments import Offsets
 from ._layers import Attention, counts, factory, project, read
 

@@ -31,6 +31,7 @@ TESTS = {
         f"location_window location_window_memory location_numbers location_layouts location_hidden {_LAST}"
     ),
     "blocked/location": _tests("location_window location_numbers location_layouts location_hidden compositions"),
+    "location_aware": _tests(f"location_aware three_families {_LAST}"),
     "location": _tests(
         "modules location location_structure location_dropout location_numbers location_layouts "
         "location_hidden errors location_memory location_window "
@@ -45,7 +46,7 @@ TESTS = {
         "hierarchical hierarchical_structure hierarchical_module errors location_numbers "
         f"location_layouts location_hidden location_memory {_LAST}"
     ),
-    "recurrent": _tests(f"word_by_word location_aware three_families {_LAST}"),
+    "recurrent": _tests(f"word_by_word three_families {_LAST}"),
     "statistics": _tests(f"statistics three_families errors {_LAST}"),
     "graph": _tests(f"graph three_families errors {_LAST}"),
     "": _tests(

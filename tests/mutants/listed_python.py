@@ -172,14 +172,14 @@ PYTHON: tuple[Mutant, ...] = (
         "returned weights of hops have no gradient",
     ),
     Mutant(
-        "fused_attn/recurrent.py",
+        "fused_attn/location_aware.py",
         "        previous = previous.masked_fill(~mask, 0)\n",
         "        pass\n",
         ("tests/test_location_aware.py", "-k", "masked_positions"),
         "hidden weights of the last step reach the convolution",
     ),
     Mutant(
-        "fused_attn/recurrent.py",
+        "fused_attn/location_aware.py",
         "F.pad(previous, (half, half + 1))",
         "F.pad(previous, (half + 1, half))",
         ("tests/test_location_aware.py", "-k", "by_hand"),
