@@ -224,24 +224,28 @@ def _general_fwd_kernel(
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
             v_keep = k_seen
-            if EDGE:
+            if EDGE or flags.MASKED:
                 code, k_seen, v_keep, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
                 k_keep = v_keep if flags.SHARED else k_keep
+                if not EDGE:  # seen by all queries or none
+                    k_keep = k_seen
+                    v_keep = k_seen
             k_ptrs = k_ptr + k_rows * key.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
-            inside = q_keep[:, None] & k_seen[None, :]
+            inside = q_keep[:, None] & k_seen[None, :] if flags.PAIRS else k_seen[None, :]
             s, _y, shown = tile_scores(
                 x, i[:, None], j[None, :], inside, score_bias, mask, seq, head, window, size, flags, EDGE
             )
-            if EDGE:
-                if flags.PARTS:
-                    s = tl.where((code == 3)[None, :], float("nan"), s)
+            if EDGE and flags.PARTS:
+                s = tl.where((code == 3)[None, :], float("nan"), s)
+            if EDGE or flags.MASKED:
                 s = tl.where(shown, s, float("-inf"))
-                if result.scores is not None:
-                    at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
-                    tl.store(result.scores + pair0 + at, s, mask=inside)  # NATURAL
-            p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, not EDGE)
+            if result.scores is not None:
+                at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
+                tl.store(result.scores + pair0 + at, s, mask=inside)  # NATURAL
+            SEEN: tl.constexpr = not (EDGE or flags.MASKED)
+            p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, SEEN)
             if dropout.seed is not None:
                 p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
             if flags.SHARED and not flags.WIDE:
@@ -346,7 +350,8 @@ class Flags(NamedTuple):
     SHARED: bool
     MASKED: bool  # a query may see nothing, and then be NaN
     PARTS: bool  # a key may be hidden from some queries only
-    PLAIN: bool
+    PLAIN: bool  # tiles that the window leaves whole have a loop of their own
+    PAIRS: bool  # a pair has a mask, a bias, a score that is kept or a dropout factor of its own
     WIDE: bool  # the width of the score is walked in parts
     WIDE_V: bool  # that of the values
     GAP: bool  # see general_bwd.py
@@ -371,7 +376,6 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    plain: bool  # no mask, bias or dropout
     busy: bool  # a pair has a mask, bias or dropout of its own
     size: Size
     flags: Flags  # but for what blocks decide
@@ -403,8 +407,8 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = cu_seqlens_q.numel() - 1 if packed else B
-    plain = mask is None and score_bias is None and seed is None
     pair_mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
+    busy = any(x is not None for x in (bias, pair_mask, seed))
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
         ACT=activation,
@@ -415,7 +419,8 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         SHARED=value is None,
         MASKED=mask is not None,
         PARTS=parts,
-        PLAIN=plain,
+        PLAIN=not busy and (mask is None or parts),
+        PAIRS=busy,
         WIDE=False,
         WIDE_V=False,
         GAP=False,
@@ -438,8 +443,7 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         "window": window(left, right),
         "size": size,
     }
-    busy = any(x is not None for x in (bias, pair_mask, seed))
-    return Call(chip, seqs, plain, busy, size, flags, args)
+    return Call(chip, seqs, busy, size, flags, args)
 
 
 def _codes(rows: Tensor | None, H: int) -> Tensor | None:
@@ -471,9 +475,9 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
-    plain = call.plain and not need_scores
+    busy = call.busy or need_scores
     length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
-    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, plain, call.busy or need_scores, call.flags.PARTS)
+    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
     dv_blocks = cdiv(DV, blocks.DV)
     splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), cdiv(Tk, 2 * blocks.N)))
@@ -486,7 +490,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
         "per_seq": items.per_seq,
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
-        "flags": fitting(call.flags._replace(PLAIN=plain), call.size, blocks),
+        "flags": fitting(call.flags._replace(PLAIN=not busy and call.flags.PLAIN, PAIRS=busy), call.size, blocks),
     }
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
     launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)

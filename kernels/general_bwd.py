@@ -55,7 +55,9 @@ class Given(NamedTuple):
     out: Tensor  # (B, H, Tq, DV) float32
     lse: Tensor  # (B, H, Tq, 2) float32: (m, l), m in the units of `power`
     dlse: Tensor | None  # the same
-    delta: Tensor  # (B, H, Tq) float32: δ, which the kernel for dq leaves
+    top: Tensor  # (B, H, Tq) float32: these three the first kernel leaves for the others: m or a finite number,
+    inv: Tensor  # (B, H, Tq) float32: 1 / l, 0 where no key was seen,
+    delta: Tensor  # (B, H, Tq) float32: δ
     dscores: Tensor | None  # (B, H, Tq, Tk) float32
 
 
@@ -113,19 +115,21 @@ def _general_gradient(
     size,
     flags,
     EDGE: tl.constexpr,  # some query may not see some key of this tile
+    TEST: tl.constexpr,  # and that is not seen from (top, inv) or at the end of the kernel
 ):
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
     s, y, shown = tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flags, EDGE)
     p = power(s - top, flags.NATURAL, flags.FMA) * inv
     if flags.GAP:
-        return tl.where(shown, p * dp, 0.0) if EDGE else p * dp, p
+        return tl.where(shown, p * dp, 0.0) if TEST else p * dp, p
     if flags.EXACT:
         g = p * (dp - delta)
     else:
         g = p * (dp * keep - delta)
-    if EDGE:
+    if TEST:
         p = tl.where(shown, p, 0.0)
         g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
+    if flags.PAIRS:
         pair0 = (seq * size.H + head) * Tq * Tk
         at = i.to(tl.int64) * Tk + j
         if given.dscores is not None:
@@ -134,7 +138,7 @@ def _general_gradient(
             tl.store(grads.bias + pair0 + at, g, mask=shown)
     if flags.ACT != "identity":
         g *= activate_grad(x * size.scale, y, flags.ACT, flags.FAST)
-        if EDGE:
+        if TEST:
             g = tl.where(shown, g, 0.0)
     return g, p * keep
 
@@ -192,8 +196,11 @@ def _general_bwd_dq_kernel(
                 delta += tl.sum(do_part * out, axis=1)
         if given.dlse is not None:
             delta -= load_dlse(given.dlse + lse_at, given.lse + lse_at, q_keep)
-        if not flags.GAP:  # for the other kernel
-            tl.store(given.delta + row0 + q_rows, delta, mask=q_keep & (tl.program_id(2) == 0))
+        first = q_inside & (tl.program_id(2) == 0)  # for the other kernels: a division a query, not one a trip
+        tl.store(given.top + row0 + q_rows, top, mask=first)
+        tl.store(given.inv + row0 + q_rows, inv, mask=first)
+        if not flags.GAP:
+            tl.store(given.delta + row0 + q_rows, delta, mask=first)
     top = top[:, None]
     inv = inv[:, None]
     delta = delta[:, None]
@@ -213,8 +220,9 @@ def _general_bwd_dq_kernel(
             k_rows = j.to(tl.int64)
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
-            if EDGE:
+            if EDGE or flags.MASKED:
                 _code, k_seen, _whole, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
+                k_keep = k_keep if EDGE else k_seen
             k_ptrs = k_ptr + k_rows * key.stride_t
             val_ptrs = val_ptr + k_rows * value.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
@@ -233,7 +241,7 @@ def _general_bwd_dq_kernel(
                 else:
                     values = narrow_rows(val_ptrs, k_keep, dv, size.DV, flags.WIDE_V)
                 dp = product(do, do_ptrs, q_keep, values, val_ptrs, k_keep, size.DV, flags.WIDE_V, flags, blocks.DV)
-            inside = q_keep[:, None] & k_seen[None, :]
+            inside = q_keep[:, None] & k_seen[None, :] if flags.PAIRS else k_seen[None, :]
             g, _p = _general_gradient(
                 x,
                 dp,
@@ -256,6 +264,7 @@ def _general_bwd_dq_kernel(
                 size,
                 flags,
                 EDGE,
+                EDGE or flags.MASKED,
             )
             if flags.GAP:
                 rest += tl.sum(g, axis=1)
@@ -264,7 +273,7 @@ def _general_bwd_dq_kernel(
                     k = load_rows(k_ptrs, k_keep, d_out, size.D)
                 acc = add_product(g, k, acc, flags.COMPUTE, flags.PRECISION)
     if flags.GAP:
-        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_keep[:, None])
+        tl.store(given.delta + row0 + q_rows[:, None], delta + rest[:, None], mask=q_inside[:, None])
     else:
         dq_ptrs = grads.q + row0 * grads.stride_q + q_rows * grads.stride_q
         store_rows(dq_ptrs, acc * size.scale, q_inside, d_out, size.D)
@@ -327,10 +336,10 @@ def _general_bwd_dkv_kernel(
             q_rows = i.to(tl.int64)
             q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
-            if EDGE:
+            if EDGE or flags.MASKED:
                 _code, q_keep, q_good, _keep = coded_rows(q_codes, seq, head, q_row0 + q_rows, i < length)
                 if flags.MASKED and not flags.PARTS:  # a query that sees nothing may be NaN
-                    q_good = tl.load(given.lse + (row0 + q_rows) * 2 + 1, mask=q_keep, other=0.0) != 0
+                    q_good = tl.load(given.inv + row0 + q_rows, mask=q_keep, other=0.0) != 0
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
@@ -346,10 +355,10 @@ def _general_bwd_dkv_kernel(
                 )
             else:
                 dp = product(values, val_ptrs, k_keep, do, do_ptrs, q_good, size.DV, flags.WIDE_V, flags, blocks.DV)
-            inside = q_keep[None, :] & k_keep[:, None]
-            top, inv = load_lse(given.lse + (row0 + q_rows) * 2, q_keep)
-            top = top[None, :]
-            inv = tl.where(q_good, inv, 0.0)[None, :]
+            # Of queries past the end inv is 0; what hidden keys get is not kept.
+            inside = q_keep[None, :] & k_keep[:, None] if flags.PAIRS else tl.full([1, 1], True, tl.int1)
+            top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
+            inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             g, p = _general_gradient(
                 x,
@@ -373,11 +382,14 @@ def _general_bwd_dkv_kernel(
                 size,
                 flags,
                 EDGE,
+                EDGE and (flags.PAIRS or flags.PARTS),
             )
             if grads.k is not None:
                 if flags.WIDE:
                     q = load_rows(q_ptrs, q_good, d_out, size.D)
-                dk = add_product(g * size.scale, q, dk, flags.COMPUTE, flags.PRECISION)
+                if flags.SHARED:  # whose sum has a second term
+                    g *= size.scale
+                dk = add_product(g, q, dk, flags.COMPUTE, flags.PRECISION)
             if grads.value is not None or flags.SHARED:
                 if flags.WIDE_V:
                     do = load_rows(do_ptrs, q_good, dv_out, size.DV)
@@ -387,8 +399,12 @@ def _general_bwd_dkv_kernel(
                     dval = add_product(p, do, dval, flags.COMPUTE, flags.PRECISION)
     row0 = first_row(k_spans, seq, head, size.H, Tk)
     if grads.k is not None:
+        if not flags.SHARED:
+            dk *= size.scale
+        dk = tl.where(k_keep[:, None], dk, 0.0)
         store_rows(grads.k + row0 * size.D + k_rows * size.D, dk, k_inside, d_out, size.D)
     if grads.value is not None:
+        dval = tl.where(k_keep[:, None], dval, 0.0)
         store_rows(grads.value + row0 * size.DV + k_rows * size.DV, dval, k_inside, dv_out, size.DV)
 
 
@@ -436,7 +452,7 @@ def bwd_blocks(
         if parts and size > 128:
             for_k = for_k._replace(D=min(width, 128), DV=min(value_width, 128))
         return for_q, for_k
-    if not plain:
+    if busy:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m
         for_k = Blocks(few, 16 if short else few_n, width, value_width, 8, 1)
@@ -447,8 +463,14 @@ def bwd_blocks(
         return for_q._replace(**halves) if busy and cut else for_q, for_k
     if chip.hopper and size > 128 and Tq <= 16 and not parts:
         return Blocks(16, 128, width, value_width, 4, 2), Blocks(few_m, few_n, width, value_width, 8, 2)
-    if chip.hopper and size == 128 and Tq > 64 and not parts:
-        return Blocks(128, n, width, value_width, 8, 3), Blocks(few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
+    if chip.hopper and size == 128 and Tq > 64:
+        # wgmma has rows of 64 a warp group: fewer keys than 128 for 8 warps, and mma takes half the width each. Where
+        # codes of rows are walked too, 64 queries spilled.
+        for_k = Blocks(m if plain and not parts else few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
+        return Blocks(64, n, width, value_width, 4, 2) if parts else Blocks(128, n, width, value_width, 8, 3), for_k
+    if chip.hopper and size > 128 and Tq > 64 and not cut:  # 128 queries, for the same reason: 60 to 20 a pair
+        for_q = Blocks(128, 32, width, value_width, 8, 2)
+        return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)
     if size > 128:
         for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
@@ -456,7 +478,8 @@ def bwd_blocks(
     n_k = few_n if large and parts and not roomy else n
     warps = 8 if large or (parts and not roomy) else 4
     for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, warps, 2)
-    return Blocks(m, n, width, value_width, 8 if large and not roomy else 4, 2), for_k
+    n_q = 64 if large and chip.hopper else n  # few variants: more than 64 queries have two lengths of keys above
+    return Blocks(m, n_q, width, value_width, 8 if large and not roomy else 4, 2), for_k
 
 
 def general_bwd(
@@ -483,27 +506,27 @@ def general_bwd(
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
     dbias = torch.zeros(B, H, Tq, Tk, dtype=torch.float32, device=query.device) if need_bias else None
     if query.numel() and key.numel() and call.seqs:
-        delta = torch.empty(B, H, Tq, dtype=torch.float32, device=query.device)
+        left = (torch.empty(B, H, Tq, dtype=torch.float32, device=query.device) for _ in range(3))
         dout, out, lse, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse, dscores))
-        given = Given(dout, out, lse, dlse, delta, dscores)
-        plain, busy = call.plain and dscores is None, call.busy or dscores is not None
-        flags = call.flags._replace(PLAIN=plain)
+        given = Given(dout, out, lse, dlse, *left, dscores)
+        busy = call.busy or dscores is not None
+        flags = call.flags._replace(PLAIN=not busy and call.flags.PLAIN, PAIRS=busy)
 
         def run(kernel, grid: tuple[int, ...], blocks: Blocks, flags: Flags, **more: object) -> None:
-            tight = exact or blocks.D < D or blocks.DV < DV or not (plain and even(D, DV))
+            tight = exact or blocks.D < D or blocks.DV < DV or busy or not even(D, DV)
             args = {**call.args, "given": given, "flags": fitting(flags, call.size, blocks), **more}
             launch(kernel, grid, args, blocks, **(all_registers(call.chip) if tight else {}))
 
         lengths = (LONG, LONG) if packed else (Tq, Tk)
+        plain = not (busy or call.flags.MASKED)
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts)
         # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
-        gap = need_q or need_k or need_bias if exact else need_k and not (need_q or need_bias)
-        if gap or need_q or need_bias:
-            items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
-            of_queries = {"q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq}
-        if gap:
+        fine = exact and (need_q or need_k or need_bias)
+        items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
+        of_queries = {"q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq}
+        if fine or not (need_q or need_bias):
             only = {**of_queries, "grads": Grads(), "given": given._replace(dscores=None)}
-            run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True), **only)
+            run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True, EXACT=fine), **only)
         if need_q or need_bias:
             grid = items.count, H, cdiv(D, for_q.D)
             made = Grads(torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq, D)
