@@ -107,7 +107,7 @@ def location_aware_attention(
     tensors = query, key, value, v, previous, conv_weight, u, score_bias  # before sums of 16 bits overflow
     query, key, value, v, previous, conv_weight, u, score_bias = reference.widened(*tensors)
     if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
-        previous = previous.masked_fill(~mask, 0)
+        previous = previous.where(mask, 0)
     # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
     # its own, which is on by default, and this one follows that of matrix products.
     half = conv_weight.shape[1] // 2
