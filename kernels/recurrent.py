@@ -7,7 +7,7 @@ With key = Y W_y and query = H W_h made before, and t the words of the hypothesi
 
 Step t needs all of r_{t-1}, so one program walks all steps of a sequence. r goes from step to step through global
 memory (float32, and a barrier): there a product with a weight reads it in any layout, and nothing limits its width.
-Those of all steps stay (`KEPT`) where a gradient may be asked for, else two rows in turn, which stay in cache. The
+Those of all steps stay where a gradient may be asked for, else two rows in turn, which stay in cache. The
 weights stream from cache, a block of rows at a time.
 
 - `HELD`: keys and values of the premise are loaded once, and stay on chip for all steps. For premises of at most
@@ -73,7 +73,7 @@ def _recurrent_fwd_kernel(
     q_spans,
     k_spans,
     first_ptr,  # (S, D): r before the first step, or None
-    state_ptr,  # float32 (B, Th + 1, D) or packed (N + S, D): r before and after each step; not KEPT (S, 2, D)
+    state_ptr,  # float32 (B, Th + 1, D) or packed (N + S, D): r before and after each step; or (S, slots, D)
     scratch,
     result,
     num_seqs,
@@ -81,6 +81,7 @@ def _recurrent_fwd_kernel(
     Ty,
     size,
     limit,  # longest premise that is held
+    slots,  # rows of r that are taken in turn; 0: those of all steps stay
     flags,
     blocks,
 ):
@@ -108,7 +109,8 @@ def _recurrent_fwd_kernel(
         c_ptr = scratch.c + seq * size.A
         s_ptr = scratch.s + seq * Ty + k_start
 
-    state_ptr += (seq * (Th + 1) + q_start if flags.KEPT else seq * 2) * size.D
+    kept = slots == 0
+    state_ptr += tl.where(kept, seq * (Th + 1) + q_start, seq * slots) * size.D
     for d0 in range(0, size.D, blocks.D):
         i = d0 + tl.arange(0, blocks.D)
         r = tl.zeros([blocks.D], tl.float32)
@@ -117,13 +119,8 @@ def _recurrent_fwd_kernel(
         tl.store(state_ptr + i, r, mask=(i < size.D) & own)
     tl.debug_barrier()
     for t in range(0, steps):
-        if flags.KEPT:
-            last_ptr = state_ptr
-            next_ptr = state_ptr + size.D
-            state_ptr += size.D
-        else:
-            last_ptr = state_ptr + t % 2 * size.D
-            next_ptr = state_ptr + (t + 1) % 2 * size.D
+        last_ptr = state_ptr + tl.where(kept, t, t % 2) * size.D
+        next_ptr = state_ptr + tl.where(kept, t + 1, (t + 1) % 2) * size.D
         if flags.HELD:
             c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, w_r, a, size.D, size.A, blocks.K)
@@ -248,7 +245,6 @@ class Flags(NamedTuple):
     FAST: bool
     FMA: bool
     ONCE: bool  # scores go through `made_once`: on AMD's chips narrow ones were made twice
-    KEPT: bool  # r of all steps
     HELD: bool  # keys and values of a premise stay on chip
 
 
@@ -276,7 +272,7 @@ class Call(NamedTuple):
     args: dict[str, object]
 
 
-def prepare(inputs: WordByWordInputs, *, kept: bool) -> Call:
+def prepare(inputs: WordByWordInputs) -> Call:
     """Arguments by the kernels' names."""
     query, key, value, w, w_r, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     chip, packed = chip_of(query.device), cu_seqlens_premise is not None
@@ -285,7 +281,7 @@ def prepare(inputs: WordByWordInputs, *, kept: bool) -> Call:
     seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
     size = Size(query.shape[-1], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
-    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", kept, False)
+    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False)
     args = {
         "q": sequences(query, packed=packed),
         "k": sequences(key, packed=packed),
@@ -329,7 +325,7 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
     states: r before and after each step in float32, ``(B, Th + 1, D)`` or packed ``(N + S, D)``. They and the weights
     (of padded batches only) are written only where they are needed, else they are empty.
     """
-    call = prepare(inputs, kept=need_states)
+    call = prepare(inputs)
     query, key, value, *_, state, _, cu_seqlens_premise, _ = inputs
     packed = cu_seqlens_premise is not None
 
@@ -345,5 +341,6 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
         scratch = Scratch(empty(call.seqs, call.size.A), empty(*key.shape[:-1]))
         first = None if state is None else state.contiguous()
         more = {"scratch": scratch, "first_ptr": first, "state_ptr": states, "result": result}
+        more["slots"] = 0 if need_states else 2
         launch_forms(_recurrent_fwd_kernel, call, 1, key.shape[-2], packed, **more)
     return out, weights, states if need_states else empty(0)

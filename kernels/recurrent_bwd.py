@@ -258,7 +258,7 @@ def recurrent_bwd(
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False; states: see the forward."""
     query, key, value, w, w_r, w_t, _, _, cu_seqlens_premise, _ = inputs
-    call = prepare(inputs, kept=False)
+    call = prepare(inputs)
     A, D = call.size
     if dout.numel() == 0:
         shapes = *(x.shape for x in inputs[:6]), (call.seqs, D)  # type: ignore[union-attr]
