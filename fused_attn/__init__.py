@@ -3,7 +3,7 @@
 from .concat import concat_attention
 from .distance import distance_attention
 from .general import general_attention
-from .graph import Graph, csr_from_edges, graph_attention, transpose_csr
+from .graph import Graph, add_self_loops, csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
 from .location_aware import location_aware_attention
@@ -41,6 +41,7 @@ __all__ = [
     "StatisticsPooling",
     "WordByWordAttention",
     "__version__",
+    "add_self_loops",
     "concat_attention",
     "csr_from_edges",
     "distance_attention",

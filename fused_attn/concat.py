@@ -99,7 +99,7 @@ def concat_attention(
     v
         ``(A,)``, or ``(H, A)``.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
         query or key use are never read: they may be NaN.

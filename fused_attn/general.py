@@ -170,7 +170,7 @@ def general_attention(
     scale
         Factor on the product; 1 by default, as the classical papers have it.
     activation
-        Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
         query or key use are never read: they may be NaN.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
 from ._checks import (
@@ -18,6 +21,7 @@ from ._checks import (
     check_dropout,
     check_flag,
     check_indices,
+    check_number,
     check_offsets,
     check_tensor,
     check_values,
@@ -49,6 +53,9 @@ def _table(h: str) -> Table:
 
 
 _TABLES = {heads: _table("H" if heads else "") for heads in (False, True)}
+
+
+_FILLS = {"mean": "mean", "add": "sum", "min": "amin", "max": "amax"}  # of `add_self_loops`, by PyTorch's names
 
 
 def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +90,61 @@ def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor
     perm = torch.argsort(target, stable=True)
     nodes = torch.arange(num_queries + 1, device=target.device, dtype=target.dtype)
     return torch.searchsorted(target[perm], nodes).to(target.dtype), source[perm], perm
+
+
+def add_self_loops(
+    edge_index: Tensor, num_nodes: int, edge: Tensor | None = None, *, fill: float | str = "mean"
+) -> tuple[Tensor, Tensor | None]:
+    """An edge from every node to itself, in place of those that there are, as PyG's ``GATv2Conv`` adds it.
+
+    Parameters
+    ----------
+    edge_index
+        int32 or int64 ``(2, E)``: sources and targets.
+    num_nodes
+        Number N of nodes.
+    edge
+        Edge features ``(E, ...)``, or None.
+    fill
+        The features of the new edges: a number, or "mean", "add", "min" or "max" of those of the edges that lead to
+        the node from others, zeros where there are none.
+
+    Returns
+    -------
+    (Tensor, Tensor or None)
+        The edges between nodes in their order, and then those of nodes to themselves: ``(2, E')``; their features.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For dtypes, shapes, and nodes outside ``[0, N)``; on a GPU these stop the program.
+
+    """
+    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
+    num_nodes = check_count("num_nodes", num_nodes)
+    for i, ends in enumerate(edge_index):
+        check_indices(f"edge_index[{i}]", ends, num_nodes, "nodes")
+    if isinstance(fill, str):
+        if fill not in _FILLS:
+            raise ValueError(f"fill: expected a number or one of {', '.join(_FILLS)}; got {fill!r}")
+    else:
+        fill = check_number("fill", fill, "a finite number", -sys.float_info.max, math.inf)
+    between = edge_index[0] != edge_index[1]
+    kept = edge_index[:, between]
+    nodes = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
+    both = torch.cat([kept, nodes.expand(2, -1)], 1)
+    if edge is None:
+        return both, None
+    if not isinstance(edge, Tensor):
+        raise TypeError(f"edge: expected a torch.Tensor; got {type(edge).__name__}")
+    if edge.dim() == 0 or len(edge) != len(between):
+        raise ValueError(f"edge: expected (E, ...) with E = {len(between)} from edge_index; got {tuple(edge.shape)}")
+    edge = edge[between]
+    loops = edge.new_full((num_nodes, *edge.shape[1:]), 0 if isinstance(fill, str) else fill)
+    if isinstance(fill, str):
+        target = kept[1].long().view(-1, *[1] * (edge.dim() - 1)).expand_as(edge)
+        loops = loops.scatter_reduce(0, target, edge, _FILLS[fill], include_self=False)
+    return both, torch.cat([edge, loops])
 
 
 def transpose_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
@@ -189,6 +251,36 @@ class Graph:
 torch.export.register_dataclass(Graph, serialized_type_name="fused_attn.Graph")
 
 
+class _Edges(NamedTuple):
+    """A list of edges as a graph."""
+
+    graph: Graph
+    order: Tensor  # (E,): the edges in the graph's order
+    place: Tensor  # (E,): where in that order each of the edges is
+
+
+_MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By list of edges: its version, Nq and Nk, and what `edges_of` made; as long as the list lives."""
+
+
+def edges_of(edge_index: Tensor, num_queries: int, num_keys: int) -> _Edges:
+    """The graph of a list of edges: made once for a tensor that nobody writes to."""
+    kept = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    kept = kept and not edge_index.is_inference()
+    key = (edge_index._version, num_queries, num_keys) if kept else None
+    known = _MADE.get(edge_index) if kept else None
+    if known is not None and known[0] == key:
+        return cast("_Edges", known[1])
+    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
+    check_indices("edge_index[0]", edge_index[0], num_keys, "key nodes")
+    graph, order = Graph.from_edges(edge_index, num_queries, num_keys)
+    with torch.inference_mode(False):
+        made = _Edges(graph, order.clone(), torch.argsort(order))
+    if kept:
+        _MADE[edge_index] = key, made
+    return made
+
+
 def _fake(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, ...]:
     query, key, _, value, _, _, indices, *_ = inputs
     nodes, heads, _ = query.shape
@@ -238,6 +330,7 @@ def graph_attention(
     value: Tensor | None = None,
     edge: Tensor | None = None,
     activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
     dropout_p: float = 0.0,
     transposed: Transposed | None = None,
     return_weights: bool = False,
@@ -262,14 +355,18 @@ def graph_attention(
     indptr, indices
         int32 or int64 ``(Nq + 1,)`` and ``(E,)``: the neighbours of node i are the rows
         ``indices[indptr[i] : indptr[i + 1]]`` of `key`. `csr_from_edges` makes them of a list of edges. Or, for both,
-        a `Graph`, which was checked when it was made.
+        a `Graph`, which was checked when it was made; or a list of edges ``(2, E)``, sources and targets, as PyTorch
+        Geometric has it, whose `Graph` is made once and kept as long as that tensor lives and nobody writes to it.
     value
         ``(Nk, Dv)``, or ``(Nk, H, Dv)``. None: the projected keys, as GATv2 has it, of which the kernel then loads a
         row once for both uses (up to a width of 256).
     edge
-        Projected edge features, ``(E, A)`` or ``(E, H, A)``, in the order of `indices`: added before the activation.
+        Projected edge features, ``(E, A)`` or ``(E, H, A)``, in the order of `indices`, or of the list of edges (they
+        are copied then): added before the activation.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu.
+    negative_slope
+        Of leaky_relu, below 0. Each is a kernel of its own.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     transposed
@@ -285,7 +382,8 @@ def graph_attention(
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights ``(E,)`` or ``(E, H)``, in the order of `indices`.
+        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights ``(E,)`` or ``(E, H)``, in the order of `indices`, or
+        of the list of edges.
 
     Raises
     ------
@@ -304,12 +402,17 @@ def graph_attention(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     return_weights = check_flag("return_weights", return_weights)
-    indptr, indices, graph = csr_of(indptr, indices, transposed)
+    negative_slope = check_slope(negative_slope)
+    indptr, indices, graph, edges = csr_of(indptr, indices, transposed, query, key)
     if graph is not None and graph.num_keys != key.shape[0]:
         raise ValueError(f"indptr: expected a Graph of Nk = {key.shape[0]} key nodes, from key; got {graph.num_keys}")
     _validate_graph(query, key, v, indptr, indices, value, edge, activation, dropout_p, transposed)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     heads = query.dim() == 3
+    if edges is not None and edge is not None:
+        edge = edge[edges.order]
+    if activation == "leaky_relu" and negative_slope != 0.2:
+        activation = f"leaky_relu:{negative_slope!r}"
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
@@ -330,24 +433,34 @@ def graph_attention(
     if weights is None or not return_weights:
         return out
     weights = weights.to(out.dtype)
+    weights = weights if edges is None else weights[edges.place]
     return out, weights if heads else weights.squeeze(1)
 
 
+def check_slope(value: float) -> float:
+    """The slope of leaky_relu as a float; ValueError for one that is not finite, TypeError for no number."""
+    return check_number("negative_slope", value, "a finite number", -sys.float_info.max, math.inf)
+
+
 def csr_of(
-    indptr: Tensor | Graph, indices: Tensor | None, transposed: Transposed | None
-) -> tuple[Tensor, Tensor, Graph | None]:
-    """(indptr, indices, the `Graph` that they are of)."""
+    indptr: Tensor | Graph, indices: Tensor | None, transposed: Transposed | None, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor, Graph | None, _Edges | None]:
+    """(indptr, indices, the `Graph` that they are of, the list of edges that this is of)."""
+    edges = None
     if not isinstance(indptr, Graph):
-        if indices is None:
+        if indices is not None or not isinstance(indptr, Tensor):
+            return indptr, cast("Tensor", indices), None, None
+        if indptr.dim() != 2:
             raise TypeError(
-                "indices: expected a torch.Tensor beside indptr, or a Graph alone, which of an edge_index "
-                "Graph.from_edges makes: graph, order = Graph.from_edges(edge_index, ...); got None"
+                "indices: expected a torch.Tensor beside indptr, or None beside a Graph or an edge_index (2, E); "
+                f"got None beside {tuple(indptr.shape)}"
             )
-        return indptr, indices, None
+        edges = edges_of(indptr, query.shape[0], key.shape[0])
+        indptr = edges.graph
     for name, x in (("indices", indices), ("transposed", transposed)):
         if x is not None:
-            raise TypeError(f"{name}: expected None beside a Graph, which has its own; got {type(x).__name__}")
-    return indptr.indptr, indptr.indices, indptr
+            raise TypeError(f"{name}: expected None beside a Graph or an edge_index; got {type(x).__name__}")
+    return indptr.indptr, indptr.indices, indptr, edges
 
 
 def _check_csr(names: tuple[str, str], indptr: Tensor, indices: Tensor, columns: int, of: str) -> None:

@@ -157,7 +157,7 @@ def location_attention(
     value
         What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None.
     activation, gate_activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     window

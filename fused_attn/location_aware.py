@@ -72,7 +72,7 @@ def location_aware_attention(
     u
         U, ``(C, A)``.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, Tk)``, True = may be attended. What it hides of keys, values and `previous` may be NaN; the
         convolution takes it as zero.

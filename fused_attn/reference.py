@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "elu": F.elu,
     "gelu": F.gelu,
     "silu": F.silu,
 }
@@ -47,6 +48,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "sigmoid": torch.sigmoid_,
     "leaky_relu": lambda x: F.leaky_relu_(x, 0.2),
+    "elu": F.elu_,
     "abs": torch.abs_,
     "square": torch.square_,
 }
@@ -55,8 +57,11 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(name: str, z: Tensor) -> Tensor:
     """The feature of a z that only the caller has: on a CPU in its place, if no gradient asks for z itself.
 
-    New memory costs a CPU as much as an activation, for the system hands it out a page at a time.
+    New memory costs a CPU as much as an activation, for the system hands it out a page at a time. Of graph attention is
+    "leaky_relu:0.1", which has that slope below 0.
     """
+    if ":" in name:
+        return F.leaky_relu(z, float(name.partition(":")[2]))
     if name in _IN_PLACE and can_look(z) and not asks_gradient(z):
         return _IN_PLACE[name](z)
     return FEATURES[name](z)

@@ -118,7 +118,7 @@ def statistics_pooling(
     value
         What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     cu_seqlens

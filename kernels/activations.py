@@ -8,7 +8,16 @@ rounding of the inputs). Everywhere else, the interpreter too, they are plain ma
 import triton
 import triton.language as tl
 
-LEAKY_SLOPE = tl.constexpr(0.2)
+
+@triton.constexpr_function
+def is_leaky(act):
+    """Whether it is "leaky_relu", or "leaky_relu:0.1" with a slope of its own: see `reference.activate`."""
+    return act.partition(":")[0] == "leaky_relu"
+
+
+@triton.constexpr_function
+def leaky_slope(act):
+    return float(act.partition(":")[2] or 0.2)
 
 
 @triton.jit
@@ -32,6 +41,13 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def exp_less_one(x):
+    """e^x - 1 of x <= 0, by its series where the difference would cancel: six terms are exact to float32."""
+    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
+    return tl.where(x > -0.25, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
     """act(x), by the name that the public functions use; "abs" and "square" are of distance attention."""
     if ACT == "tanh":
@@ -40,8 +56,10 @@ def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "sigmoid":
         return sigmoid(x, FAST)
-    elif ACT == "leaky_relu":
-        return tl.where(x > 0, x, LEAKY_SLOPE * x)
+    elif is_leaky(ACT):
+        return tl.where(x > 0, x, leaky_slope(ACT) * x)
+    elif ACT == "elu":
+        return tl.where(x > 0, x, exp_less_one(x))
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "silu":
@@ -64,8 +82,10 @@ def activate_grad(x, y, ACT: tl.constexpr, FAST: tl.constexpr):
         return tl.where(x > 0, 1.0, 0.0)
     elif ACT == "sigmoid":
         return y * (1.0 - y)
-    elif ACT == "leaky_relu":
-        return tl.where(x > 0, 1.0, LEAKY_SLOPE)
+    elif is_leaky(ACT):
+        return tl.where(x > 0, 1.0, leaky_slope(ACT))
+    elif ACT == "elu":
+        return tl.where(x > 0, 1.0, y + 1.0)
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

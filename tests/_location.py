@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_attn import location_attention
 
-ACTIVATIONS = ("identity", "tanh", "relu", "sigmoid", "leaky_relu", "gelu", "silu")
+ACTIVATIONS = ("identity", "tanh", "relu", "sigmoid", "leaky_relu", "elu", "gelu", "silu")
 SCORES = ("linear", "linear_hops", "mlp", "mlp_hops", "gated", "gated_hops", "projected", "projected_hops")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import hypothesis.strategies as st
 import pytest
@@ -9,6 +10,7 @@ import torch
 from _compare import (
     IMPLS,
     Result,
+    assert_as_exact,
     assert_close,
     assert_identical,
     assert_matches_reference,
@@ -16,11 +18,11 @@ from _compare import (
     in_double,
     largest,
 )
-from _graph import TENSORS, Case, check, operator, pairwise
+from _graph import TENSORS, Case, check, formula, operator, pairwise
 from hypothesis import given, settings
 from test_location_reference import BY_HAND
 
-from fused_attn import csr_from_edges, graph, graph_attention, location_attention, transpose_csr
+from fused_attn import add_self_loops, csr_from_edges, graph, graph_attention, location_attention, transpose_csr
 from fused_attn.kernels import graph as kernels
 from fused_attn.kernels.chip import chip_of
 from fused_attn.kernels.inputs import GraphInputs
@@ -202,6 +204,117 @@ def test_one_source_an_edge_is_pooling_over_segments(dropout_p):
     want = location_attention(key, None, v=v, activation="leaky_relu", cu_seqlens=cu, **options)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@each_impl
+@pytest.mark.parametrize("slope", [0.0, 0.01, 1.0, -0.5])
+def test_leaky_relu_has_the_slope_that_is_asked_for(slope, impl, device):
+    tensors = Case().tensors(device)
+
+    def by_formula(*, impl, **rest):
+        return formula(impl=impl, act=torch.nn.LeakyReLU(slope), **rest)
+
+    got = evaluate(operator(negative_slope=slope, return_weights=True), tensors, impl)
+    assert_as_exact(got, evaluate(by_formula, tensors, impl), evaluate(by_formula, in_double(tensors), impl))
+
+
+# --- A list of edges ---------------------------------------------------------------------------------------------
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_list_of_edges_is_its_graph_with_features_and_weights_in_its_order(dtype, impl, device):
+    tensors = Case(edges=9).tensors(device)
+    edge_index = torch.tensor([[3, 1, 0, 3, 2, 1, 0, 2, 3], [1, 3, 0, 2, 1, 1, 3, 0, 2]], dtype=dtype, device=device)
+    indptr, indices, order = csr_from_edges(edge_index, 4)
+    attend = operator(return_weights=True)
+
+    def by_edges(*, impl, edge, indptr, indices, **rest):
+        out, weights = graph_attention(
+            rest["query"], rest["key"], rest["v"], edge_index, value=rest["value"], edge=edge, return_weights=True,
+            impl=impl,
+        )  # fmt: skip
+        return out, weights
+
+    got = evaluate(by_edges, tensors, impl)
+    csr = tensors | {"indptr": indptr, "indices": indices, "edge": tensors["edge"][order]}
+    want = evaluate(attend, csr, impl)
+    torch.testing.assert_close(got.outputs["output"], want.outputs["output"], rtol=0, atol=0)
+    torch.testing.assert_close(got.outputs["weights"][order], want.outputs["weights"], rtol=0, atol=0)
+
+
+def test_the_graph_of_a_list_of_edges_is_made_once_and_anew_when_that_is_written_to():
+    edge_index = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    made = graph.edges_of(edge_index, 3, 3)
+    assert graph.edges_of(edge_index, 3, 3) is made
+    assert graph.edges_of(edge_index, 4, 3) is not made
+    edge_index[0, 0] = 1
+    assert graph.edges_of(edge_index, 3, 3).graph.indices.tolist() == [2, 1, 1]
+    assert len(graph._MADE) >= 1
+    before = len(graph._MADE)
+    del edge_index
+    assert len(graph._MADE) < before
+    with torch.inference_mode():
+        graph.edges_of(torch.tensor([[0], [0]]), 1, 1)
+
+
+def test_a_list_of_edges_compiles_as_one_graph():
+    query, v, edge = torch.randn(4, 2), torch.randn(2), torch.randn(4, 2)
+    edge_index = torch.tensor([[3, 1, 0, 3], [1, 1, 0, 2]])
+
+    def attend(edge_index):
+        return graph_attention(query, query, v, edge_index, edge=edge, return_weights=True)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(edge_index), attend(edge_index))
+
+
+def test_a_list_of_edges_is_told_what_is_wrong_with_it_by_its_own_name():
+    query = torch.randn(3, 2)
+
+    def attend(*edges, **more):
+        return graph_attention(query, query, torch.randn(2), torch.tensor(edges), **more)
+
+    with pytest.raises(ValueError, match=r"^edge_index\[0\]: expected non-negative indices under .* key nodes, 3"):
+        attend([0, 3], [0, 1])
+    with pytest.raises(ValueError, match=r"^edge_index\[1\]: expected"):
+        attend([0, 1], [0, 3])
+    with pytest.raises(ValueError, match=r"^edge_index: expected shape \(2, E\)"):
+        attend([0, 1])
+    with pytest.raises(TypeError, match=r"^edge_index: expected"):
+        attend([0.0], [1.0])
+    with pytest.raises(TypeError, match=r"^transposed: expected None"):
+        attend([0], [1], transposed=(query, query, query))
+    with pytest.raises(ValueError, match=r"^edge: expected .* 2"):
+        attend([0, 1], [1, 1], edge=torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("fill", ["mean", "add", "min", "max", 0.5])
+def test_self_loops_take_the_place_of_those_that_there_are(fill):
+    edge_index = torch.tensor([[0, 1, 2, 2, 1], [1, 1, 0, 1, 1]])
+    edge = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, -1.0], [5.0, -4.0], [9.0, 9.0]])
+    index, features = add_self_loops(edge_index, 3, edge, fill=fill)
+    assert index.tolist() == [[0, 2, 2, 0, 1, 2], [1, 0, 1, 0, 1, 2]]
+    of_one = {"mean": [3.0, -1.0], "add": [6.0, -2.0], "min": [1.0, -4.0], "max": [5.0, 2.0], 0.5: [0.5, 0.5]}[fill]
+    rest = ([0.5, 0.5], [0.5, 0.5]) if fill == 0.5 else ([3.0, -1.0], [0.0, 0.0])
+    assert features.tolist() == [[1.0, 2.0], [3.0, -1.0], [5.0, -4.0], rest[0], of_one, rest[1]]
+    assert add_self_loops(edge_index, 3)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"fill": "median"}, ValueError, "fill: expected a number or one of mean, add, min, max; got 'median'"),
+        ({"fill": float("nan")}, ValueError, "fill: expected a finite number"),
+        ({"num_nodes": 2}, ValueError, "edge_index[1]: expected non-negative indices under the number of nodes, 2"),
+        ({"edge": torch.ones(3)}, ValueError, "edge: expected (E, ...) with E = 2 from edge_index; got (3,)"),
+        ({"edge": [1.0]}, TypeError, "edge: expected a torch.Tensor; got list"),
+    ],
+    ids=str,
+)
+def test_self_loops_say_what_they_cannot_take(options, error, text):
+    with pytest.raises(error, match="^" + re.escape(text)):
+        add_self_loops(**({"edge_index": torch.tensor([[0, 1], [1, 2]]), "num_nodes": 3} | options))
 
 
 # --- Structure ---------------------------------------------------------------------------------------------------

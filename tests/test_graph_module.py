@@ -12,7 +12,18 @@ each_impl = pytest.mark.parametrize("impl", IMPLS)
 @each_impl
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "form", [{}, {"concat": False}, {"share_weights": True}, {"key_dim": 4}, {"edge_dim": 2}], ids=str
+    "form",
+    [
+        {},
+        {"concat": False},
+        {"share_weights": True},
+        {"key_dim": 4},
+        {"edge_dim": 2},
+        {"residual": True},
+        {"residual": True, "concat": False, "key_dim": 4},
+        {"negative_slope": 0.5},
+    ],
+    ids=str,
 )
 def test_module_is_the_published_layer(form, bias, impl, device):
     """Node by node: GATv2Conv without its self loops, in the words of its documentation."""
@@ -34,17 +45,22 @@ def test_module_is_the_published_layer(form, bias, impl, device):
         z = left[source[edges]] + right[i]
         if features is not None:
             z = z + module.edge_proj(features[edges]).view(-1, 2, 5)
-        alpha = torch.softmax((torch.nn.functional.leaky_relu(z, 0.2) * module.score.weight).sum(-1), 0)
+        alpha = torch.softmax(
+            (torch.nn.functional.leaky_relu(z, form.get("negative_slope", 0.2)) * module.score.weight).sum(-1), 0
+        )
         want[i] = (alpha[..., None] * left[source[edges]]).sum(0)
         all_weights[edges] = alpha
     want = want.flatten(1) if form.get("concat", True) else want.mean(1)
     want = want + module.bias if bias else want
+    want = want + module.residual_proj(query) if "residual" in form else want
     assert (module.bias is None) == (not bias) == (module.key_proj.bias is None)
     edge = None if features is None else features[perm]
     nodes = query if key is query else (query, key)
     out, weights = module(nodes, indptr, indices, edge=edge, return_weights=True, impl=impl)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(weights, all_weights[perm])
+    by_edges = module(nodes, torch.stack([source, target]), edge=features, return_weights=True, impl=impl)
+    torch.testing.assert_close(by_edges, (out, all_weights))
     transposed = transpose_csr(indptr, indices, len(key))
     assert torch.equal(module(nodes, indptr, indices, edge=edge, transposed=transposed, impl=impl), out)
     out.square().sum().backward()

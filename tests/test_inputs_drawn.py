@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 SHARES, CALLS = 12, 500
 
 GOOD_OPTIONS = {
-    "activation": ["identity", "tanh", "relu", "sigmoid", "leaky_relu", "gelu", "silu"],
+    "activation": ["identity", "tanh", "relu", "sigmoid", "leaky_relu", "elu", "gelu", "silu"],
     "gate_activation": ["tanh", "sigmoid"],
     "impl": ["auto", "reference", "triton"],
     "p": [1, 2, 1.0],

@@ -17,6 +17,7 @@ BY_HAND = {
     "relu": lambda x: x if x > 0 else 0.0,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
     "leaky_relu": lambda x: x if x > 0 else 0.2 * x,
+    "elu": lambda x: x if x > 0 else math.exp(x) - 1,
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "silu": lambda x: x / (1 + math.exp(-x)),
 }

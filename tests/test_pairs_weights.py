@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "leaky_relu": lambda x: torch.where(x > 0, x, 0.2 * x),
+    "elu": F.elu,
     "gelu": F.gelu,
     "silu": F.silu,
 }

@@ -21,7 +21,7 @@ from .problem import BF16, F16, F32
 from .recurrent import WordCase
 from .statistics import StatisticsCase
 
-ACTIVATIONS = ("tanh", "relu", "identity", "sigmoid", "gelu", "silu", "leaky_relu")
+ACTIVATIONS = ("tanh", "relu", "identity", "sigmoid", "gelu", "silu", "leaky_relu", "elu")
 
 
 class _Draw(random.Random):

@@ -47,7 +47,7 @@ class ConcatAttention(HeadsAttention):
     num_heads
         Number H of heads, each with scores of its own.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu.
     bias
         The bias b, on the query projection.
     dropout

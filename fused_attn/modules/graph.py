@@ -18,7 +18,7 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..graph import Graph, Transposed, csr_of, graph_attention
+from ..graph import Graph, Transposed, check_slope, csr_of, graph_attention
 from ._layers import Attention, counts, factory, optional_counts, read
 
 _INPUTS = {
@@ -37,8 +37,9 @@ class GraphAttention(Attention):
     .. math:: s_e = v \cdot act(W_q x_i + W_k x_j + W_e edge_e), \quad o_i = \sum_e softmax_e(s_e) \, W_k x_j
 
     The projections are those of PyTorch Geometric's ``GATv2Conv``: `key_proj` is its ``lin_l`` (sources, and the
-    values), `query_proj` its ``lin_r`` (targets), `edge_proj` its ``lin_edge``, ``score.weight`` its ``att``. Unlike
-    it, no edges from a node to itself are added, and layers are initialised as `torch.nn.Linear` is.
+    values), `query_proj` its ``lin_r`` (targets), `edge_proj` its ``lin_edge``, `residual_proj` its ``res``, and
+    ``score.weight`` its ``att``. Unlike it, no edges from a node to itself are added (`add_self_loops` does it), and
+    layers are initialised as `torch.nn.Linear` is.
 
     Parameters
     ----------
@@ -56,13 +57,18 @@ class GraphAttention(Attention):
         Whether `query_proj` is `key_proj`.
     bias
         Whether the projections of nodes have biases, and the output too.
+    residual
+        Whether a product of the query nodes with a weight of its own is added to the output.
+    negative_slope
+        Of leaky_relu, below 0.
     dropout, activation, device, dtype
         As in `ConcatAttention`.
 
     Attributes
     ----------
-    query_proj, key_proj, edge_proj, score
-        `torch.nn.Linear`; `edge_proj` is None without edge features; ``score.weight (H, head_dim)`` is v.
+    query_proj, key_proj, edge_proj, residual_proj, score
+        `torch.nn.Linear`; `edge_proj` is None without edge features, `residual_proj` without a residual;
+        ``score.weight (H, head_dim)`` is v.
     bias
         Of the output, zeros at first; or None.
 
@@ -84,8 +90,10 @@ class GraphAttention(Attention):
         concat: bool = True,
         share_weights: bool = False,
         bias: bool = True,
+        residual: bool = False,
         dropout: float = 0.0,
         activation: str = "leaky_relu",
+        negative_slope: float = 0.2,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,7 +103,7 @@ class GraphAttention(Attention):
         )
         [edge_dim] = optional_counts(edge_dim=edge_dim)
         concat, bias = check_flag("concat", concat), check_flag("bias", bias)
-        share_weights = check_flag("share_weights", share_weights)
+        share_weights, residual = check_flag("share_weights", share_weights), check_flag("residual", residual)
         if share_weights and key_dim != query_dim:
             raise ValueError(f"share_weights: expected False where key_dim is not query_dim, {query_dim}; got True")
         check_activation("activation", activation)
@@ -103,13 +111,16 @@ class GraphAttention(Attention):
         made = factory(device, dtype)
         self.num_heads, self.concat = num_heads, concat
         self.activation, self.dropout = activation, check_dropout("dropout", dropout)
+        self.negative_slope = check_slope(negative_slope)
         width = num_heads * head_dim
         self.key_proj = nn.Linear(key_dim, width, bias=bias, **made)
         if not share_weights:
             self._modules["query_proj"] = nn.Linear(query_dim, width, bias=bias, **made)
         self.edge_proj = None if edge_dim is None else nn.Linear(edge_dim, width, bias=False, **made)
         self.score = nn.Linear(head_dim, num_heads, bias=False, **made)
-        self.bias = nn.Parameter(torch.zeros(width if concat else head_dim, **made)) if bias else None
+        total = width if concat else head_dim
+        self.residual_proj = nn.Linear(query_dim, total, bias=False, **made) if residual else None
+        self.bias = nn.Parameter(torch.zeros(total, **made)) if bias else None
 
     @property
     def query_proj(self) -> nn.Linear:
@@ -143,11 +154,12 @@ class GraphAttention(Attention):
         ----------
         x
             Nodes ``(N, query_dim)``; or a pair, the query nodes ``(Nq, query_dim)`` and the key nodes
-            ``(Nk, key_dim)``. Those without edges may be NaN; it costs a copy of the nodes.
+            ``(Nk, key_dim)``. Those without edges may be NaN, but with a residual; it costs a copy of the nodes.
         indptr, indices, transposed, return_weights, impl
             As in `graph_attention`.
         edge
-            Edge features ``(E, edge_dim)`` in the order of `indices`, where there is an `edge_dim`.
+            Edge features ``(E, edge_dim)`` in the order of `indices` or of the list of edges, where there is an
+            `edge_dim`.
 
         Returns
         -------
@@ -178,7 +190,7 @@ class GraphAttention(Attention):
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
         check.bind("Nq+1", query.shape[0] + 1, "x")
         structure = (indptr, indices)
-        indptr, indices, _ = csr_of(indptr, indices, transposed)
+        indptr, indices, *_ = csr_of(indptr, indices, transposed, query, key)
         check("indices", indices)
         check("indptr", indptr)
         check("edge", edge)
@@ -186,7 +198,7 @@ class GraphAttention(Attention):
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(1, (self.num_heads, -1))
 
-        same = query is key and self.query_proj is self.key_proj
+        same, nodes = query is key and self.query_proj is self.key_proj, query
         query, key = _reached(query, key, indptr, indices)
         keys = heads(self.key_proj(key))
         results = graph_attention(
@@ -196,6 +208,7 @@ class GraphAttention(Attention):
             *structure,
             edge=None if edge is None or self.edge_proj is None else heads(self.edge_proj(edge)),
             activation=self.activation,
+            negative_slope=self.negative_slope,
             dropout_p=self._dropout_p,
             transposed=transposed,
             return_weights=return_weights,
@@ -203,6 +216,7 @@ class GraphAttention(Attention):
         )
         out, weights = results if isinstance(results, tuple) else (results, None)
         out = out.flatten(1) if self.concat else out.mean(1)
+        out = out if self.residual_proj is None else out + self.residual_proj(nodes)
         out = out if self.bias is None else out + self.bias.to(out.dtype)
         return out if weights is None else (out, weights)
 
@@ -211,6 +225,7 @@ class GraphAttention(Attention):
         return (
             f"num_heads={self.num_heads}, concat={self.concat}, share_weights={self.query_proj is self.key_proj}, "
             f"activation={self.activation!r}, dropout={self.dropout}"
+            f"{'' if self.negative_slope == 0.2 else f', negative_slope={self.negative_slope}'}"
         )
 
 

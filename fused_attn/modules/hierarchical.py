@@ -110,7 +110,7 @@ class HierarchicalAttention(Attention):
     inner_context_dim, outer_context_dim
         Width of a context that is projected without bias and added into the score; None for no context.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu.
+        identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu.
     bias
         Biases b and g.
     device, dtype

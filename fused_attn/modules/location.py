@@ -54,7 +54,7 @@ class LocationAttention(Attention):
     gated
         Multiply the features with a gate (Ilse et al. 2018); needs `attn_dim`.
     activation, gate_activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu; the second is σ, the gate's.
+        identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu; the second is σ, the gate's.
     bias
         Biases b and g.
     context_dim

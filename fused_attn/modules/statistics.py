@@ -31,8 +31,8 @@ class StatisticsPooling(Attention):
         Let the score see the mean and standard deviation over all frames (ECAPA-TDNN): they are the same for all
         frames of a sequence, so their product with U is made once a sequence and added to that of every frame.
     activation
-        identity, tanh, relu, sigmoid, leaky_relu, gelu or silu. ECAPA-TDNN's published code has more here, a relu
-        and a batch norm before the tanh: that is not in this module.
+        identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu. ECAPA-TDNN's published code has more here, a
+        relu and a batch norm before the tanh: that is not in this module.
     bias
         The bias b.
     device, dtype
