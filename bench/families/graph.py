@@ -142,8 +142,8 @@ COMPILED = [
     GraphCase(F32, 10_000, 80_000, 2, 256, edge=True, dropout=0.1),
     GraphCase(F32, 10_000, 80_000, 2, 256, 256, edge=True, weights=True),
     GraphCase(BF16, 10_000, 80_000, 2, 600, edge=True),
-    GraphCase(F32, 10_000, 80_000, 2, 40, 1000, activation="silu"),
-    GraphCase(F32, 10_000, 80_000, 20, 3, 1, edge=True),
+    GraphCase(F32, 10_000, 80_000, 2, 40, 1000, activation="leaky_relu:0.01"),
+    GraphCase(F32, 10_000, 80_000, 20, 3, 1, edge=True, activation="elu"),
     GraphCase(BF16, 100, 300, 1, 1, 1, edge=True, weights=True),  # all strides are 1
 ]
 BRIEF = COMPILED[:1]
