@@ -57,8 +57,8 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(name: str, z: Tensor) -> Tensor:
     """The feature of a z that only the caller has: on a CPU in its place, if no gradient asks for z itself.
 
-    New memory costs a CPU as much as an activation, for the system hands it out a page at a time. Of graph attention is
-    "leaky_relu:0.1", which has that slope below 0.
+    New memory costs a CPU as much as an activation, for the system hands it out a page at a time. Graph attention has
+    "leaky_relu:0.1" too, with that slope below 0.
     """
     if ":" in name:
         return F.leaky_relu(z, float(name.partition(":")[2]))
