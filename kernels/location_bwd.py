@@ -175,31 +175,17 @@ def _location_bwd_dz_kernel(
             tl.store(u_ptrs, u.to(work.u.dtype.element_ty), mask=(a < size.A)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_bwd_rows_kernel(
-    dz_ptr,  # (items of this launch, blocks.T, K), or None: no term from the scores
-    ww,  # (D, K): [W G], or None: [dz dg] itself, K = D
-    p_ptr,  # (items of this launch, blocks.T, R) float32, or None: no term from the weighted sum
-    do_ptr,  # (S, R, D), or None
-    grad_ptr,  # (B, T, D) or (N, D), contiguous
-    spans,
-    item0,
-    num_seqs,
-    per_seq,
-    T,
-    D,
-    K,
-    R,
-    flags,
-    blocks,
+@triton.jit
+def _gradient_of_rows(
+    program, dz_ptr, ww, p_ptr, do_ptr, grad_ptr, spans, item0, items, num_seqs, per_seq, T, D, K, R, flags, blocks
 ):
-    """Gradient of rows: [dz dg] [W G]ᵀ + p dO. Both terms where the values are H, one of them where they are not."""
-    local = tl.program_id(0)
-    d = tl.program_id(1) * blocks.D + tl.arange(0, blocks.D)
+    """[dz dg] [W G]ᵀ + p dO. Both terms where the values are H, one of them where they are not."""
+    local = program % items
+    d = program // items * blocks.D + tl.arange(0, blocks.D)
     seq, start, lo, hi, _ = locate(item0 + local, spans, T, num_seqs, per_seq, blocks.T)
     i = tl.arange(0, blocks.T)
     t = lo + i
-    slot = (local * blocks.T + i).to(tl.int64)
+    slot = (i + local * blocks.T).to(tl.int64)
     acc = tl.zeros([blocks.T, blocks.D], tl.float32)
     if dz_ptr is not None and ww.ptr is None:
         acc += tl.load(dz_ptr + slot[:, None] * K + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
@@ -231,15 +217,16 @@ def _location_bwd_rows_kernel(
     store_rows(grad_ptrs, acc, t < hi, d, D)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_bwd_dw_kernel(
-    h,  # (B, T, D) or (N, D)
-    live_ptr,  # (items of this launch, blocks.T) int32
-    dz_ptr,  # (items of this launch, blocks.T, K)
-    dw_ptr,  # (splits, D, K) float32: added to, but by the first launch
+@triton.jit
+def _gradient_of_weights(
+    program,
+    h,
+    live_ptr,
+    dz_ptr,
+    dw_ptr,
     spans,
     item0,
-    items,  # items of this launch
+    items,
     items_per_split,
     num_seqs,
     per_seq,
@@ -249,10 +236,12 @@ def _location_bwd_dw_kernel(
     flags,
     blocks,
 ):
-    """d[W G] += Hᵀ [dz dg] over this split's items."""
-    split = tl.program_id(2)
-    d = tl.program_id(0) * blocks.D + tl.arange(0, blocks.D)
-    k = tl.program_id(1) * blocks.K + tl.arange(0, blocks.K)
+    """d[W G] += Hᵀ [dz dg] over the items of a split."""
+    d_tiles = tl.cdiv(D, blocks.D)
+    tiles = d_tiles * tl.cdiv(K, blocks.K)
+    split = program // tiles
+    d = program % d_tiles * blocks.D + tl.arange(0, blocks.D)
+    k = program % tiles // d_tiles * blocks.K + tl.arange(0, blocks.K)
     i = tl.arange(0, blocks.T)
     acc = tl.zeros([blocks.D, blocks.K], tl.float32)
     first = split * items_per_split
@@ -265,6 +254,76 @@ def _location_bwd_dw_kernel(
         dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
         acc = add_product(tl.trans(x), dz, acc, flags.COMPUTE, flags.PRECISION)
     add_later(dw_ptr + (split.to(tl.int64) * D + d) * K, acc, d < D, k, K, item0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _location_bwd_products_kernel(
+    h,  # (B, T, D) or (N, D)
+    live_ptr,  # (items of this launch, blocks.T) int32
+    dz_ptr,  # (items of this launch, blocks.T, K), or None: no term from the scores
+    ww,  # (D, K): [W G], or None: [dz dg] itself, K = D
+    p_ptr,  # (items of this launch, blocks.T, R) float32, or None: no term from the weighted sum
+    do_ptr,  # (S, R, D), or None
+    grad_ptr,  # (B, T, D) or (N, D), contiguous; None: not wanted
+    dw_ptr,  # (splits, D, K) float32: added to, but by the first launch; None: not wanted
+    spans,
+    item0,
+    items,  # items of this launch
+    items_per_split,
+    num_seqs,
+    per_seq,
+    T,
+    D,
+    K,
+    R,
+    flags,
+    blocks,
+):
+    """What is made of [dz dg]: the gradient of the weights, whose programs are longer and so begin, and of rows."""
+    program = tl.program_id(0)
+    if dw_ptr is not None:
+        own = tl.cdiv(D, blocks.D) * tl.cdiv(K, blocks.K) * tl.cdiv(items, items_per_split)
+        if program < own:
+            _gradient_of_weights(
+                program,
+                h,
+                live_ptr,
+                dz_ptr,
+                dw_ptr,
+                spans,
+                item0,
+                items,
+                items_per_split,
+                num_seqs,
+                per_seq,
+                T,
+                D,
+                K,
+                flags,
+                blocks,
+            )
+        program -= own
+    if grad_ptr is not None:  # noqa: SIM102 — the one is known to the compiler, the other is not
+        if program >= 0:
+            _gradient_of_rows(
+                program,
+                dz_ptr,
+                ww,
+                p_ptr,
+                do_ptr,
+                grad_ptr,
+                spans,
+                item0,
+                items,
+                num_seqs,
+                per_seq,
+                T,
+                D,
+                K,
+                R,
+                flags,
+                blocks,
+            )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -403,6 +462,8 @@ def location_bwd(
     chunk = len(work.live)
     tiles = cdiv(D, blocks.D), cdiv(K, blocks.K)
     splits = _splits(call.chip, tiles[0] * tiles[1], chunk)
+    splits = cdiv(chunk, cdiv(chunk, splits))  # none without an item
+    rows = need_h and direct is None
     v_blocks = blocks._replace(A=pow2(A, 16, 64))
     v_splits = _splits(call.chip, cdiv(A, v_blocks.A), chunk)
     whole = chunk >= items.count  # in one launch
@@ -420,10 +481,10 @@ def location_bwd(
         "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": D, "A": A, "R": R, "K": K,
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
-    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh}
+    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh if rows else None}
     of_h["flags"] = constants(call.flags._replace(ADD=onto is not None))
     of_h |= {} if values is None and dout is not None else {"p_ptr": None, "do_ptr": None}
-    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "D": DV, "K": 0}
+    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "dw_ptr": None, "D": DV, "K": 0}
 
     many = hop_block(R) > (32 if h.element_size() == 4 else 64)  # float32 products are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
@@ -441,13 +502,14 @@ def location_bwd(
         args |= {"item0": item0, "items": count, "items_per_split": cdiv(count, splits)}
         args |= {"rows": count * blocks.T, "rows_per_split": cdiv(count, v_splits) * blocks.T}
         launch(_location_bwd_dz_kernel, (count,), args, dz_blocks, enable_fp_fusion=fusion, **registers)
-        if need_h and direct is None:
-            launch(_location_bwd_rows_kernel, (count, tiles[0]), args | of_h, blocks, **registers)
-        if need_values:
-            grid = count, cdiv(DV, blocks.D)
-            launch(_location_bwd_rows_kernel, grid, args | of_values, blocks, **registers)
+        programs = count * tiles[0] if rows else 0
         if dw is not None:
-            launch(_location_bwd_dw_kernel, (*tiles, splits), args, blocks, **registers)
+            programs += tiles[0] * tiles[1] * cdiv(count, args["items_per_split"])
+        if programs:
+            launch(_location_bwd_products_kernel, (programs,), args | of_h, blocks, **registers)
+        if need_values:
+            grid = (count * cdiv(DV, blocks.D),)
+            launch(_location_bwd_products_kernel, grid, args | of_values, blocks, **registers)
         if dv is not None:
             launch(_location_bwd_dv_kernel, (cdiv(A, v_blocks.A), v_splits), args, v_blocks, **registers)
         if dctx is not None and a_sequence:

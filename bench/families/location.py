@@ -250,4 +250,4 @@ def elements(kernel: str, constants: Mapping[str, Any]) -> int:
     """Rows by features; in a window, of a product of tiles."""
     if kernel.startswith("_location_window"):
         return blocks(constants, "T", "T")
-    return blocks(constants, "T", "K" if kernel in ("_location_bwd_rows_kernel", "_location_bwd_dw_kernel") else "A")
+    return blocks(constants, "T", "K" if kernel == "_location_bwd_products_kernel" else "A")

@@ -166,6 +166,13 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
+        "        program -= own",
+        "        program -= 0",
+        ("tests/test_location.py", "-k", "every_pair"),
+        "the first rows are taken for programs of the weights",
+    ),
+    Mutant(
+        "kernels/location_bwd.py",
         "    first = split * items_per_split\n",
         "    first = split * (items_per_split + 1)\n",
         ("tests/test_location_structure.py", "-k", "workspace or parts"),
