@@ -449,7 +449,7 @@ def csr_of(
     edges = None
     if not isinstance(indptr, Graph):
         if indices is not None or not isinstance(indptr, Tensor):
-            return indptr, cast("Tensor", indices), None, None
+            return indptr, indices, None, None
         if indptr.dim() != 2:
             raise TypeError(
                 "indices: expected a torch.Tensor beside indptr, or None beside a Graph or an edge_index (2, E); "
