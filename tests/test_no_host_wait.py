@@ -42,6 +42,8 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def guarded(name, real):
         def read(*args, **kwargs):
             frame = sys._getframe(1)
+            if kwargs.get("output_size") is not None:  # of repeat_interleave, which then waits for nothing
+                return real(*args, **kwargs)
             while frame is not None and not frame.f_globals.get("__name__", "").startswith("fused_attn"):
                 if frame.f_globals.get("__name__", "").startswith("triton"):
                     return real(*args, **kwargs)
