@@ -240,7 +240,7 @@ def _concat_fwd_kernel(
     dv0 = (tl.program_id(2) // splits) * blocks.DV
     dv = dv0 + tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
-    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
+    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_at = (q_start + i).to(tl.int64)
@@ -477,7 +477,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
         states = o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1)
         merge(
             *states,
-            Items(flat * splits, 0, splits, None, None),
+            Items(flat * splits, 0, splits),
             out.view(flat, 1, DV),
             lse.view(flat, 1, 2),
             exact.view(flat, 1, DV) if need_exact else None,

@@ -103,7 +103,7 @@ def _concat_bwd_g_kernel(
         tile,
         head,
         (seq, q_start, lo, hi),
-        rows_of(seq, k_side, Tk),
+        rows_of(seq, k_side, Tk, blocks.N),
         q,
         k,
         v,
@@ -154,9 +154,9 @@ def _concat_bwd_gap_kernel(
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
-    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
+    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
-    begin, end = split_tiles(tile0, tl.where(lo < hi, tile1, tile0), split, splits)
+    begin, end = split_tiles(tile0, tile1, split, splits)
     total = tl.zeros([blocks.M], tl.float32)
     for tile in range(begin, end):
         p, _pk, gap, shown = tile_weights(
@@ -215,7 +215,7 @@ def _concat_bwd_dq_kernel(
     d = (tl.program_id(2) // splits) * blocks.D + tl.arange(0, blocks.D)
     q_item = (work.item0 >> 2) + local
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
-    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
+    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     m = tl.arange(0, blocks.M)
     at = (q_start + lo + m).to(tl.int64)
     q_keep = readable(lo + m < hi, q_rows, seq, at, flags)
@@ -292,7 +292,7 @@ def _concat_bwd_dk_kernel(
     head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * blocks.D + tl.arange(0, blocks.D)
     seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
-    q_start, q_length, q_first = rows_of(seq, q_side, Tq)
+    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
     q_item0 = work.item0 >> 2
     r = tl.arange(0, blocks.R)
     j = k_lo + offset + r
@@ -358,7 +358,7 @@ def _concat_bwd_dvalue_kernel(
     head = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
     seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
-    q_start, q_length, q_first = rows_of(seq, q_side, Tq)
+    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
     q_item0 = work.item0 >> 2
     r = tl.arange(0, blocks.R)
     m = tl.arange(0, blocks.M)

@@ -51,7 +51,7 @@ def _concat_bwd_queries_kernel(
     q_item = (work.item0 >> 2) + tl.program_id(0)
     slot = (tl.program_id(0).to(tl.int64) * size.H + head) * blocks.N * blocks.M
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
-    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk)
+    k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     m = tl.arange(0, blocks.M)
     n = tl.arange(0, blocks.N)
     at = (q_start + lo + m).to(tl.int64)
@@ -154,8 +154,8 @@ def _concat_bwd_keys_kernel(
     k_item = (work.item0 >> 2) + tl.program_id(0)
     slot = (tl.program_id(0).to(tl.int64) * size.H + head) * blocks.N * blocks.M
     seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
-    _, k_length, k_item0 = rows_of(seq, k_side, Tk)
-    q_start, q_length, q_first = rows_of(seq, q_side, Tq)
+    _, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
+    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
     m = tl.arange(0, blocks.M)
     r = tl.arange(0, blocks.R)
     k_tile = k_item.to(tl.int64) * size.H + head

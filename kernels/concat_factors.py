@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import Heads, constants, head_ptr, launch, untold
 from .chip import LENGTHS, chip_of, pow2
 from .location import load_rows
-from .masks import finite, locate, partition, sequence_of, unmasked
+from .masks import finite, first_item, locate, partition, sequence_of, unmasked
 from .softmax import exp, load_dlse
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
@@ -33,8 +33,6 @@ class Side(NamedTuple):
     rows: Tensor | None  # (items, H, rows of a tile, AP) float32: the same with features contiguous
     bound: Tensor  # (items, H, parts of PART rows) float32: max|exponent|
     cu: Tensor | None
-    seq: Tensor | None
-    first: Tensor | None
     num_seqs: int  # 4 n + 3, see arguments.untold
     per_seq: int  # tiles of a sequence, 4 n + 3
     codes: Tensor | None = None  # (B, H, T): of the values, see masks.row_codes
@@ -47,9 +45,10 @@ def tile_at(item, side, T, rows):
 
 
 @triton.jit
-def rows_of(seq, side, T):
-    """`sequence_of`: first packed row, length and first tile of a sequence."""
-    return sequence_of(seq, side, T, side.num_seqs >> 2, side.per_seq >> 2)
+def rows_of(seq, side, T, rows):
+    """First packed row, length and first tile, of so many rows, of a sequence, an int64."""
+    start, length = sequence_of(seq, side, T)
+    return start, length, first_item(seq, side, side.per_seq >> 2, rows)
 
 
 @triton.jit
@@ -256,12 +255,12 @@ def factors(
     def side(x: Heads, cu_seqlens: Tensor | None, rows: int) -> tuple[Side, int]:
         B, H, T, _ = x.ptr.shape
         seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        items = partition(seqs, T, rows, cu_seqlens, always=True)
+        items = partition(seqs, T, rows, cu_seqlens)
         made = Side(
             room(items.count, H, 2 if exact else 1, width, rows),
             None if saved is None else room(items.count, H, rows, width),
             room(items.count, H, rows // PART.value),
-            *items.spans(cu_seqlens),
+            cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous(),
             untold(seqs),
             untold(items.per_seq),
         )

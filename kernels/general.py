@@ -198,7 +198,7 @@ def _general_fwd_kernel(
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * blocks.DV + tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
-    k_start, length, _ = sequence_of(seq, k_spans, Tk, num_seqs, 0)
+    k_start, length = sequence_of(seq, k_spans, Tk)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
@@ -478,7 +478,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
     busy = call.busy or need_scores
     length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
     blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS)
-    items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q, always=True)
+    items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)
     dv_blocks = cdiv(DV, blocks.DV)
     splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), cdiv(Tk, 2 * blocks.N)))
     o = m = l = lse
@@ -486,7 +486,6 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
         o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
     args = {
         **call.args,
-        "q_spans": items.spans(call.args["q_spans"].cu),
         "per_seq": items.per_seq,
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
@@ -496,7 +495,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
     launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)
     if splits > 1:
         flat = B * H * Tq
-        parts = Items(flat * splits, 0, splits, None, None)
+        parts = Items(flat * splits, 0, splits)
         merge(
             o.view(flat * splits, 1, DV),
             m.view(-1, 1),

@@ -171,7 +171,7 @@ def _general_bwd_dq_kernel(
     d_out = tl.program_id(2) * blocks.D + d
     dv = tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
-    k_start, length, _ = sequence_of(seq, k_spans, Tk, num_seqs, 0)
+    k_start, length = sequence_of(seq, k_spans, Tk)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_rows = (q_start + i).to(tl.int64)
@@ -308,7 +308,7 @@ def _general_bwd_dkv_kernel(
     d_out = tl.program_id(2) * blocks.D + d
     dv_out = tl.program_id(2) * blocks.DV + dv
     seq, k_start, lo, hi, _ = locate(tl.program_id(0), k_spans, Tk, num_seqs, per_seq, blocks.N)
-    q_start, length, _ = sequence_of(seq, q_spans, Tq, num_seqs, 0)
+    q_start, length = sequence_of(seq, q_spans, Tq)
     j = lo + tl.arange(0, blocks.N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
@@ -522,8 +522,8 @@ def general_bwd(
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts)
         # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
         fine = exact and (need_q or need_k or need_bias)
-        items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q, always=True)
-        of_queries = {"q_spans": items.spans(call.args["q_spans"].cu), "per_seq": items.per_seq}
+        items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q)
+        of_queries = {"per_seq": items.per_seq}
         if fine or not (need_q or need_bias):
             only = {**of_queries, "grads": Grads(), "given": given._replace(dscores=None)}
             run(_general_bwd_dq_kernel, (items.count, H, 1), for_q, flags._replace(GAP=True, EXACT=fine), **only)
@@ -532,9 +532,9 @@ def general_bwd(
             made = Grads(torch.empty(query.shape, dtype=query.dtype, device=query.device) if dq is None else dq, D)
             run(_general_bwd_dq_kernel, grid, for_q, flags, **of_queries, grads=made._replace(bias=dbias))
         if need_k or need_value:
-            items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k, always=True)
+            items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k)
             grid = items.count, H, max(cdiv(D, for_k.D), cdiv(DV, for_k.DV))
-            of_keys = {"k_spans": items.spans(call.args["k_spans"].cu), "per_seq": items.per_seq}
+            of_keys = {"per_seq": items.per_seq}
             run(_general_bwd_dkv_kernel, grid, for_k, flags, **of_keys, grads=Grads(k=dk, value=dvalue))
     else:
         dq, dk, dvalue = (None if x is None else x.zero_() for x in (dq, dk, dvalue))

@@ -56,7 +56,7 @@ def _score(
     s = tl.zeros([keep.shape[0], 1], tl.float32)
     for a0 in range(0, A, BLOCK_A):
         a = a0 + tl.arange(0, BLOCK_A)
-        z, g = project(h_ptrs, h, at, 0, keep, weights, context, a, 0, D, A, flags, RESIDENT, BLOCK_D)
+        z, g = project(h_ptrs, h, at, 0, keep, weights, context, a, D, A, flags, RESIDENT, BLOCK_D)
         u = gated(z, g, weights, flags)
         if weights.v is None:
             s = u

@@ -36,7 +36,7 @@ from .chip import (
     unpressed,
 )
 from .inputs import LocationInputs, features_dtype
-from .masks import Items, dropout, dropout_scale, locate, partition, unmasked
+from .masks import Items, Spans, dropout, dropout_scale, locate, partition, unmasked
 from .products import add_product, tile_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
 
@@ -135,7 +135,6 @@ def project(
     weights,
     context,
     a,
-    num_seqs,
     D,
     A,
     flags,
@@ -161,7 +160,7 @@ def project(
         if flags.CTX_PER_ROW:
             z += load_rows(sequence_ptr(context, seq, rows), keep, a, A).to(tl.float32)
         else:
-            ctx = tl.load(first_row(context, seq) + a, mask=(a < A) & (seq < num_seqs), other=0.0)
+            ctx = tl.load(first_row(context, seq) + a, mask=a < A, other=0.0)
             z += tl.where(keep[:, None], ctx.to(tl.float32)[None, :], 0.0)  # of a sequence that sees nothing: unread
     return z, g
 
@@ -253,7 +252,6 @@ def _location_fwd_kernel(
                 weights,
                 context,
                 a,
-                num_seqs,
                 size.D,
                 size.A,
                 flags,
@@ -302,11 +300,7 @@ def _location_fwd_kernel(
                 tl.debug_barrier()  # the next tile's load may belong to another thread
 
     if flags.POOL:
-        valid = seq < num_seqs
-        if flags.ONE_DV:
-            single = valid & (items == 1)
-        else:
-            single = valid & False
+        single = (items == 1) & flags.ONE_DV
         at = item.to(tl.int64) * size.R + r
         tl.store(parts.m + at, m, mask=r < size.R)
         tl.store(parts.l + at, l, mask=r < size.R)
@@ -455,7 +449,7 @@ class Call(NamedTuple):
     def items(self, rows: int) -> Items:
         """The partition into items of `rows` rows, whose arguments join the others."""
         items = partition(self.seqs, self.length, rows, self.cu_seqlens)
-        self.args.update(spans=items.spans(self.cu_seqlens), per_seq=items.per_seq)
+        self.args.update(spans=Spans(items.cu), per_seq=items.per_seq)
         return items
 
 
@@ -537,7 +531,7 @@ def location_fwd(
     one_dv = blocks.DV >= DV
     rows = _rows_per_item(call, packed, blocks.T)
     items = call.items(rows)
-    alone = items.first is None and items.per_seq == 1
+    alone = items.per_seq == 1
     parts = Parts(None, None, None)
     if pool:
         # One kernel for all: an item of its own only leaves (m, l) that nobody reads, and its sum, where it is in

@@ -45,7 +45,7 @@ from .location import (
     store_rows,
 )
 from .location_gap import left_of_gaps, weights_and_gaps
-from .masks import item_rows, locate
+from .masks import follow, item_rows, locate, place, sequence_at
 from .products import add_product, tile_product
 from .softmax import load_dlse
 from .sums import add_items, sums
@@ -76,14 +76,15 @@ def _location_bwd_dz_kernel(
 ):
     local = tl.program_id(0)
     item = local.to(tl.int64)
-    seq, t, inside, rows, keep = item_rows(item0 + local, mask, spans, T, num_seqs, per_seq, blocks.T)
+    seq = sequence_at(item0 + local, spans, num_seqs, per_seq, blocks.T)
+    seq, t, inside, rows, keep = item_rows(item0 + local, seq, mask, spans, T, per_seq, blocks.T)
     h_ptrs = sequence_ptr(h, seq, rows)
     if values.ptr is None:
         val_ptrs = h_ptrs
     else:
         val_ptrs = sequence_ptr(values, seq, rows)
     r = tl.arange(0, blocks.R)
-    hop = (r < size.R) & (seq < num_seqs)
+    hop = r < size.R
     at = (seq * T + rows)[:, None] * size.R + r[None, :]
     visible = keep[:, None] & hop[None, :]
     if flags.FEATURES:  # their own gradients, of which ds is what a bias and `live` need, the sum and whether any is
@@ -99,7 +100,7 @@ def _location_bwd_dz_kernel(
         ds = tl.load(given.dscores + at, mask=visible, other=0.0)
     else:
         a_w, p, gap, cotangent = weights_and_gaps(
-            val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
+            val_ptrs, keep, seq, t, at, visible, result, given, dropout, size, flags, blocks
         )
         if given.left is not None:
             gap -= tl.load(given.left + seq * size.R + r, mask=hop, other=0.0)[None, :]
@@ -133,9 +134,7 @@ def _location_bwd_dz_kernel(
         dz_ptrs = work.dz + slot[:, None] * width
     for a0 in range(0, size.A, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
-        z, g = project(
-            h_ptrs, h_ptrs, rows, seq, live, weights, context, a, num_seqs, size.D, size.A, flags, False, blocks.D
-        )
+        z, g = project(h_ptrs, h_ptrs, rows, seq, live, weights, context, a, size.D, size.A, flags, False, blocks.D)
         y = activate(z, flags.ACT, flags.FAST)
         u = y
         if flags.FEATURES:
@@ -204,7 +203,7 @@ def _gradient_of_rows(
         p = tl.load(p_ptr + slot[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
         do = tl.load(
             do_ptr + seq * R * D + r[:, None] * D + d[None, :],
-            mask=(r < R)[:, None] & (d < D)[None, :] & (seq < num_seqs),
+            mask=(r < R)[:, None] & (d < D)[None, :],
             other=0.0,
         )
         if blocks.R == 1:
@@ -245,8 +244,10 @@ def _gradient_of_weights(
     i = tl.arange(0, blocks.T)
     acc = tl.zeros([blocks.D, blocks.K], tl.float32)
     first = split * items_per_split
+    of = sequence_at(item0 + first, spans, num_seqs, per_seq, blocks.T)
     for local in range(first, tl.minimum(first + items_per_split, items)):
-        seq, start, lo, _, _ = locate(item0 + local, spans, T, num_seqs, per_seq, blocks.T)
+        of = follow(of, item0 + local, spans, per_seq, blocks.T)
+        seq, start, lo, _, _ = place(item0 + local, of, spans, T, per_seq, blocks.T)
         rows = (start + lo + i).to(tl.int64)
         slot = (i + local * blocks.T).to(tl.int64)
         live = tl.load(live_ptr + slot) != 0
@@ -468,7 +469,7 @@ def location_bwd(
     v_splits = _splits(call.chip, cdiv(A, v_blocks.A), chunk)
     whole = chunk >= items.count  # in one launch
     new = functools.partial(torch.empty, dtype=torch.float32, device=h.device)
-    dctx, of_items = None, a_sequence and whole and items.first is None  # sequences have as many items each
+    dctx, of_items = None, a_sequence and whole and items.per_seq > 0  # as many each
     if need_ctx and not of_items:
         dctx = new(call.seqs, A) if a_sequence and not whole else _like(context, need_ctx)
     dw = new(splits, D, K) if need_w or need_gw else None

@@ -13,13 +13,13 @@ from torch import Tensor
 from .arguments import launch, sequence_ptr
 from .chip import LENGTHS
 from .location import Blocks, Call, load_rows, matmul
-from .masks import Items, dropout_scale, item_rows
+from .masks import Items, dropout_scale, item_rows, sequence_at
 from .softmax import load_lse
 from .sums import add_items
 
 
 @triton.jit
-def weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks):
+def weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout, size, flags, blocks):
     """(a, a ⊙ k, gap, |dO| of a hop) of the `visible` scores `at`, all but the last [BLOCK_T, BLOCK_R].
 
     gap = dO_r · (k_jr value_j - o_r). For one hop as one sum; for more both sides are taken from o_0 where products
@@ -27,7 +27,7 @@ def weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout
     more hops they are not: k o_0 is far from o_r, and would be taken out of large numbers again.
     """
     r = tl.arange(0, blocks.R)
-    hop = (r < size.R) & (seq < num_seqs)
+    hop = r < size.R
     if dropout.seed is not None:
         k = dropout_scale(dropout, t[:, None], seq, r[None, :])
     gap = tl.zeros([blocks.T, blocks.R], tl.float32)
@@ -45,7 +45,7 @@ def weights_and_gaps(val_ptrs, keep, seq, t, at, visible, result, given, dropout
             x = x.to(tl.float32) * k
         if blocks.R == 1 or (tl.float32 == flags.COMPUTE and dropout.seed is None):
             first = result.out + seq * size.R * size.DV + d
-            centre = tl.load(first, mask=(d < size.DV) & (seq < num_seqs), other=0.0)
+            centre = tl.load(first, mask=d < size.DV, other=0.0)
             x = x.to(tl.float32) - centre[None, :]
             out -= centre[:, None]
         offset += tl.sum(do * out, axis=0)
@@ -81,13 +81,14 @@ def _location_bwd_gap_kernel(
 ):
     """Σ_j a_jr gap_jr over an item, which for a sequence is 0 but for roundings, those of o above all."""
     item = tl.program_id(0)
-    seq, t, _inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
+    seq = sequence_at(item, spans, num_seqs, per_seq, blocks.T)
+    seq, t, _inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
     r = tl.arange(0, blocks.R)
     val_ptrs = sequence_ptr(values, seq, rows)
     at = (seq * T + rows)[:, None] * size.R + r[None, :]
-    visible = keep[:, None] & ((r < size.R) & (seq < num_seqs))[None, :]
+    visible = keep[:, None] & (r < size.R)[None, :]
     a_w, _p, gap, _cotangent = weights_and_gaps(
-        val_ptrs, keep, seq, t, at, visible, result, given, dropout, num_seqs, size, flags, blocks
+        val_ptrs, keep, seq, t, at, visible, result, given, dropout, size, flags, blocks
     )
     total = tl.sum(tl.where(visible, a_w * gap, 0.0), axis=0)
     tl.store(gap_ptr + item.to(tl.int64) * size.R + r, total, mask=r < size.R)

@@ -29,8 +29,10 @@ from .inputs import WindowInputs
 from .location import load_rows, store_both
 from .masks import (
     Items,
+    Spans,
     dropout,
     dropout_scale,
+    first_item,
     in_window,
     locate,
     partition,
@@ -124,7 +126,6 @@ def _location_window_scan_kernel(
     state,  # of the tiles
     scanned,  # of all tiles before each; with REVERSE behind it
     spans,
-    num_seqs,
     per_seq,
     T,
     DV,
@@ -136,7 +137,8 @@ def _location_window_scan_kernel(
     R = tl.num_programs(1)
     d = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
     one = tl.arange(0, 1)
-    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    _, length = sequence_of(seq, spans, T)
+    item0 = first_item(seq, spans, per_seq, blocks.T)
     tiles = tl.cdiv(length, blocks.T)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], state.l.dtype.element_ty)
@@ -184,7 +186,8 @@ def _location_window_fwd_kernel(
     R = tl.num_programs(1)
     d = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
-    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    _, length = sequence_of(seq, spans, T)
+    item0 = first_item(seq, spans, per_seq, blocks.T)
     i = lo + tl.arange(0, blocks.T)
     inside = i < hi
     tile0, tile1, state = band(lo, hi, length, window, flags.SCAN, blocks.T)
@@ -197,7 +200,7 @@ def _location_window_fwd_kernel(
         m = tl.zeros([blocks.T], tl.float32) + tl.load(scanned.m + slot, mask=some, other=float("-inf"))
         l += tl.load(scanned.l + slot, mask=some, other=0.0).to(tl.float32)
         acc += tl.load(scanned.o + slot * DV + d, mask=some & (d < DV), other=0.0).to(tl.float32)[None, :]
-    for tile in range(tile0, tl.where(lo < hi, tile1, tile0)):
+    for tile in range(tile0, tile1):
         j = tile * blocks.T + tl.arange(0, blocks.T)
         rows = (start + j).to(tl.int64)
         s = tl.load(scores_ptr + (seq * T + rows) * R + r, mask=j < length, other=float("-inf"))
@@ -330,7 +333,7 @@ def prepare(inputs: WindowInputs) -> Call:
         "values": sequences(unit(values), packed=packed),
         "scanned": State(None, None, None),
         "dropout": dropout(seed, dropout_p),
-        "spans": items.spans(cu_seqlens),
+        "spans": Spans(items.cu),
         "num_seqs": seqs,
         "per_seq": items.per_seq,
         "T": 0 if packed else length,

@@ -28,7 +28,7 @@ from .chip import LENGTHS, cdiv, pow2
 from .inputs import WindowInputs
 from .location import load_rows, store_rows
 from .location_window import band, prepare
-from .masks import dropout_scale, in_window, locate, mirrored, sequence_of
+from .masks import dropout_scale, first_item, in_window, locate, mirrored, sequence_of
 from .products import add_product
 from .softmax import exp, load_dlse, load_lse, store_lse
 
@@ -102,7 +102,8 @@ def _location_window_bwd_scores_kernel(
     r = tl.program_id(1)
     R = tl.num_programs(1)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
-    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    _, length = sequence_of(seq, spans, T)
+    item0 = first_item(seq, spans, per_seq, blocks.T)
     j = lo + tl.arange(0, blocks.T)
     k_rows = (start + j).to(tl.int64)
     s = tl.load(scores_ptr + (seq * T + k_rows) * R + r, mask=j < hi, other=float("-inf"))
@@ -171,7 +172,8 @@ def _location_window_bwd_values_kernel(
     item = tl.program_id(0)
     d = tl.program_id(1) * blocks.DV + tl.arange(0, blocks.DV)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
-    _, length, item0 = sequence_of(seq, spans, T, num_seqs, per_seq)
+    _, length = sequence_of(seq, spans, T)
+    item0 = first_item(seq, spans, per_seq, blocks.T)
     j = lo + tl.arange(0, blocks.T)
     k_rows = seq * T + start + j
     tile0, tile1, state = band(lo, hi, length, mirrored(window), flags.SCAN, blocks.T)

@@ -1,9 +1,10 @@
 """Which rows a program works on, which keys a query sees, and which weights dropout keeps.
 
 A launch is over *items*: consecutive rows of one sequence, at most `Items.rows` of them. For a padded batch
-item -> (sequence, part) is a division. For a ragged batch the lengths are known on the device only, so the
-map is made there without a synchronisation: the launch has as many items as the worst case needs
-(`N // rows + S`), at most one of them a sequence to spare, and these find an empty range.
+item -> (sequence, part) is a division. For a ragged batch the lengths are known on the device only, so the first
+item of sequence s has the place ``cu[s] // rows + s``, which needs no other sequence's items: a launch has
+``N // rows + S`` of them, at most one of a sequence to spare, which finds an empty range. An item's sequence is found
+by a look at `LOOK` of these places at a time.
 """
 
 import functools
@@ -14,16 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import entry_ptr, launch, load_pairs, untold
-from .chip import LENGTHS, cdiv
+from .arguments import entry_ptr, load_pairs, untold
+from .chip import cdiv
+
+LOOK = tl.constexpr(32)
+"""Sequences that a program looks at in one step of a search: a lane each."""
 
 
 class Spans(NamedTuple):
-    """Which rows are a sequence's, and which items: of packed rows, for kernels that call `locate`."""
+    """Which rows are a sequence's, for kernels that call `locate`."""
 
     cu: Tensor | None  # (S + 1,): first row of each sequence; None: the batch is padded
-    seq: Tensor | None = None  # (count,) int32: sequence of each item, S of those to spare; None: item = sequence
-    first: Tensor | None = None  # (S + 1,) int32: first item of each sequence, cu // rows + s; None as above
 
 
 class Items(NamedTuple):
@@ -32,12 +34,7 @@ class Items(NamedTuple):
     count: int
     rows: int  # most rows an item has
     per_seq: int  # items of each sequence; 0 where that differs between sequences
-    seq: Tensor | None  # see Spans
-    first: Tensor | None
-
-    def spans(self, cu_seqlens: Tensor | None) -> Spans:
-        """What a launcher passes to kernels that call `locate`, beside `per_seq`."""
-        return Spans(cu_seqlens, self.seq, self.first)
+    cu: Tensor | None = None  # see Spans
 
 
 class Dropout(NamedTuple):
@@ -53,54 +50,17 @@ def dropout(seed: Tensor | None, p: float) -> Dropout:
     return Dropout(seed, untold(round(p * 2**24)), 1.0 / (1.0 - p))
 
 
-def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None, *, always: bool = False) -> Items:
+def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None) -> Items:
     """Items of at most `rows` rows. Padded: `batch` sequences of `length`; ragged: `batch` over `length` rows.
 
-    Few packed rows are an item a sequence, with no map to make, unless there is `always` to be one: a kernel with a
-    map is another variant than one without.
+    Few packed rows are an item a sequence.
     """
     if cu_seqlens is None:
         per_seq = cdiv(length, rows)
-        return Items(batch * per_seq, rows, per_seq, None, None)
-    if length <= rows and not always:
-        return Items(batch, rows, 1, None, None)
-    count = length // rows + batch
-    seq, first = cu_seqlens.new_empty(count), cu_seqlens.new_empty(batch + 1)
-    args = {"cu_ptr": cu_seqlens.contiguous(), "seq_ptr": seq, "first_ptr": first, "num_seqs": batch, "rows": rows}
-    if batch:
-        launch(_partition_kernel, (batch,), args, PartitionBlocks(128))
-    return Items(count, rows, 0, seq, first)
-
-
-class PartitionBlocks(NamedTuple):
-    """Items that are written at a time."""
-
-    I: int
-    warps: int = 1
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _partition_kernel(
-    cu_ptr,  # (S + 1,) int32
-    seq_ptr,  # (count,) int32, see Spans
-    first_ptr,  # (S + 1,) int32
-    num_seqs,
-    rows,
-    blocks,
-):
-    """The items of a sequence, whose places no other sequence needs to know of: see Spans."""
-    seq = tl.program_id(0)
-    start = tl.load(cu_ptr + seq)
-    end = tl.load(cu_ptr + seq + 1)
-    first = start // rows + seq
-    past = end // rows + seq + 1
-    tl.store(first_ptr + seq, first)
-    if seq == num_seqs - 1:
-        tl.store(first_ptr + num_seqs, past)
-    used = first + tl.maximum(tl.cdiv(end - start, rows), 1)  # an empty sequence has one too, which says so
-    for i0 in range(first, past, blocks.I):
-        i = i0 + tl.arange(0, blocks.I)
-        tl.store(seq_ptr + i, tl.where(i < used, seq, num_seqs), mask=i < past)
+        return Items(batch * per_seq, rows, per_seq)
+    if length <= rows:
+        return Items(batch, rows, 1, cu_seqlens)
+    return Items(length // rows + batch, rows, 0, cu_seqlens)
 
 
 def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Tensor:
@@ -122,46 +82,74 @@ def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Te
 
 
 @triton.jit
-def locate(item, spans, T, num_seqs, per_seq, rows):
-    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
+def first_item(seq, spans, per_seq, rows):
+    """The first item of a sequence, or how many there are of all, for the sequence S."""
     if spans.cu is None:
-        seq = item // per_seq
+        return seq * per_seq
+    else:
+        return tl.where(per_seq == 0, tl.load(spans.cu + seq) // rows + seq, seq * per_seq)
+
+
+@triton.jit
+def sequence_at(item, spans, num_seqs, per_seq, rows):
+    """The sequence of an item: the last one whose first item is not past it."""
+    if spans.cu is None:
+        return item // per_seq
+    else:
+        seq = tl.where(per_seq == 0, 0, item)
+        left = tl.where(per_seq == 0, num_seqs, 1)  # it is one of so many from `seq` on
+        while left > 1:
+            left = tl.cdiv(left, LOOK)
+            s = seq + tl.arange(0, LOOK) * left
+            before = s < num_seqs
+            before = before & (tl.load(spans.cu + s, mask=before, other=0) // rows + s <= item)
+            seq = tl.max(tl.where(before, s, 0), axis=0)
+        return seq
+
+
+@triton.jit
+def follow(seq, item, spans, per_seq, rows):
+    """The sequence of an item, where `seq` is that of the item before it or its own: none is without an item."""
+    if spans.cu is None:
+        return item // per_seq
+    else:
+        return seq + (first_item(seq + 1, spans, per_seq, rows) <= item).to(tl.int32)
+
+
+@triton.jit
+def place(item, seq, spans, T, per_seq, rows):
+    """`locate` of an item whose sequence is known."""
+    if spans.cu is None:
         part = item % per_seq
         start = 0
         length = T
         items = per_seq
     else:
-        if spans.seq is None:
-            seq = item
-            part = 0
-            items = 1
-        else:
-            seq = tl.load(spans.seq + item)
-            first = tl.load(spans.first + seq)
-            part = tl.maximum(item - first, 0)  # one to spare: nothing of the empty sequence S
-            items = tl.load(spans.first + seq + 1, mask=seq < num_seqs, other=0) - first
         start = tl.load(spans.cu + seq)
-        # An item past the end has seq == num_seqs: an empty range.
-        length = tl.load(spans.cu + seq + 1, mask=seq < num_seqs, other=0) - start
+        end = tl.load(spans.cu + seq + 1)
+        length = end - start
+        part = tl.where(per_seq == 0, item - (start // rows + seq), 0)
+        items = tl.where(per_seq == 0, end // rows - start // rows + 1, 1)
     lo = part * rows
     return seq.to(tl.int64), start, lo, tl.minimum(lo + rows, length), items
 
 
 @triton.jit
-def sequence_of(seq, spans, T, num_seqs, per_seq):
-    """(first packed row, length, first item) of a sequence; an empty one for seq = num_seqs."""
+def locate(item, spans, T, num_seqs, per_seq, rows):
+    """(sequence as int64, its first packed row, first and past-the-last local row of the item, items of it)."""
+    return place(item, sequence_at(item, spans, num_seqs, per_seq, rows), spans, T, per_seq, rows)
+
+
+@triton.jit
+def sequence_of(seq, spans, T):
+    """(first packed row, length) of a sequence."""
     if spans.cu is None:
         start = seq * 0
         length = T
-        item = seq * per_seq
     else:
         start = tl.load(spans.cu + seq)
-        length = tl.load(spans.cu + seq + 1, mask=seq < num_seqs, other=0) - start
-        if spans.first is None:
-            item = seq
-        else:
-            item = tl.load(spans.first + seq).to(tl.int64)
-    return start, length, item
+        length = tl.load(spans.cu + seq + 1) - start
+    return start, length
 
 
 @triton.jit
@@ -173,9 +161,9 @@ def unmasked(mask, seq, rows, inside):
 
 
 @triton.jit
-def item_rows(item, mask, spans, T, num_seqs, per_seq, BLOCK_T: tl.constexpr):
-    """(sequence, local rows of the item [BLOCK_T], which of them exist, packed rows, which may be read)."""
-    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, BLOCK_T)
+def item_rows(item, seq, mask, spans, T, per_seq, BLOCK_T: tl.constexpr):
+    """Of an item of `seq`: (that as int64, local rows [BLOCK_T], which exist, packed rows, which may be read)."""
+    seq, start, lo, hi, _ = place(item, seq, spans, T, per_seq, BLOCK_T)
     t = lo + tl.arange(0, BLOCK_T)
     inside = t < hi
     rows = (start + t).to(tl.int64)
@@ -183,15 +171,9 @@ def item_rows(item, mask, spans, T, num_seqs, per_seq, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def items_of(seq, first_ptr, per_seq):
-    """First and past-the-last item of a sequence, both int64; first_ptr: Spans.first, or None."""
-    if first_ptr is None:
-        lo = seq * per_seq
-        hi = lo + per_seq
-    else:
-        lo = tl.load(first_ptr + seq).to(tl.int64)
-        hi = tl.load(first_ptr + seq + 1).to(tl.int64)
-    return lo, hi
+def items_of(seq, spans, per_seq, rows):
+    """First and past-the-last item of a sequence, an int64."""
+    return first_item(seq, spans, per_seq, rows), first_item(seq + 1, spans, per_seq, rows)
 
 
 @triton.jit
@@ -263,10 +245,10 @@ def whole_window(window, lo, hi, length):
 
 @triton.jit
 def window_tiles(window, lo, hi, length, BLOCK: tl.constexpr):
-    """First and past-the-last tile of keys that any query of [lo, hi) sees."""
+    """First and past-the-last tile of keys that any query of [lo, hi), which may be empty, sees."""
     first, last = window_range(window, lo, hi, length)
     tile0 = first // BLOCK
-    return tile0, tl.where(last > first, tl.cdiv(last, BLOCK), tile0)
+    return tile0, tl.where((last > first) & (hi > lo), tl.cdiv(last, BLOCK), tile0)
 
 
 @triton.jit

@@ -76,7 +76,6 @@ def _recurrent_fwd_kernel(
     state_ptr,  # float32 (B, Th + 1, D) or packed (N + S, D): r before and after each step; or (S, slots, D)
     scratch,
     result,
-    num_seqs,
     Th,
     Ty,
     size,
@@ -86,8 +85,8 @@ def _recurrent_fwd_kernel(
     blocks,
 ):
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
+    q_start, steps = sequence_of(seq, q_spans, Th)
+    k_start, length = sequence_of(seq, k_spans, Ty)
     own = (length <= limit) == flags.HELD
     steps = tl.where(own, steps, 0)
     q_ptr = sequence_ptr(q, seq, q_start)
@@ -293,7 +292,6 @@ def prepare(inputs: WordByWordInputs) -> Call:
         "q_spans": Spans(hypothesis),
         "k_spans": Spans(premise),
         "size": size,
-        "num_seqs": seqs,
         "Th": 0 if packed else query.shape[1],
         "Ty": 0 if packed else key.shape[1],
     }

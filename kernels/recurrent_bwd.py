@@ -98,7 +98,6 @@ def _recurrent_bwd_kernel(
     given,
     scratch,
     made,
-    num_seqs,
     Th,
     Ty,
     size,
@@ -107,8 +106,8 @@ def _recurrent_bwd_kernel(
     blocks,
 ):
     seq = tl.program_id(0).to(tl.int64)
-    q_start, steps, _ = sequence_of(seq, q_spans, Th, num_seqs, 0)
-    k_start, length, _ = sequence_of(seq, k_spans, Ty, num_seqs, 0)
+    q_start, steps = sequence_of(seq, q_spans, Th)
+    k_start, length = sequence_of(seq, k_spans, Ty)
     own = (length <= limit) == flags.HELD
     steps = tl.where(own, steps, 0)
     q_ptr = sequence_ptr(q, seq, q_start)

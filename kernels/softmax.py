@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arguments import constants, launch
 from .chip import INTERPRET, LENGTHS, cdiv, pow2
-from .masks import Items, items_of
+from .masks import Items, Spans, items_of
 
 
 @triton.jit
@@ -141,11 +141,12 @@ def _merge_kernel(
     o_ptr,  # (items, R, DV) float32
     m_ptr,  # (items, R) float32
     l_ptr,  # (items, R) float32
-    first_ptr,  # (S + 1,) int32 or None
+    spans,
     out_ptr,  # (S, R, DV)
     lse_ptr,  # (S, R, 2) float32: (m, l)
     exact_ptr,  # (S, R, DV) float32, or None
     per_seq,
+    rows,
     R,
     DV,
     unit,  # what a difference of two m is in natural units
@@ -155,7 +156,7 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)  # sequence and hop
     seq = row // R
     d = tl.program_id(1) * blocks.DV + tl.arange(0, blocks.DV)
-    lo, hi = items_of(seq, first_ptr, per_seq)
+    lo, hi = items_of(seq, spans, per_seq, rows)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([blocks.DV], tl.float32)
@@ -217,11 +218,12 @@ def merge(
         "o_ptr": o,
         "m_ptr": m,
         "l_ptr": l,
-        "first_ptr": items.first,
+        "spans": Spans(items.cu),
         "out_ptr": out,
         "lse_ptr": lse,
         "exact_ptr": exact,
         "per_seq": items.per_seq,
+        "rows": items.rows,
         "R": hops,
         "DV": width,
         "unit": unit,

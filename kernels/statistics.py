@@ -58,7 +58,7 @@ from .chip import (
 )
 from .inputs import StatisticsInputs, features_dtype
 from .location import features_flags, load_rows, location_fwd, matmul, store_rows
-from .masks import Items, items_of, locate, partition, unmasked
+from .masks import Items, Spans, items_of, locate, partition, unmasked
 from .softmax import finish, new_lse, no_key, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,8 +207,7 @@ def _statistics_fwd_kernel(
     if not flags.PER_CHANNEL:
         own = own & (block == 0)
     if parts.m is None:
-        valid = seq < num_seqs
-        _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, valid, own & valid)
+        _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, own)
     else:
         at = item.to(tl.int64) * size.C + c
         tl.store(parts.mean + at, mean, mask=c < size.C)
@@ -218,10 +217,10 @@ def _statistics_fwd_kernel(
 
 
 @triton.jit
-def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, valid, own):
+def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, own):
     """The statistics of the channels c of a sequence, and its (m, l) where it is this program's `own`."""
     at = seq * C + c
-    write = (c < C) & valid
+    write = c < C
     inv = finish(l)
     var = sq * inv
     low = var <= result.floor  # then a constant; NaN stays NaN
@@ -244,10 +243,11 @@ def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, valid, 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_merge_kernel(
     parts,
-    first_ptr,  # (S + 1,) int32 or None
+    spans,
     result,
     num_seqs,
     per_seq,
+    rows,
     size,
     flags,
     blocks,
@@ -255,7 +255,7 @@ def _statistics_merge_kernel(
     """States of the items of a sequence, blocks.T at a time; an item counts l frames at its mean, and its M."""
     seq = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * blocks.C + tl.arange(0, blocks.C)
-    lo, hi = items_of(seq, first_ptr, per_seq)
+    lo, hi = items_of(seq, spans, per_seq, rows)
     r = c if flags.PER_CHANNEL else tl.arange(0, 1)
     R = size.C if flags.PER_CHANNEL else 1
     m, l, mean, sq = _no_frames(r, c)
@@ -273,7 +273,7 @@ def _statistics_merge_kernel(
     own = r < R
     if not flags.PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
-    _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, True, own)
+    _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, own)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class Call(NamedTuple):
         """The partition into items of `rows` frames, whose arguments join the others with the flags for blocks."""
         items = partition(self.seqs, self.length, rows, self.cu_seqlens)
         flags = self.flags._replace(WHOLE=0 < self.size.A <= blocks.A)
-        self.args.update(spans=items.spans(self.cu_seqlens), per_seq=items.per_seq, flags=constants(flags))
+        self.args.update(spans=Spans(items.cu), per_seq=items.per_seq, flags=constants(flags))
         return items
 
 
@@ -432,7 +432,7 @@ def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool
     channel_blocks = cdiv(C, blocks.C)
     rows = _rows_per_item(call, inputs.cu_seqlens is not None, channel_blocks, blocks.T)
     items = call.items(rows, blocks)
-    parts, alone = Parts(), items.first is None and items.per_seq == 1
+    parts, alone = Parts(), items.per_seq == 1
     if not alone:
         new = functools.partial(torch.empty, dtype=torch.float32, device=values.device)
         of_channels = new(items.count, C, dtype=torch.float64), new(items.count, C)
@@ -441,8 +441,8 @@ def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool
         "result": Result(mean, std, lse, exact if need_exact else None, *floors(inputs.floor)),
         "parts": parts,
         "scores_ptr": scores if per_channel and need_scores else None,
-        "first_ptr": items.first,
         "rows_per_item": rows,
+        "rows": rows,
     }
     grid = (items.count * channel_blocks,)
     registers = all_registers(call.chip) if 0 < A <= 16 else unpressed(call.chip, C, A)

@@ -29,7 +29,7 @@ from .chip import LENGTHS, LONG, Chip, cdiv, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
 from .location import load_rows, store_rows
 from .location_bwd import location_bwd
-from .masks import Items, item_rows
+from .masks import Items, follow, item_rows, sequence_at
 from .products import add_product
 from .softmax import exp, load_dlse, pivot
 from .statistics import Blocks, Call, channel_scores, frame_scores, load_channels, prepare, product_warps
@@ -37,43 +37,43 @@ from .sums import sums
 
 
 @triton.jit
-def _of_sequence(ptr, seq, c, C, num_seqs):
+def _of_sequence(ptr, seq, c, C):
     """A sequence's numbers of the channels c as float32, [1, BLOCK_C]."""
-    return tl.load(ptr + seq * C + c, mask=(c < C) & (seq < num_seqs), other=0.0).to(tl.float32)[None, :]
+    return tl.load(ptr + seq * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _load_lse(state, seq, r, R, C, num_seqs):
     """(m, 1 / l), [1, BLOCK_R] each."""
-    known = (r < R) & (seq < num_seqs)
+    known = r < R
     m = tl.load(state.lse + (seq * R + r) * 2, mask=known, other=0.0)
     inv = tl.load(state.exact + (num_seqs.to(tl.int64) * 4 + seq) * C + r, mask=known, other=0.0)
     return pivot(m)[None, :], inv[None, :]
 
 
 @triton.jit
-def _load_dlse(state, seq, r, R, num_seqs):
+def _load_dlse(state, seq, r, R):
     """Gradient of log l, [1, BLOCK_R]."""
     at = (seq * R + r) * 2
-    return load_dlse(state.dlse + at, state.lse + at, (r < R) & (seq < num_seqs))[None, :]
+    return load_dlse(state.dlse + at, state.lse + at, r < R)[None, :]
 
 
 @triton.jit
 def _deviation(values, state, seq, rows, keep, c, C, num_seqs):
     """X - mean of frames [BLOCK_T] and channels c, to the last bit of the float64 mean, [BLOCK_T, BLOCK_C]."""
     e = load_rows(sequence_ptr(values, seq, rows), keep, c, C).to(tl.float32)
-    e -= _of_sequence(state.exact, seq, c, C, num_seqs)
-    return e - _of_sequence(state.exact + num_seqs.to(tl.int64) * C, seq, c, C, num_seqs)
+    e -= _of_sequence(state.exact, seq, c, C)
+    return e - _of_sequence(state.exact + num_seqs.to(tl.int64) * C, seq, c, C)
 
 
 @triton.jit
 def _gradient(state, e, seq, c, C, num_seqs):
     """(dx / α, ds / α without dlse), [BLOCK_T, BLOCK_C]."""
-    dmean = _of_sequence(state.dmean, seq, c, C, num_seqs)
+    dmean = _of_sequence(state.dmean, seq, c, C)
     plane = num_seqs.to(tl.int64) * C
-    var = _of_sequence(state.exact + 2 * plane, seq, c, C, num_seqs)
-    slope = _of_sequence(state.exact + 3 * plane, seq, c, C, num_seqs)
-    dvar = _of_sequence(state.dstd, seq, c, C, num_seqs) * slope
+    var = _of_sequence(state.exact + 2 * plane, seq, c, C)
+    slope = _of_sequence(state.exact + 3 * plane, seq, c, C)
+    dvar = _of_sequence(state.dstd, seq, c, C) * slope
     return dmean + 2.0 * dvar * e, e * (dmean + dvar * e) - dvar * var
 
 
@@ -105,7 +105,9 @@ def _statistics_bwd_frame_kernel(
     blocks,  # T: frames of an item
 ):
     """One weight a frame: an item of frames, all channels."""
-    seq, _, inside, rows, keep = item_rows(tl.program_id(0), mask, spans, T, num_seqs, per_seq, blocks.T)
+    item = tl.program_id(0)
+    seq = sequence_at(item, spans, num_seqs, per_seq, blocks.T)
+    seq, _, inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
     one = tl.arange(0, 1)
     top, inv = _load_lse(state, seq, one, 1, size.C, num_seqs)
     alpha = _frame_weights(frame_scores(x, seq, rows, keep), top, inv, flags.FMA)  # [BLOCK_T, 1]
@@ -119,7 +121,7 @@ def _statistics_bwd_frame_kernel(
             store_rows(dval_ptr + (seq * T + rows) * size.C, alpha * to_value, inside, c, size.C)
     if dx_ptr is not None:
         if state.dlse is not None:
-            factor += tl.sum(_load_dlse(state, seq, one, 1, num_seqs), axis=1)
+            factor += tl.sum(_load_dlse(state, seq, one, 1), axis=1)
         ds = tl.sum(alpha, axis=1) * factor
         if state.dscores is not None:
             ds += tl.load(state.dscores + seq * T + rows, mask=keep, other=0.0)
@@ -138,10 +140,10 @@ def _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, si
 
 
 @triton.jit
-def _channel_gradient(alpha, factor, keep, state, at, seq, c, C, num_seqs):
+def _channel_gradient(alpha, factor, keep, state, at, seq, c, C):
     """Ds of a tile of frames and channels."""
     if state.dlse is not None:
-        factor += _load_dlse(state, seq, c, C, num_seqs)
+        factor += _load_dlse(state, seq, c, C)
     ds = alpha * factor
     if state.dscores is not None:
         ds += load_rows(state.dscores + at, keep, c, C)
@@ -175,8 +177,10 @@ def _statistics_bwd_values_kernel(
     v_tile = load_channels(v, a, c, size)
     dv = tl.zeros([blocks.A, blocks.C], tl.float32)
     first = part * items_per_split
+    of = sequence_at(first, spans, num_seqs, per_seq, blocks.T)
     for item in range(first, tl.minimum(first + items_per_split, items)):
-        seq, _, inside, rows, keep = item_rows(item, mask, spans, T, num_seqs, per_seq, blocks.T)
+        of = follow(of, item, spans, per_seq, blocks.T)
+        seq, _, inside, rows, keep = item_rows(item, of, mask, spans, T, per_seq, blocks.T)
         x_ptrs = sequence_ptr(x, seq, rows)
         u = load_rows(x_ptrs, keep, a, size.A)
         at = (seq * T + rows) * size.C
@@ -188,7 +192,7 @@ def _statistics_bwd_values_kernel(
             dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
             tl.store(dval_ptr + at[:, None] + c[None, :], dval, mask=write)
         if dv_ptr is not None:
-            ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
+            ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C)
             dv = add_product(tl.trans(u), ds, dv, flags.COMPUTE, flags.PRECISION)
     if dv_ptr is not None:
         store_rows(dv_ptr + (part.to(tl.int64) * size.A + a) * size.C, dv, a < size.A, c, size.C)
@@ -211,7 +215,9 @@ def _statistics_bwd_features_kernel(
     blocks,  # T: frames of an item
 ):
     """A weight a channel: du of an item of frames and blocks.A features, over all channels."""
-    seq, _, inside, rows, keep = item_rows(tl.program_id(0), mask, spans, T, num_seqs, per_seq, blocks.T)
+    item = tl.program_id(0)
+    seq = sequence_at(item, spans, num_seqs, per_seq, blocks.T)
+    seq, _, inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
     a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
     x_ptrs = sequence_ptr(x, seq, rows)
     u = load_rows(x_ptrs, keep, a, size.A)
@@ -226,7 +232,7 @@ def _statistics_bwd_features_kernel(
         alpha = _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, blocks.A)
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
         _to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
-        ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C, num_seqs)
+        ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C)
         if ACROSS:
             du = add_product(v_tile, tl.trans(ds), du, flags.COMPUTE, flags.PRECISION)
         else:

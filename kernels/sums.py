@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import launch, untold
 from .chip import LENGTHS, cdiv, pow2
-from .masks import Items, items_of
+from .masks import Items, Spans, items_of
 
 MOST = 6
 """Sums that a launch makes."""
@@ -109,16 +109,17 @@ class ItemBlocks(NamedTuple):
 def _item_sums_kernel(
     part_ptr,  # (items of this launch, A) float32
     sum_ptr,  # (S, A): added to, but by the first launch
-    first_ptr,  # (S + 1,) int32 or None, see masks.Spans
+    spans,
     item0,
     items,  # items of this launch
     per_seq,
+    rows,
     A,
     blocks,
 ):
     seq = tl.program_id(0).to(tl.int64)
     a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
-    lo, hi = items_of(seq, first_ptr, per_seq)
+    lo, hi = items_of(seq, spans, per_seq, rows)
     lo = tl.maximum(lo, item0)
     hi = tl.minimum(hi, item0 + items)
     at = sum_ptr + seq * A + a
@@ -135,10 +136,11 @@ def add_items(parts: Tensor, total: Tensor, items: Items, item0: int, count: int
     args = {
         "part_ptr": parts,
         "sum_ptr": total,
-        "first_ptr": items.first,
+        "spans": Spans(items.cu),
         "item0": item0,
         "items": count,
         "per_seq": items.per_seq,
+        "rows": items.rows,
         "A": A,
     }
     launch(_item_sums_kernel, (seqs, cdiv(A, blocks.A)), args, blocks)

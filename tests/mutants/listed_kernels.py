@@ -495,10 +495,24 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/masks.py",
-        "first + tl.maximum(tl.cdiv(end - start, rows), 1)",
-        "first + tl.cdiv(end - start, rows)",
-        ("tests/test_location_structure.py", "-k", "segments or empty"),
-        "nobody writes the output of an empty sequence",
+        "// rows + s <= item)",
+        "// rows + s < item)",
+        ("tests/test_masks.py", "-k", "ragged"),
+        "the first item of a sequence is taken for one of the sequence before",
+    ),
+    Mutant(
+        "kernels/masks.py",
+        "first_item(seq + 1, spans, per_seq, rows) <= item",
+        "first_item(seq + 1, spans, per_seq, rows) < item",
+        ("tests/test_masks.py", "-k", "ragged"),
+        "a walk comes to the next sequence an item late",
+    ),
+    Mutant(
+        "kernels/masks.py",
+        "(last > first) & (hi > lo)",
+        "last > first + 0 * (hi > lo)",
+        ("tests/test_masks.py", "-k", "spare"),
+        "an item without rows walks the keys of its sequence",
     ),
     Mutant(
         "kernels/sums.py",
