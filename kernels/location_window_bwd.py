@@ -18,6 +18,8 @@ gradient that is 0 comes out as one.
 A position whose cotangents are all 0 takes no part, as if it saw nothing: it may be NaN, for having seen one.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -76,31 +78,14 @@ def _state_scores(s, keep, val_ptrs, scanned, slot, some, DV, FMA: tl.constexpr,
     return tl.where(m == float("-inf"), 0.0, exp(s + m, FMA) * gap.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_window_bwd_scores_kernel(
-    scores_ptr,  # (B, T, R) or (N, R) float32
-    values,  # (B, T, DV) or (N, DV)
-    scanned,
-    dropout,
-    do_ptr,  # (B, T, R, DV) or (N, R, DV)
-    out_ptr,  # the same, float32
-    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
-    dlse_ptr,  # the same, or None
-    delta_ptr,  # (B, T, R) or (N, R) float64
-    ds_ptr,  # (B, T, R) or (N, R) float32
-    spans,
-    num_seqs,
-    per_seq,
-    T,
-    DV,
-    window,
-    flags,
+@triton.jit
+def _gradient_of_scores(
+    program, scores_ptr, values, scanned, dropout, given, ds_ptr, spans, num_seqs, per_seq, T, R, DV, window, flags,
     blocks,
-):
+):  # fmt: skip
     """A tile of keys and a hop: ds."""
-    item = tl.program_id(0)
-    r = tl.program_id(1)
-    R = tl.num_programs(1)
+    item = program // R
+    r = program % R
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
     _, length = sequence_of(seq, spans, T)
     item0 = first_item(seq, spans, per_seq, blocks.T)
@@ -121,7 +106,7 @@ def _location_window_bwd_scores_kernel(
         at = (seq * T + start + i) * R + r
         both = inside[:, None] & keep[None, :]
         shown = in_window(window, i[:, None], j[None, :], both)
-        top, inv = load_lse(lse_ptr + at * 2, inside)
+        top, inv = load_lse(given.lse + at * 2, inside)
         shown = shown & (inv != 0)[:, None]
         a = tl.where(shown, exp(s[None, :] - top[:, None], flags.FMA) * inv[:, None], 0.0)
         if dropout.seed is not None:
@@ -129,48 +114,36 @@ def _location_window_bwd_scores_kernel(
         gap = tl.zeros([blocks.T, blocks.T], tl.float32)
         if flags.EXACT:
             for d in range(0, DV):
-                do = tl.load(do_ptr + at * DV + d, mask=inside, other=0.0).to(tl.float32)[:, None]
-                out = tl.load(out_ptr + at * DV + d, mask=inside, other=0.0)[:, None]
+                do = tl.load(given.do + at * DV + d, mask=inside, other=0.0).to(tl.float32)[:, None]
+                out = tl.load(given.out + at * DV + d, mask=inside, other=0.0)[:, None]
                 x = tl.load(val_ptrs + d, mask=keep, other=0.0)[None, :]
                 if dropout.seed is not None:
                     x *= k
                 gap = tl.fma(do, x - out, gap)
-            if dlse_ptr is not None:
-                gap += load_dlse(dlse_ptr + at * 2, lse_ptr + at * 2, inside)[:, None]
+            if given.dlse is not None:
+                gap += load_dlse(given.dlse + at * 2, given.lse + at * 2, inside)[:, None]
         else:
-            for d0 in range(0, DV, blocks.DV):
+            for d0 in tl.range(0, DV, blocks.DV, num_stages=2):
                 d = d0 + tl.arange(0, blocks.DV)
-                do = load_rows(do_ptr + at * DV, inside, d, DV)
+                do = load_rows(given.do + at * DV, inside, d, DV)
                 x = load_rows(val_ptrs, keep, d, DV)
                 gap = add_product(do, tl.trans(x), gap, flags.COMPUTE, flags.PRECISION)
             if dropout.seed is not None:
                 gap *= k
-            gap -= tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+            gap -= tl.load(given.delta + at, mask=inside, other=0.0).to(tl.float32)[:, None]
         ds += tl.sum(tl.where(shown, a * gap, 0.0), axis=0)
     tl.store(ds_ptr + (seq * T + k_rows) * R + r, ds, mask=j < hi)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _location_window_bwd_values_kernel(
-    scores_ptr,  # (B, T, R) or (N, R) float32
-    scanned,
-    dropout,
-    do_ptr,  # (B, T, R, DV) or (N, R, DV)
-    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
-    dvalue_ptr,  # (B, T, DV) or (N, DV), contiguous
-    spans,
-    num_seqs,
-    per_seq,
-    T,
-    R,
-    DV,
-    window,
-    flags,
+@triton.jit
+def _gradient_of_values(
+    program, scores_ptr, scanned, dropout, given, dvalue_ptr, spans, num_seqs, per_seq, T, R, DV, window, flags,
     blocks,
-):
+):  # fmt: skip
     """A tile of keys and a part of the width: dvalue, over all hops."""
-    item = tl.program_id(0)
-    d = tl.program_id(1) * blocks.DV + tl.arange(0, blocks.DV)
+    parts = tl.cdiv(DV, blocks.DV)
+    item = program // parts
+    d = program % parts * blocks.DV + tl.arange(0, blocks.DV)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
     _, length = sequence_of(seq, spans, T)
     item0 = first_item(seq, spans, per_seq, blocks.T)
@@ -192,14 +165,61 @@ def _location_window_bwd_values_kernel(
             at = (seq * T + start + i) * R + r
             both = inside[None, :] & keep[:, None]
             shown = in_window(window, i[None, :], j[:, None], both)
-            top, inv = load_lse(lse_ptr + at * 2, inside)
+            top, inv = load_lse(given.lse + at * 2, inside)
             shown = shown & (inv != 0)[None, :]
             a = tl.where(shown, exp(s[:, None] - top[None, :], flags.FMA) * inv[None, :], 0.0)  # [keys, positions]
             if dropout.seed is not None:
                 a *= dropout_scale(dropout, j[:, None], seq * R + r, i[None, :])
-            do = load_rows(do_ptr + at * DV, inside, d, DV)
+            do = load_rows(given.do + at * DV, inside, d, DV)
             acc = add_product(a, do, acc, flags.COMPUTE, flags.PRECISION)
     store_rows(dvalue_ptr + k_rows * DV, acc, j < hi, d, DV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _location_window_bwd_kernel(
+    scores_ptr,  # (B, T, R) or (N, R) float32
+    values,  # (B, T, DV) or (N, DV)
+    scanned,
+    dropout,
+    given,
+    ds_ptr,  # (B, T, R) or (N, R) float32, or None
+    dvalue_ptr,  # (B, T, DV) or (N, DV), contiguous, or None
+    spans,
+    items,
+    num_seqs,
+    per_seq,
+    T,
+    R,
+    DV,
+    window,
+    flags,
+    blocks,
+):
+    """Gradients of the scores and of the values, by programs of their own."""
+    program = tl.program_id(0)
+    if ds_ptr is not None:
+        if program < items * R:
+            _gradient_of_scores(
+                program, scores_ptr, values, scanned, dropout, given, ds_ptr, spans, num_seqs, per_seq, T, R, DV,
+                window, flags, blocks,
+            )  # fmt: skip
+        program -= items * R
+    if dvalue_ptr is not None:  # noqa: SIM102 — the one is known to the compiler, the other is not
+        if program >= 0:
+            _gradient_of_values(
+                program, scores_ptr, scanned, dropout, given, dvalue_ptr, spans, num_seqs, per_seq, T, R, DV,
+                window, flags, blocks,
+            )  # fmt: skip
+
+
+class Given(NamedTuple):
+    """What the forward left, and its gradients; all contiguous."""
+
+    do: Tensor  # (B, T, R, DV) or (N, R, DV)
+    out: Tensor  # the same, float32
+    lse: Tensor  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
+    dlse: Tensor | None  # the same
+    delta: Tensor  # (B, T, R) or (N, R) float64
 
 
 def window_bwd(
@@ -213,7 +233,7 @@ def window_bwd(
     if lse.numel() == 0:
         return [None if grad is None else grad.zero_() for grad in (ds, dvalue)]
     call = prepare(inputs)
-    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    dout, out, lse, dlse = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse))
     delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     seen = torch.empty_like(lse)
     DV, hops = values.shape[-1], call.hops
@@ -221,10 +241,12 @@ def window_bwd(
         do_ptr=dout,
         out_ptr=out,
         lse_ptr=lse,
-        dlse_ptr=dlse if dlse is None else dlse.contiguous(),
+        dlse_ptr=dlse,
         delta_ptr=delta,
         seen_ptr=seen,
         count=delta.numel(),
+        given=Given(dout, out, seen, dlse, delta),
+        items=call.items.count,
         R=hops,
         ds_ptr=ds,
         dvalue_ptr=dvalue,
@@ -232,15 +254,12 @@ def window_bwd(
     blocks = call.blocks
     narrow = blocks._replace(DV=pow2(DV, 16, 32))
     call.launch(_location_window_delta_kernel, cdiv(delta.numel(), blocks.T), blocks=narrow)
-    call.args["lse_ptr"] = seen
     if call.flags.SCAN:
         terms = (dout if cu_seqlens is None else dout[None]).transpose(1, 2)
         call.args["scanned"] = call.scan(terms, seen, delta, lse=True, reverse=inputs.right is not None)
-    if need_scores:
-        call.launch(_location_window_bwd_scores_kernel, call.items.count, hops)
-    if need_values:
-        # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
-        blocks = blocks._replace(DV=max(16, blocks.DV // 2) if call.flags.EXACT else blocks.DV, stages=1)
-        grid = call.items.count, cdiv(DV, blocks.DV)
-        call.launch(_location_window_bwd_values_kernel, *grid, blocks=blocks)
+    # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
+    blocks = blocks._replace(DV=max(16, blocks.DV // 2) if call.flags.EXACT else blocks.DV, stages=1)
+    programs = call.items.count * (hops * need_scores + cdiv(DV, blocks.DV) * need_values)
+    if programs:
+        call.launch(_location_window_bwd_kernel, programs, blocks=blocks)
     return [ds, dvalue]
