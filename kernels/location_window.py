@@ -42,7 +42,7 @@ from .masks import (
     window_tiles,
 )
 from .products import add_product
-from .softmax import exp, finish, load_lse, new_lse, online_softmax, pivot, store_lse
+from .softmax import exp, finish, new_lse, online_softmax, pivot, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -68,18 +68,6 @@ def band(lo, hi, length, window, SCAN: tl.constexpr, BLOCK: tl.constexpr):
     return tile0, tile1, state
 
 
-@triton.jit
-def _exponent(ptr, at, keep, LSE: tl.constexpr):
-    """(x, factor): a score and 1, or of (m, l) -m and 1 / l; (-inf, 0) where there is none."""
-    if LSE:
-        top, factor = load_lse(ptr + at * 2, keep)
-        x = tl.where(factor == 0.0, float("-inf"), -top)
-    else:
-        x = tl.load(ptr + at, mask=keep, other=float("-inf"))
-        factor = tl.full(x.shape, 1.0, tl.float32)
-    return x, factor
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------
@@ -87,8 +75,7 @@ def _exponent(ptr, at, keep, LSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _location_window_totals_kernel(
-    x_ptr,  # (B, T, R) or (N, R) float32: scores; with LSE (m, l), (B, T, R, 2), of which x = -m
-    c_ptr,  # (B, T, R) or (N, R) float64, or None: 1
+    scores_ptr,  # (B, T, R) or (N, R) float32
     terms,  # (B, R, T, DV) or (1, R, N, DV)
     state,
     spans,
@@ -107,16 +94,14 @@ def _location_window_totals_kernel(
     t = lo + tl.arange(0, blocks.T)
     rows = (start + t).to(tl.int64)
     at = (seq * T + rows) * R + r
-    x, factor = _exponent(x_ptr, at, t < hi, flags.LSE)
-    keep = x != float("-inf")
-    m = tl.max(x, axis=0)
-    p = (exp(x - pivot(m), flags.FMA) * factor).to(state.o.dtype.element_ty)  # [blocks.T]
+    s = tl.load(scores_ptr + at, mask=t < hi, other=float("-inf"))
+    keep = s != float("-inf")
+    m = tl.max(s, axis=0)
+    p = exp(s - pivot(m), flags.FMA).to(state.o.dtype.element_ty)  # [blocks.T]
     values = load_rows(head_ptr(terms, seq, r) + rows * terms.stride_t, keep, d, DV).to(p.dtype)
     slot = item.to(tl.int64) * R + r
     tl.store(state.o + slot * DV + d, tl.sum(p[:, None] * values, axis=0), mask=d < DV)
     if tl.program_id(2) == 0:
-        if c_ptr is not None:
-            p *= tl.load(c_ptr + at, mask=keep, other=0.0).to(p.dtype)
         tl.store(state.m + slot, m)
         tl.store(state.l + slot, tl.sum(p, axis=0))
 
@@ -272,7 +257,6 @@ class Flags(NamedTuple):
     FMA: bool
     COMPUTE: object
     PRECISION: str
-    LSE: bool = False  # the states are of (m, l), not of scores
     REVERSE: bool = False
 
 
@@ -290,27 +274,22 @@ class Call(NamedTuple):
         """Launch with those of the arguments that the kernel has."""
         launch(kernel, grid, self.args | more, blocks or self.blocks, **self.registers)
 
-    def scan(self, terms: Tensor, x: Tensor, c: Tensor | None, *, lse: bool, reverse: bool) -> State:
-        """Scanned states of the tiles before each, or behind it: sums of ``terms (B, R, T, DV)``."""
-        shape, width = (self.items.count, self.hops), terms.shape[-1]
+    def states(self, width: int, like: Tensor) -> State:
+        """Room for a state of each tile."""
+        kind = {"dtype": torch.float64 if self.flags.EXACT else torch.float32, "device": like.device}
+        shape = self.items.count, self.hops
+        m = torch.empty(shape, dtype=torch.float32, device=like.device)
+        return State(m, torch.empty(shape, **kind), torch.empty(*shape, width, **kind))
 
-        def room() -> State:
-            kind = {"dtype": torch.float64 if self.flags.EXACT else torch.float32, "device": x.device}
-            m = torch.empty(shape, dtype=torch.float32, device=x.device)
-            return State(m, torch.empty(shape, **kind), torch.empty(*shape, width, **kind))
-
-        flags = constants(self.flags._replace(LSE=lse, REVERSE=reverse))
-        args = {
-            "x_ptr": x,
-            "c_ptr": c,
-            "terms": heads(terms, packed=self.args["spans"].cu is not None),
-            "flags": flags,
-        }
-        args |= {"state": room(), "scanned": room()}
-        parts = max(1, cdiv(width, self.blocks.DV))
-        self.launch(_location_window_totals_kernel, *shape, parts, **args)
-        self.launch(_location_window_scan_kernel, self.args["num_seqs"], self.hops, parts, **args)
-        return args["scanned"]
+    def scan(self, state: State, *, reverse: bool) -> State:
+        """The merged states of the tiles before each, or behind it."""
+        assert state.o is not None
+        width = state.o.shape[-1]
+        scanned = self.states(width, state.o)
+        grid = self.args["num_seqs"], self.hops, max(1, cdiv(width, self.blocks.DV))
+        flags = constants(self.flags._replace(REVERSE=reverse))
+        self.launch(_location_window_scan_kernel, *grid, state=state, scanned=scanned, flags=flags)
+        return scanned
 
 
 def prepare(inputs: WindowInputs) -> Call:
@@ -354,13 +333,13 @@ def window_fwd(inputs: WindowInputs, need_exact: bool) -> tuple[Tensor, Tensor, 
     if lse.numel() == 0:
         return out, lse, exact
     call = prepare(inputs)
+    grid = call.items.count, call.hops, max(1, cdiv(DV, call.blocks.DV))  # lse is there without values
     if call.flags.SCAN:
         terms = values[None] if cu_seqlens is not None else values
-        terms = unit(terms)[:, None].expand(-1, call.hops, -1, -1)
-        call.args["scanned"] = call.scan(
-            terms, call.args["scores_ptr"], None, lse=False, reverse=inputs.left is not None
-        )
-    grid = call.items.count, call.hops, max(1, cdiv(DV, call.blocks.DV))  # lse is there without values
+        terms = heads(unit(terms)[:, None].expand(-1, call.hops, -1, -1), packed=cu_seqlens is not None)
+        state = call.states(DV, scores)
+        call.launch(_location_window_totals_kernel, *grid, terms=terms, state=state)
+        call.args["scanned"] = call.scan(state, reverse=inputs.left is not None)
     more = {"out_ptr": out, "exact_ptr": exact if need_exact else None, "lse_ptr": lse}
     call.launch(_location_window_fwd_kernel, *grid, **more)
     return out, lse, exact

@@ -29,41 +29,63 @@ from .arguments import sequence_ptr
 from .chip import LENGTHS, cdiv, pow2
 from .inputs import WindowInputs
 from .location import load_rows, store_rows
-from .location_window import band, prepare
+from .location_window import State, band, prepare
 from .masks import dropout_scale, first_item, in_window, locate, mirrored, sequence_of
 from .products import add_product
-from .softmax import exp, load_dlse, load_lse, store_lse
+from .softmax import exp, finish, load_dlse, load_lse, pivot, store_lse
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _location_window_delta_kernel(
-    do_ptr,  # (B, T, R, DV) or (N, R, DV)
-    out_ptr,  # the same, float32
-    lse_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l)
-    dlse_ptr,  # the same, or None
-    delta_ptr,  # (B, T, R) or (N, R) float64
-    seen_ptr,  # (B, T, R, 2) or (N, R, 2) float32: (m, l), (-inf, 0) where a position takes no part
-    count,  # its numbers
+def _location_window_bwd_totals_kernel(
+    given,
+    lse_ptr,  # as given.lse, but of all positions
+    state,
+    spans,
+    num_seqs,
+    per_seq,
+    T,  # 0 where the batch is ragged
     DV,
+    flags,
     blocks,
 ):
-    row = tl.program_id(0).to(tl.int64) * blocks.T + tl.arange(0, blocks.T)
+    """Of a tile of positions and a hop δ, (m, l) of those that take part, and with SCAN their state."""
+    item = tl.program_id(0)
+    r = tl.program_id(1)
+    R = tl.num_programs(1)
+    seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, blocks.T)
+    i = lo + tl.arange(0, blocks.T)
+    inside = i < hi
+    at = (seq * T + start + i) * R + r
     delta = tl.zeros([blocks.T], tl.float64)
     cotangent = tl.zeros([blocks.T], tl.float64)
     for d0 in range(0, DV, blocks.DV):
         d = d0 + tl.arange(0, blocks.DV)
-        do = load_rows(do_ptr + row * DV, row < count, d, DV).to(tl.float64)
+        do = load_rows(given.do + at * DV, inside, d, DV).to(tl.float64)
         cotangent += tl.sum(tl.abs(do), axis=1)
-        delta += tl.sum(do * load_rows(out_ptr + row * DV, row < count, d, DV).to(tl.float64), axis=1)
-    if dlse_ptr is not None:
-        dlse = load_dlse(dlse_ptr + row * 2, lse_ptr + row * 2, row < count).to(tl.float64)
+        delta += tl.sum(do * load_rows(given.out + at * DV, inside, d, DV).to(tl.float64), axis=1)
+    if given.dlse is not None:
+        dlse = load_dlse(given.dlse + at * 2, lse_ptr + at * 2, inside).to(tl.float64)
         cotangent += tl.abs(dlse)
         delta -= dlse
     part = cotangent != 0
-    tl.store(delta_ptr + row, tl.where(part, delta, 0.0), mask=row < count)
-    m = tl.load(lse_ptr + row * 2, mask=(row < count) & part, other=float("-inf"))
-    l = tl.load(lse_ptr + row * 2 + 1, mask=(row < count) & part, other=0.0)
-    store_lse(seen_ptr + row * 2, m, l, row < count)
+    delta = tl.where(part, delta, 0.0)
+    tl.store(given.delta + at, delta, mask=inside)
+    m = tl.load(lse_ptr + at * 2, mask=inside & part, other=float("-inf"))
+    l = tl.load(lse_ptr + at * 2 + 1, mask=inside & part, other=0.0)
+    store_lse(given.lse + at * 2, m, l, inside)
+    if flags.SCAN:
+        factor = finish(l)
+        keep = factor != 0.0
+        x = tl.where(keep, -m, float("-inf"))
+        top = tl.max(x, axis=0)
+        p = (exp(x - pivot(top), flags.FMA) * factor).to(state.o.dtype.element_ty)
+        slot = item.to(tl.int64) * R + r
+        for d0 in range(0, DV, blocks.DV):
+            d = d0 + tl.arange(0, blocks.DV)
+            do = load_rows(given.do + at * DV, keep, d, DV).to(p.dtype)
+            tl.store(state.o + slot * DV + d, tl.sum(p[:, None] * do, axis=0), mask=d < DV)
+        tl.store(state.m + slot, top)
+        tl.store(state.l + slot, tl.sum(p * tl.where(keep, delta, 0.0).to(p.dtype), axis=0))
 
 
 @triton.jit
@@ -217,16 +239,16 @@ class Given(NamedTuple):
 
     do: Tensor  # (B, T, R, DV) or (N, R, DV)
     out: Tensor  # the same, float32
-    lse: Tensor  # (B, T, R, 2) or (N, R, 2) float32: (m, l) of those that take part
+    lse: Tensor  # (B, T, R, 2) or (N, R, 2) float32: (m, l), (-inf, 0) where a position takes no part
     dlse: Tensor | None  # the same
-    delta: Tensor  # (B, T, R) or (N, R) float64
+    delta: Tensor  # (B, T, R) or (N, R) float64; these and (m, l) the first kernel leaves for the others
 
 
 def window_bwd(
     inputs: WindowInputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of (scores, values), None where `needs` is False."""
-    scores, values, cu_seqlens, *_ = inputs
+    scores, values, *_ = inputs
     need_scores, need_values = needs
     ds = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
     dvalue = torch.empty_like(values, memory_format=torch.contiguous_format) if need_values else None
@@ -235,28 +257,19 @@ def window_bwd(
     call = prepare(inputs)
     dout, out, lse, dlse = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse))
     delta = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-    seen = torch.empty_like(lse)
-    DV, hops = values.shape[-1], call.hops
+    DV, hops, blocks = values.shape[-1], call.hops, call.blocks
     call.args.update(
-        do_ptr=dout,
-        out_ptr=out,
-        lse_ptr=lse,
-        dlse_ptr=dlse,
-        delta_ptr=delta,
-        seen_ptr=seen,
-        count=delta.numel(),
-        given=Given(dout, out, seen, dlse, delta),
+        given=Given(dout, out, torch.empty_like(lse), dlse, delta),
         items=call.items.count,
         R=hops,
         ds_ptr=ds,
         dvalue_ptr=dvalue,
     )
-    blocks = call.blocks
+    state = call.states(DV, scores) if call.flags.SCAN else State(None, None, None)
     narrow = blocks._replace(DV=pow2(DV, 16, 32))
-    call.launch(_location_window_delta_kernel, cdiv(delta.numel(), blocks.T), blocks=narrow)
+    call.launch(_location_window_bwd_totals_kernel, call.items.count, hops, blocks=narrow, lse_ptr=lse, state=state)
     if call.flags.SCAN:
-        terms = (dout if cu_seqlens is None else dout[None]).transpose(1, 2)
-        call.args["scanned"] = call.scan(terms, seen, delta, lse=True, reverse=inputs.right is not None)
+        call.args["scanned"] = call.scan(state, reverse=inputs.right is not None)
     # Rows that are loaded a stage ahead need an address each: 255 registers and spills, where this has 120.
     blocks = blocks._replace(DV=max(16, blocks.DV // 2) if call.flags.EXACT else blocks.DV, stages=1)
     programs = call.items.count * (hops * need_scores + cdiv(DV, blocks.DV) * need_values)

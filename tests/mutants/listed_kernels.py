@@ -214,9 +214,9 @@ KERNELS: tuple[Mutant, ...] = (
         "the gradient of a sequence's context ends with the chunk",
     ),
     Mutant(
-        "kernels/location_window.py",
-        "        if c_ptr is not None:\n            p *= tl.load(c_ptr + at, mask=keep, other=0.0).to(p.dtype)",
-        "        if c_ptr is not None:\n            p *= 1.0",
+        "kernels/location_window_bwd.py",
+        "tl.sum(p * tl.where(keep, delta, 0.0).to(p.dtype), axis=0)",
+        "tl.sum(p, axis=0)",
         ("tests/test_location_window.py", "-k", "many_tiles or every_window"),
         "the totals of the backward lack δ",
     ),
