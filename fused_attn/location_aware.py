@@ -5,6 +5,8 @@ The loop is the user's: a decoder makes a query at a time.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, argument, check_activation, check_dropout, mask_of
 from ._habits import explicit
-from ._ops import Impl, under_autocast
-from .concat import concat_attention
+from ._operators import Operator, exact_of, launcher
+from ._ops import Impl, keeps_exact, under_autocast, use_triton
+from .kernels.inputs import LocationAwareInputs, LocationInputs
 
 _TABLE = {
     "query": argument("B A", "first"),
@@ -26,6 +29,56 @@ _TABLE = {
     "mask": mask_of("B Tk"),
     "score_bias": argument("B Tk", "bias", optional=True),
 }
+
+
+def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
+    """A step on canonical arguments, in plain PyTorch: out ``(B, Dv)`` and weights ``(B, Tk)``."""
+    query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
+    wide = torch.promote_types(value.dtype, torch.float32)  # before sums of 16 bits overflow
+    key, previous, conv_weight, u = (x.to(wide) for x in (key, previous, conv_weight, u))
+    if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
+        previous = previous.where(mask, 0)
+    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
+    # its own, which is on by default, and this one follows that of matrix products.
+    half = conv_weight.shape[1] // 2
+    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
+    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
+    key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
+    score = key, None, None, v[:, None], None, None, query
+    options = activation, "sigmoid", dropout_p, False
+    pooled = LocationInputs(*score, value, score_bias, mask, None, seed, *options)
+    out, weights = reference.location_attention(pooled, weights_only=True)
+    return out[:, 0], weights[..., 0].to(value.dtype)
+
+
+def _fake(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, ...]:
+    value = inputs.value
+    rows = value.shape[:2]
+    return (
+        value.new_empty(value.shape[0], value.shape[2]),
+        value.new_empty(rows),
+        value.new_empty(rows if need_exact else (0,), dtype=torch.float32),
+    )
+
+
+def _bwd(inputs: LocationAwareInputs, *args: Any) -> list[Tensor | None]:
+    _out, weights, exact, dout, dweights, _dexact, _, needs = args
+    run = launcher("location_aware_bwd.location_aware_bwd")
+    return cast("list[Tensor | None]", run(inputs, exact_of(weights, exact), dout, dweights, needs))
+
+
+_STEP = Operator(
+    "location_aware",
+    LocationAwareInputs,
+    differentiable="query key value v previous conv_weight u score_bias",
+    choices="bool need_exact",
+    results="out weights exact?need_exact",
+    saved="out weights exact",
+    forward=launcher("location_aware.location_aware_fwd"),
+    backward=_bwd,
+    fake=_fake,
+    formula=_formula,
+)
 
 
 @explicit
@@ -103,30 +156,15 @@ def location_aware_attention(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     _validate(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
-    dtype = query.dtype
-    tensors = query, key, value, v, previous, conv_weight, u, score_bias  # before sums of 16 bits overflow
-    query, key, value, v, previous, conv_weight, u, score_bias = reference.widened(*tensors)
-    if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
-        previous = previous.where(mask, 0)
-    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
-    # its own, which is on by default, and this one follows that of matrix products.
-    half = conv_weight.shape[1] // 2
-    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
-    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
-    key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
-    out, weights = concat_attention(
-        query[:, None],
-        key,
-        value,
-        v,
-        activation=activation,
-        mask=mask,
-        score_bias=None if score_bias is None else score_bias[:, None],
-        dropout_p=dropout_p,
-        return_weights=True,
-        impl=impl,
-    )
-    return out.squeeze(1).to(dtype), weights.squeeze(1).to(dtype)
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    tensors = query, key, value, v, previous, conv_weight, u, score_bias
+    inputs = LocationAwareInputs(*tensors, mask, seed, activation, float(dropout_p))
+    if not use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
+        return _formula(inputs)
+    out, weights, _ = _STEP(inputs, keeps_exact(*tensors))
+    return out, weights
 
 
 def _validate(

@@ -100,6 +100,23 @@ class WordByWordInputs(NamedTuple):
     cu_seqlens_hypothesis: Tensor | None  # (S + 1,)
 
 
+class LocationAwareInputs(NamedTuple):
+    """Of a step of location-aware attention."""
+
+    query: Tensor  # (B, A)
+    key: Tensor  # (B, Tk, A)
+    value: Tensor  # (B, Tk, Dv)
+    v: Tensor  # (A,)
+    previous: Tensor  # (B, Tk)
+    conv_weight: Tensor  # (C, K), K odd
+    u: Tensor  # (C, A)
+    score_bias: Tensor | None  # (B, Tk)
+    mask: Tensor | None  # bool (B, Tk)
+    seed: Tensor | None
+    activation: str
+    dropout_p: float
+
+
 class GraphInputs(NamedTuple):
     """Of graph attention."""
 

@@ -97,7 +97,7 @@ def add_later(ptrs, x, keep, cols, width, before):
 
 
 @triton.jit
-def _load_weight(ptr, stride_d, stride_a, d, a, D, A):
+def load_weight(ptr, stride_d, stride_a, d, a, D, A):
     """Tile W[d, a]; 0 outside."""
     return tl.load(
         ptr + d[:, None] * stride_d + a[None, :] * stride_a, mask=(d < D)[:, None] & (a < A)[None, :], other=0.0
@@ -117,10 +117,10 @@ def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _add_part(h, weights, d, a, D, A, z, g, flags):
     """(z, g) and what the columns d of H add to them."""
-    w = _load_weight(weights.w, weights.stride_wd, weights.stride_wa, d, a, D, A)
+    w = load_weight(weights.w, weights.stride_wd, weights.stride_wa, d, a, D, A)
     z = matmul(h, w, z, flags.COMPUTE, flags.PRECISION)
     if weights.gw is not None:
-        w = _load_weight(weights.gw, weights.stride_gd, weights.stride_ga, d, a, D, A)
+        w = load_weight(weights.gw, weights.stride_gd, weights.stride_ga, d, a, D, A)
         g = matmul(h, w, g, flags.COMPUTE, flags.PRECISION)
     return z, g
 
@@ -453,7 +453,7 @@ class Call(NamedTuple):
         return items
 
 
-def _near(x: Tensor | None) -> Tensor | None:
+def near(x: Tensor | None) -> Tensor | None:
     """A weight whose numbers are less than 2**31 apart: the kernels find them with int32."""
     if x is None or sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) < 2**31:
         return x
@@ -473,7 +473,7 @@ def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
     chip = chip_of(h.device)
     packed = cu_seqlens is not None
     h, values, context = unit(h), unit(values), unit(context)
-    w, gate_w = _near(w), _near(gate_w)
+    w, gate_w = near(w), near(gate_w)
     b, v, gate_b, cu_seqlens = (x if x is None else x.contiguous() for x in (b, v, gate_b, cu_seqlens))
     D, A = (h.shape[-1],) * 2 if w is None else w.shape
     features = v is None and not pool

@@ -1,0 +1,401 @@
+"""Location-aware attention: a score that sees the last weights, through filters; a step of a decoder in one pass.
+
+For a sequence's query q, its keys k_j, the last weights p (or their sum so far), filters F (C, K) and U (C, A):
+
+    f_jc = Σ_k F_ck p_{j + k - (K - 1)/2}      s_j = v · act(q + k_j + f_j U) + bias_j
+    α = softmax_j(s)                            out = Σ_j α_j value_j
+
+A program has the keys of an item. For a tile of them it gathers the windows of p, [BLOCK_T, BLOCK_K]; two products
+make f and f U, which stay in registers. (One filter G = Fᵀ U of K rows in their place would be as much work where K is
+C, and a launch to fold it.) All scores of the item go to a row of scratch first, then come the sums of values, a
+block of their width at a time: each key and each value is read once, at any width. What was scratch becomes the
+weights in float32, which the backward (location_aware_bwd.py) takes.
+
+One sequence makes several items where there are too few to fill the chip; `_aware_merge_kernel` joins their states,
+and divides the weights by the sum of all.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .arguments import Sequences, constants, entries, entry_ptr, first_row, launch, load_pairs, pairs, sequences
+from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, matmul_flags, pow2, rule, tile_rows, unit
+from .inputs import LocationAwareInputs
+from .location import load_rows, load_weight, near
+from .masks import dropout, dropout_scale, unmasked
+from .products import add_product
+from .softmax import exp, finish, join_states, online_softmax, pivot, rounded_product
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device helpers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def windows(
+    seen,  # (B, Tq, Tk): the weights that each step sees
+    mask,
+    seq,
+    step,
+    t,  # [BLOCK_T] keys
+    k,  # [BLOCK_K] places of a filter
+    T,
+    size,
+):
+    """The weights around keys, [BLOCK_T, BLOCK_K], and which of them there are: what is hidden is not read."""
+    at = t[:, None] + (k - size.K // 2)[None, :]
+    there = unmasked(mask, seq, at, (at >= 0) & (at < T) & (k < size.K)[None, :])
+    return load_pairs(seen, seq, seq * 0, step, at, there).to(tl.float32), there
+
+
+@triton.jit
+def load_filter(filters, c, k, size):
+    """Tile F[c, k]; 0 outside."""
+    return load_weight(filters.f, filters.stride_fc, filters.stride_fk, c, k, size.C, size.K).to(tl.float32)
+
+
+@triton.jit
+def load_mixer(filters, c, a, size):
+    """Tile U[c, a]; 0 outside."""
+    return load_weight(filters.u, filters.stride_uc, filters.stride_ua, c, a, size.C, size.A).to(tl.float32)
+
+
+@triton.jit
+def location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks):
+    """f of keys and channels, [BLOCK_T, BLOCK_C]."""
+    f = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
+    for k0 in range(0, size.K, blocks.K):
+        k = k0 + tl.arange(0, blocks.K)
+        x, _there = windows(seen, mask, seq, step, t, k, T, size)
+        f = add_product(x, tl.trans(load_filter(filters, c, k, size)), f, tl.float32, flags.PRECISION)
+    return f
+
+
+@triton.jit
+def before_activation(k_ptrs, keep, q_ptr, seen, mask, seq, step, t, a, T, filters, size, flags, blocks):
+    """z = q + k_j + f_j U of keys and features, [BLOCK_T, BLOCK_A]."""
+    q = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+    z = load_rows(k_ptrs, keep, a, size.A).to(tl.float32) + q[None, :]
+    for c0 in range(0, size.C, blocks.C):
+        c = c0 + tl.arange(0, blocks.C)
+        f = location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks)
+        z = add_product(f, load_mixer(filters, c, a, size), z, tl.float32, flags.PRECISION)
+    return z
+
+
+@triton.jit
+def score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, T, v_ptr, filters, size, flags, blocks):
+    """Scores [BLOCK_T], -inf where a key is hidden."""
+    s = tl.zeros([t.shape[0]], tl.float32)
+    for a0 in range(0, size.A, blocks.A):
+        a = a0 + tl.arange(0, blocks.A)
+        z = before_activation(k_ptrs, keep, q_ptr, seen, mask, seq, step, t, a, T, filters, size, flags, blocks)
+        v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+        s += tl.sum(rounded_product(v[None, :], activate(z, flags.ACT, flags.FAST)), axis=1)
+    if bias.ptr is not None:
+        s += tl.load(entry_ptr(bias, seq, t), mask=keep, other=0.0).to(tl.float32)
+    return tl.where(keep, s, float("-inf"))
+
+
+@triton.jit
+def row_ptr(x, seq, row):
+    """A row of a sequence, both of them numbers."""
+    return first_row(x, seq) + row.to(tl.int64) * x.stride_t
+
+
+@triton.jit
+def _store_weights(result, at, p, inside):
+    """Weights of keys, in the user's dtype and in float32."""
+    tl.store(result.weights + at, p.to(result.weights.dtype.element_ty), mask=inside)
+    if result.exact is not None:
+        tl.store(result.exact + at, p, mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _aware_fwd_kernel(
+    q,  # (B, 1, A)
+    k,  # (B, Tk, A)
+    value,  # (B, Tk, DV)
+    v_ptr,  # (A,)
+    filters,
+    seen,  # (B, 1, Tk)
+    bias,  # (B, Tk) or None
+    mask,  # (B, Tk) or None
+    dropout,
+    result,
+    per_seq,
+    rows_per_item,
+    Tk,
+    size,
+    flags,
+    blocks,
+):
+    item = tl.program_id(0)
+    seq = (item // per_seq).to(tl.int64)
+    lo = (item % per_seq) * rows_per_item
+    hi = tl.minimum(lo + rows_per_item, Tk)
+    step = item * 0
+    q_ptr = row_ptr(q, seq, step)
+    k_ptr = first_row(k, seq)
+    value_ptr = first_row(value, seq)
+    row0 = seq * Tk
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        keep = unmasked(mask, seq, t, t < hi)
+        k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+        s = score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, Tk, v_ptr, filters, size, flags, blocks)
+        tl.store(result.scores + row0 + t, s, mask=t < hi)
+        _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
+    shift = pivot(m)
+    inv = finish(l)
+    tl.debug_barrier()  # other threads read the scores than have written them
+
+    for d0 in range(0, size.DV, blocks.DV):
+        d = d0 + tl.arange(0, blocks.DV)
+        acc = tl.zeros([blocks.DV], tl.float32)
+        for t0 in range(lo, hi, blocks.T):
+            t = t0 + tl.arange(0, blocks.T)
+            keep = unmasked(mask, seq, t, t < hi)
+            p = exp(tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf")) - shift, flags.FMA)[:, None]
+            if dropout.seed is not None:
+                p *= dropout_scale(dropout, t[:, None], seq, tl.zeros([1, 1], tl.int32))
+            values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV)
+            acc += tl.sum(p * values.to(tl.float32), axis=0)
+        if flags.SPLIT:
+            tl.store(result.o + item.to(tl.int64) * size.DV + d, acc, mask=d < size.DV)
+        else:
+            out = acc * inv
+            tl.store(result.out + seq * size.DV + d, out.to(result.out.dtype.element_ty), mask=d < size.DV)
+
+    if flags.SPLIT:
+        at = item + tl.arange(0, 1)
+        tl.store(result.m + at, m)
+        tl.store(result.l + at, l)
+    else:
+        tl.debug_barrier()  # weights may be where the scores are
+        for t0 in range(lo, hi, blocks.T):
+            t = t0 + tl.arange(0, blocks.T)
+            s = tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf"))
+            _store_weights(result, row0 + t, exp(s - shift, flags.FMA) * inv, t < hi)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _aware_merge_kernel(
+    result,
+    per_seq,
+    Tk,
+    size,
+    flags,
+    blocks,
+):
+    """Of one sequence a block of the output, and a block of the weights."""
+    seq = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    d = block * blocks.DV + tl.arange(0, blocks.DV)
+    m = tl.full([1], float("-inf"), tl.float32)
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([blocks.DV], tl.float32)
+    for i0 in range(0, per_seq, blocks.I):
+        i = i0 + tl.arange(0, blocks.I)
+        at = seq * per_seq + i
+        m_i = tl.load(result.m + at, mask=i < per_seq, other=float("-inf"))
+        l_i = tl.load(result.l + at, mask=i < per_seq, other=0.0)
+        o_i = load_rows(result.o + at * size.DV, i < per_seq, d, size.DV)
+        m, l, acc = join_states(m, l, acc, m_i, l_i, o_i, 1.0, flags.FMA)
+    inv = finish(l)
+    out = acc * inv
+    tl.store(result.out + seq * size.DV + d, out.to(result.out.dtype.element_ty), mask=d < size.DV)
+    t = block * blocks.T + tl.arange(0, blocks.T)
+    at = seq * Tk + t
+    s = tl.load(result.scores + at, mask=t < Tk, other=float("-inf"))
+    _store_weights(result, at, exp(s - pivot(m), flags.FMA) * inv, t < Tk)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """Sizes of one kernel's tiles: keys, width of the score, channels, places of a filter, width of the values."""
+
+    T: int
+    A: int
+    C: int
+    K: int
+    DV: int
+    warps: int
+    stages: int = 2
+
+
+class MergeBlocks(NamedTuple):
+    """Items, width of the values and keys of a program."""
+
+    I: int
+    DV: int
+    T: int
+    warps: int = 4
+
+
+@rule
+def fwd_blocks(chip: Chip, itemsize: int, T: int, size: "Size") -> Blocks:
+    """Tiles of the forward. Chosen by the compile report (no spills); speed on a GPU not yet measured."""
+    C, K = pow2(size.C, 16, 32), pow2(size.K, 16, 32)
+    if chip.backend == "interpreter":
+        return Blocks(16, pow2(size.A, 16, 64), C, K, pow2(size.DV, 16, 64), 4)
+    rows = tile_rows(T, 32)
+    return Blocks(rows, pow2(size.A, 16, 64 if itemsize == 4 else 128), C, K, pow2(size.DV, 16, 256), 4)
+
+
+class Filters(NamedTuple):
+    """What makes features of weights, see the top."""
+
+    f: Tensor  # (C, K)
+    stride_fc: int
+    stride_fk: int
+    u: Tensor  # (C, A)
+    stride_uc: int
+    stride_ua: int
+
+
+class Result(NamedTuple):
+    """What the forward leaves, float32 but for the first two; the last three where keys are split."""
+
+    out: Tensor  # (B, DV) in the dtype of the values
+    weights: Tensor  # (B, Tk) in that dtype
+    exact: Tensor | None  # (B, Tk): the weights, None where that dtype is float32
+    scores: Tensor  # (B, Tk): scratch, the memory of what holds the weights in float32
+    o: Tensor | None  # (items, DV)
+    m: Tensor | None  # (items,)
+    l: Tensor | None
+
+
+class Size(NamedTuple):
+    """Channels and width of the filters, widths of the score and of the values."""
+
+    C: int
+    K: int
+    A: int
+    DV: int
+
+
+class Flags(NamedTuple):
+    """What kernels are compiled for."""
+
+    ACT: str
+    FAST: bool
+    FMA: bool
+    PRECISION: str  # of products of weights, features and filters, which are float32
+    SPLIT: bool = False  # a sequence has several items
+    WALK: bool = False  # several steps, and an item is one tile: see location_aware_bwd.py
+
+
+class Call(NamedTuple):
+    """What the launches of one call share."""
+
+    chip: Chip
+    seqs: int
+    length: int
+    size: Size
+    flags: Flags
+    args: dict[str, object]  # by the kernels' names
+
+    def items(self, rows: int, least: int) -> tuple[int, int]:
+        """Keys of an item, whole tiles of `rows` of them, at least `least`; and items of a sequence."""
+        parts = max(1, min(2 * self.chip.cores // self.seqs, self.length // least))
+        each = cdiv(cdiv(self.length, parts), rows) * rows
+        return each, cdiv(self.length, each)
+
+
+def steps_of(x: Tensor) -> Sequences:
+    """A tensor (B, Tq, width) of one step or several."""
+    return sequences(unit(x), packed=False)
+
+
+def prepare(
+    query: Tensor,  # (B, Tq, A)
+    key: Tensor,
+    value: Tensor | None,
+    v: Tensor,
+    seen: Tensor,  # (B, Tq, Tk)
+    conv_weight: Tensor,
+    u: Tensor,
+    score_bias: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> Call:
+    """Arguments by the kernels' names."""
+    chip = chip_of(key.device)
+    narrow = key.element_size() == 2
+    precision = str(matmul_flags(chip, torch.float32)["PRECISION"])
+    if narrow and (chip.backend == "cuda" or chip.gfx == "gfx942"):
+        precision = "tf32"  # of numbers of 16 bits, and of sums of them
+    flags = Flags(activation, narrow and chip.backend == "cuda", chip.backend != "interpreter", precision)
+    size = Size(*conv_weight.shape, key.shape[-1], 0 if value is None else value.shape[-1])
+    conv_weight, u = near(conv_weight), near(u)
+    args = {
+        "q": steps_of(query),
+        "k": steps_of(key),
+        "value": sequences(unit(value), packed=False),
+        "v_ptr": v.contiguous(),
+        "filters": Filters(conv_weight, *conv_weight.stride(), u, *u.stride()),
+        "seen": pairs(seen),
+        "bias": entries(score_bias, packed=False),
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=False),
+        "Tk": key.shape[1],
+        "size": size,
+    }
+    return Call(chip, key.shape[0], key.shape[1], size, flags, args)
+
+
+def prepare_step(inputs: LocationAwareInputs) -> Call:
+    """Arguments of a step."""
+    query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
+    call = prepare(
+        query[:, None], key, value, v, previous[:, None], conv_weight, u, score_bias, mask, activation
+    )
+    call.args["dropout"] = dropout(seed, dropout_p)
+    return call
+
+
+def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, weights) as `fused_attn.location_aware` has them, and the weights in float32.
+
+    The last only where `need_exact` says so, else it is empty.
+    """
+    key, value = inputs.key, inputs.value
+    (B, T, _), DV = key.shape, value.shape[-1]
+    out, weights = value.new_empty(B, DV), value.new_empty(B, T)
+    scores = weights if value.dtype == torch.float32 else value.new_empty(B, T, dtype=torch.float32)
+    exact = scores if need_exact else value.new_empty(0, dtype=torch.float32)
+    if B == 0 or T == 0:
+        return out.zero_(), weights, exact
+    call = prepare_step(inputs)
+    blocks = fwd_blocks(call.chip, key.element_size(), T, call.size)
+    rows, per_seq = call.items(blocks.T, 4 * blocks.T)
+    split = per_seq > 1
+    parts = [value.new_empty(B * per_seq, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())]
+    args = call.args | {
+        "result": Result(out, weights, None if scores is weights else scores, scores, *parts),
+        "per_seq": per_seq,
+        "rows_per_item": rows,
+        "flags": constants(call.flags._replace(SPLIT=split)),
+    }
+    launch(_aware_fwd_kernel, (B * per_seq,), args, blocks, **all_registers(call.chip))
+    if split:
+        merge_blocks = MergeBlocks(16, pow2(DV, 16, 128), 256)
+        grid = B, max(cdiv(DV, merge_blocks.DV), cdiv(T, merge_blocks.T))
+        launch(_aware_merge_kernel, grid, args, merge_blocks)
+    return out, weights, exact

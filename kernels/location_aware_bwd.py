@@ -1,0 +1,377 @@
+"""Backward of location-aware attention: of one step, or of all steps of a sequence at once.
+
+With the names of location_aware.py, a step i, dO_i the gradient of its output and dα_ij that of its weights, and κ the
+factor of dropout:
+
+    g_ij = κ_ij dO_i · value_j + dα_ij       δ_i = Σ_j α_ij g_ij       ds_ij = α_ij (g_ij - δ_i) = dbias_j
+    dz_ij = ds_ij v ⊙ act'(z_ij)             dv = Σ ds_ij act(z_ij)    dk_j = Σ_i dz_ij        dq_i = Σ_j dz_ij
+    dU = Σ f_ijᵀ dz_ij                       df_ij = dz_ij Uᵀ          dF_ck = Σ df_ijc p_{i, j + k - (K - 1)/2}
+    dvalue_j = Σ_i κ_ij α_ij dO_i            dp_in = Σ_k e_ik,n        e_ik,n = Σ_c F_ck df_{i, n - k + (K - 1)/2, c}
+
+A key with all the weight has α 1 and δ = g, so its ds is 0 without a normaliser. Of a step there are three launches:
+g, dvalue and a part of δ of each item; all that is made of dz; and the sums of parts, by sums.py. Those are, besides
+the parameters' and dq's, the K numbers e of each key: they are stored where they are to be added, and a sum of K parts
+is all that dp is. All of these are linear in dz, so programs have blocks of features and channels besides items, and
+any width is a sum of more parts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate, activate_grad
+from .arguments import constants, entries, entry_ptr, first_row, launch
+from .chip import LENGTHS, Chip, all_registers, cdiv, pow2, rule, tile_rows
+from .inputs import LocationAwareInputs
+from .location import load_rows, store_rows
+from .location_aware import (
+    Blocks,
+    Call,
+    before_activation,
+    load_filter,
+    load_mixer,
+    location_features,
+    prepare_step,
+    row_ptr,
+    windows,
+)
+from .masks import dropout_scale, unmasked
+from .products import add_product, tile_product
+from .softmax import rounded_product
+from .sums import sums
+
+
+class Given(NamedTuple):
+    """Float32, contiguous: weights and their gradients, of which δ_i is the sum of so many parts."""
+
+    weights: Tensor  # (B, Tq, Tk)
+    g: Tensor  # (B, Tq, Tk)
+    delta: Tensor  # (B, Tq, parts)
+
+
+class Made(NamedTuple):
+    """What the programs leave, None where it is not wanted; float32 but for dk and dbias."""
+
+    dk: Tensor | None  # (B, Tk, A)
+    dbias: Tensor | None  # (B, Tk)
+    dq: Tensor | None  # (per_seq, B, Tq, A)
+    dv: Tensor  # (items, A)
+    du: Tensor | None  # (items, C, A); of filters all or none
+    df: Tensor | None  # (blocks of A, items, C, K)
+    e: Tensor | None  # (blocks of A and C, K, B, Tk), of a step
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _aware_bwd_values_kernel(
+    value,  # (B, Tk, DV)
+    mask,
+    dropout,
+    do_ptr,  # (B, DV)
+    dweights,  # (B, Tk) or None
+    given,
+    dvalue_ptr,  # (B, Tk, DV) or None
+    per_seq,
+    rows_per_item,
+    Tk,
+    size,
+    blocks,
+):
+    item = tl.program_id(0)
+    seq = (item // per_seq).to(tl.int64)
+    lo = (item % per_seq) * rows_per_item
+    hi = tl.minimum(lo + rows_per_item, Tk)
+    value_ptr = first_row(value, seq)
+    delta = tl.zeros([1], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        inside = t < hi
+        keep = unmasked(mask, seq, t, inside)
+        alpha = tl.load(given.weights + seq * Tk + t, mask=keep, other=0.0)
+        p = alpha[:, None]
+        if dropout.seed is not None:
+            kept = dropout_scale(dropout, t[:, None], seq, tl.zeros([1, 1], tl.int32))
+            p *= kept
+        g = tl.zeros([blocks.T], tl.float32)
+        for d0 in range(0, size.DV, blocks.DV):
+            d = d0 + tl.arange(0, blocks.DV)
+            do = tl.load(do_ptr + seq * size.DV + d, mask=d < size.DV, other=0.0).to(tl.float32)[None, :]
+            values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV).to(tl.float32)
+            g += tl.sum(rounded_product(do, values), axis=1)
+            if dvalue_ptr is not None:
+                dvalue = tl.where(keep[:, None], p * do, 0.0)
+                store_rows(dvalue_ptr + (seq * Tk + t) * size.DV, dvalue, inside, d, size.DV)
+        if dropout.seed is not None:
+            g *= tl.sum(kept, axis=1)
+        if dweights.ptr is not None:
+            g += tl.load(entry_ptr(dweights, seq, t), mask=keep, other=0.0).to(tl.float32)
+        tl.store(given.g + seq * Tk + t, g, mask=inside)
+        delta += tl.sum(alpha * g, axis=0)
+    tl.store(given.delta + item + tl.arange(0, 1), delta)
+
+
+@triton.jit
+def gradient_of_scores(given, row, Tk, t, parts, keep, BLOCK: tl.constexpr):
+    """ds [BLOCK_T] of keys; row: sequence and step."""
+    delta = tl.zeros([1], tl.float32)
+    for i0 in range(0, parts, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        delta += tl.sum(tl.load(given.delta + row * parts + i, mask=i < parts, other=0.0), axis=0)
+    alpha = tl.load(given.weights + row * Tk + t, mask=keep, other=0.0)
+    return tl.where(keep, alpha * (tl.load(given.g + row * Tk + t, mask=keep, other=0.0) - delta), 0.0)
+
+
+@triton.jit
+def _store_edges(e_ptr, part, parts, k, k_stride, T, size, blocks):
+    """Zeros of e where no key stands, by the first item and the last; e_ptr: (K, B, Tk) at [0, seq]."""
+    half = size.K // 2
+    zero = tl.zeros([blocks.K, blocks.K], tl.float32)
+    ptrs = e_ptr + k[:, None] * k_stride
+    for r0 in range(0, half, blocks.K):
+        r = (r0 + tl.arange(0, blocks.K))[None, :]
+        there = (k < size.K)[:, None] & (r < T)
+        # e of a key j is at n = j + k - half: none is before k - half, and none after T - 1 + k - half.
+        tl.store(ptrs + r, zero, mask=there & (r < k[:, None] - half) & (part == 0))
+        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < half - k[:, None]) & (part == parts - 1))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _aware_bwd_scores_kernel(
+    q,  # (B, Tq, A)
+    k,  # (B, Tk, A)
+    v_ptr,  # (A,)
+    filters,
+    seen,  # (B, Tq, Tk)
+    mask,
+    given,
+    made,
+    parts,  # of δ
+    num_seqs,
+    per_seq,
+    rows_per_item,
+    Tq,
+    Tk,
+    size,
+    flags,
+    blocks,
+):
+    """All that is made of dz, for the keys of an item, a block of features and one of channels."""
+    item = tl.program_id(0)
+    items = num_seqs * per_seq
+    block_a = tl.program_id(1)
+    block_c = tl.program_id(2)
+    first = block_c == 0
+    seq = (item // per_seq).to(tl.int64)
+    part = item % per_seq
+    lo = part * rows_per_item
+    hi = tl.minimum(lo + rows_per_item, Tk)
+    a = block_a * blocks.A + tl.arange(0, blocks.A)
+    c = block_c * blocks.C + tl.arange(0, blocks.C)
+    v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
+    k_ptr = first_row(k, seq)
+    dq_ptr = made.dq
+    if dq_ptr is not None:
+        dq_ptr += (part * num_seqs + seq) * Tq * size.A
+    df_ptr = made.df
+    if df_ptr is not None:
+        df_ptr += (block_a * items + item).to(tl.int64) * size.C * size.K
+    dq = tl.zeros([blocks.A], tl.float32)
+    dv = tl.zeros([blocks.A], tl.float32)
+    du = tl.zeros([blocks.C, blocks.A], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        inside = t < hi
+        keep = unmasked(mask, seq, t, inside)
+        k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+        dk = tl.zeros([blocks.T, blocks.A], tl.float32)
+        dbias = tl.zeros([blocks.T], tl.float32)
+        for step in range(0, Tq):
+            ds = gradient_of_scores(given, seq * Tq + step, Tk, t, parts, keep, 32)
+            q_ptr = row_ptr(q, seq, step + item * 0)
+            z = before_activation(
+                k_ptrs, keep, q_ptr, seen, mask, seq, step + item * 0, t, a, Tk, filters, size, flags, blocks
+            )
+            y = activate(z, flags.ACT, flags.FAST)
+            dz = ds[:, None] * v[None, :] * activate_grad(z, y, flags.ACT, flags.FAST)
+            dz = tl.where(keep[:, None], dz, 0.0)  # of a sequence that sees nothing z may be NaN
+            dv += tl.sum(tl.where(keep[:, None], ds[:, None] * y, 0.0), axis=0)
+            dk += dz
+            dbias += ds
+            if flags.WALK:
+                if dq_ptr is not None:
+                    dq = tl.sum(dz, axis=0)
+                    tl.store(dq_ptr + step * size.A + a, dq, mask=(a < size.A) & first)
+            else:
+                dq += tl.sum(dz, axis=0)
+            if made.du is not None or made.e is not None:
+                f = location_features(seen, mask, seq, step + item * 0, t, c, Tk, filters, size, flags, blocks)
+                if made.du is not None:
+                    du = add_product(tl.trans(f), dz, du, tl.float32, flags.PRECISION)
+                u = load_mixer(filters, c, a, size)
+                df = tile_product(dz, tl.trans(u), tl.float32, flags.PRECISION)
+                for k0 in range(0, size.K, blocks.K):
+                    place = k0 + tl.arange(0, blocks.K)
+                    x, there = windows(seen, mask, seq, step + item * 0, t, place, Tk, size)
+                    if df_ptr is not None:
+                        at = df_ptr + c.to(tl.int64)[:, None] * size.K + place[None, :]
+                        some = (c < size.C)[:, None] & (place < size.K)[None, :]
+                        old = tl.load(at, mask=some & ((t0 > lo) | (step > 0)), other=0.0)
+                        tl.store(at, add_product(tl.trans(df), x, old, tl.float32, flags.PRECISION), mask=some)
+                        tl.debug_barrier()  # other threads may read it next
+                    if made.e is not None:
+                        w = load_filter(filters, c, place, size)
+                        e = tl.where(there, tile_product(df, w, tl.float32, flags.PRECISION), 0.0)
+                        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
+                        row = (group + place) * num_seqs + seq
+                        n = t[:, None] + (place - size.K // 2)[None, :]
+                        write = inside[:, None] & (n >= 0) & (n < Tk) & (place < size.K)[None, :]
+                        tl.store(made.e + row[None, :] * Tk + n, e, mask=write)
+        if made.dk is not None:
+            store_rows(made.dk + (seq * Tk + t) * size.A, dk, inside & first, a, size.A)
+        if made.dbias is not None:
+            to = made.dbias.dtype.element_ty
+            tl.store(made.dbias + seq * Tk + t, dbias.to(to), mask=inside & first & (block_a == 0))
+
+    if not flags.WALK:
+        if dq_ptr is not None:
+            tl.store(dq_ptr + a, dq, mask=(a < size.A) & first)
+    tl.store(made.dv + item.to(tl.int64) * size.A + a, dv, mask=(a < size.A) & first)
+    if made.du is not None:
+        store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
+    if made.e is not None:
+        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
+        for k0 in range(0, size.K, blocks.K):
+            place = k0 + tl.arange(0, blocks.K)
+            e_ptr = made.e + (group * num_seqs + seq) * Tk
+            stride = num_seqs.to(tl.int64) * Tk
+            _store_edges(e_ptr, part, per_seq, place.to(tl.int64), stride, Tk, size, blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@rule
+def values_blocks(chip: Chip, T: int, DV: int) -> "ValuesBlocks":
+    """Tiles of the kernel for g. As `fwd_blocks`: chosen by the compile report."""
+    if chip.backend == "interpreter":
+        return ValuesBlocks(16, pow2(DV, 16, 64), 4)
+    return ValuesBlocks(tile_rows(T, 32), pow2(DV, 16, 256), 4)
+
+
+class ValuesBlocks(NamedTuple):
+    """Keys and width of the values of a tile."""
+
+    T: int
+    DV: int
+    warps: int
+
+
+@rule
+def scores_blocks(chip: Chip, itemsize: int, T: int, size: object) -> Blocks:
+    """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report."""
+    _, K, A, _ = size  # type: ignore[misc]
+    if chip.backend == "interpreter":
+        return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
+    return Blocks(tile_rows(T, 32), pow2(A, 16, 64 if itemsize == 4 else 128), 32, pow2(K, 16, 32), 16, 8)
+
+
+class Wanted(NamedTuple):
+    """Which gradients of what the scores are made of."""
+
+    query: bool
+    key: bool
+    v: bool
+    previous: bool
+    conv_weight: bool
+    u: bool
+    score_bias: bool
+
+
+def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: Wanted) -> list[Tensor | None]:
+    """Gradients of what the scores are made of, given those of the weights, for all steps.
+
+    like: the tensors, in the order of `want`, in whose dtypes their gradients come. That of the weights seen is made
+    of one step only.
+    """
+    query, key, v, previous, conv_weight, u, bias = like
+    B, T, (C, K, A, _) = call.seqs, call.length, call.size
+    Tq = given.weights.shape[1]
+    blocks = scores_blocks(call.chip, key.element_size(), T, call.size)
+    rows, per_seq = (blocks.T, cdiv(T, blocks.T)) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
+    a_blocks, c_blocks = cdiv(A, blocks.A), cdiv(C, blocks.C)
+    filters = want.conv_weight or want.u
+
+    def parts(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=key.device) if wanted else None
+
+    made = Made(
+        torch.empty_like(key, memory_format=torch.contiguous_format) if want.key else None,
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if want.score_bias else None,
+        parts(want.query, per_seq, B, Tq, A),
+        parts(True, B * per_seq, A),
+        parts(filters, B * per_seq, C, A),
+        parts(filters, a_blocks, B * per_seq, C, K),
+        parts(want.previous, c_blocks * a_blocks * K, B, T),
+    )
+    args = call.args | {
+        "given": given,
+        "made": made,
+        "parts": given.delta.shape[2],
+        "num_seqs": B,
+        "per_seq": per_seq,
+        "rows_per_item": rows,
+        "Tq": Tq,
+        "flags": constants(call.flags._replace(WALK=Tq > 1)),
+    }
+    launch(_aware_bwd_scores_kernel, (B * per_seq, a_blocks, c_blocks), args, blocks, **all_registers(call.chip))
+    dq, dv, dprevious, df, du = sums(
+        [
+            (None if made.dq is None else made.dq.view(per_seq, B * Tq, A), query.dtype),
+            (made.dv if want.v else None, v.dtype),
+            (made.e, previous.dtype),
+            (made.df.view(-1, C, K) if made.df is not None and want.conv_weight else None, conv_weight.dtype),
+            (made.du if want.u else None, u.dtype),
+        ]
+    )
+    dq = None if dq is None else dq.view(B, Tq, A)
+    return [dq, made.dk, dv, dprevious, df, du, made.dbias]
+
+
+def location_aware_bwd(
+    inputs: LocationAwareInputs,
+    weights: Tensor,  # in float32
+    dout: Tensor,
+    dweights: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of (query, key, value, v, previous, conv_weight, u, score_bias), None where `needs` is False."""
+    query, key, value, v, previous, conv_weight, u, score_bias, *_ = inputs
+    want_value, want = needs[2], Wanted(*needs[:2], *needs[3:])
+    B, T = weights.shape
+    if B == 0 or T == 0:
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:8], needs, strict=True)]
+    call = prepare_step(inputs)
+    blocks = values_blocks(call.chip, T, call.size.DV)
+    rows, per_seq = call.items(blocks.T, 2 * blocks.T)
+    g, delta = torch.empty_like(weights), weights.new_empty(B, 1, per_seq)
+    given = Given(weights, g, delta)
+    dvalue = torch.empty_like(value, memory_format=torch.contiguous_format) if want_value else None
+    args = call.args | {
+        "do_ptr": dout.contiguous(),
+        "dweights": entries(dweights, packed=False),
+        "given": given,
+        "dvalue_ptr": dvalue,
+        "per_seq": per_seq,
+        "rows_per_item": rows,
+    }
+    launch(_aware_bwd_values_kernel, (B * per_seq,), args, blocks)
+    made: list[Tensor | None] = [None] * 7
+    if any(want):
+        like = (query, key, v, previous, conv_weight, u, score_bias)
+        made = of_scores(call, given._replace(weights=weights[:, None], g=g[:, None]), like, want)
+    dq = None if made[0] is None else made[0][:, 0]
+    return [dq, made[1], dvalue, *made[2:]]
