@@ -29,7 +29,7 @@ from .inputs import LocationAwareInputs
 from .location import load_rows, load_weight, near
 from .masks import dropout, dropout_scale, unmasked
 from .products import add_product
-from .softmax import exp, finish, join_states, online_softmax, pivot, rounded_product
+from .softmax import exp, finish, join_states, made_once, online_softmax, pivot, rounded_product
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -77,10 +77,15 @@ def location_features(seen, mask, seq, step, t, c, T, filters, size, flags, bloc
 
 
 @triton.jit
-def before_activation(k_ptrs, keep, q_ptr, seen, mask, seq, step, t, a, T, filters, size, flags, blocks):
-    """z = q + k_j + f_j U of keys and features, [BLOCK_T, BLOCK_A]."""
+def query_and_keys(k_ptrs, keep, q_ptr, a, size):
+    """q + k_j of keys and features, [BLOCK_T, BLOCK_A]."""
     q = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
-    z = load_rows(k_ptrs, keep, a, size.A).to(tl.float32) + q[None, :]
+    return load_rows(k_ptrs, keep, a, size.A).to(tl.float32) + q[None, :]
+
+
+@triton.jit
+def add_features(z, seen, mask, seq, step, t, a, T, filters, size, flags, blocks):
+    """z and f_j U of all channels, [BLOCK_T, BLOCK_A]."""
     for c0 in range(0, size.C, blocks.C):
         c = c0 + tl.arange(0, blocks.C)
         f = location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks)
@@ -94,12 +99,19 @@ def score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, T, v_ptr, fi
     s = tl.zeros([t.shape[0]], tl.float32)
     for a0 in range(0, size.A, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
-        z = before_activation(k_ptrs, keep, q_ptr, seen, mask, seq, step, t, a, T, filters, size, flags, blocks)
+        z = query_and_keys(k_ptrs, keep, q_ptr, a, size)
+        z = add_features(z, seen, mask, seq, step, t, a, T, filters, size, flags, blocks)
         v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
         s += tl.sum(rounded_product(v[None, :], activate(z, flags.ACT, flags.FAST)), axis=1)
     if bias.ptr is not None:
         s += tl.load(entry_ptr(bias, seq, t), mask=keep, other=0.0).to(tl.float32)
     return tl.where(keep, s, float("-inf"))
+
+
+@triton.jit
+def kept(dropout, seq, t):
+    """The factor of dropout on the weights of keys, [BLOCK_T]: once, not for each width of values."""
+    return made_once(tl.sum(dropout_scale(dropout, t[:, None], seq, tl.zeros([1, 1], tl.int32)), axis=1))
 
 
 @triton.jit
@@ -168,11 +180,11 @@ def _aware_fwd_kernel(
         for t0 in range(lo, hi, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             keep = unmasked(mask, seq, t, t < hi)
-            p = exp(tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf")) - shift, flags.FMA)[:, None]
+            p = exp(tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf")) - shift, flags.FMA)
             if dropout.seed is not None:
-                p *= dropout_scale(dropout, t[:, None], seq, tl.zeros([1, 1], tl.int32))
+                p *= kept(dropout, seq, t)
             values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV)
-            acc += tl.sum(p * values.to(tl.float32), axis=0)
+            acc += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
         if flags.SPLIT:
             tl.store(result.o + item.to(tl.int64) * size.DV + d, acc, mask=d < size.DV)
         else:
@@ -256,7 +268,9 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, size: "Size") -> Blocks:
     if chip.backend == "interpreter":
         return Blocks(16, pow2(size.A, 16, 64), C, K, pow2(size.DV, 16, 64), 4)
     rows = tile_rows(T, 32)
-    return Blocks(rows, pow2(size.A, 16, 64 if itemsize == 4 else 128), C, K, pow2(size.DV, 16, 256), 4)
+    if itemsize == 4:
+        return Blocks(rows, pow2(size.A, 16, 64), C, K, pow2(size.DV, 16, 256), 8)
+    return Blocks(rows, pow2(size.A, 16, 128), C, K, pow2(size.DV, 16, 256), 4)
 
 
 class Filters(NamedTuple):
@@ -298,6 +312,7 @@ class Flags(NamedTuple):
     FAST: bool
     FMA: bool
     PRECISION: str  # of products of weights, features and filters, which are float32
+    ONE_C: bool  # blocks.C >= C, in the backward
     SPLIT: bool = False  # a sequence has several items
     WALK: bool = False  # several steps, and an item is one tile: see location_aware_bwd.py
 
@@ -342,7 +357,7 @@ def prepare(
     precision = str(matmul_flags(chip, torch.float32)["PRECISION"])
     if narrow and (chip.backend == "cuda" or chip.gfx == "gfx942"):
         precision = "tf32"  # of numbers of 16 bits, and of sums of them
-    flags = Flags(activation, narrow and chip.backend == "cuda", chip.backend != "interpreter", precision)
+    flags = Flags(activation, narrow and chip.backend == "cuda", chip.backend != "interpreter", precision, False)
     size = Size(*conv_weight.shape, key.shape[-1], 0 if value is None else value.shape[-1])
     conv_weight, u = near(conv_weight), near(u)
     args = {

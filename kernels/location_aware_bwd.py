@@ -24,21 +24,23 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .arguments import constants, entries, entry_ptr, first_row, launch
-from .chip import LENGTHS, Chip, all_registers, cdiv, pow2, rule, tile_rows
+from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .inputs import LocationAwareInputs
 from .location import load_rows, store_rows
 from .location_aware import (
     Blocks,
     Call,
-    before_activation,
+    add_features,
+    kept,
     load_filter,
     load_mixer,
     location_features,
     prepare_step,
+    query_and_keys,
     row_ptr,
     windows,
 )
-from .masks import dropout_scale, unmasked
+from .masks import unmasked
 from .products import add_product, tile_product
 from .softmax import rounded_product
 from .sums import sums
@@ -90,10 +92,10 @@ def _aware_bwd_values_kernel(
         inside = t < hi
         keep = unmasked(mask, seq, t, inside)
         alpha = tl.load(given.weights + seq * Tk + t, mask=keep, other=0.0)
-        p = alpha[:, None]
+        p = alpha
         if dropout.seed is not None:
-            kept = dropout_scale(dropout, t[:, None], seq, tl.zeros([1, 1], tl.int32))
-            p *= kept
+            factor = kept(dropout, seq, t)
+            p *= factor
         g = tl.zeros([blocks.T], tl.float32)
         for d0 in range(0, size.DV, blocks.DV):
             d = d0 + tl.arange(0, blocks.DV)
@@ -101,10 +103,10 @@ def _aware_bwd_values_kernel(
             values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV).to(tl.float32)
             g += tl.sum(rounded_product(do, values), axis=1)
             if dvalue_ptr is not None:
-                dvalue = tl.where(keep[:, None], p * do, 0.0)
+                dvalue = tl.where(keep[:, None], p[:, None] * do, 0.0)
                 store_rows(dvalue_ptr + (seq * Tk + t) * size.DV, dvalue, inside, d, size.DV)
         if dropout.seed is not None:
-            g *= tl.sum(kept, axis=1)
+            g *= factor
         if dweights.ptr is not None:
             g += tl.load(entry_ptr(dweights, seq, t), mask=keep, other=0.0).to(tl.float32)
         tl.store(given.g + seq * Tk + t, g, mask=inside)
@@ -187,12 +189,15 @@ def _aware_bwd_scores_kernel(
         k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
         dk = tl.zeros([blocks.T, blocks.A], tl.float32)
         dbias = tl.zeros([blocks.T], tl.float32)
-        for step in range(0, Tq):
+        for i in range(0, Tq):
+            step = i + item * 0  # a tensor for the interpreter too
             ds = gradient_of_scores(given, seq * Tq + step, Tk, t, parts, keep, 32)
-            q_ptr = row_ptr(q, seq, step + item * 0)
-            z = before_activation(
-                k_ptrs, keep, q_ptr, seen, mask, seq, step + item * 0, t, a, Tk, filters, size, flags, blocks
-            )
+            z = query_and_keys(k_ptrs, keep, row_ptr(q, seq, step), a, size)
+            if flags.ONE_C:
+                f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
+                z = add_product(f, load_mixer(filters, c, a, size), z, tl.float32, flags.PRECISION)
+            else:
+                z = add_features(z, seen, mask, seq, step, t, a, Tk, filters, size, flags, blocks)
             y = activate(z, flags.ACT, flags.FAST)
             dz = ds[:, None] * v[None, :] * activate_grad(z, y, flags.ACT, flags.FAST)
             dz = tl.where(keep[:, None], dz, 0.0)  # of a sequence that sees nothing z may be NaN
@@ -206,14 +211,15 @@ def _aware_bwd_scores_kernel(
             else:
                 dq += tl.sum(dz, axis=0)
             if made.du is not None or made.e is not None:
-                f = location_features(seen, mask, seq, step + item * 0, t, c, Tk, filters, size, flags, blocks)
+                if not flags.ONE_C:
+                    f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
                 if made.du is not None:
                     du = add_product(tl.trans(f), dz, du, tl.float32, flags.PRECISION)
                 u = load_mixer(filters, c, a, size)
                 df = tile_product(dz, tl.trans(u), tl.float32, flags.PRECISION)
                 for k0 in range(0, size.K, blocks.K):
                     place = k0 + tl.arange(0, blocks.K)
-                    x, there = windows(seen, mask, seq, step + item * 0, t, place, Tk, size)
+                    x, there = windows(seen, mask, seq, step, t, place, Tk, size)
                     if df_ptr is not None:
                         at = df_ptr + c.to(tl.int64)[:, None] * size.K + place[None, :]
                         some = (c < size.C)[:, None] & (place < size.K)[None, :]
@@ -259,7 +265,7 @@ def values_blocks(chip: Chip, T: int, DV: int) -> "ValuesBlocks":
     """Tiles of the kernel for g. As `fwd_blocks`: chosen by the compile report."""
     if chip.backend == "interpreter":
         return ValuesBlocks(16, pow2(DV, 16, 64), 4)
-    return ValuesBlocks(tile_rows(T, 32), pow2(DV, 16, 256), 4)
+    return ValuesBlocks(tile_rows(T, 32), pow2(DV, 16, 256 if even(DV) else 64), 4)
 
 
 class ValuesBlocks(NamedTuple):
@@ -272,11 +278,17 @@ class ValuesBlocks(NamedTuple):
 
 @rule
 def scores_blocks(chip: Chip, itemsize: int, T: int, size: object) -> Blocks:
-    """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report."""
-    _, K, A, _ = size  # type: ignore[misc]
+    """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report.
+
+    Products in TF32 hold whole filters in registers, so tiles are small: 16 by 64 is 41 instructions an element.
+    """
+    C, K, A, _ = size  # type: ignore[misc]
     if chip.backend == "interpreter":
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
-    return Blocks(tile_rows(T, 32), pow2(A, 16, 64 if itemsize == 4 else 128), 32, pow2(K, 16, 32), 16, 8)
+    filters = pow2(C, 16, 32), pow2(K, 16, 32), 16
+    if itemsize == 4:
+        return Blocks(tile_rows(T, 32) if even(A) else 16, pow2(A, 16, 32), *filters, 8)
+    return Blocks(16, pow2(A, 16, 64 if even(A) else 32), *filters, 4)
 
 
 class Wanted(NamedTuple):
@@ -325,7 +337,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
         "per_seq": per_seq,
         "rows_per_item": rows,
         "Tq": Tq,
-        "flags": constants(call.flags._replace(WALK=Tq > 1)),
+        "flags": constants(call.flags._replace(WALK=Tq > 1, ONE_C=c_blocks == 1)),
     }
     launch(_aware_bwd_scores_kernel, (B * per_seq, a_blocks, c_blocks), args, blocks, **all_registers(call.chip))
     dq, dv, dprevious, df, du = sums(

@@ -14,7 +14,17 @@ from typing import Any
 from .compile_case import CompileCase, blocks
 from .problem import Op
 
-FAMILIES = ("location", "concat", "distance", "general", "graph", "hierarchical", "recurrent", "statistics")
+FAMILIES = (
+    "location",
+    "concat",
+    "distance",
+    "general",
+    "graph",
+    "hierarchical",
+    "recurrent",
+    "statistics",
+    "aware",
+)
 
 _files = {family: import_module(f".{family}", __name__) for family in FAMILIES}
 REGISTRY: list[Op] = [file.OP for file in _files.values()]

@@ -1,0 +1,128 @@
+"""Location-aware attention: a step of a decoder.
+
+Sizes: B sequences of Tk keys; A of the score, Dv of the values, C filters of width K; padded (0 or 1: a mask). The
+reference makes the keys of the step in PyTorch, as the eager formula does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_attn import location_aware_attention
+
+from .compile_case import CompileCase, blocks
+from .problem import BF16, F16, F32, Case, Cost, Inputs, Op, Sizes
+from .sizes import costs, drawing, structure_of, visible_pairs
+
+
+def _inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    normal = drawing(dtype, device, seed)
+    B, Tk, A, Dv, C, K = (sizes[x] for x in ("B", "Tk", "A", "Dv", "C", "K"))
+    inputs = {
+        "query": normal(B, A),
+        "key": normal(B, Tk, A),
+        "value": normal(B, Tk, Dv),
+        "v": normal(A, std=2 * A**-0.5),  # weights neither uniform nor one-hot
+        "previous": normal(B, Tk).float().softmax(1).to(dtype),
+        "conv_weight": normal(C, K),
+        "u": normal(C, A),
+    }
+    return inputs | structure_of(sizes, device)
+
+
+def _call(**given: Any) -> Tensor:
+    return location_aware_attention(**given)[0]
+
+
+def _cost(sizes: Sizes, itemsize: int) -> tuple[Cost, Cost]:
+    B, Tk, A, Dv, C, K = (sizes[x] for x in ("B", "Tk", "A", "Dv", "C", "K"))
+    read = B * (A + Tk * (A + Dv + 1)) + A + C * (K + A)
+    keys = visible_pairs({**sizes, "Tq": 1})
+    mask = B * Tk * sizes.get("padded", 0)
+    return costs(2 * keys * (C * (K + A) + A + Dv), itemsize, read, B * Dv, mask, keys * A)
+
+
+_TACOTRON = {"A": 128, "Dv": 512, "C": 32, "K": 31}
+_LAS = {"A": 320, "Dv": 320, "C": 10, "K": 201}  # ESPnet's
+
+TIMED = (
+    Case("tacotron", {"B": 64, "Tk": 150, **_TACOTRON}),
+    Case("tacotron-long", {"B": 64, "Tk": 800, **_TACOTRON, "padded": 1}),
+    Case("tacotron-long", {"B": 64, "Tk": 800, **_TACOTRON, "padded": 1}, F32),
+    Case("las", {"B": 32, "Tk": 400, **_LAS, "padded": 1}),
+    Case("small", {"B": 4, "Tk": 60, "A": 32, "Dv": 32, "C": 8, "K": 9}, F32, "cpu"),
+)
+
+OP = Op(family="aware", inputs=_inputs, call=_call, cost=_cost, cases=TIMED)
+
+
+@dataclass(frozen=True)
+class StepCase(CompileCase):
+    """One step of location-aware attention."""
+
+    B: int
+    Tk: int
+    A: int
+    Dv: int
+    C: int
+    K: int
+    activation: str = "tanh"
+    mask: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+
+    lengths = ("Tk",)
+
+    def _parts(self) -> tuple[str, ...]:
+        options = ("mask" * self.mask, "bias" * self.bias, "dropout" * bool(self.dropout))
+        return (f"B{self.B} Tk{self.Tk} A{self.A} Dv{self.Dv} C{self.C} K{self.K} {self.activation}", *options)
+
+    def _launch(self) -> None:
+        from fused_attn.kernels import location_aware, location_aware_bwd
+        from fused_attn.kernels.inputs import LocationAwareInputs
+
+        B, Tk, A, Dv, C, K = self.B, self.Tk, self.A, self.Dv, self.C, self.K
+        shapes = (B, A), (B, Tk, A), (B, Tk, Dv), (A,), (B, Tk), (C, K), (C, A)
+        inputs = LocationAwareInputs(
+            *(self._empty(*shape) for shape in shapes),
+            self._empty(B, Tk) if self.bias else None,
+            self._empty(B, Tk, dtype=torch.bool) if self.mask else None,
+            self._seed(self.dropout),
+            self.activation,
+            self.dropout,
+        )
+        out, weights, exact = location_aware.location_aware_fwd(inputs, self.dtype.itemsize == 2)
+        kept = exact if exact.numel() else weights
+        needs = [True] * 7 + [self.bias]
+        location_aware_bwd.location_aware_bwd(inputs, kept, out, weights, needs)
+
+
+COMPILED = [
+    StepCase(BF16, 64, 150, **_TACOTRON, mask=True),
+    StepCase(BF16, 64, 800, **_TACOTRON, mask=True),
+    StepCase(F32, 64, 800, **_TACOTRON, mask=True),
+    StepCase(BF16, 32, 400, **_LAS, mask=True, bias=True),
+    StepCase(F32, 32, 400, **_LAS),
+    # one item a sequence; widths that are not whole vectors; options
+    StepCase(F16, 300, 20, 100, 50, 3, 5, "relu"),
+    StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, dropout=0.1),
+    StepCase(BF16, 8, 1000, 512, 1000, 64, 65, "sigmoid", mask=True, dropout=0.1),
+    StepCase(F32, 2, 35, 1, 3, 1, 1, "identity"),
+]
+BRIEF = COMPILED[1:3]
+VARIED = {
+    "aware": [
+        StepCase(BF16, 3, 1, 64, 64, 16, 31, mask=True),
+        StepCase(F32, 3, 1, 100, 50, 3, 5, mask=True, bias=True, dropout=0.1),
+    ]
+}
+
+
+def elements(kernel: str, constants: Mapping[str, Any]) -> int:
+    """Keys by features, or by widths of the values."""
+    return blocks(constants, "T", "A") if "values" not in kernel else blocks(constants, "T", "DV")
