@@ -149,7 +149,7 @@ def _aware_bwd_scores_kernel(
     mask,
     given,
     made,
-    parts,  # of δ
+    splits,  # parts of δ
     num_seqs,
     per_seq,
     rows_per_item,
@@ -191,7 +191,7 @@ def _aware_bwd_scores_kernel(
         dbias = tl.zeros([blocks.T], tl.float32)
         for i in range(0, Tq):
             step = i + item * 0  # a tensor for the interpreter too
-            ds = gradient_of_scores(given, seq * Tq + step, Tk, t, parts, keep, 32)
+            ds = gradient_of_scores(given, seq * Tq + step, Tk, t, splits, keep, 32)
             z = query_and_keys(k_ptrs, keep, row_ptr(q, seq, step), a, size)
             if flags.ONE_C:
                 f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
@@ -332,7 +332,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     args = call.args | {
         "given": given,
         "made": made,
-        "parts": given.delta.shape[2],
+        "splits": given.delta.shape[2],
         "num_seqs": B,
         "per_seq": per_seq,
         "rows_per_item": rows,

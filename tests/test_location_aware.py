@@ -1,5 +1,6 @@
 """The location-aware step: by hand, over several steps, its gradients, its module."""
 
+import functools
 import math
 
 import pytest
@@ -13,20 +14,22 @@ B, TK, A, DV, C, K = 2, 6, 3, 4, 2, 3
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
-def tensors_for(device, *, dtype=torch.float32, masked=True, bias=True, width=K, keys=TK):
+def tensors_for(
+    device, *, dtype=torch.float32, masked=True, bias=True, width=K, keys=TK, attn_dim=A, value_dim=DV, channels=C
+):
     rng = torch.Generator().manual_seed(1)
 
     def made(*shape, scale=1.0):
         return (torch.randn(shape, generator=rng) * scale).to(device, dtype)
 
     tensors = {
-        "query": made(B, A),
-        "key": made(B, keys, A),
-        "value": made(B, keys, DV),
-        "v": made(A),
+        "query": made(B, attn_dim),
+        "key": made(B, keys, attn_dim),
+        "value": made(B, keys, value_dim),
+        "v": made(attn_dim),
         "previous": torch.softmax(torch.randn(B, keys, generator=rng), -1).to(device, dtype),
-        "conv_weight": made(C, width),
-        "u": made(C, A),
+        "conv_weight": made(channels, width),
+        "u": made(channels, attn_dim),
     }
     if bias:
         tensors["score_bias"] = made(B, keys)
@@ -81,6 +84,50 @@ def test_matches_the_formula_by_hand(impl, width, device):
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.kernel), "auto"])
 def test_matches_the_reference(impl, masked, dtype, device):
     assert_matches_reference(op, tensors_for(device, dtype=dtype, masked=masked, bias=masked), dtype=dtype, impl=impl)
+
+
+SIZES = {  # more than one block of each, and filters that are longer than the keys
+    "many keys, in parts": {"keys": 150},
+    "wide score": {"attn_dim": 70},
+    "wide values": {"value_dim": 70},
+    "many channels": {"channels": 40},
+    "wide filters": {"width": 41, "keys": 50},
+    "short keys": {"width": 9, "keys": 2},
+    "all": {"keys": 131, "attn_dim": 67, "value_dim": 65, "channels": 33, "width": 35},
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_every_size_matches_the_reference(sizes, device):
+    assert_matches_reference(op, tensors_for(device, **sizes))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "leaky_relu", "elu", "gelu", "silu"])
+def test_every_activation_matches_the_reference(activation, device):
+    assert_matches_reference(functools.partial(op, activation=activation), tensors_for(device))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("keys", [TK, 150])
+def test_dropout_is_that_of_the_reference(keys, device):
+    t = tensors_for(device, keys=keys)
+    assert_matches_reference(functools.partial(op, dropout_p=0.5), t)
+    assert_matches_reference(functools.partial(op, dropout_p=0.5), t, through=["output"])
+
+
+@pytest.mark.kernel
+def test_parts_of_hidden_keys_change_nothing(device):
+    """Of one sequence all of an item is hidden, of the other every key."""
+    t = tensors_for(device, keys=150)
+    t["mask"] = (torch.arange(150) < torch.tensor([[60], [0]])).to(device)
+    assert_matches_reference(op, t)
+    clean = evaluate(op, t, "triton")
+    for name in ("key", "value", "previous", "score_bias"):
+        t[name][~t["mask"]] = torch.nan
+    t["query"][1] = torch.nan
+    assert_close(evaluate(op, t, "triton"), clean)
 
 
 @pytest.mark.kernel
