@@ -104,10 +104,9 @@ def location_aware_attention(
         \alpha = softmax_j(s), \quad o = \sum_j \alpha_j \, value_j
 
     A decoder calls this once a word, with the weights that the last call returned; gradients go back through them.
-    The score and the sum are `concat_attention` of one query, which is one kernel. Before it one matrix
-    product makes f, ``(B, Tk, C)``, of the windows of `previous`, ``(B, Tk, K)``, and another adds f U to the keys,
-    ``(B, Tk, A)``: at every step all three are written, read again, and kept for the backward. Both follow PyTorch's
-    TF32 setting for matrix products. A bias of the score goes into the query or the keys.
+    The kernel makes f and f U in registers, and writes the output and the weights alone. The reference makes f,
+    ``(B, Tk, C)``, and the keys of the step, ``(B, Tk, A)``, by a matrix product each. Products of float32 follow
+    PyTorch's TF32 setting for matrix products. A bias of the score goes into the query or the keys.
 
     Parameters
     ----------
@@ -134,7 +133,8 @@ def location_aware_attention(
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     impl
-        As in `concat_attention`; it does not change what comes before the score.
+        ``"auto"``: the Triton kernel on a GPU, the reference elsewhere and for float64. ``"triton"`` and
+        ``"reference"`` never fall back.
 
     Returns
     -------

@@ -6,8 +6,8 @@ For a sequence's query q, its keys k_j, the last weights p (or their sum so far)
     α = softmax_j(s)                            out = Σ_j α_j value_j
 
 A program has the keys of an item. For a tile of them it gathers the windows of p, [BLOCK_T, BLOCK_K]; two products
-make f and f U, which stay in registers. (One filter G = Fᵀ U of K rows in their place would be as much work where K is
-C, and a launch to fold it.) All scores of the item go to a row of scratch first, then come the sums of values, a
+make f and f U, which stay in registers. (One filter G = Fᵀ U of K rows in their place would be as much work where K
+is C, and a launch to fold it.) All scores of the item go to a row of scratch first, then come the sums of values, a
 block of their width at a time: each key and each value is read once, at any width. What was scratch becomes the
 weights in float32, which the backward (location_aware_bwd.py) takes.
 
@@ -378,9 +378,7 @@ def prepare(
 def prepare_step(inputs: LocationAwareInputs) -> Call:
     """Arguments of a step."""
     query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
-    call = prepare(
-        query[:, None], key, value, v, previous[:, None], conv_weight, u, score_bias, mask, activation
-    )
+    call = prepare(query[:, None], key, value, v, previous[:, None], conv_weight, u, score_bias, mask, activation)
     call.args["dropout"] = dropout(seed, dropout_p)
     return call
 
@@ -401,7 +399,9 @@ def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[T
     blocks = fwd_blocks(call.chip, key.element_size(), T, call.size)
     rows, per_seq = call.items(blocks.T, 4 * blocks.T)
     split = per_seq > 1
-    parts = [value.new_empty(B * per_seq, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())]
+    parts = [
+        value.new_empty(B * per_seq, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())
+    ]
     args = call.args | {
         "result": Result(out, weights, None if scores is weights else scores, scores, *parts),
         "per_seq": per_seq,

@@ -1,6 +1,6 @@
 """Backward of location-aware attention: of one step, or of all steps of a sequence at once.
 
-With the names of location_aware.py, a step i, dO_i the gradient of its output and dα_ij that of its weights, and κ the
+With the names of location_aware.py, a step i, dO_i the gradient of its output, dα_ij that of its weights, and κ the
 factor of dropout:
 
     g_ij = κ_ij dO_i · value_j + dα_ij       δ_i = Σ_j α_ij g_ij       ds_ij = α_ij (g_ij - δ_i) = dbias_j
@@ -9,10 +9,10 @@ factor of dropout:
     dvalue_j = Σ_i κ_ij α_ij dO_i            dp_in = Σ_k e_ik,n        e_ik,n = Σ_c F_ck df_{i, n - k + (K - 1)/2, c}
 
 A key with all the weight has α 1 and δ = g, so its ds is 0 without a normaliser. Of a step there are three launches:
-g, dvalue and a part of δ of each item; all that is made of dz; and the sums of parts, by sums.py. Those are, besides
-the parameters' and dq's, the K numbers e of each key: they are stored where they are to be added, and a sum of K parts
-is all that dp is. All of these are linear in dz, so programs have blocks of features and channels besides items, and
-any width is a sum of more parts.
+g, dvalue and a part of δ of each item; all that is made of dz; and the sums of parts, by sums.py. Besides the
+parameters' and dq's those are the K numbers e of each key: they are stored where they are to be added, and a sum of K
+parts is all that dp is. All of these are linear in dz, so programs have blocks of features and channels besides
+items, and any width is a sum of more parts.
 """
 
 from typing import NamedTuple
@@ -240,9 +240,8 @@ def _aware_bwd_scores_kernel(
             to = made.dbias.dtype.element_ty
             tl.store(made.dbias + seq * Tk + t, dbias.to(to), mask=inside & first & (block_a == 0))
 
-    if not flags.WALK:
-        if dq_ptr is not None:
-            tl.store(dq_ptr + a, dq, mask=(a < size.A) & first)
+    if not flags.WALK and dq_ptr is not None:
+        tl.store(dq_ptr + a, dq, mask=(a < size.A) & first)
     tl.store(made.dv + item.to(tl.int64) * size.A + a, dv, mask=(a < size.A) & first)
     if made.du is not None:
         store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
@@ -285,10 +284,10 @@ def scores_blocks(chip: Chip, itemsize: int, T: int, size: object) -> Blocks:
     C, K, A, _ = size  # type: ignore[misc]
     if chip.backend == "interpreter":
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
-    filters = pow2(C, 16, 32), pow2(K, 16, 32), 16
     if itemsize == 4:
-        return Blocks(tile_rows(T, 32) if even(A) else 16, pow2(A, 16, 32), *filters, 8)
-    return Blocks(16, pow2(A, 16, 64 if even(A) else 32), *filters, 4)
+        filters = pow2(C, 16, 32), pow2(K, 16, 32)
+        return Blocks(*((tile_rows(T, 32), pow2(A, 16, 32)) if even(A) else (16, 16)), *filters, 16, 8)
+    return Blocks(16, pow2(A, 16, 64 if even(A) else 32), 32, 32, 16, 4)
 
 
 class Wanted(NamedTuple):

@@ -21,7 +21,7 @@ from fused_attn import concat_attention, location_attention
 
 Console = pytest.importorskip("rich.console").Console
 
-LOCATION, CONCAT, DISTANCE, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS = REGISTRY
+LOCATION, CONCAT, DISTANCE, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS, AWARE = REGISTRY
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
 TINY = Case("tiny", {"B": 2, "T": 8, "D": 4, "A": 3, "gates": 1}, torch.float32, "cpu")
@@ -139,6 +139,14 @@ def test_recurrent_cost_by_hand(sizes, other) -> None:
     flops = 2 * (6 * 35 + 8 * (2 * 35 + 25) + 24 * 5)
     want = Cost(flops, 247 * 2 + other, 24 * 7), Cost(2 * flops, 454 * 2 + other)
     assert RECURRENT.cost({"Tk": 3, "Tq": 4, "D": 5, "A": 7, **sizes}, 2) == want
+
+
+@pytest.mark.parametrize("padded", [0, 1])
+def test_location_aware_cost_by_hand(padded) -> None:
+    # Query 2·5, keys 6·5, values 6·7, v 5, weights 6, F 2·3, U 2·5: 109; out 14. A key: 6 + 10 + 5 + 7; a byte.
+    flops = 2 * 6 * 28
+    want = Cost(flops, 123 * 2 + 6 * padded, 30), Cost(2 * flops, 232 * 2 + 6 * padded)
+    assert AWARE.cost({"B": 2, "Tk": 3, "A": 5, "Dv": 7, "C": 2, "K": 3, "padded": padded}, 2) == want
 
 
 @pytest.mark.parametrize("edge", [0, 1])
@@ -486,7 +494,7 @@ def test_table_of_every_gpu_case_fits_into_120_columns() -> None:
     text = console.export_text()
     assert "…" not in text
     line = next(line for line in text.splitlines() if "fwd+bwd" in line)
-    words = "causal bf16 fwd+bwd fused 1,235 8% 1.00 1.00 123.46 10% compute 143,360.0 1.2e-06"
+    words = "las bf16 fwd+bwd fused 1,235 8% 1.00 1.00 123.46 10% compute 143,360.0 1.2e-06"
     assert " ".join(line.split()) == words
 
 

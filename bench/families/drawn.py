@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .aware import StepCase
 from .concat import ConcatCase
 from .general import GeneralCase
 from .graph import GraphCase
@@ -213,6 +214,23 @@ def _recurrent(r: _Draw) -> WordCase:
     )
 
 
+def _aware(r: _Draw) -> StepCase:
+    return StepCase(
+        r.dtype(),
+        r.size(256),
+        r.size(4096),
+        r.size(1024),
+        r.size(2048),
+        r.size(64),
+        2 * r.size(128) - 1,
+        r.choice(ACTIVATIONS),
+        mask=r.yes(),
+        bias=r.yes(0.3),
+        dropout=r.dropout(),
+        tf32=r.yes(0.3),
+    )
+
+
 DRAW: tuple[tuple[str, Callable[[_Draw], Any]], ...] = (
     ("location", _location),
     ("general", _general),
@@ -226,6 +244,7 @@ DRAW: tuple[tuple[str, Callable[[_Draw], Any]], ...] = (
     ("general", _general),
     ("location", _linear_hops),
     ("distance", partial(_concat, activations=("abs", "square"))),
+    ("aware", _aware),
 )
 
 
