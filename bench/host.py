@@ -42,6 +42,7 @@ from fused_attn import (
     hierarchical_attention,
     location_attention,
     location_aware_attention,
+    location_aware_sequence,
     statistics_pooling,
     word_by_word_attention,
 )
@@ -180,6 +181,12 @@ def _location_aware() -> Callable[..., Any]:
     return partial(location_aware_attention, query, key, value, _normal(A), *filters, mask=torch.rand(B, 512) > 0.1)
 
 
+def _utterance() -> Callable[..., Any]:
+    query, key, value = _normal(B, 24, A), _normal(B, 64, A), _normal(B, 64, D)
+    filters = _normal(8, 31), _normal(8, A)
+    return partial(location_aware_sequence, query, key, value, _normal(A), *filters, mask=torch.rand(B, 64) > 0.1)
+
+
 ROWS: dict[str, Callable[[], Callable[..., Any]]] = {
     "location": _location,
     "location, ragged": _ragged,
@@ -192,6 +199,7 @@ ROWS: dict[str, Callable[[], Callable[..., Any]]] = {
     "graph": _graph,
     "word by word": _word_by_word,
     "location-aware step": _location_aware,
+    "location-aware utterance": _utterance,
 }
 
 

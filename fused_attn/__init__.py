@@ -6,7 +6,7 @@ from .general import general_attention
 from .graph import Graph, add_self_loops, csr_from_edges, graph_attention, transpose_csr
 from .hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from .location import location_attention
-from .location_aware import location_aware_attention
+from .location_aware import location_aware_attention, location_aware_sequence
 from .modules import (
     ConcatAttention,
     DistanceAttention,
@@ -50,6 +50,7 @@ __all__ = [
     "hierarchical_attention",
     "location_attention",
     "location_aware_attention",
+    "location_aware_sequence",
     "statistics_pooling",
     "transpose_csr",
     "word_by_word_attention",

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import Checker, argument, check_activation, check_dropout, mask_of
+from ._checks import Checker, Table, argument, check_activation, check_dropout, check_flag, mask_of
+from ._dropout import dropout_scale
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
-from ._ops import Impl, keeps_exact, under_autocast, use_triton
-from .kernels.inputs import LocationAwareInputs, LocationInputs
+from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton
+from ._softmax import softmax
+from .kernels.inputs import LocationAwareInputs, LocationAwareSequenceInputs, LocationInputs
 
-_TABLE = {
+_TABLE: Table = {
     "query": argument("B A", "first"),
     "key": argument("B Tk A"),
     "value": argument("B Tk Dv"),
@@ -29,6 +31,22 @@ _TABLE = {
     "mask": mask_of("B Tk"),
     "score_bias": argument("B Tk", "bias", optional=True),
 }
+_SEQUENCE: Table = _TABLE | {
+    "query": argument("B Tq A", "first"),
+    "previous": argument("B Tk", optional=True),
+}
+
+
+def _with_features(key: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor) -> Tensor:
+    """The keys of a step: with what the filters make of the last weights.
+
+    The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of its
+    own, which is on by default, and this one follows that of matrix products.
+    """
+    half = conv_weight.shape[1] // 2
+    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
+    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
+    return torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
 
 
 def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
@@ -38,17 +56,37 @@ def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
     key, previous, conv_weight, u = (x.to(wide) for x in (key, previous, conv_weight, u))
     if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
         previous = previous.where(mask, 0)
-    # The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of
-    # its own, which is on by default, and this one follows that of matrix products.
-    half = conv_weight.shape[1] // 2
-    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
-    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
-    key = torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
+    key = _with_features(key, previous, conv_weight, u)
     score = key, None, None, v[:, None], None, None, query
     options = activation, "sigmoid", dropout_p, False
     pooled = LocationInputs(*score, value, score_bias, mask, None, seed, *options)
     out, weights = reference.location_attention(pooled, weights_only=True)
     return out[:, 0], weights[..., 0].to(value.dtype)
+
+
+def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
+    """The weights of all steps on canonical arguments, ``(B, Tq, Tk)`` in at least float32: the loop."""
+    query, key, v, previous, conv_weight, u, score_bias, mask, activation, cumulative = inputs
+    wide = torch.promote_types(key.dtype, torch.float32)
+    query, key, v, conv_weight, u = (x.to(wide) for x in (query, key, v, conv_weight, u))
+    seen = key.new_zeros(key.shape[:2]) if previous is None else previous.to(wide)
+    if mask is not None:  # what may be NaN, before it meets a number
+        seen = seen.where(mask, 0)
+        key = key.masked_fill(~mask[..., None], 0)
+        query = query.masked_fill(~mask.any(1)[:, None, None], 0)
+        score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
+    found, steps = [], query
+    if query.shape[1] == 0:  # a step that is cut off again: so every argument has a gradient, of zeros
+        steps = torch.cat([query, query.new_zeros(query.shape[0], 1, query.shape[2])], 1)
+    for step in steps.unbind(1):
+        z = _with_features(key + step[:, None], seen, conv_weight, u)
+        scores = reference.activate(activation, z) @ v
+        scores = scores if score_bias is None else scores + score_bias
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        weights, _ = softmax(scores, -1)
+        seen = seen + weights if cumulative else weights
+        found.append(weights)
+    return (torch.stack(found, 1)[:, : query.shape[1]],)
 
 
 def _fake(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, ...]:
@@ -78,6 +116,35 @@ _STEP = Operator(
     backward=_bwd,
     fake=_fake,
     formula=_formula,
+)
+
+
+def _fake_walk(inputs: LocationAwareSequenceInputs, need_seen: bool) -> tuple[Tensor, ...]:
+    (B, Tq, _), key = inputs.query.shape, inputs.key
+    seen = (B, Tq + 1, key.shape[1]) if need_seen else (0,)
+    return (
+        key.new_empty(B, Tq, key.shape[1], dtype=torch.float32),
+        key.new_empty(seen, dtype=torch.float32),
+    )
+
+
+def _bwd_walk(inputs: LocationAwareSequenceInputs, *args: Any) -> list[Tensor | None]:
+    weights, seen, dweights, _dseen, _, needs = args
+    run = launcher("location_aware_walk.location_aware_walk_bwd")
+    return cast("list[Tensor | None]", run(inputs, weights, seen, dweights, needs))
+
+
+_WALK = Operator(
+    "location_aware_walk",
+    LocationAwareSequenceInputs,
+    differentiable="query key v previous conv_weight u score_bias",
+    choices="bool need_seen",
+    results="weights seen?need_seen",
+    saved="weights seen",
+    forward=launcher("location_aware_walk.location_aware_walk_fwd"),
+    backward=_bwd_walk,
+    fake=_fake_walk,
+    formula=_weights_of_steps,
 )
 
 
@@ -155,7 +222,7 @@ def location_aware_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    _validate(query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    _validate(_TABLE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
@@ -167,12 +234,87 @@ def location_aware_attention(
     return out, weights
 
 
-def _validate(
+@explicit
+@under_autocast("query", "key", "value", "v", "conv_weight", "u", "previous")
+def location_aware_sequence(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     v: Tensor,
-    previous: Tensor,
+    conv_weight: Tensor,
+    u: Tensor,
+    *,
+    previous: Tensor | None = None,
+    cumulative: bool = False,
+    activation: str = "tanh",
+    mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Location-aware attention of all queries of an utterance, which do not wait for what a step has found.
+
+    .. math:: \alpha_i = softmax_j(v \cdot act(q_i + k_j + f_{ij} U)), \quad f_i = F * p_i, \quad
+        p_{i+1} = \alpha_i \;\text{or}\; p_i + \alpha_i, \quad o_i = \sum_j \alpha_{ij} \, value_j
+
+    As `location_aware_attention` for one query after the other, each with the weights that the last one returned, or
+    with the sum of all so far; here the weights between steps are not rounded to 16 bits. On a GPU one program walks
+    all steps of a sequence over its keys, and the outputs are one matrix product of all weights.
+
+    Parameters
+    ----------
+    query
+        ``(B, Tq, A)``, projected to the width A of the score.
+    key, value, v, conv_weight, u, activation, mask, score_bias, dropout_p, impl
+        As in `location_aware_attention`. The bias is that of every step.
+    previous
+        What the first step sees, ``(B, Tk)``; zeros where None.
+    cumulative
+        A step sees the sum of `previous` and all weights before it (Tacotron 2), not the last weights alone.
+
+    Returns
+    -------
+    (Tensor, Tensor)
+        Outputs ``(B, Tq, Dv)`` and weights ``(B, Tq, Tk)``, as they are before dropout. A sequence without a visible
+        key has zeros in both.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `location_aware_attention`.
+
+    References
+    ----------
+    Chorowski et al. 2015; Shen et al. 2018.
+
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
+    _validate(_SEQUENCE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    tensors = query, key, v, previous, conv_weight, u, score_bias
+    inputs = LocationAwareSequenceInputs(*tensors, mask, activation, check_flag("cumulative", cumulative))
+    if use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
+        weights, _ = _WALK(inputs, may_ask(*tensors))
+    else:
+        (weights,) = _weights_of_steps(inputs)
+    if mask is not None:
+        value = value.masked_fill(~mask[..., None], 0)
+    shares = weights
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+        seq, step, place = (torch.arange(n, device=query.device) for n in weights.shape)
+        scale = dropout_scale(seed, place, seq[:, None, None], step[:, None], float(dropout_p))
+        shares = weights * scale.to(weights.dtype)
+    return (shares @ value.to(weights.dtype)).to(value.dtype), weights.to(value.dtype)
+
+
+def _validate(
+    table: Table,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor,
+    previous: Tensor | None,
     conv_weight: Tensor,
     u: Tensor,
     activation: str,
@@ -181,7 +323,7 @@ def _validate(
     dropout_p: float,
 ) -> None:
     """Check every argument: `concat_attention` would call some by another shape."""
-    check = Checker(_TABLE)
+    check = Checker(table)
     for name, x in (
         ("query", query),
         ("key", key),

@@ -117,6 +117,21 @@ class LocationAwareInputs(NamedTuple):
     dropout_p: float
 
 
+class LocationAwareSequenceInputs(NamedTuple):
+    """Of the weights of all steps of location-aware attention."""
+
+    query: Tensor  # (B, Tq, A)
+    key: Tensor  # (B, Tk, A)
+    v: Tensor  # (A,)
+    previous: Tensor | None  # (B, Tk); None: zeros
+    conv_weight: Tensor  # (C, K), K odd
+    u: Tensor  # (C, A)
+    score_bias: Tensor | None  # (B, Tk)
+    mask: Tensor | None  # bool (B, Tk)
+    activation: str
+    cumulative: bool
+
+
 class GraphInputs(NamedTuple):
     """Of graph attention."""
 

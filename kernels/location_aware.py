@@ -200,6 +200,7 @@ def _aware_fwd_kernel(
         for t0 in range(lo, hi, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             s = tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf"))
+            tl.debug_barrier()  # threads that have the same keys read before one of them writes
             _store_weights(result, row0 + t, exp(s - shift, flags.FMA) * inv, t < hi)
 
 
@@ -314,6 +315,7 @@ class Flags(NamedTuple):
     PRECISION: str  # of products of weights, features and filters, which are float32
     ONE_C: bool  # blocks.C >= C, in the backward
     SPLIT: bool = False  # a sequence has several items
+    SUM: bool = False  # a step sees the sum of all before it: see location_aware_walk.py
     WALK: bool = False  # several steps, and an item is one tile: see location_aware_bwd.py
 
 

@@ -224,6 +224,7 @@ def _aware_bwd_scores_kernel(
                         at = df_ptr + c.to(tl.int64)[:, None] * size.K + place[None, :]
                         some = (c < size.C)[:, None] & (place < size.K)[None, :]
                         old = tl.load(at, mask=some & ((t0 > lo) | (step > 0)), other=0.0)
+                        tl.debug_barrier()  # threads that have the same numbers read before one of them writes
                         tl.store(at, add_product(tl.trans(df), x, old, tl.float32, flags.PRECISION), mask=some)
                         tl.debug_barrier()  # other threads may read it next
                     if made.e is not None:
@@ -276,7 +277,7 @@ class ValuesBlocks(NamedTuple):
 
 
 @rule
-def scores_blocks(chip: Chip, itemsize: int, T: int, size: object) -> Blocks:
+def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool) -> Blocks:
     """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report.
 
     Products in TF32 hold whole filters in registers, so tiles are small: 16 by 64 is 41 instructions an element.
@@ -286,7 +287,8 @@ def scores_blocks(chip: Chip, itemsize: int, T: int, size: object) -> Blocks:
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
     if itemsize == 4:
         filters = pow2(C, 16, 32), pow2(K, 16, 32)
-        return Blocks(*((tile_rows(T, 32), pow2(A, 16, 32)) if even(A) else (16, 16)), *filters, 16, 8)
+        rows = 16 if walk or not even(A) else tile_rows(T, 32)
+        return Blocks(rows, pow2(A, 16, 32 if even(A) else 16), *filters, 16, 8)
     return Blocks(16, pow2(A, 16, 64 if even(A) else 32), 32, 32, 16, 4)
 
 
@@ -311,7 +313,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     query, key, v, previous, conv_weight, u, bias = like
     B, T, (C, K, A, _) = call.seqs, call.length, call.size
     Tq = given.weights.shape[1]
-    blocks = scores_blocks(call.chip, key.element_size(), T, call.size)
+    blocks = scores_blocks(call.chip, key.element_size(), T, call.size, Tq > 1)
     rows, per_seq = (blocks.T, cdiv(T, blocks.T)) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
     a_blocks, c_blocks = cdiv(A, blocks.A), cdiv(C, blocks.C)
     filters = want.conv_weight or want.u
@@ -343,7 +345,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
         [
             (None if made.dq is None else made.dq.view(per_seq, B * Tq, A), query.dtype),
             (made.dv if want.v else None, v.dtype),
-            (made.e, previous.dtype),
+            (made.e, torch.float32 if previous is None else previous.dtype),
             (made.df.view(-1, C, K) if made.df is not None and want.conv_weight else None, conv_weight.dtype),
             (made.du if want.u else None, u.dtype),
         ]

@@ -25,6 +25,7 @@ from fused_attn import (
     hierarchical_attention,
     location_attention,
     location_aware_attention,
+    location_aware_sequence,
     statistics_pooling,
     word_by_word_attention,
 )
@@ -336,6 +337,21 @@ def _two_levels_and_steps() -> None:
         lambda i, **t: location_aware_attention(**t, impl=i),
         lambda B, T: {
             "query": r(B, 4),
+            "key": r(B, T, 4),
+            "value": r(B, T, 4),
+            "v": r(4),
+            "previous": r(B, T),
+            "conv_weight": r(2, 3),
+            "u": r(2, 4),
+            "mask": torch.ones(B, T, dtype=torch.bool),
+            "score_bias": r(B, T),
+        },
+    )
+    add(
+        "location-aware sequence",
+        lambda i, **t: location_aware_sequence(**t, cumulative=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, 4),
             "key": r(B, T, 4),
             "value": r(B, T, 4),
             "v": r(4),

@@ -18,6 +18,9 @@ FUNCTIONS = {
     ],
     recurrent.word_by_word_attention: recurrent._TABLES.values(),
     location_aware.location_aware_attention: [location_aware._TABLE],
+    location_aware.location_aware_sequence: [
+        {name: location_aware._SEQUENCE[name] for name in ("query", "previous")}  # the others as in a step
+    ],
     statistics.statistics_pooling: statistics._TABLES.values(),
 }
 

@@ -1,4 +1,4 @@
-"""Location-aware attention: a step of a decoder.
+"""Location-aware attention: a step of a decoder is timed, an utterance is compiled.
 
 Sizes: B sequences of Tk keys; A of the score, Dv of the values, C filters of width K; padded (0 or 1: a mask). The
 reference makes the keys of the step in PyTorch, as the eager formula does.
@@ -102,6 +102,36 @@ class StepCase(CompileCase):
         location_aware_bwd.location_aware_bwd(inputs, kept, out, weights, needs)
 
 
+@dataclass(frozen=True)
+class WalkCase(StepCase):
+    """All steps of a sequence."""
+
+    Tq: int = 1
+    cumulative: bool = False
+
+    lengths = ("Tk", "Tq")
+
+    def _parts(self) -> tuple[str, ...]:
+        return (*super()._parts(), f"Tq{self.Tq}", "cumulative" * self.cumulative)
+
+    def _launch(self) -> None:
+        from fused_attn.kernels import location_aware_walk
+        from fused_attn.kernels.inputs import LocationAwareSequenceInputs
+
+        B, Tk, A, C, K = self.B, self.Tk, self.A, self.C, self.K
+        shapes = (B, self.Tq, A), (B, Tk, A), (A,), (B, Tk), (C, K), (C, A)
+        inputs = LocationAwareSequenceInputs(
+            *(self._empty(*shape) for shape in shapes),
+            self._empty(B, Tk) if self.bias else None,
+            self._empty(B, Tk, dtype=torch.bool) if self.mask else None,
+            self.activation,
+            self.cumulative,
+        )
+        location_aware_walk.location_aware_walk_fwd(inputs, False)
+        weights, seen = location_aware_walk.location_aware_walk_fwd(inputs, True)
+        location_aware_walk.location_aware_walk_bwd(inputs, weights, seen, weights, [True] * 6 + [self.bias])
+
+
 COMPILED = [
     StepCase(BF16, 64, 150, **_TACOTRON, mask=True),
     StepCase(BF16, 64, 800, **_TACOTRON, mask=True),
@@ -113,12 +143,20 @@ COMPILED = [
     StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, dropout=0.1),
     StepCase(BF16, 8, 1000, 512, 1000, 64, 65, "sigmoid", mask=True, dropout=0.1),
     StepCase(F32, 2, 35, 1, 3, 1, 1, "identity"),
+    # utterances
+    WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True),
+    WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500),
+    WalkCase(BF16, 32, 400, **_LAS, mask=True, bias=True, Tq=50),
+    WalkCase(F16, 30, 20, 100, 50, 3, 5, "relu", Tq=7),
+    WalkCase(F32, 30, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, Tq=7, cumulative=True),
 ]
-BRIEF = COMPILED[1:3]
+BRIEF = [*COMPILED[1:3], COMPILED[-5]]
 VARIED = {
     "aware": [
         StepCase(BF16, 3, 1, 64, 64, 16, 31, mask=True),
         StepCase(F32, 3, 1, 100, 50, 3, 5, mask=True, bias=True, dropout=0.1),
+        WalkCase(BF16, 3, 1, 64, 64, 16, 31, mask=True, Tq=1, cumulative=True),
+        WalkCase(F32, 3, 1, 100, 50, 3, 5, bias=True, Tq=1),
     ]
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    Table,
     argument,
     check_activation,
     check_dropout,
@@ -17,7 +18,7 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..location_aware import location_aware_attention
+from ..location_aware import location_aware_attention, location_aware_sequence
 from ..recurrent import word_by_word_attention
 from ..segments import Offsets
 from ._layers import Attention, counts, factory, project, read
@@ -36,6 +37,9 @@ _STEP = {
     "projected": argument("B Tk attn_dim", optional=True, hint="what project_keys made of key"),
     "mask": mask_of("B Tk"),
 }
+
+
+_UTTERANCE = _STEP | {"query": argument("B Tq query_dim")}
 
 
 class WordByWordAttention(Attention):
@@ -232,8 +236,72 @@ class LocationAwareAttention(Attention):
             As in `location_aware_attention`; also for inputs of other widths, dtypes or devices than the parameters'.
 
         """
+        query, projected, value, v = self._given(_STEP, query, key, value, projected, mask)
+        filters, mix = self._filters()
+        return location_aware_attention(
+            query,
+            projected,
+            value,
+            v,
+            key.new_zeros(key.shape[:2]) if previous is None else previous,
+            filters,
+            mix,
+            activation=self.activation,
+            mask=mask,
+            score_bias=score_bias,
+            dropout_p=self._dropout_p,
+            impl=impl,
+        )
+
+    @explicit
+    def sequence(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        previous: Tensor | None = None,
+        cumulative: bool = False,
+        projected: Tensor | None = None,
+        mask: Tensor | None = None,
+        score_bias: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """All steps of an utterance whose queries, ``(B, Tq, query_dim)``, are known.
+
+        Contexts ``(B, Tq, Dv)`` and weights ``(B, Tq, Tk)``; `previous` is what the first step sees. Arguments are
+        those of a step and of `location_aware_sequence`, as are the errors.
+        """
+        query, projected, value, v = self._given(_UTTERANCE, query, key, value, projected, mask)
+        filters, mix = self._filters()
+        return location_aware_sequence(
+            query,
+            projected,
+            value,
+            v,
+            filters,
+            mix,
+            previous=previous,
+            cumulative=cumulative,
+            activation=self.activation,
+            mask=mask,
+            score_bias=score_bias,
+            dropout_p=self._dropout_p,
+            impl=impl,
+        )
+
+    def _given(
+        self,
+        table: Table,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        projected: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query and keys, checked and projected, values and v."""
         check = module_checker(
-            _STEP,
+            table,
             weight_of(self.key_proj),
             query_dim=width_of(self.query_proj),
             key_dim=width_of(self.key_proj),
@@ -243,17 +311,9 @@ class LocationAwareAttention(Attention):
         check("key", key)
         check("projected", projected)
         projected = self.project_keys(key, mask) if projected is None else projected
-        return location_aware_attention(
-            project(self.query_proj, query),
-            projected,
-            key if value is None else value,
-            read("score", self.score).weight[0],
-            key.new_zeros(key.shape[:2]) if previous is None else previous,
-            read("conv", self.conv).weight[:, 0],
-            read("location_proj", self.location_proj).weight.t(),
-            activation=self.activation,
-            mask=mask,
-            score_bias=score_bias,
-            dropout_p=self._dropout_p,
-            impl=impl,
-        )
+        values = key if value is None else value
+        return project(self.query_proj, query), projected, values, read("score", self.score).weight[0]
+
+    def _filters(self) -> tuple[Tensor, Tensor]:
+        """F and U."""
+        return read("conv", self.conv).weight[:, 0], read("location_proj", self.location_proj).weight.t()

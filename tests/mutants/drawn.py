@@ -31,7 +31,7 @@ TESTS = {
         f"location_window location_window_memory location_numbers location_layouts location_hidden {_LAST}"
     ),
     "blocked/location": _tests("location_window location_numbers location_layouts location_hidden compositions"),
-    "location_aware": _tests(f"location_aware three_families {_LAST}"),
+    "location_aware": _tests(f"location_aware location_aware_sequence three_families {_LAST}"),
     "location": _tests(
         "modules location location_structure location_dropout location_numbers location_layouts "
         "location_hidden errors location_memory location_window "

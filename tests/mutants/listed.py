@@ -2,6 +2,7 @@
 
 from listed_concat import CONCAT
 from listed_kernels import KERNELS
+from listed_location_aware import LOCATION_AWARE
 from listed_python import PYTHON
 
-LISTED = (*KERNELS, *CONCAT, *PYTHON)
+LISTED = (*KERNELS, *CONCAT, *LOCATION_AWARE, *PYTHON)
