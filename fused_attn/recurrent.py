@@ -48,15 +48,14 @@ _TABLES = {packed: _table(packed=packed) for packed in (False, True)}
 
 
 def _fake(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
-    query, key, value, *_, cu_seqlens, _ = inputs
-    *rows, T = query.shape[:-1]
-    weights = (*rows, T, key.shape[-2]) if need_weights else (0,)
-    states = (*rows, T + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1), value.shape[-1])
-    wide = torch.promote_types(value.dtype, torch.float32)
+    premise, hypothesis, w_y, *_ = inputs
+    rows, (D, A) = hypothesis.shape[:-1], w_y.shape
+    wide = torch.promote_types(premise.dtype, torch.float32)
     return (
-        value.new_empty(*query.shape[:-1], value.shape[-1]),
-        value.new_empty(weights, dtype=wide),
-        value.new_empty(states if need_states else (0,), dtype=wide),
+        premise.new_empty(*rows, D),
+        premise.new_empty((*rows, premise.shape[-2]) if need_weights else (0,), dtype=wide),
+        premise.new_empty((*rows, D + A + D) if need_states else (0,), dtype=wide),
+        premise.new_empty((*premise.shape[:-1], A) if need_states else (0,)),
     )
 
 
@@ -65,23 +64,25 @@ def _fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain:
         return cast("tuple[Tensor, ...]", launcher("recurrent.recurrent_fwd")(inputs, need_weights, need_states))
     out, weights = reference.word_by_word_attention(inputs)
     none = weights.new_empty(0)
-    return out.clone(), weights if need_weights else none, none.clone()  # no word: out is an input's
+    # A copy: of no word, out is an input's.
+    return out.clone(), weights if need_weights else none, none.clone(), out.new_empty(0)
 
 
 def _bwd(
     inputs: WordByWordInputs,
-    out: Tensor,
     states: Tensor,
-    dout: Tensor,
+    key: Tensor,
+    dout: Tensor | None,
     dweights: Tensor | None,
     dstates: Tensor | None,
+    dkey: Tensor | None,
     need_weights: bool,
     need_states: bool,
     plain: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not plain:
-        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, states, dout, dweights, needs)
+        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, states, key, dout, dweights, needs)
         return cast("list[Tensor | None]", grads)
     at = [i for i, need in enumerate(needs) if need]
 
@@ -96,11 +97,12 @@ def _bwd(
 _WORD_BY_WORD = Operator(
     "word_by_word",
     WordByWordInputs,
-    differentiable="query key value w w_r w_t state",
+    differentiable="premise hypothesis w_y w_h w_r w w_t state",
     # plain: by the reference, whose loop is not the compiler's to unroll
     choices="bool need_weights, bool need_states, bool plain",
-    results="out weights?need_weights states?need_states",
-    saved="out states",
+    results="out weights?need_weights states?need_states key?need_states",
+    saved="states key",
+    dense=0,
     forward=_fwd,
     backward=_bwd,
     fake=_fake,
@@ -198,19 +200,12 @@ def word_by_word_attention(
         return_weights,
     )
     kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
-    if mask is not None:  # words that may be NaN, before they meet a number
-        (premise,) = reference.hide(mask[..., None], premise)
-    more = premise, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis
-    if kernel:
-        query, key = hypothesis @ w_h, premise @ w_y
-    else:  # what it computes is float32 at least from the first product on
-        wide = torch.promote_types(premise.dtype, torch.float32)
-        query, key = (x.to(wide) @ weight.to(wide) for x, weight in ((hypothesis, w_h), (premise, w_y)))
+    rows = premise, hypothesis, w_y, w_h, w_r, w, w_t, state
+    inputs = WordByWordInputs(*rows, mask, cu_seqlens_premise, cu_seqlens_hypothesis)
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        states = kernel and may_ask(query, key, *more[:5])
-        out, weights, _ = _WORD_BY_WORD(WordByWordInputs(query, key, *more), return_weights, states, not kernel)
+        out, weights, *_ = _WORD_BY_WORD(inputs, return_weights, kernel and may_ask(*rows), not kernel)
     else:
-        out, weights = reference.word_by_word_attention(WordByWordInputs(query, key, *more))
+        out, weights = reference.word_by_word_attention(inputs)
     return (out, weights.to(out.dtype)) if return_weights else out
 
 

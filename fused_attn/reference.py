@@ -408,30 +408,25 @@ def _attend(
 def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     r"""Word-by-word attention on canonical arguments, as `fused_attn.recurrent` passes them.
 
-    .. math:: \alpha_t = softmax_j(w \cdot \tanh(key_j + query_t + r_{t-1} W_r)), \quad
-        r_t = \sum_j \alpha_{tj} \, value_j + \tanh(r_{t-1} W_t)
+    .. math:: \alpha_t = softmax_j(w \cdot \tanh(y_j W_y + h_t W_h + r_{t-1} W_r)), \quad
+        r_t = \sum_j \alpha_{tj} \, y_j + \tanh(r_{t-1} W_t)
 
     The state is r_0, zeros where None. Packed rows are padded here, see `pad`.
 
-    Returns r of every step, ``(B, Th, D)`` or ``(N, D)``, and in at least float32 the weights ``(B, Th, Ty)``, of
+    Returns r of every step, ``(B, Th, D)`` or ``(M, D)``, and in at least float32 the weights ``(B, Th, Ty)``, of
     which packed rows have none, ``(0,)``.
     """
-    query, key, value, w, w_r, w_t, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
+    value, hypothesis, *weights_of, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
+    if mask is not None:  # words that may be NaN, before they meet a number
+        (value,) = hide(mask[..., None], value)
+    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    rows = value, hypothesis, *weights_of
+    value, hypothesis, w_y, w_h, w_r, w, w_t = (x.to(wide) for x in rows)  # before they overflow
+    key, query = value @ w_y, hypothesis @ w_h
     if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
-        rows = query.shape[0]
         (key, value), mask = pad(cu_seqlens_premise, key, value)
         (query,), _ = pad(cu_seqlens_hypothesis, query)
-        out, weights = word_by_word_attention(
-            WordByWordInputs(query, key, value, w, w_r, w_t, state, mask, None, None)
-        )
-        seq, t = positions(1, rows, cu_seqlens_hypothesis, query.device)
-        return out[seq[0], t[0]], weights.new_zeros(0)
-    hidden = None
-    if mask is not None:
-        hidden = ~mask
-        key, value = hide(mask[..., None], key, value)
-    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
-    query, key, value, w, w_r, w_t = (x.to(wide) for x in (query, key, value, w, w_r, w_t))  # before they overflow
+    hidden = None if mask is None else ~mask
     r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
     outs, all_weights, words = [], [], query
     if query.shape[1] == 0:  # a step that is cut off again: so every argument has a gradient, of zeros
@@ -447,6 +442,9 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
         outs.append(r)
         all_weights.append(weights)
     out, weights = (torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights))
+    if cu_seqlens_hypothesis is not None:
+        seq, t = positions(1, hypothesis.shape[0], cu_seqlens_hypothesis, query.device)
+        out, weights = out[seq[0], t[0]], weights.new_zeros(0)
     return out.to(dtype), weights
 
 

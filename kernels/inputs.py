@@ -88,11 +88,12 @@ class GeneralInputs(NamedTuple):
 class WordByWordInputs(NamedTuple):
     """Of word-by-word attention."""
 
-    query: Tensor  # (B, Th, A) or (N, A): the hypothesis
-    key: Tensor  # (B, Ty, A) or (N, A): the premise
-    value: Tensor  # (B, Ty, D) or (N, D)
-    w: Tensor  # (A,)
+    premise: Tensor  # (B, Ty, D) or (N, D)
+    hypothesis: Tensor  # (B, Th, Dh) or (M, Dh)
+    w_y: Tensor  # (D, A)
+    w_h: Tensor  # (Dh, A)
     w_r: Tensor  # (D, A)
+    w: Tensor  # (A,)
     w_t: Tensor  # (D, D)
     state: Tensor | None  # (B, D)
     mask: Tensor | None  # bool (B, Ty)

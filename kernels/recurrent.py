@@ -1,14 +1,15 @@
 """Word-by-word attention (Rocktäschel et al. 2016): an additive score whose query holds the last result.
 
-With key = Y W_y and query = H W_h made before, and t the words of the hypothesis, j those of the premise:
+With key = Y W_y and query = H W_h made before, one product each, and t the words of the hypothesis, j those of the
+premise:
 
     c_t  = query_t + r_{t-1} W_r              s_tj = w · tanh(key_j + c_t)
     α_t  = softmax_j(s_t)                     r_t  = Σ_j α_tj value_j + tanh(r_{t-1} W_t)
 
 Step t needs all of r_{t-1}, so one program walks all steps of a sequence. r goes from step to step through global
 memory (float32, and a barrier): there a product with a weight reads it in any layout, and nothing limits its width.
-Those of all steps stay where a gradient may be asked for, else two rows in turn, which stay in cache. The
-weights stream from cache, a block of rows at a time.
+Those of all steps stay where a gradient may be asked for, each with its c and tanh(r W_t), for the backward; else two
+rows in turn, which stay in cache. The weights stream from cache, a block of rows at a time.
 
 - `HELD`: keys and values of the premise are loaded once, and stay on chip for all steps. For premises of at most
   `limit` words and widths that registers hold.
@@ -18,10 +19,10 @@ weights stream from cache, a block of rows at a time.
   the sequences that are its own.
 
 The scores of a step are all there before the sum, so the softmax has its final maximum; no lse is kept, the backward
-(recurrent_bwd.py) makes them again from c, which one matrix product gives it for all steps at once.
+(recurrent_bwd.py) makes them again from c.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,8 +74,8 @@ def _recurrent_fwd_kernel(
     q_spans,
     k_spans,
     first_ptr,  # (S, D): r before the first step, or None
-    state_ptr,  # float32 (B, Th + 1, D) or packed (N + S, D): r before and after each step; or (S, slots, D)
-    scratch,
+    state_ptr,  # float32 (B, Th, W) or packed (N, W): r before each step, its c and tanh(r W_t); or (S, slots, W)
+    s_ptr,  # (B, Ty) float32: scores, for what is not held
     result,
     Th,
     Ty,
@@ -105,24 +106,28 @@ def _recurrent_fwd_kernel(
         values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
         w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
     else:
-        c_ptr = scratch.c + seq * size.A
-        s_ptr = scratch.s + seq * Ty + k_start
+        s_ptr += seq * Ty + k_start
 
     kept = slots == 0
-    state_ptr += tl.where(kept, seq * (Th + 1) + q_start, seq * slots) * size.D
+    width = size.D + size.A + size.D
+    state_ptr += tl.where(kept, seq * Th + q_start, seq * slots) * width
     for d0 in range(0, size.D, blocks.D):
         i = d0 + tl.arange(0, blocks.D)
         r = tl.zeros([blocks.D], tl.float32)
         if first_ptr is not None:
             r += tl.load(first_ptr + seq * size.D + i, mask=i < size.D, other=0.0).to(tl.float32)
-        tl.store(state_ptr + i, r, mask=(i < size.D) & own)
+        tl.store(state_ptr + i, r, mask=(i < size.D) & (steps > 0))
     tl.debug_barrier()
     for t in range(0, steps):
-        last_ptr = state_ptr + tl.where(kept, t, t % 2) * size.D
-        next_ptr = state_ptr + tl.where(kept, t + 1, (t + 1) % 2) * size.D
+        last_ptr = state_ptr + tl.where(kept, t, t % 2).to(tl.int64) * width
+        next_ptr = state_ptr + tl.where(kept, t + 1, (t + 1) % 2).to(tl.int64) * width
+        c_ptr = last_ptr + size.D
+        u_ptr = c_ptr + size.A
+        more = t + 1 < steps
         if flags.HELD:
             c = tl.load(q_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
             c += vector_matrix(last_ptr, w_r, a, size.D, size.A, blocks.K)
+            tl.store(c_ptr + a, c, mask=a < size.A)
             s = tl.sum(rounded_product(w[None, :], tanh(key.to(tl.float32) + c[None, :], flags.FAST)), axis=1)
             s = tl.where(keep, s, float("-inf"))
             if flags.ONCE:
@@ -132,9 +137,10 @@ def _recurrent_fwd_kernel(
             if weights_ptr is not None:
                 tl.store(weights_ptr + j, p * inv, mask=j < length)
             r = tl.sum(p[:, None] * values.to(tl.float32), axis=0) * inv
-            # Not flags.FAST: this term goes from step to step, and the backward makes it again with PyTorch.
-            r += tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)
-            tl.store(next_ptr + d, r, mask=d < size.D)
+            u = tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)  # no FAST: it is carried on
+            r += u
+            tl.store(u_ptr + d, u, mask=d < size.D)
+            tl.store(next_ptr + d, r, mask=(d < size.D) & more)
             tl.store(out_ptr + d, r.to(out_ptr.dtype.element_ty), mask=d < size.D)
         else:
             for a0 in range(0, size.A, blocks.A):
@@ -164,8 +170,10 @@ def _recurrent_fwd_kernel(
                     values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
                     r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
                 r *= inv
-                r += tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)  # as above
-                tl.store(next_ptr + d, r, mask=d < size.D)
+                u = tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)  # as above
+                r += u
+                tl.store(u_ptr + d, u, mask=d < size.D)
+                tl.store(next_ptr + d, r, mask=(d < size.D) & more)
                 tl.store(out_ptr + d, r.to(out_ptr.dtype.element_ty), mask=d < size.D)
             if weights_ptr is not None:
                 for n0 in range(0, length, blocks.N):
@@ -247,13 +255,6 @@ class Flags(NamedTuple):
     HELD: bool  # keys and values of a premise stay on chip
 
 
-class Scratch(NamedTuple):
-    """Float32, for what is not held."""
-
-    c: Tensor  # (S, A)
-    s: Tensor  # (B, Ty)
-
-
 class Result(NamedTuple):
     """What the forward leaves."""
 
@@ -266,79 +267,84 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
+    packed: bool
     size: Size
     flags: Flags
-    args: dict[str, object]
+    args: dict[str, Any]
 
 
-def prepare(inputs: WordByWordInputs) -> Call:
-    """Arguments by the kernels' names."""
-    query, key, value, w, w_r, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
-    chip, packed = chip_of(query.device), cu_seqlens_premise is not None
-    query, key, value, w_r, w_t = (unit(x) for x in (query, key, value, w_r, w_t))
-    premise, hypothesis = (x if x is None else x.contiguous() for x in (cu_seqlens_premise, cu_seqlens_hypothesis))
-    seqs = cu_seqlens_premise.numel() - 1 if packed else query.shape[0]
-    size = Size(query.shape[-1], value.shape[-1])
+def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
+    """Arguments by the kernels' names; key: the premise, projected."""
+    value, hypothesis, *_, w_r, w, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
+    chip, packed = chip_of(value.device), cu_seqlens_premise is not None
+    value, w_r, w_t = (unit(x) for x in (value, w_r, w_t))
+    spans = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_hypothesis, cu_seqlens_premise))
+    seqs = cu_seqlens_premise.numel() - 1 if packed else value.shape[0]
+    size = Size(w.shape[0], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
     flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False)
     args = {
-        "q": sequences(query, packed=packed),
         "k": sequences(key, packed=packed),
         "value": sequences(value, packed=packed),
         "w_ptr": w.contiguous(),
         "w_r": matrix(w_r),
         "w_t": matrix(w_t),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
-        "q_spans": Spans(hypothesis),
-        "k_spans": Spans(premise),
+        **dict(zip(("q_spans", "k_spans"), spans, strict=True)),
         "size": size,
-        "Th": 0 if packed else query.shape[1],
-        "Ty": 0 if packed else key.shape[1],
+        "Th": 0 if packed else hypothesis.shape[1],
+        "Ty": 0 if packed else value.shape[1],
     }
-    return Call(chip, seqs, size, flags, args)
+    return Call(chip, seqs, packed, size, flags, args)
 
 
-def launch_forms(kernel, call: Call, per_element: int, longest: int, packed: bool, **more: object) -> None:
-    """Launch the held form, the streamed one, or both, a program a sequence, so that each sequence has its own.
+def forms(call: Call, per_element: int, longest: int) -> list[tuple[int, Blocks]]:
+    """What is to be launched: of each form the longest premise that it holds on chip (-1: none), and its blocks.
 
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
     """
     A, D = call.size
-    usual = cdiv(2 * longest, call.seqs) if packed else longest
+    usual = cdiv(2 * longest, call.seqs) if call.packed else longest
     held = held_blocks(call.chip, per_element, usual, A, D)
-    limit = -1 if held is None else held.N
-    forms = [(True, held)] if held is not None and (packed or longest <= limit) else []
-    if longest > limit:
-        forms.append((False, stream_blocks(call.chip, per_element, longest, A, D)))
-    limit = limit if forms[0][0] else -1
-    args = {**call.args, **more, "limit": limit}
-    for is_held, blocks in forms:
-        args["flags"] = constants(call.flags._replace(HELD=is_held))
+    made = [(held.N, held)] if held is not None and (call.packed or longest <= held.N) else []
+    if held is None or longest > held.N:
+        made.append((-1, stream_blocks(call.chip, per_element, longest, A, D)))
+    return made
+
+
+def launch_forms(kernel, call: Call, chosen: list[tuple[int, Blocks]], **more: object) -> None:
+    """Launch the held form, the streamed one, or both, a program a sequence, so that each sequence has its own."""
+    args = {**call.args, **more, "limit": chosen[0][0]}
+    for holds, blocks in chosen:
+        args["flags"] = constants(call.flags._replace(HELD=holds >= 0))
         launch(kernel, (call.seqs,), args, blocks, **all_registers(call.chip))
 
 
-def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, weights, states): the first as `fused_attn.reference.word_by_word_attention` has them.
+def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool) -> tuple[Tensor, ...]:
+    """(out, weights, states, key): the first as `fused_attn.reference.word_by_word_attention` has them.
 
-    states: r before and after each step in float32, ``(B, Th + 1, D)`` or packed ``(N + S, D)``. They and the weights
-    (of padded batches only) are written only where they are needed, else they are empty.
+    states: in float32 r before each step, its c and tanh(r W_t), ``(B, Th, D + A + D)`` or packed. key: the premise,
+    projected. They, and the weights (of padded batches only), are empty where they are not needed.
     """
-    call = prepare(inputs)
-    query, key, value, *_, state, _, cu_seqlens_premise, _ = inputs
-    packed = cu_seqlens_premise is not None
+    premise, hypothesis, w_y, w_h, *_, state, _, _, _ = inputs
+    key = premise @ w_y
+    call = prepare(inputs, key)
+    (A, D), rows = call.size, hypothesis.shape[:-1]
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
+        return torch.empty(shape, dtype=torch.float32, device=premise.device)
 
-    out = torch.empty(*query.shape[:-1], call.size.D, dtype=value.dtype, device=query.device)
-    weights = empty(*query.shape[:-1], key.shape[-2]) if need_weights else empty(0)
-    rows = (query.shape[0] + call.seqs,) if packed else (call.seqs, query.shape[1] + 1)
-    states = empty(*(rows if need_states else (call.seqs, 2)), call.size.D)
+    out = premise.new_empty(*rows, D)
+    weights = empty(*rows, premise.shape[-2]) if need_weights else empty(0)
+    states = empty(*(rows if need_states else (call.seqs, 2)), D + A + D)
     if out.numel():
-        result = Result(out, weights if need_weights else None)
-        scratch = Scratch(empty(call.seqs, call.size.A), empty(*key.shape[:-1]))
-        first = None if state is None else state.contiguous()
-        more = {"scratch": scratch, "first_ptr": first, "state_ptr": states, "result": result}
-        more["slots"] = 0 if need_states else 2
-        launch_forms(_recurrent_fwd_kernel, call, 1, key.shape[-2], packed, **more)
-    return out, weights, states if need_states else empty(0)
+        more = {
+            "q": sequences(hypothesis @ w_h, packed=call.packed),
+            "s_ptr": empty(*premise.shape[:-1]),
+            "first_ptr": None if state is None else state.contiguous(),
+            "state_ptr": states,
+            "result": Result(out, weights if need_weights else None),
+            "slots": 0 if need_states else 2,
+        }
+        launch_forms(_recurrent_fwd_kernel, call, forms(call, 1, premise.shape[-2]), **more)
+    return (out, weights, states, key) if need_states else (out, weights, empty(0), key.new_empty(0))

@@ -8,10 +8,9 @@ that of the returned weights, from the last step to the first:
     du_t  = δr_t ⊙ (1 - u_t²)                      δr_{t-1} = dr_{t-1} + dc_t W_rᵀ + du_t W_tᵀ
     dkey_j = Σ_t dz_tj,  dvalue_j = Σ_t α_tj δr_t,  dw = Σ_tj ds_tj M_tj
 
-r_{t-1} W_r and r_{t-1} W_t of all steps are one matrix product before the kernel: the forward has left all r. The
-kernel puts dc and du in their places, and one product more gives the gradients of both weights, dW_r = Σ_t r_{t-1}ᵀ
-dc_t, dW_t = Σ_t r_{t-1}ᵀ du_t. What is left to the kernel is what one step needs of the next. Nothing of size
-Th·Ty·A exists; sums have a fixed order.
+The forward has left r, c and u of all steps. Of dkey, dc and du recurrent_weights.py makes the gradients of the
+weights, and one product each those of premise and hypothesis. What is left to the kernel is what one step needs of
+the next. Nothing of size Th·Ty·A exists; sums have a fixed order.
 
 The two forms are those of the forward. `HELD` keeps dkey and dvalue on chip beside keys and values, the other adds to
 them in global memory, each number by the one program that has its sequence. All scores of a step are made before its
@@ -26,39 +25,59 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import Matrix, sequence_ptr
-from .chip import LENGTHS
+from .arguments import sequence_ptr, sequences
+from .chip import LENGTHS, unit
 from .inputs import WordByWordInputs
 from .location import add_rows, load_rows, store_rows
 from .masks import sequence_of
-from .recurrent import launch_forms, premise_keys, prepare, score_tile, vector_matrix
+from .recurrent import forms, launch_forms, premise_keys, prepare, score_tile
+from .recurrent_weights import weight_parts
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 from .sums import sums
 
 
 class Given(NamedTuple):
-    """What PyTorch has made, float32."""
+    """What the forward left, and gradients of its results; None where they have none."""
 
-    z: Tensor  # (B, Th + 1, A + D) or packed (N + S, A + D): r W_r and r W_t, become dc and du, of the last r 0
-    dweights: Tensor | None  # (B, Th, Ty)
+    states: Tensor  # float32 (B, Th, D + A + D), or packed: r before each step, its c and u
+    dout: Tensor | None  # (B, Th, D)
+    dweights: Tensor | None  # (B, Th, Ty) float32
 
 
 class Scratch(NamedTuple):
-    """Scores and their gradients, (B, Ty) float32, for what is not held."""
+    """Float32."""
 
-    s: Tensor
+    step: Tensor  # (S, D + A + D): δr, dc and du of a step
+    s: Tensor  # (B, Ty): scores and their gradients, for what is not held
     g: Tensor
 
 
 class Made(NamedTuple):
-    """Gradients, in float32 but for dq."""
+    """Gradients, in the inputs' dtype."""
 
-    dr: Tensor  # (B, Th, D): dr, becomes δr
-    dq: Tensor  # (B, Th, A)
-    dk: Tensor  # (B, Ty, A)
-    dvalue: Tensor  # (B, Ty, D)
-    dw: Tensor  # (S, A)
-    dstate: Tensor  # (S, D)
+    dz: Tensor  # (B, Th, A + D): [dc du]
+    dk: Tensor  # (B, Ty, A), float32 where it is streamed
+    dvalue: Tensor  # (B, Ty, D), as dk
+    dw: Tensor  # (S, A) float32
+    dstate: Tensor | None  # (S, D)
+
+
+@triton.jit
+def matrix_vector(
+    w,  # (rows, K)
+    x_ptr,  # (K,) float32
+    i,  # [BLOCK]
+    rows,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows i of W x, [BLOCK] float32; one reduction over threads, after all columns."""
+    acc = tl.zeros([i.shape[0], BLOCK_K], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        acc += x[None, :] * load_rows(w.ptr + i.to(tl.int64) * w.stride, i < rows, k, K).to(tl.float32)
+    return tl.sum(acc, axis=1)
 
 
 @triton.jit
@@ -86,12 +105,11 @@ def _zero_rows(ptr, length, width, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _recurrent_bwd_kernel(
-    q,  # (B, Th, A), or packed
-    k,  # (B, Ty, A)
+    k,  # (B, Ty, A), or packed
     value,  # (B, Ty, D)
     w_ptr,  # (A,)
-    w_r,  # (A, D): W_r transposed
-    w_t,  # (D, D): W_t transposed
+    w_r,  # (D, A)
+    w_t,  # (D, D)
     mask,  # (B, Ty) or None
     q_spans,
     k_spans,
@@ -110,7 +128,6 @@ def _recurrent_bwd_kernel(
     k_start, length = sequence_of(seq, k_spans, Ty)
     own = (length <= limit) == flags.HELD
     steps = tl.where(own, steps, 0)
-    q_ptr = sequence_ptr(q, seq, q_start)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
     q_row0 = seq * Th + q_start  # packed: Th = Ty = 0
@@ -118,10 +135,18 @@ def _recurrent_bwd_kernel(
     dk_ptr = made.dk + k_row0 * size.A
     dvalue_ptr = made.dvalue + k_row0 * size.D
     dw_ptr = made.dw + seq * size.A
-    width = size.A + size.D
-    z_ptr = given.z + (q_row0 + seq) * width  # a row more a sequence
-    _zero_rows(z_ptr + steps.to(tl.int64) * width, own.to(tl.int32), width, 1, blocks.D)
-    _zero_rows(made.dstate + seq * size.D, own.to(tl.int32), size.D, 1, blocks.D)
+    dr_ptr = scratch.step + seq * (size.D + size.A + size.D)
+    dc_ptr = dr_ptr + size.D
+    du_ptr = dc_ptr + size.A
+    for d0 in range(0, size.D, blocks.D):
+        d = d0 + tl.arange(0, blocks.D)
+        dr = tl.zeros([blocks.D], tl.float32)
+        if given.dout is not None:
+            last_ptr = given.dout + (q_row0 + steps - 1) * size.D
+            dr += tl.load(last_ptr + d, mask=(d < size.D) & (steps > 0), other=0.0).to(tl.float32)
+        tl.store(dr_ptr + d, dr, mask=(d < size.D) & own)
+    if made.dstate is not None:
+        _zero_rows(made.dstate + seq * size.D, own.to(tl.int32), size.D, 1, blocks.D)
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -143,17 +168,13 @@ def _recurrent_bwd_kernel(
 
     for back in range(0, steps):
         t = steps - 1 - back
-        row = q_row0 + t
-        z_row = z_ptr + t.to(tl.int64) * width
-        u_row = z_row + size.A
-        q_row = q_ptr + t.to(tl.int64) * q.stride_t
-        dq_row = made.dq + row * size.A
-        dr_row = made.dr + row * size.D
+        c_ptr = given.states + (q_row0 + t) * (size.D + size.A + size.D) + size.D
+        u_ptr = c_ptr + size.A
+        dz_ptr = made.dz + (q_row0 + t) * (size.A + size.D)
         pairs = (seq * Th + t) * Ty
         if flags.HELD:
-            c = tl.load(q_row + a, mask=a < size.A, other=0.0).to(tl.float32)
-            c += tl.load(z_row + a, mask=a < size.A, other=0.0)
-            dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
+            c = tl.load(c_ptr + a, mask=a < size.A, other=0.0)
+            dr = tl.load(dr_ptr + d, mask=d < size.D, other=0.0)
             y = tanh(key.to(tl.float32) + c[None, :], flags.FAST)
             s = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))
             g = tl.sum(rounded_product(dr[None, :], values.to(tl.float32)), axis=1)
@@ -167,26 +188,21 @@ def _recurrent_bwd_kernel(
             dval += p[:, None] * dr[None, :]
             dw += tl.sum(ds[:, None] * y, axis=0)
             dc = tl.sum(dz, axis=0)
-            tl.debug_barrier()  # z has been read
-            tl.store(z_row + a, dc, mask=a < size.A)
-            tl.store(dq_row + a, dc.to(dq_row.dtype.element_ty), mask=a < size.A)
+            tl.store(dc_ptr + a, dc, mask=a < size.A)
+            tl.store(dz_ptr + a, dc.to(dz_ptr.dtype.element_ty), mask=a < size.A)
         else:
-            for a0 in range(0, size.A, blocks.A):
-                a = a0 + tl.arange(0, blocks.A)
-                _add(z_row + a, tl.load(q_row + a, mask=a < size.A, other=0.0).to(tl.float32), a < size.A)
-            tl.debug_barrier()
             m = tl.full([1], float("-inf"), tl.float32)
             l = tl.zeros([1], tl.float32)
             mean = tl.zeros([1], tl.float32)  # Σ α g, times l
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask, seq)
-                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, z_row, w_ptr, size.A, flags.FAST, blocks.A)
+                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 g = tl.zeros([blocks.N], tl.float32)
                 for d0 in range(0, size.D, blocks.D):
                     d = d0 + tl.arange(0, blocks.D)
                     values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D).to(tl.float32)
-                    dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
+                    dr = tl.load(dr_ptr + d, mask=d < size.D, other=0.0)
                     g += tl.sum(rounded_product(dr[None, :], values), axis=1)
                 if given.dweights is not None:
                     g += tl.load(given.dweights + pairs + j, mask=keep, other=0.0)
@@ -200,7 +216,7 @@ def _recurrent_bwd_kernel(
             tl.debug_barrier()
             for a0 in range(0, size.A, blocks.A):
                 a = a0 + tl.arange(0, blocks.A)
-                c = tl.load(z_row + a, mask=a < size.A, other=0.0)
+                c = tl.load(c_ptr + a, mask=a < size.A, other=0.0)
                 w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
                 dc = tl.zeros([blocks.A], tl.float32)
                 dw = tl.zeros([blocks.A], tl.float32)
@@ -215,13 +231,12 @@ def _recurrent_bwd_kernel(
                     dc += tl.sum(dz, axis=0)
                     dw += tl.sum(ds[:, None] * y, axis=0)
                     add_rows(dk_ptr + j.to(tl.int64) * size.A, dz, keep, a, size.A)
-                tl.debug_barrier()  # z has been read
-                tl.store(z_row + a, dc, mask=a < size.A)
-                tl.store(dq_row + a, dc.to(dq_row.dtype.element_ty), mask=a < size.A)
+                tl.store(dc_ptr + a, dc, mask=a < size.A)
+                tl.store(dz_ptr + a, dc.to(dz_ptr.dtype.element_ty), mask=a < size.A)
                 _add(dw_ptr + a, dw, a < size.A)
             for d0 in range(0, size.D, blocks.D):
                 d = d0 + tl.arange(0, blocks.D)
-                dr = tl.load(dr_row + d, mask=d < size.D, other=0.0)
+                dr = tl.load(dr_ptr + d, mask=d < size.D, other=0.0)
                 for n0 in range(0, length, blocks.N):
                     j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask, seq)
@@ -229,15 +244,22 @@ def _recurrent_bwd_kernel(
                     add_rows(dvalue_ptr + j.to(tl.int64) * size.D, p[:, None] * dr[None, :], keep, d, size.D)
         for d0 in range(0, size.D, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
-            u = tanh(tl.load(u_row + d, mask=d < size.D, other=0.0), False)
-            tl.store(u_row + d, tl.load(dr_row + d, mask=d < size.D, other=0.0) * (1.0 - u * u), mask=d < size.D)
+            u = tl.load(u_ptr + d, mask=d < size.D, other=0.0)
+            du = tl.load(dr_ptr + d, mask=d < size.D, other=0.0) * (1.0 - u * u)
+            tl.store(du_ptr + d, du, mask=d < size.D)
+            tl.store(dz_ptr + size.A + d, du.to(dz_ptr.dtype.element_ty), mask=d < size.D)
         tl.debug_barrier()
         for d0 in range(0, size.D, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
-            from_c = vector_matrix(z_row, w_r, d, size.A, size.D, blocks.K)
-            from_u = vector_matrix(u_row, w_t, d, size.D, size.D, blocks.K)
-            _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))
-            tl.store(made.dstate + seq * size.D + d, from_c + from_u, mask=(d < size.D) & (t == 0))
+            dr = matrix_vector(w_r, dc_ptr, d, size.D, size.A, blocks.K)
+            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, blocks.K)
+            if made.dstate is not None:
+                dstate = dr.to(made.dstate.dtype.element_ty)
+                tl.store(made.dstate + seq * size.D + d, dstate, mask=(d < size.D) & (t == 0))
+            if given.dout is not None:
+                next_ptr = given.dout + (q_row0 + t - 1) * size.D
+                dr += tl.load(next_ptr + d, mask=(d < size.D) & (t > 0), other=0.0).to(tl.float32)
+            tl.store(dr_ptr + d, dr, mask=d < size.D)
         tl.debug_barrier()
 
     if flags.HELD:
@@ -253,35 +275,51 @@ def _recurrent_bwd_kernel(
 
 
 def recurrent_bwd(
-    inputs: WordByWordInputs, states: Tensor, dout: Tensor, dweights: Tensor | None, needs: list[bool]
+    inputs: WordByWordInputs,
+    states: Tensor,
+    key: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (query, key, value, w, w_r, w_t, state), None where `needs` is False; states: see the forward."""
-    query, key, value, w, w_r, w_t, _, _, cu_seqlens_premise, _ = inputs
-    call = prepare(inputs)
+    """Gradients of (premise, hypothesis, w_y, w_h, w_r, w, w_t, state), None where `needs` is False.
+
+    states, key: see the forward.
+    """
+    premise, hypothesis, w_y, w_h, *_ = inputs
+    call = prepare(inputs, key)
     A, D = call.size
-    if dout.numel() == 0:
-        shapes = *(x.shape for x in inputs[:6]), (call.seqs, D)  # type: ignore[union-attr]
-        pairs = zip(inputs, shapes, needs, strict=False)
-        return [value.new_zeros(shape, dtype=x.dtype) if need else None for x, shape, need in pairs]
+    if states.numel() == 0:
+        shapes = [x if x is None else x.shape for x in inputs[:8]]
+        return [premise.new_zeros(x) if need and x else None for x, need in zip(shapes, needs, strict=True)]
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
+        return torch.empty(shape, dtype=torch.float32, device=premise.device)
 
-    by_column = torch.cat([w_r.t(), w_t.t()])  # (A + D, D)
-    z = states @ by_column.float().t()
-    dr, dq = empty(*dout.shape).copy_(dout), torch.empty_like(query, memory_format=torch.contiguous_format)
-    dk, dval, dw, dstate = empty(*key.shape), empty(*value.shape), empty(call.seqs, A), empty(call.seqs, D)
+    rows, words = hypothesis.shape[:-1], premise.shape[:-1]
+    chosen = forms(call, 4, premise.shape[-2])
+    dtype = premise.dtype if all(holds >= 0 for holds, _ in chosen) else torch.float32  # which is added to
+    dz, dw = premise.new_empty(*rows, A + D), empty(call.seqs, A)
+    dk, dpremise = (premise.new_empty(*words, width, dtype=dtype) for width in (A, D))
+    dstate = premise.new_empty(call.seqs, D) if needs[7] else None
+    dout, dweights = (x if x is None else x.contiguous() for x in (dout, dweights))
     more = {
-        "w_r": Matrix(by_column[:A], D),
-        "w_t": Matrix(by_column[A:], D),
-        "given": Given(z, None if dweights is None else dweights.float().contiguous()),
-        "scratch": Scratch(empty(*key.shape[:-1]), empty(*key.shape[:-1])),
-        "made": Made(dr, dq, dk, dval, dw, dstate),
+        "given": Given(states, dout, dweights),
+        "scratch": Scratch(empty(call.seqs, D + A + D), empty(*words), empty(*words)),
+        "made": Made(dz, dk, dpremise, dw, dstate),
     }
-    launch_forms(_recurrent_bwd_kernel, call, 4, key.shape[-2], cu_seqlens_premise is not None, **more)
-    (dw_sum,) = sums([(dw if needs[3] else None, w.dtype)])
-    of_weights = states.flatten(0, -2).t() @ z.flatten(0, -2) if needs[4] or needs[5] else empty(D, A + D)
-    # Copies, which casts are anyhow: of one row both would be contiguous views of one tensor.
-    of_r, of_t = (g.to(x.dtype, copy=True) for g, x in ((of_weights[:, :A], w_r), (of_weights[:, A:], w_t)))
-    made = (dq, dk, dval, dw_sum, of_r, of_t, dstate)
-    return [g.to(x.dtype) if need else None for g, x, need in zip(made, inputs, needs, strict=False)]
+    launch_forms(_recurrent_bwd_kernel, call, chosen, **more)
+    dk, dpremise, dq = dk.to(premise.dtype), dpremise.to(premise.dtype), dz[..., :A]
+    pairs = [
+        (call.args["value"], dk) if needs[2] else None,
+        (sequences(unit(hypothesis), packed=call.packed), dq) if needs[3] else None,
+        (sequences(states[..., :D], packed=call.packed), dz) if needs[4] or needs[6] else None,
+    ]
+    parts = weight_parts(call.chip, call.args["mask"], premise.dtype, pairs)
+    of_r, of_t = (None, None) if parts[2] is None else (parts[2][..., :A], parts[2][..., A:])
+    todo = (parts[0], parts[1], of_r if needs[4] else None, dw if needs[5] else None, of_t if needs[6] else None)
+    of_weights = sums([(x, premise.dtype) for x in todo])
+    if needs[0]:  # in place: else what is added is copied first
+        dpremise.view(-1, D).addmm_(dk.view(-1, A), w_y.t())
+    dhypothesis = dq @ w_h.t() if needs[1] else None
+    return [g if need else None for g, need in zip((dpremise, dhypothesis, *of_weights, dstate), needs, strict=True)]

@@ -94,6 +94,14 @@ def test_one_gradient_alone_is_that_of_the_reference(name, device):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+def test_gradients_of_weights_are_sums_of_all_parts_of_rows(ragged, device):
+    """In the interpreter a part is 64 rows, and a tile 16 by 16: here there are several of both."""
+    shape = {"premise": 300, "hypothesis": 150} if ragged else {"batch": 10, "premise": 15, "hypothesis": 15}
+    check(Case(**shape, dim=17, attn_dim=18, hypothesis_dim=33, ragged=ragged), device)
+
+
+@pytest.mark.kernel
 @held_and_streamed
 @pytest.mark.parametrize("through", [("output",), ("weights",)], ids=["output", "weights"])
 def test_gradients_through_one_result_alone_are_those_of_the_reference(through, case, device):
@@ -263,44 +271,16 @@ def test_masked_words_are_never_read_and_have_zero_gradients(fill, case, impl, d
 
 
 @pytest.mark.kernel
-@held_and_streamed
-def test_raw_operators_read_no_masked_key_or_value(case, device):
-    """The function above clears the premise before it projects it; the kernels do not rely on that."""
-    t = case.tensors(device)
-    clean = raw(case, t)
-    hidden = ~t["mask"]
-    t["key"], t["value"] = clean[0]["key"].clone(), clean[0]["value"].clone()
-    t["key"][hidden] = t["value"][hidden] = torch.nan
-    for got, want in zip(raw(case, t)[1], clean[1], strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.kernel
 def test_gradients_of_two_weights_of_one_column_are_two_tensors(device):
     """The compiler may write to one of them."""
     case = Case(dim=1, attn_dim=1, mask="some", state=True)
-    grads = raw(case, case.tensors(device))[1][2:]
+    t = case.tensors(device)
+    given = [t[name] for name in (*FLOATING, "mask")] + [None, None]
+    _, _, states, key = torch.ops.fused_attn.word_by_word_fwd(*given, True, True, False)
+    dout, dweights = torch.ones_like(t["hypothesis"][..., :1]), None
+    starts, choices = (dout, dweights, None, None), (True, True, False, [True] * 8)
+    grads = torch.ops.fused_attn.word_by_word_bwd(*starts, *given, states, key, *choices)
     assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
-
-
-def raw(case, t):
-    """The arguments of the raw forward by name, and its results with the gradients of the raw backward."""
-    made = {
-        "query": t["hypothesis"] @ t["w_h"],
-        "key": t["premise"] @ t["w_y"],
-        "value": t["premise"],
-        "w": t["w"],
-        "w_r": t["w_r"],
-        "w_t": t["w_t"],
-        "state": t["state"],
-        "mask": t["mask"],
-    }
-    made |= {name: t[name] for name in ("key", "value") if name in t}
-    rest = None, None
-    out, weights, states = torch.ops.fused_attn.word_by_word_fwd(*made.values(), *rest, True, True, False)
-    starts, choices = (out, weights, None), (True, True, False, [True] * 7)
-    grads = torch.ops.fused_attn.word_by_word_bwd(*starts, *made.values(), *rest, out, states, *choices)
-    return made, [out, weights, *grads]
 
 
 @every_impl

@@ -96,12 +96,13 @@ class WordCase(CompileCase):
         B, Tk, Tq, D, A = self.B, self.Tk, self.Tq, self.D, self.A
         premise, hypothesis = ((B * Tk,), (B * Tq,)) if self.ragged else ((B, Tk), (B, Tq))
         offsets = self._empty(B + 1, dtype=torch.int32) if self.ragged else None
-        shapes = ((*hypothesis, A), (*premise, A), (*premise, D), (A,), (D, A), (D, D), (B, D))
+        shapes = ((*premise, D), (*hypothesis, D), (D, A), (D, A), (D, A), (A,), (D, D), (B, D))
         mask = self._empty(B, Tk, dtype=torch.bool) if self.mask else None
         inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, offsets, offsets)
         recurrent.recurrent_fwd(inputs, self.weights, False)
-        out, weights, states = recurrent.recurrent_fwd(inputs, self.weights, True)
-        recurrent_bwd.recurrent_bwd(inputs, states, out, weights if self.weights else None, [True] * 7)
+        out, weights, states, key = recurrent.recurrent_fwd(inputs, self.weights, True)
+        dweights = weights if self.weights else None
+        recurrent_bwd.recurrent_bwd(inputs, states, key, out, dweights, [True] * 8)
 
 
 COMPILED = [

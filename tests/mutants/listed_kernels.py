@@ -320,8 +320,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent.py",
-        "blocks.K), False)\n            tl.store(next_ptr",
-        "blocks.K), False) * 0.0\n            tl.store(next_ptr",
+        "            r += u\n            tl.store(u_ptr",
+        "            tl.store(u_ptr",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
         "the carried state is missing",
     ),
@@ -348,10 +348,24 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent_bwd.py",
-        "            _add(dr_row - size.D + d, from_c + from_u, (d < size.D) & (t > 0))",
-        "            _add(dr_row - size.D + d, from_c, (d < size.D) & (t > 0))",
+        "            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, blocks.K)\n",
+        "",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
         "the state's gradient does not go through the carry",
+    ),
+    Mutant(
+        "kernels/recurrent_weights.py",
+        "            seen = unmasked(mask, seq, t, seen)",
+        "            seen = seen",
+        ("tests/test_word_by_word.py", "-k", "masked_words"),
+        "hidden words reach the gradient of the weights",
+    ),
+    Mutant(
+        "kernels/recurrent_weights.py",
+        "    first = split * per_split",
+        "    first = split * per_split + (split > 0).to(tl.int32)",
+        ("tests/test_word_by_word.py", "-k", "parts_of_rows"),
+        "a row between two parts is left out",
     ),
     Mutant(
         "kernels/statistics.py",

@@ -186,9 +186,9 @@ PYTHON: tuple[Mutant, ...] = (
         "the convolution is one place off",
     ),
     Mutant(
-        "fused_attn/recurrent.py",
-        "        (premise,) = reference.hide(mask[..., None], premise)",
-        "        premise = premise.clone()",
+        "fused_attn/reference.py",
+        "        (value,) = hide(mask[..., None], value)",
+        "        value = value.clone()",
         ("tests/test_word_by_word.py", "-k", "masked_words"),
         "hidden words reach the gradient of the weights",
     ),
