@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 
 
 @triton.jit
-def _add_rows(x, mask, program, flags, blocks):
+def _add_rows(x, mask, program, flags, blocks, MASKED: tl.constexpr):
     tiles_k = tl.cdiv(x.K, blocks.K)
     tiles = tl.cdiv(x.D, blocks.D) * tiles_k
     split = program // tiles
@@ -55,7 +55,7 @@ def _add_rows(x, mask, program, flags, blocks):
         seq = (n // T).to(tl.int64)
         t = n % T
         seen = n < last
-        if mask is not None:
+        if MASKED:
             seen = unmasked(mask, seq, t, seen)
         rows = load_rows(sequence_ptr(x, seq, t), seen, d, x.D)
         dy = load_rows(x.dy + n.to(tl.int64) * x.stride_dy, n < last, k, x.K)  # 0 of the rows that are not seen
@@ -64,22 +64,22 @@ def _add_rows(x, mask, program, flags, blocks):
 
 
 @triton.jit
-def _or_next(x, mask, program, flags, blocks):
+def _or_next(x, mask, program, flags, blocks, MASKED: tl.constexpr):
     """The tile of x, if this program has one of its own; else which of the next pair's it is, from 0."""
     if x.dy is not None:
         splits = tl.cdiv((x.rows >> 2).to(tl.int32), (x.rows_per_split >> 2).to(tl.int32))
         own = tl.cdiv(x.D, blocks.D) * tl.cdiv(x.K, blocks.K) * tl.maximum(splits, 1)
         if (program >= 0) & (program < own):
-            _add_rows(x, mask, program, flags, blocks)
+            _add_rows(x, mask, program, flags, blocks, MASKED)
         program -= own
     return program
 
 
 @triton.jit
 def _recurrent_bwd_weights_kernel(a, b, c, mask, flags, blocks):
-    program = _or_next(a, mask, tl.program_id(0), flags, blocks)
-    program = _or_next(b, None, program, flags, blocks)
-    _or_next(c, None, program, flags, blocks)
+    program = _or_next(a, mask, tl.program_id(0), flags, blocks, True)
+    program = _or_next(b, mask, program, flags, blocks, False)
+    _or_next(c, mask, program, flags, blocks, False)
 
 
 class Blocks(NamedTuple):
@@ -103,8 +103,8 @@ def weight_blocks(chip: Chip, itemsize: int, D: int, K: int) -> Blocks:
     if chip.backend == "interpreter":
         return Blocks(16, 16, 16)
     if itemsize == 4:  # no matrix units in full float32: products are unrolled
-        return Blocks(16, pow2(D, 16, 64), pow2(K, 16, 64))
-    return Blocks(64 if even(D, K) else 32, pow2(D, 16, 64), pow2(K, 16, 64))
+        return Blocks(16, pow2(D, 16, 32), pow2(K, 16, 64))
+    return Blocks(64 if chip.wgmma and even(D, K) else 32, pow2(D, 16, 64), pow2(K, 16, 64))
 
 
 def weight_parts(
