@@ -56,7 +56,7 @@ class Made(NamedTuple):
     """Gradients, in the inputs' dtype."""
 
     dz: Tensor  # (B, Th, A + D): [dc du]
-    dk: Tensor  # (B, Ty, A), float32 where it is streamed
+    dk: Tensor  # (B, Ty, A), float32 where it may be streamed
     dvalue: Tensor  # (B, Ty, D), as dk
     dw: Tensor  # (S, A) float32
     dstate: Tensor | None  # (S, D)
@@ -298,7 +298,8 @@ def recurrent_bwd(
 
     rows, words = hypothesis.shape[:-1], premise.shape[:-1]
     chosen = forms(call, 4, premise.shape[-2])
-    dtype = premise.dtype if all(holds >= 0 for holds, _ in chosen) else torch.float32  # which is added to
+    # What is streamed is added to, in float32; packed rows may be, and by their lengths would be one variant more.
+    dtype = torch.float32 if call.packed or chosen[-1][0] < 0 else premise.dtype
     dz, dw = premise.new_empty(*rows, A + D), empty(call.seqs, A)
     dk, dpremise = (premise.new_empty(*words, width, dtype=dtype) for width in (A, D))
     dstate = premise.new_empty(call.seqs, D) if needs[7] else None
