@@ -187,10 +187,17 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/reference.py",
-        "        (value,) = hide(mask[..., None], value)",
-        "        value = value.clone()",
+        "    if mask is not None:  # words that may be NaN, before they meet a number",
+        "    if False:",
         ("tests/test_word_by_word.py", "-k", "masked_words"),
         "hidden words reach the gradient of the weights",
+    ),
+    Mutant(
+        "fused_attn/recurrent.py",
+        "return_weights, kernel and may_ask(*rows), not kernel)",
+        "return_weights, False, not kernel)",
+        ("tests/test_word_by_word.py", "-k", "one_gradient"),
+        "the forward leaves nothing for the backward",
     ),
     Mutant(
         "fused_attn/_location_windowed.py",
