@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 pytest.importorskip("triton", reason="compiles with Triton")
 pytest.importorskip("rich", reason="the report prints with rich")
@@ -17,6 +18,7 @@ ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
 FULL = ["sm_80", "sm_90"]
+BUDGETS = tomllib.loads((ROOT / "bench" / "budgets.toml").read_text())["instructions"]
 BRIEF = ["sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"]
 
 
@@ -138,6 +140,13 @@ def test_additive_inner_loops_keep_their_instruction_counts(rows):
         special = row["loop"]["sfu"] * row["per_element"] / row["loop"]["all"]
         assert row["per_element"] <= most, row
         assert special <= 0.5, row
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_main_loops_keep_within_their_instructions(rows, case):
+    found = {r["kernel"]: r["per_element"] for r in rows if (r["target"], r["case"]) == ("sm_90", case)}
+    for kernel, budget in BUDGETS[case].items():
+        assert round(found[f"_{kernel}_kernel"], 2) <= budget, kernel
 
 
 @pytest.mark.parametrize("kernel", ["_general_fwd_kernel", "_general_bwd_dq_kernel", "_general_bwd_dkv_kernel"])
