@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import head_ptr, launch, untold
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, pow2, rule, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed
 from .concat import Call, prepare
 from .concat_factors import Factors, Saved, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import (
@@ -413,7 +413,7 @@ def bwd_blocks(
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
     if itemsize == 4:
         keys, warps = (64, 8) if packed else (pow2(Tk, 32, 128 if factored else 64), 4)
-        return Blocks(16, keys, 16, 32, pow2(A, 16, 128), warps, 8)
+        return Blocks(16, keys, 16, 32, pow2(A, 16, 128 if even(A) else 64), warps, 8)
     hip = chip.backend == "hip"
     most = (
         32 if packed and hip and busy else 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import Sequences, constants, entries, entry_ptr, first_row, launch, load_pairs, pairs, sequences
-from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, matmul_flags, pow2, rule, tile_rows, unit
+from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
 from .location import load_rows, load_weight, near
 from .masks import dropout, dropout_scale, unmasked
@@ -271,6 +271,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, size: "Size") -> Blocks:
     rows = tile_rows(T, 32)
     if itemsize == 4:
         return Blocks(rows, pow2(size.A, 16, 64), C, K, pow2(size.DV, 16, 256), 8)
+    rows = 16 if chip.backend == "hip" and not even(size.A, size.DV) else rows
     return Blocks(rows, pow2(size.A, 16, 128), C, K, pow2(size.DV, 16, 256), 4)
 
 

@@ -287,8 +287,8 @@ def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool) -
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
     if itemsize == 4:
         filters = pow2(C, 16, 32), pow2(K, 16, 32)
-        rows = 16 if walk or not even(A) else tile_rows(T, 32)
-        return Blocks(rows, pow2(A, 16, 32 if even(A) else 16), *filters, 16, 8)
+        small = not even(A) or chip.backend == "hip"
+        return Blocks(16 if walk or small else tile_rows(T, 32), pow2(A, 16, 16 if small else 32), *filters, 16, 8)
     return Blocks(16, pow2(A, 16, 64 if even(A) else 32), 32, 32, 16, 4)
 
 

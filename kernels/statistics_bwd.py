@@ -271,7 +271,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     whole = even(C, A)
     small = chip.from_registers or chip.arch // 10 == 10
     wgmma = chip.backend == "cuda" and not chip.from_registers
-    block_t = 16 if chip.backend == "hip" or (wgmma and not whole) else 64 if wgmma else 32
+    block_t = 16 if chip.backend == "hip" or (wgmma and not whole) else 64 if wgmma and not small else 32
     block_a = pow2(A, 16, 128 if A <= 128 and (whole or not chip.from_registers) else 64)
     block_c = 64 if whole and not small and block_a <= 64 else 32
     if (small and whole and block_a <= 64) or (wgmma and not whole):
