@@ -69,11 +69,12 @@ class Pairs(NamedTuple):
     """One number a query and key, (B, Tq, Tk) or (B, H, Tq, Tk)."""
 
     ptr: Tensor | None
-    stride_b: int  # 4 n + 3; see `load_pairs`
-    stride_h: int  # 4 n + 3
-    stride_q: int  # 4 n + 3
+    stride_b: int  # 4 n + 3, of vectors of 16 where EVEN; see `load_pairs`
+    stride_h: int  # the same
+    stride_q: int  # the same
     stride_k: int
     PLAIN: Any
+    EVEN: Any  # rows are whole vectors
 
 
 def untold(n: int) -> int:
@@ -112,15 +113,19 @@ def entries(x: Tensor | None, *, packed: bool) -> Entries:
     return Entries(x, untold(stride_b), stride_t if plain else untold(stride_t), _YES if plain else _NO)
 
 
-def pairs(x: Tensor | None) -> Pairs:
-    """As `entries`; without an axis of heads all have the same numbers."""
+def pairs(x: Tensor | None, *, whole: bool = False) -> Pairs:
+    """As `entries`; without an axis of heads all have the same numbers.
+
+    whole: rows that are whole vectors, at this length, are a variant, which loads them as such.
+    """
     if x is None:
-        return Pairs(None, 0, 0, 0, 0, _YES)
+        return Pairs(None, 0, 0, 0, 0, _YES, _NO)
     stride_b, stride_q, stride_k = stride_of(x, 0), stride_of(x, x.dim() - 2), stride_of(x, x.dim() - 1)
-    stride_h = 0 if x.dim() == 3 else stride_of(x, 1)
+    outer = stride_b, 0 if x.dim() == 3 else stride_of(x, 1), stride_q
     plain = stride_k <= 1
-    outer = untold(stride_b), untold(stride_h), untold(stride_q)
-    return Pairs(x, *outer, stride_k if plain else untold(stride_k), _YES if plain else _NO)
+    even = whole and stride_k == 1 and all(n % 16 == 0 for n in (x.shape[-1], *outer))
+    outer = tuple(untold(n // 16 if even else n) for n in outer)
+    return Pairs(x, *outer, stride_k if plain else untold(stride_k), _YES if plain else _NO, _YES if even else _NO)
 
 
 @triton.jit
@@ -160,14 +165,22 @@ def entry_ptr(x, seq, row):
 
 
 @triton.jit
+def whole_pitch(n, EVEN: tl.constexpr):
+    """A length n; where it is known to be whole vectors of 16, so that the compiler knows too."""
+    return n // 16 * 16 if EVEN else n
+
+
+@triton.jit
 def load_pairs(x, seq, head, i, j, shown):
     """The numbers of queries i and keys j, whose shapes broadcast, of a head of a sequence, both int64."""
+    unit: tl.constexpr = 16 if x.EVEN else 1
+    ptr = x.ptr + (seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)) * unit
+    ptr = ptr + i.to(tl.int64) * (x.stride_q >> 2) * unit
     if x.PLAIN:
         stride_k = x.stride_k
     else:
         stride_k = x.stride_k >> 2
-    ptr = x.ptr + seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
-    return tl.load(ptr + (i.to(tl.int64) * (x.stride_q >> 2) + j.to(tl.int64) * stride_k), mask=shown, other=0)
+    return tl.load(ptr + j.to(tl.int64) * stride_k, mask=shown, other=0)
 
 
 class Matrix(NamedTuple):

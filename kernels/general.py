@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs
+from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs, whole_pitch
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, unit, unpressed
 from .inputs import GeneralInputs
 from .location import load_rows, store_both, store_rows
@@ -37,6 +37,7 @@ from .masks import (
     Spans,
     dropout,
     dropout_scale,
+    in_window,
     locate,
     partition,
     row_codes,
@@ -44,7 +45,6 @@ from .masks import (
     split_tiles,
     whole_window,
     window,
-    window_pairs,
     window_tiles,
 )
 from .products import add_product, tile_product
@@ -68,20 +68,42 @@ def score(y, bias, scale, rate: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flags, EDGE: tl.constexpr):
+def pair_terms(i, j, score_bias, mask, seq, head, Tq, Tk, flags, EDGE: tl.constexpr):
+    """(bias in the units of `power`, pairs that a mask leaves) of a tile, before the product that they are added to.
+
+    Triton gives the maximum of a row the layout of the load that comes last before it. Were that one of these, and
+    not the product, all of the softmax would be made in two layouts. Rows are loaded to their ends, hidden pairs too:
+    with a test a pair a load would be no vector.
+    """
+    rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
+    bias = 0.0
+    left = True
+    if EDGE:
+        if mask.ptr is not None:
+            left = load_pairs(mask, seq, head, i, j, (i < Tq) & (j < whole_pitch(Tk, mask.EVEN))) != 0
+        if score_bias.ptr is not None:
+            there = (i < Tq) & (j < whole_pitch(Tk, score_bias.EVEN))
+            bias = load_pairs(score_bias, seq, head, i, j, there).to(tl.float32) * rate
+    return bias, left
+
+
+@triton.jit
+def pair_places(i, j, seq, head, Tq, Tk, size, flags):
+    """(where a tile is in a contiguous (B, H, Tq, Tk), which of its pairs exist)."""
+    pitch = whole_pitch(Tk, flags.EVEN)
+    return (seq * size.H + head) * Tq * pitch + i.to(tl.int64) * pitch + j, (i < Tq) & (j < pitch)
+
+
+@triton.jit
+def tile_scores(x, i, j, inside, bias, left, window, size, flags, EDGE: tl.constexpr):
     """(scores in the units of `power`, what the activation gave, visible pairs) of x = q · k, either way round.
 
-    i, j: positions of queries and keys, to broadcast to the tile. inside: pairs of rows that may be read.
-    EDGE: some query may not see some key of this tile.
+    i, j: positions of queries and keys, to broadcast to the tile. inside: pairs of rows that may be read. bias, left:
+    of `pair_terms`. EDGE: some query may not see some key of this tile.
     """
     rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
-    bias = 0.0
-    shown = inside
-    if EDGE:  # after the product, which needs the registers
-        shown = window_pairs(window, mask, seq, head, i, j, inside)
-        if score_bias.ptr is not None:
-            bias = load_pairs(score_bias, seq, head, i, j, shown).to(tl.float32) * rate
+    shown = in_window(window, i, j, inside & left) if EDGE else inside  # after the product, which needs the registers
     return score(y, bias, size.scale, rate, flags.ACT), y, shown
 
 
@@ -208,7 +230,6 @@ def _general_fwd_kernel(
     k_row0 = k_start.to(tl.int64)
     k_ptr = head_rows(key, seq, head, k_row0)
     val_ptr = head_rows(value, seq, head, k_row0)
-    pair0 = (seq * size.H + head) * Tq * Tk
 
     m = tl.full([blocks.M], float("-inf"), tl.float32)
     l = tl.zeros([blocks.M], tl.float32)
@@ -232,18 +253,17 @@ def _general_fwd_kernel(
                     v_keep = k_seen
             k_ptrs = k_ptr + k_rows * key.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
+            bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             inside = q_keep[:, None] & k_seen[None, :] if flags.PAIRS else k_seen[None, :]
-            s, _y, shown = tile_scores(
-                x, i[:, None], j[None, :], inside, score_bias, mask, seq, head, window, size, flags, EDGE
-            )
+            s, _y, shown = tile_scores(x, i[:, None], j[None, :], inside, bias, left, window, size, flags, EDGE)
             if EDGE and flags.PARTS:
                 s = tl.where((code == 3)[None, :], float("nan"), s)
             if EDGE or flags.MASKED:
                 s = tl.where(shown, s, float("-inf"))
             if result.scores is not None:
-                at = i[:, None].to(tl.int64) * Tk + k_rows[None, :]
-                tl.store(result.scores + pair0 + at, s, mask=inside)  # NATURAL
+                at, there = pair_places(i[:, None], j[None, :], seq, head, Tq, Tk, size, flags)
+                tl.store(result.scores + at, s, mask=there)  # NATURAL
             SEEN: tl.constexpr = not (EDGE or flags.MASKED)
             p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, SEEN)
             if dropout.seed is not None:
@@ -294,12 +314,13 @@ def widths(D: int, DV: int) -> tuple[int, int]:
 
 
 @rule
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: bool, parts: bool) -> Blocks:
+def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: int, parts: bool) -> Blocks:
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
-    Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair is `busy`:
-    what it loads and draws needs registers of its own, and so do rows that are no whole vectors. Chosen by the
-    compile report (no spills; wgmma on sm_90 from 64 queries on); for sm_90 timed on an H200.
+    Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair has `busy`
+    terms of its own: what it loads and draws needs registers, and so do rows that are no whole vectors. Chosen by the
+    compile report (no spills; wgmma on sm_90 from 64 queries on); for sm_90 timed on an H200, but for those that are
+    busy.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
@@ -325,6 +346,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     stages = 2 if roomy or max(D, DV) <= 256 else 1
     if chip.hopper and plain and narrow and block_m == 128:
         stages, block_n = 3, 128 if size == 128 and not parts else block_n
+    if busy and chip.hopper and narrow and Tq > 16:  # 32 pairs a thread, or 16
+        return Blocks(64, 32 if busy > (2 if size == 128 else 3) else 64, width, value_width, 4, 2)
     if busy:
         block_m = min(block_m, 32 if size >= 128 else 64)
     return Blocks(block_m, block_n, width, value_width, warps, stages)
@@ -352,6 +375,7 @@ class Flags(NamedTuple):
     PARTS: bool  # a key may be hidden from some queries only
     PLAIN: bool  # tiles that the window leaves whole have a loop of their own
     PAIRS: bool  # a pair has a mask, a bias, a score that is kept or a dropout factor of its own
+    EVEN: bool  # and the keys are whole vectors of 16
     WIDE: bool  # the width of the score is walked in parts
     WIDE_V: bool  # that of the values
     GAP: bool  # see general_bwd.py
@@ -376,7 +400,7 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    busy: bool  # a pair has a mask, bias or dropout of its own
+    busy: int  # of mask, bias and dropout factor, those that a pair has
     size: Size
     flags: Flags  # but for what blocks decide
     args: dict[str, object]  # by the kernels' names
@@ -408,19 +432,20 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = cu_seqlens_q.numel() - 1 if packed else B
     pair_mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
-    busy = any(x is not None for x in (bias, pair_mask, seed))
+    busy = sum(x is not None for x in (bias, pair_mask, seed))
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
         ACT=activation,
         FAST=chip.backend == "cuda" and key.element_size() == 2,
-        FMA=chip.backend != "interpreter",
+        FMA=exact and chip.backend != "interpreter",
         EXACT=exact,
         NATURAL=exact or natural or bias is not None,
         SHARED=value is None,
         MASKED=mask is not None,
         PARTS=parts,
         PLAIN=not busy and (mask is None or parts),
-        PAIRS=busy,
+        PAIRS=busy > 0,
+        EVEN=False,
         WIDE=False,
         WIDE_V=False,
         GAP=False,
@@ -430,8 +455,8 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         "query": heads(query, packed=packed),
         "key": heads(key, packed=packed),
         "value": heads(values, packed=packed),
-        "score_bias": pairs(bias),
-        "mask": pairs(pair_mask),
+        "score_bias": pairs(bias, whole=True),
+        "mask": pairs(pair_mask, whole=True),
         "q_codes": heads(q_codes, packed=packed),
         "k_codes": heads(k_codes, packed=packed),
         "q_spans": spans_q,
@@ -455,6 +480,11 @@ def _codes(rows: Tensor | None, H: int) -> Tensor | None:
     return rows.view(torch.uint8)[:, None, :, None].expand(-1, H, -1, -1)
 
 
+def with_scores(flags: Flags, scores: bool, Tk: int) -> Flags:
+    """The flags of a launch that writes or reads a number a pair, if `scores`."""
+    return flags._replace(PLAIN=False, PAIRS=True, EVEN=Tk % 16 == 0) if scores else flags
+
+
 def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
     """The flags of a launch with these blocks."""
     return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
@@ -475,7 +505,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
-    busy = call.busy or need_scores
+    busy = call.busy + need_scores
     length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
     blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)
@@ -489,7 +519,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> t
         "per_seq": items.per_seq,
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
-        "flags": fitting(call.flags._replace(PLAIN=not busy and call.flags.PLAIN, PAIRS=busy), call.size, blocks),
+        "flags": fitting(with_scores(call.flags, need_scores, Tk), call.size, blocks),
     }
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
     launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)

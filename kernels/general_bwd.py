@@ -34,12 +34,15 @@ from .general import (
     fitting,
     head_rows,
     narrow_rows,
+    pair_places,
+    pair_terms,
     prepare,
     product,
     rows_at,
     tile_scores,
     whole_tiles,
     widths,
+    with_scores,
 )
 from .inputs import GeneralInputs
 from .location import load_rows, store_rows
@@ -93,9 +96,22 @@ def _general_gap(
 
 
 @triton.jit
+def _pair_cotangent(given, i, j, seq, head, Tq, Tk, size, flags):
+    """The gradient of the scores of a tile that were returned, or 0; before the product, see `pair_terms`."""
+    dscores = 0.0
+    if given.dscores is not None:
+        at, there = pair_places(i, j, seq, head, Tq, Tk, size, flags)
+        dscores = tl.load(given.dscores + at, mask=there, other=0.0)
+    return dscores
+
+
+@triton.jit
 def _general_gradient(
     x,  # q · k of a tile, either way round
     dp,  # dO · value; with EXACT dO · (κ value - out)
+    bias,
+    left,  # see pair_terms
+    dscores,  # see _pair_cotangent
     i,
     j,  # positions of queries and keys, to broadcast to the tile
     inside,  # pairs of rows that may be read
@@ -103,8 +119,6 @@ def _general_gradient(
     inv,
     delta,  # of the queries, see Given
     keep,  # κ of the tile, or 1
-    score_bias,
-    mask,
     given,
     grads,
     seq,
@@ -118,7 +132,7 @@ def _general_gradient(
     TEST: tl.constexpr,  # and that is not seen from (top, inv) or at the end of the kernel
 ):
     """(gradient of scale q · k, weight after dropout), 0 where a key is not visible; with GAP (a gap, weight)."""
-    s, y, shown = tile_scores(x, i, j, inside, score_bias, mask, seq, head, window, size, flags, EDGE)
+    s, y, shown = tile_scores(x, i, j, inside, bias, left, window, size, flags, EDGE)
     p = power(s - top, flags.NATURAL, flags.FMA) * inv
     if flags.GAP:
         return tl.where(shown, p * dp, 0.0) if TEST else p * dp, p
@@ -126,16 +140,14 @@ def _general_gradient(
         g = p * (dp - delta)
     else:
         g = p * (dp * keep - delta)
+    if given.dscores is not None:
+        g += dscores
     if TEST:
         p = tl.where(shown, p, 0.0)
         g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
-    if flags.PAIRS:
-        pair0 = (seq * size.H + head) * Tq * Tk
-        at = i.to(tl.int64) * Tk + j
-        if given.dscores is not None:
-            g += tl.load(given.dscores + pair0 + at, mask=shown, other=0.0)
-        if grads.bias is not None:
-            tl.store(grads.bias + pair0 + at, g, mask=shown)
+    if grads.bias is not None:
+        at, there = pair_places(i, j, seq, head, Tq, Tk, size, flags)
+        tl.store(grads.bias + at, g, mask=there)
     if flags.ACT != "identity":
         g *= activate_grad(x * size.scale, y, flags.ACT, flags.FAST)
         if TEST:
@@ -226,6 +238,8 @@ def _general_bwd_dq_kernel(
             k_ptrs = k_ptr + k_rows * key.stride_t
             val_ptrs = val_ptr + k_rows * value.stride_t
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
+            bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
+            dscores = _pair_cotangent(given, i[:, None], j[None, :], seq, head, Tq, Tk, size, flags)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
@@ -245,6 +259,9 @@ def _general_bwd_dq_kernel(
             g, _p = _general_gradient(
                 x,
                 dp,
+                bias,
+                left,
+                dscores,
                 i[:, None],
                 j[None, :],
                 inside,
@@ -252,8 +269,6 @@ def _general_bwd_dq_kernel(
                 inv,
                 delta,
                 keep,
-                score_bias,
-                mask,
                 given,
                 grads,
                 seq,
@@ -343,6 +358,8 @@ def _general_bwd_dkv_kernel(
             q_ptrs = q_ptr + q_rows * query.stride_t
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
+            bias, left = pair_terms(i[None, :], j[:, None], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
+            dscores = _pair_cotangent(given, i[None, :], j[:, None], seq, head, Tq, Tk, size, flags)
             x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
@@ -363,6 +380,9 @@ def _general_bwd_dkv_kernel(
             g, p = _general_gradient(
                 x,
                 dp,
+                bias,
+                left,
+                dscores,
                 i[None, :],
                 j[:, None],
                 inside,
@@ -370,8 +390,6 @@ def _general_bwd_dkv_kernel(
                 inv,
                 delta,
                 keep,
-                score_bias,
-                mask,
                 given,
                 grads,
                 seq,
@@ -415,7 +433,7 @@ def _general_bwd_dkv_kernel(
 
 @rule
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: bool, parts: bool
+    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: int, parts: bool
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the kernel for dq, and of that for dk and dvalue; `plain` and `busy` as in the forward.
 
@@ -446,12 +464,19 @@ def bwd_blocks(
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
     if not even(D, DV):
-        few = max(16, 4096 // (max(size, 64) * (1 + busy)))  # a busy pair needs registers as a wide row does
+        few = max(16, 4096 // (max(size, 64) * (2 if busy else 1)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         for_k = for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
         if parts and size > 128:
             for_k = for_k._replace(D=min(width, 128), DV=min(value_width, 128))
         return for_q, for_k
+    if busy and chip.hopper and size <= 128 and min(Tq, Tk) > 32:
+        # 64 rows for wgmma, and 16 pairs a thread or 8; with more stages products wait for each other (C7515).
+        few_n = 32 if size < 128 or busy < 2 else 16
+        for_q = Blocks(64, few_n, width, value_width, 4, 1)
+        if size < 128 or busy < 3:
+            return for_q, Blocks(32 if size < 128 and busy < 2 else 16, 64, width, value_width, 4, 1)
+        return for_q, Blocks(few_m, 16, width, value_width, 8, 1)
     if busy:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m
@@ -509,8 +534,8 @@ def general_bwd(
         left = (torch.empty(B, H, Tq, dtype=torch.float32, device=query.device) for _ in range(3))
         dout, out, lse, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse, dscores))
         given = Given(dout, out, lse, dlse, *left, dscores)
-        busy = call.busy or dscores is not None
-        flags = call.flags._replace(PLAIN=not busy and call.flags.PLAIN, PAIRS=busy)
+        busy = call.busy + (dscores is not None)
+        flags = with_scores(call.flags, dscores is not None or need_bias, Tk)
 
         def run(kernel, grid: tuple[int, ...], blocks: Blocks, flags: Flags, **more: object) -> None:
             tight = exact or blocks.D < D or blocks.DV < DV or busy or not even(D, DV)

@@ -147,6 +147,10 @@ COMPILED = [
     GeneralCase(BF16, 16, 4, 512, 512, 256, 256, mask=2, window=(None, 0)),
     GeneralCase(F16, 16, 1, 100, 100, 200, mask=2),
     GeneralCase(F16, 16, 1, 100, 100, 100, 75, mask=3, window=(100, 0)),
+    # a term a pair
+    GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, bias=True),
+    GeneralCase(BF16, 4, 8, 1024, 1024, 64, 64, mask=3),
+    GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, weights=True),
     # everything at once, and ragged
     GeneralCase(BF16, 4, 8, 512, 512, 128, 128, "tanh", **_ALL),
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", **_ALL),
@@ -172,6 +176,7 @@ VARIED = {
         GeneralCase(F32, 3, 2, 1, 1, 100, 33, "tanh", **{**_ALL, "window": (5, 0)}),
         GeneralCase(F32, 3, 1, 1, 1, 64, ragged=True, dropout=0.1),
         GeneralCase(F16, 3, 1, 1, 1, 600, 100, mask=3, bias=True),
+        GeneralCase(BF16, 3, 2, 1, 1, 128, 128, **_ALL),
     ]
 }
 
