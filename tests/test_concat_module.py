@@ -98,3 +98,39 @@ def test_module_dropout_is_for_training_only(device):
 def test_repr_shows_the_options():
     shown = repr(ConcatAttention(QUERY, KEY, WIDTH, num_heads=2, activation="relu", dropout=0.25))
     assert "num_heads=2, activation='relu', dropout=0.25" in shown
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_decoder_projects_its_keys_once(heads, impl, device):
+    module = ConcatAttention(QUERY, KEY, WIDTH, context_dims=DIMS, num_heads=heads).to(device)
+    query, key, contexts = inputs(device)
+    projected = module.project_keys(key)
+    assert projected.shape == (2, 6, heads * WIDTH)
+    for i in range(3):
+        step, given = query[:, i : i + 1], [contexts[0], contexts[1][:, i : i + 1], contexts[2]]
+        got = module(step, key, contexts=given, projected=projected, impl=impl)
+        torch.testing.assert_close(got, module(step, key, contexts=given, impl="reference"))
+    got.square().sum().backward()
+    assert module.key_proj.weight.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("hide", [{"mask": torch.arange(6) < 4}, {"window": (0, 0)}], ids=["mask", "window"])
+def test_projected_keys_that_are_hidden_may_be_nan(hide, impl, device):
+    module = ConcatAttention(QUERY, KEY, WIDTH).to(device)
+    query, key, _ = inputs(device)
+    key[:, 4:] = torch.nan
+    hide = {name: x.to(device).expand(2, 6) if name == "mask" else x for name, x in hide.items()}
+    got = module(query, key, projected=module.project_keys(key), **hide, impl=impl)
+    got.sum().backward()
+    torch.testing.assert_close(got, module(query, key, **hide, impl="reference"))
+    assert module.key_proj.weight.grad.isfinite().all()
+
+
+def test_projected_keys_of_another_width_or_length_are_named(device):
+    module = ConcatAttention(QUERY, KEY, WIDTH, num_heads=3).to(device)
+    query, key, _ = inputs(device)
+    for projected in (module.project_keys(key)[:, 1:], module.project_keys(key)[..., :WIDTH], key):
+        with pytest.raises(ValueError, match=r"projected: expected shape \(B, Tk, "):
+            module(query, key, projected=projected)

@@ -27,6 +27,7 @@ _INPUTS = {
     "context": argument("B C | B Tq C | B Tk C"),
     "query context": argument("B Tq C"),
     "key context": argument("B Tk C"),
+    "projected": argument("B Tk width", optional=True, hint="what project_keys made of key"),
 }
 
 
@@ -92,6 +93,14 @@ class ConcatAttention(HeadsAttention):
         self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False, **made) for n in context_dims)
         self.score = nn.Linear(attn_dim, self.num_heads, bias=False, **made)
 
+    def project_keys(self, key: Tensor) -> Tensor:
+        """W_k of the keys, ``(B, Tk, key_dim)`` to ``(B, Tk, H attn_dim)``: a decoder does it once for all its steps.
+
+        Keys that are not finite give NaN, which a mask or window may hide, and add nothing to the gradient of W_k.
+        """
+        self._checker(_INPUTS)("key", key)
+        return project(self.key_proj, key)
+
     @explicit
     def forward(
         self,
@@ -100,6 +109,7 @@ class ConcatAttention(HeadsAttention):
         value: Tensor | None = None,
         *,
         contexts: Sequence[Tensor | tuple[str, Tensor]] = (),
+        projected: Tensor | None = None,
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
@@ -118,6 +128,8 @@ class ConcatAttention(HeadsAttention):
             One for each of `context_dims`: a sequence ``(B, C)``, a key ``(B, Tk, C)`` or a query ``(B, Tq, C)``.
             Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
             say one a row.
+        projected
+            What `project_keys` made of `key`; None: it is made here.
         mask, window, score_bias, return_weights, impl
             As in `concat_attention`.
 
@@ -141,22 +153,25 @@ class ConcatAttention(HeadsAttention):
         if len(contexts) != len(self.context_projs):
             raise ValueError(f"contexts: expected {len(self.context_projs)}, by context_dims; got {len(contexts)}")
 
-        def projected(layer: nn.Module, x: Tensor) -> Tensor:
+        def of(layer: nn.Module, x: Tensor) -> Tensor:
             """Only where rows are hidden may they be other than finite."""
             return cast("Tensor", layer(x)) if mask is None and window is None else project(layer, x)
 
-        q, k = projected(self.query_proj, query), projected(self.key_proj, key)
+        if (attn_dim := width_of(self.score)) is not None:
+            check.bind("width", self.num_heads * attn_dim, "num_heads times attn_dim")
+        check("projected", projected)
+        q, k = of(self.query_proj, query), of(self.key_proj, key) if projected is None else projected
         for i, (given, layer) in enumerate(zip(contexts, self.context_projs, strict=True)):
             side, x = _side_of(f"contexts[{i}]", given)
             check.bind("C", width_of(layer) or x.shape[-1], f"context_dims[{i}]")
             check(f"contexts[{i}]", x, f"{side or ''} context".strip())
             if x.dim() == 2:
-                q = q + projected(layer, x)[:, None]
+                q = q + of(layer, x)[:, None]
                 continue
             if (side or _side_by_length(f"contexts[{i}]", x, query.shape[1], key.shape[1])) == "query":
-                q = q + projected(layer, x)
+                q = q + of(layer, x)
             else:
-                k = k + projected(layer, x)
+                k = k + of(layer, x)
         v = read("score", self.score).weight
         value = key if value is None else value
         return concat_attention(
