@@ -1,7 +1,7 @@
 """Compile every kernel in every configuration that the rules can choose, with no GPU, and report what came out.
 
-    python -m bench.compile_report [--target sm_90 ...] [--family location ...] [--case TEXT] [--brief]
-                                   [--drawn N [--seed N]] [--json FILE] [--jobs N]
+    python -m bench.compile_report [--target sm_90 ...] [--family location ...] [--case TEXT ...] [--brief]
+                                   [--every N] [--drawn N [--seed N]] [--usage] [--json FILE] [--jobs N]
 
 The family's own launchers run on meta tensors, with a driver that only names a target: what is compiled is what
 a launch on that chip would compile, block sizes and pointer alignment included. A kernel that fails to compile,
@@ -9,7 +9,8 @@ spills, needs more shared memory than the chip has, that the assembler warns of 
 beside other work wait for each other), or in which Triton makes a sum twice, makes the exit code 1.
 
 `--brief` compiles a few cases, with each kernel in one of them. `--drawn N` compiles N calls of random widths, hops,
-dtypes, options and lengths in place of the cases, and tells only those that fail.
+dtypes, options and lengths in place of the cases, and tells only those that fail. `--every N` leaves out all but
+each N-th case. `--usage` counts no instructions: the disassembler takes a second a kernel, as compiling it does.
 
 Columns: registers a thread, spilled bytes, shared memory of the chip's limit, and for the innermost loop with
 the most arithmetic (the whole kernel where there is none, and on sm_100) instructions a thread, of which matrix,
@@ -222,7 +223,7 @@ def _sums_made_again(kernel: Any) -> str:
     return "a sum is made again in another layout" if any(len(x) > 1 for x in layouts.values()) else ""
 
 
-def _code(kernel: Any) -> list[str]:
+def code_of(kernel: Any) -> list[str]:
     """The lines of the disassembly."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -230,11 +231,8 @@ def _code(kernel: Any) -> list[str]:
     return [line.rsplit("\t", 1)[-1] for line in kernel.asm["sass"].splitlines()]
 
 
-def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Counter[str]:
-    """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop.
-
-    With `factored` one without exponentials: the other is the loop for tiles whose factors would overflow.
-    """
+def loops_of(lines: list[str]) -> tuple[list[str], set[tuple[int, int]]]:
+    """The operations of a disassembly, and its jumps back as spans of them: loops, and waits for a barrier."""
     ops: list[str] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -246,6 +244,17 @@ def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Cou
             if op[1].split(".")[0] == "BRA" or op[1].startswith(("s_cbranch", "s_branch")):
                 jumps.append((len(ops), line.split()[-1]))
             ops.append(op[1])
+    # Blackwell's uniform branches give the address, 16 bytes an instruction, in place of a label.
+    targets = [(at, int(to, 16) // 16 if to.startswith("0x") else labels.get(to, at)) for at, to in jumps]
+    return ops, {(to, at + 1) for at, to in targets if to < at}
+
+
+def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Counter[str]:
+    """Instructions by unit of the innermost loop that computes most; of the whole kernel where it has no loop.
+
+    With `factored` one without exponentials: the other is the loop for tiles whose factors would overflow.
+    """
+    ops, spans = loops_of(lines)
 
     def count(span: tuple[int, int]) -> Counter[str]:
         units = Counter({"all": span[1] - span[0]})
@@ -259,9 +268,7 @@ def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Cou
     if any(op.startswith("UTC") for op in ops):
         # Blackwell's waits for its matrix unit are placed out of line: jumps back from them are not loops.
         return count((0, len(ops)))
-    # Blackwell's uniform branches give the address, 16 bytes an instruction, in place of a label.
-    targets = [(at, int(to, 16) // 16 if to.startswith("0x") else labels.get(to, at)) for at, to in jumps]
-    loops = {span: count(span) for span in {(to, at + 1) for at, to in targets if to < at}}
+    loops = {span: count(span) for span in spans}
     loops = {span: units for span, units in loops.items() if work(units)}  # the others wait for a barrier
 
     def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
@@ -293,7 +300,7 @@ def compile_case(target: str, case: Any, loops: bool = True) -> list[Row]:
         registers, stack, warnings = _usage_cuda(_ptxas(kernel, gpu)) if cuda else _usage_hip(kernel.asm["amdgcn"])
         loop: Counter[str] = Counter()
         if loops:
-            loop = inner_loop(_code(kernel), gpu.backend, factored=bool(constants.get("FACTORED")))
+            loop = inner_loop(code_of(kernel), gpu.backend, factored=bool(constants.get("FACTORED")))
         threads = constants["num_warps"] * gpu.warp_size
         row = Row(
             target,
@@ -347,18 +354,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--family", choices=list(CASES))
-    parser.add_argument("--case", default="", help="only cases whose name has this text")
+    parser.add_argument("--case", nargs="+", default=[""], help="only cases whose name has one of these texts")
     parser.add_argument("--brief", action="store_true", help="a few cases, with each kernel in one of them")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the cases each N-th")
     parser.add_argument("--drawn", type=int, default=0, help="so many calls drawn at random in place of the cases")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn calls")
+    parser.add_argument("--usage", action="store_true", help="registers and memory alone, no instructions")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     named = [(family, case) for family, cases in (BRIEF if args.brief else CASES).items() for case in cases]
     if args.drawn:
         named = drawn(args.drawn, args.seed)
-    cases = [case for family, case in named if args.family in (None, family) and args.case in str(case)]
-    rows = report(args.target, cases, args.jobs, loops=not args.drawn)
+    of_family = [case for family, case in named if args.family in (None, family)]
+    cases = [case for case in of_family if any(text in str(case) for text in args.case)][:: args.every]
+    rows = report(args.target, cases, args.jobs, loops=not (args.drawn or args.usage))
     shown = [r for r in rows if r.failed] if args.drawn else rows
     Console(width=None if sys.stdout.isatty() else 200).print(table(shown))
     if args.json:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from ..compile_report import TARGETS, _ptxas, _usage_cuda
+from ..compile_report import TARGETS, _ptxas, _usage_cuda, code_of, loops_of
 from .launches import Launch
 from .rates import Chip
 
@@ -28,20 +29,9 @@ class Predicted:
 
 
 @functools.cache
-def _disassembled(sass: str) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _disassembled(kernel: Any) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Instructions of a disassembly, and its loops as spans of them; those that only wait for a barrier left out."""
-    ops: list[str] = []
-    labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        line = line.rsplit("\t", 1)[-1].split(";")[0].strip()
-        if label := re.fullmatch(r"(LBB\w*):", line):
-            labels[label[1]] = len(ops)
-        elif op := re.match(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            if op[1].split(".")[0] == "BRA":
-                jumps.append((len(ops), line.split()[-1]))
-            ops.append(op[1])
-    spans = {(labels[to], at + 1) for at, to in jumps if labels.get(to, at) < at}
+    ops, spans = loops_of(code_of(kernel))
     return len(ops), tuple(sorted(x for x in spans if any(_WORK.match(op) for op in ops[slice(*x)])))
 
 
@@ -52,7 +42,7 @@ def executed(launch: Launch) -> tuple[float, bool]:
     not (the assembler unrolled one), PTX instructions count by the ratio of the two lengths.
     """
     assert launch.code is not None
-    total, spans = _disassembled(launch.kernel.asm["sass"])
+    total, spans = _disassembled(launch.kernel)
     depths = [1 + sum(x != y and y[0] <= x[0] and x[1] <= y[1] for y in spans) for x in spans]
     warps = launch.threads / 32
     if depths != [depth for _, depth in launch.code.headers]:

@@ -198,6 +198,7 @@ def _bytes_of(value: Any, selected: Any) -> Any:
 _COMPARE = {"eq": "__eq__", "ne": "__ne__", "lt": "__lt__", "le": "__le__", "gt": "__gt__", "ge": "__ge__"}
 _COMPARE |= {"equ": "__eq__", "neu": "__ne__", "ltu": "__lt__", "leu": "__le__", "gtu": "__gt__", "geu": "__ge__"}
 _COMPARE |= {"lo": "__lt__", "ls": "__le__", "hi": "__gt__", "hs": "__ge__"}
+_ALL_LANES: dict[str, Any] = {"max": np.max, "min": np.min, "add": np.sum}  # of redux
 
 
 def _compute(kinds: list[str], v: list[Any]) -> Any:
@@ -452,17 +453,14 @@ class Walk:
     def _shuffled(self, kinds: list[str], given: list[Any]) -> Any:
         """Numbers of other lanes of the warp, or what is made of them all."""
         lanes = np.broadcast_to(np.asarray(given[0]), self.threads)
-        if kinds[0] == "redux":
-            top = {"max": np.max, "min": np.min, "add": np.sum}.get(kinds[2], np.max)(lanes.reshape(-1, 32), axis=1)
-            return np.repeat(top, 32)
+        if kinds[0] == "redux" and kinds[2] in _ALL_LANES:
+            return np.repeat(_ALL_LANES[kinds[2]](lanes.reshape(-1, 32), axis=1), 32)
         ids = np.arange(self.threads)
-        return (
-            lanes[ids ^ given[1]]
-            if kinds[2] == "bfly"
-            else lanes[ids & ~31 | given[1]]
-            if kinds[2] == "idx"
-            else lanes
-        )
+        if kinds[2] == "bfly":
+            return lanes[ids ^ given[1]]
+        if kinds[2] == "idx":
+            return lanes[ids & ~31 | given[1]]
+        raise NotImplementedError(".".join(kinds))
 
     def _write(self, names: list[str], result: Any, on: Any, *, packed: bool = False) -> None:
         for i, name in enumerate(names):
