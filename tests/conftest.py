@@ -31,7 +31,7 @@ hypothesis.settings.register_profile(  # tests marked `long` have @hypothesis.se
 hypothesis.settings.load_profile("fused_attn")
 
 
-CASES = 16
+CASES = 12
 """The most cases of one test that run where `--long` is not asked for: the others of a larger table are `long`."""
 
 

@@ -74,7 +74,7 @@ def test_parts_of_segments_of_every_length_are_merged(short_items, device):
 @pytest.mark.parametrize("context", ["row", "sequence"])
 def test_workspace_smaller_than_the_batch_changes_nothing(monkeypatch, context, ragged, device):
     case = Case(
-        rows=100,
+        rows=40,
         score="gated_hops",
         context=context,
         value=7,
