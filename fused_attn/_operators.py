@@ -227,11 +227,6 @@ def _kinds(inputs: type[Any]) -> dict[str, str]:
     return {name: _KINDS[kind] for name, kind in typing.get_type_hints(inputs).items()}
 
 
-def schema(inputs: type[Any]) -> str:
-    """What an operator that takes these inputs says of them."""
-    return ", ".join(f"{kind} {name}" for name, kind in _kinds(inputs).items())
-
-
 class Operator:
     """A differentiable operator: its results, their gradients and the gradients of those, in every composition.
 

@@ -6,7 +6,7 @@ Both levels are location attention; the kernel runs both in one launch. Known fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from . import reference
 from ._checks import Checker, argument, check_flag, check_offsets, check_tensor, mask_of, offsets_of
 from ._habits import explicit
-from ._operators import launcher, left_to_autograd, raw_op, schema
-from ._ops import Impl, exports_from_one, keeps_exact, may_ask, under_autocast, use_triton, weights_from
+from ._operators import Operator, exact_of, launcher
+from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
 from .kernels.inputs import HierarchicalInputs, LocationInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
@@ -66,7 +66,7 @@ class HierarchicalOutput(NamedTuple):
     outer_weights: Tensor | None
 
 
-def _fwd_fake(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...]:
+def _fake(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...]:
     h = inputs.h
     rows, width = h.shape
     seqs, groups = inputs.inner_offsets.shape[0] - 1, inputs.outer_offsets.shape[0] - 1
@@ -81,81 +81,27 @@ def _fwd_fake(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...
     )
 
 
-_hierarchical_fwd = raw_op(
-    "hierarchical_fwd",
-    f"({schema(HierarchicalInputs)}, bool need_exact) -> ({', '.join(['Tensor'] * 8)})",
-    lambda *args: launcher("hierarchical.hierarchical_fwd")(HierarchicalInputs(*args[:-1]), args[-1]),
-    lambda *args: _fwd_fake(HierarchicalInputs(*args[:-1]), args[-1]),
+def _bwd(inputs: HierarchicalInputs, *args: Any) -> list[Tensor | None]:
+    out, outer_lse, outer_scores, segments, lse, scores, exact, pooled, *cotangents = args[:-4]
+    inner = segments, exact_of(segments[:, None], pooled), lse, scores
+    run = launcher("hierarchical.hierarchical_bwd")
+    grads = run(inputs, exact_of(out, exact), outer_lse, outer_scores, *inner, *cotangents, args[-1])
+    return cast("list[Tensor | None]", grads)
+
+
+HIERARCHICAL = Operator(
+    "hierarchical",
+    HierarchicalInputs,
+    differentiable=" ".join(HierarchicalInputs._fields[: 1 + 2 * _SCORE]),
+    choices="bool need_exact",
+    results="out outer_lse outer_scores segments lse scores exact?need_exact pooled?need_exact",
+    saved="out outer_lse outer_scores segments lse scores exact pooled",
+    dense=0,  # without a gradient of the output the outer level has nothing to do
+    forward=launcher("hierarchical.hierarchical_fwd"),
+    backward=_bwd,
+    fake=_fake,
+    formula=reference.hierarchical_attention,
 )
-
-
-class _HierarchicalAttention(torch.autograd.Function):
-    """Both levels by the kernel; the backward is that of location attention, the outer level's and the inner's.
-
-    The results are those of `reference.hierarchical_attention`, all differentiable, and output and segments in
-    float32, which are for the backward only. The second derivative needs no formula: the outer level's backward takes
-    the segments that this function returned, so that what flows back into them comes here.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _hierarchical_fwd(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors = 1 + 2 * _SCORE + 3
-        ctx.save_for_backward(*inputs[:tensors], *output)
-        ctx.options = inputs[tensors:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        dout: Tensor | None,
-        d_outer_lse: Tensor | None,
-        d_outer_scores: Tensor | None,
-        dsegments: Tensor | None,
-        dlse: Tensor | None,
-        dscores: Tensor | None,
-        *_: Tensor | None,
-    ) -> Any:
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at each look
-        inputs = HierarchicalInputs(*saved[: 1 + 2 * _SCORE + 3], *ctx.options[:-1])
-        out, outer_lse, outer_scores, segments, lse, scores, exact, pooled = saved[1 + 2 * _SCORE + 3 :]
-        needs = ctx.needs_input_grad
-        inner_needs, outer_needs = needs[: 1 + _SCORE], needs[1 + _SCORE : 1 + 2 * _SCORE]
-        grads: list[Tensor | None] = [None] * len(needs)
-        if any(x is not None for x in (dout, d_outer_lse, d_outer_scores)):
-            dout = torch.zeros_like(out) if dout is None else dout
-            # A segment that sees nothing has a score of -inf, so no weight: only the formula needs a mask.
-            seen = lse[:, 0, 0] != -torch.inf if may_ask(*saved, dout) else None
-            through, *parameters = LOCATION.backward(
-                inputs.level(segments, seen, outer=True),
-                (out, outer_lse, outer_scores, exact),
-                (dout, d_outer_lse, d_outer_scores, None),
-                True,
-                False,
-                (any(inner_needs), *outer_needs, False, False),
-            )[: 1 + _SCORE]
-            grads[1 + _SCORE : 1 + 2 * _SCORE] = parameters
-            if any(inner_needs):
-                dsegments = through if dsegments is None else dsegments + through
-        if any(inner_needs):
-            dsegments = torch.zeros_like(segments) if dsegments is None else dsegments
-            grads[: 1 + _SCORE] = LOCATION.backward(
-                inputs.level(inputs.h, inputs.mask, outer=False),
-                (segments[:, None], lse, scores, pooled),
-                (dsegments[:, None], dlse, dscores, None),
-                True,
-                False,
-                (*inner_needs, False, False),
-            )[: 1 + _SCORE]
-        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-_hierarchical_attention = left_to_autograd(_HierarchicalAttention)
 
 
 @explicit
@@ -266,7 +212,7 @@ def hierarchical_attention(
     tensors = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
     inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
-        results = _hierarchical_attention(*inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE]))[:-2]
+        results = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE]))[:-2]
     else:
         results = reference.hierarchical_attention(
             inputs,

@@ -28,8 +28,10 @@ from .arguments import constants, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, rule, unit, unpressed
 from .inputs import HierarchicalInputs
 from .location import Blocks, _weighted_sum, fwd_blocks, gated, load_rows, location_fwd, matmul, prepare, project
+from .location_bwd import location_bwd
 from .masks import unmasked
 from .softmax import finish, new_lse, online_softmax, store_lse
+from .sums import Pending
 
 SEGMENTS = 16
 """Segments of a block: the smallest side of a matrix product."""
@@ -306,3 +308,57 @@ def hierarchical_fwd(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tens
     )
     launch(_hierarchical_fwd_kernel, (groups,), args, tiles, **unpressed(chip, D, *widths))
     return tuple(result)
+
+
+def hierarchical_bwd(
+    inputs: HierarchicalInputs,
+    out: Tensor,
+    outer_lse: Tensor,
+    outer_scores: Tensor,
+    segments: Tensor,
+    pooled: Tensor,
+    inner_lse: Tensor,
+    inner_scores: Tensor,
+    dout: Tensor | None,
+    d_outer_lse: Tensor | None,
+    d_outer_scores: Tensor | None,
+    dsegments: Tensor | None,
+    d_inner_lse: Tensor | None,
+    d_inner_scores: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of h and of the scores' tensors, inner and outer, None where `needs` is False.
+
+    That of location attention twice: through the outer level to the segments, and through those. `out` and `pooled`,
+    the segments (S, 1, D), are in float32. A segment that sees nothing has a score of -inf, so needs no mask.
+    """
+    size = len(needs) // 2  # tensors of a score
+    inner_needs, outer_needs = needs[: 1 + size], needs[1 + size :]
+    pending = Pending()
+    through, *of_outer = location_bwd(
+        inputs.level(segments, None, outer=True),
+        out,
+        outer_lse,
+        outer_scores,
+        dout,
+        d_outer_lse,
+        d_outer_scores,
+        [any(inner_needs), *outer_needs, False, False],
+        pending=pending,
+    )[: 1 + size]
+    of_inner: list[Tensor | None] = [None] * (1 + size)
+    if through is not None:
+        dsegments = through if dsegments is None else dsegments + through
+        of_inner = location_bwd(
+            inputs.level(inputs.h, inputs.mask, outer=False),
+            pooled,
+            inner_lse,
+            inner_scores,
+            dsegments[:, None],
+            d_inner_lse,
+            d_inner_scores,
+            [*inner_needs, False, False],
+            pending=pending,
+        )[: 1 + size]
+    pending.launch()
+    return [*of_inner, *of_outer]

@@ -48,7 +48,7 @@ from .location_gap import left_of_gaps, weights_and_gaps
 from .masks import follow, item_rows, locate, place, sequence_at
 from .products import add_product, tile_product
 from .softmax import load_dlse
-from .sums import add_items, sums
+from .sums import Pending, add_items, sums
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -430,12 +430,12 @@ def location_bwd(
     needs: list[bool],
     *,
     onto: Tensor | None = None,
-    also: tuple[Tensor | None, torch.dtype] | None = None,
+    pending: Pending | None = None,
 ) -> list[Tensor | None]:
     """Gradients of (h, w, b, v, gate_w, gate_b, context, values, score_bias), None where `needs` is False.
 
     dout: None where scores alone have a gradient. onto: contiguous, of the shape of H; the gradient of H is added to
-    it, and is it. also: another sum for `sums`, which is the last of the results.
+    it, and is it. pending: the caller launches the sums, which may be among others; gradients are there when it has.
     """
     call = prepare(inputs, dout is not None or dlse is not None)
     h, w, b, v, gate_w, gate_b, context, values, score_bias, *_ = inputs
@@ -449,8 +449,7 @@ def location_bwd(
     if dout is None and dlse is not None:
         dout = torch.zeros_like(out)
     if call.seqs == 0 or call.length == 0 or (dout is None and dscores is None):
-        zeros = [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
-        return [*zeros, *sums([also] if also else [])]
+        return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:9], needs, strict=True)]
     items = call.items(blocks.T)
     wanted = need_b or a_sequence, need_gb, need_v
     dh, dvalues, dbias = (
@@ -529,12 +528,13 @@ def location_bwd(
         (dgb, gate_b),
         (parts.db.view(call.seqs, -1, A).transpose(0, 1) if of_items else None, context),
     )
-    todo = [(x, h.dtype if y is None else y.dtype) for x, y in given]
-    made = sums([*todo, *([also] if also else [])])
-    made_w, made_b, made_v, *made_gate, made_ctx = made[:6]
+    own = Pending() if pending is None else pending
+    made_w, made_b, made_v, *made_gate, made_ctx = (own.add(x, h.dtype if y is None else y.dtype) for x, y in given)
+    if pending is None:
+        own.launch()
     made_v = made_v[:, None] if made_v is not None and dv is None else made_v
     made_ctx = made_ctx if dctx is None else dctx.to(context.dtype)
-    return [dh, made_w, made_b, made_v, *made_gate, made_ctx, dvalues, dbias, *made[6:]]
+    return [dh, made_w, made_b, made_v, *made_gate, made_ctx, dvalues, dbias]
 
 
 def _like(x: Tensor | None, need: bool) -> Tensor | None:

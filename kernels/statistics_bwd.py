@@ -33,7 +33,7 @@ from .masks import Items, follow, item_rows, sequence_at
 from .products import add_product
 from .softmax import exp, load_dlse, pivot
 from .statistics import Blocks, Call, channel_scores, frame_scores, load_channels, prepare, product_warps
-from .sums import sums
+from .sums import Pending
 
 
 @triton.jit
@@ -324,15 +324,18 @@ def statistics_bwd(
         parts = lse.new_empty(0, A, C)
 
     dh, dvalues = (dvalues, None) if inputs.value is None else (None, dvalues)
-    also = None if parts is None else (parts, h.dtype)
+    pending = Pending()
+    of_channels = pending.add(parts, h.dtype)
     if dx is None:
-        return [dh, None, None, *(sums([also]) if also else [None]), None, dvalues]
+        pending.launch()
+        return [dh, None, None, of_channels, None, dvalues]
     score = inputs.score()._replace(v=None) if per_channel else inputs.score()
     needs = [need_h, need_w, need_b, need_v and not per_channel, False, False, need_context, False, False]
-    dh, dw, db, dv, _, _, dcontext, _, _, *of_channels = location_bwd(
-        score, x, lse, scores, None, None, dx, needs, onto=dh, also=also
+    dh, dw, db, dv, _, _, dcontext, _, _ = location_bwd(
+        score, x, lse, scores, None, None, dx, needs, onto=dh, pending=pending
     )
-    dv = of_channels[0] if also else dv if dv is None else dv.squeeze(-1)
+    pending.launch()
+    dv = of_channels if dv is None else dv.squeeze(-1)
     return [dh, dw, db, dv, dcontext, dvalues]
 
 

@@ -76,25 +76,38 @@ class SumBlocks(NamedTuple):
     warps: int = 4
 
 
+class Pending:
+    """Sums that are to be made together, once all parts are there: in one launch, or where they are many in more."""
+
+    def __init__(self) -> None:
+        self.todo: list[Sum] = []
+
+    def add(self, parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Room for the sum of ``parts (count, ...)``, all but rows contiguous, over the first axis; None for None."""
+        if parts is None:
+            return None
+        out = parts.new_empty(parts.shape[1:], dtype=dtype)
+        row = parts.stride(1) if parts.dim() == 3 else 0
+        if out.numel():
+            sizes = parts.shape[0], parts.stride(0), row, parts.shape[-1], out.numel()
+            self.todo.append(Sum(parts, out, *map(untold, sizes)))
+        return out
+
+    def launch(self) -> None:
+        """Make the sums."""
+        blocks, none = SumBlocks(32, 128), Sum(None, None, 0, 0, 0, 0, 0)
+        for i in range(0, len(self.todo), MOST):
+            some = self.todo[i : i + MOST]
+            programs = sum(cdiv(x.size >> 2, blocks.N) for x in some)
+            args = dict(zip("abcdef", some + [none] * (MOST - len(some)), strict=True))
+            launch(_sums_kernel, (programs,), args, blocks)
+
+
 def sums(given: Sequence[tuple[Tensor | None, torch.dtype]]) -> list[Tensor | None]:
-    """Of each ``(parts (count, ...), dtype)`` the sum over the first axis; None for None. All but rows contiguous."""
-    blocks = SumBlocks(32, 128)
-    out: list[Tensor | None] = [None if x is None else x.new_empty(x.shape[1:], dtype=to) for x, to in given]
-    todo = [
-        Sum(
-            x,
-            y,
-            *map(untold, (x.shape[0], x.stride(0), x.stride(1) if x.dim() == 3 else 0, x.shape[-1], y.numel())),
-        )
-        for (x, _), y in zip(given, out, strict=True)
-        if x is not None and y is not None and y.numel()
-    ]
-    assert len(todo) <= MOST
-    if todo:
-        none = Sum(None, None, 0, 0, 0, 0, 0)
-        programs = sum(cdiv(x.size >> 2, blocks.N) for x in todo)
-        args = dict(zip("abcdef", todo + [none] * (MOST - len(todo)), strict=True))
-        launch(_sums_kernel, (programs,), args, blocks)
+    """The sums of each ``(parts, dtype)``, made at once: see `Pending`."""
+    pending = Pending()
+    out = [pending.add(*x) for x in given]
+    pending.launch()
     return out
 
 

@@ -201,6 +201,13 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/sums.py",
+        "range(0, len(self.todo), MOST)",
+        "range(0, min(len(self.todo), MOST), MOST)",
+        ("tests/test_hierarchical.py", "-k", "one_launch_and_in_two"),
+        "sums past those of the first launch are not made",
+    ),
+    Mutant(
+        "kernels/sums.py",
         "hi = tl.minimum(hi, item0 + items)",
         "hi = tl.minimum(hi - 1, item0 + items)",
         ("tests/test_location.py", "-k", "every_pair"),
@@ -296,6 +303,13 @@ KERNELS: tuple[Mutant, ...] = (
         "    return g, p",
         ("tests/test_pairs_dropout.py", "-k", "backward_drops"),
         "dvalue lacks dropout's factor",
+    ),
+    Mutant(
+        "kernels/hierarchical.py",
+        "dsegments = through if dsegments is None else dsegments + through",
+        "dsegments = through",
+        ("tests/test_hierarchical.py", "-k", "every_pair"),
+        "what flows into the segments themselves is lost",
     ),
     Mutant(
         "kernels/hierarchical.py",

@@ -243,10 +243,10 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/hierarchical.py",
-        "dsegments = through if dsegments is None else dsegments + through",
-        "dsegments = through",
-        ("tests/test_hierarchical.py", "-k", "every_pair"),
-        "what flows into the segments themselves is lost",
+        "*outer_level[:_SCORE], mask, inner_offsets,",
+        "*outer_level[:_SCORE], None, inner_offsets,",
+        ("tests/test_hierarchical.py", "-k", "reference_is_the_formula"),
+        "the mask is not passed on to either implementation",
     ),
     Mutant(
         "fused_attn/_ragged_rnn.py",
