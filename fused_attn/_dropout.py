@@ -8,6 +8,11 @@ from torch import Tensor
 _U32 = 0xFFFFFFFF
 
 
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed ``(1,)`` for a call, from PyTorch's generator of the device; None where nothing is dropped."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if dropout_p > 0 else None
+
+
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
     """First word of Philox-4x32-10 (Salmon et al., SC 2011) for the counter (c0, c1, c2, 0), as int64."""
     key0, key1 = seed & _U32, (seed >> 32) & _U32

@@ -23,6 +23,7 @@ from ._checks import (
     mask_of,
     offsets_of,
 )
+from ._dropout import draw_seed
 from .kernels.inputs import ConcatInputs, GeneralInputs
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
@@ -108,12 +109,10 @@ def canonical(given: P) -> P:
         return x.transpose(0, 1)[None] if packed else x
 
     query, key, value, *_ = given
-    seed, bias = None, given.score_bias
+    seed, bias = draw_seed(given.dropout_p, query.device), given.score_bias
     if bias is not None:
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1,) * (3 + heads)))
         bias = bias if heads else bias[:, None]
-    if given.dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     return given._replace(query=rows(query), key=rows(key), value=rows(value), score_bias=bias, seed=seed)
 
 

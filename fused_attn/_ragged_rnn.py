@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._dropout import dropout_scale
+from ._dropout import draw_seed, dropout_scale
 from ._operators import left_to_autograd, raw_op, vjp
 from ._ops import forward_mode, under_autocast
 from .reference import segment_ids
@@ -200,9 +200,7 @@ _ragged_rnn = left_to_autograd(_RaggedRNN)
 def ragged_rnn(rnn: nn.RNNBase, rows: Tensor, offsets: Tensor) -> Tensor:
     """The states of the last layer, by one operator."""
     weights = torch.cat([getattr(rnn, name).reshape(-1) for names in rnn._all_weights for name in names])
-    seed = None
-    if rnn.training and rnn.dropout > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=rows.device)
+    seed = draw_seed(rnn.dropout if rnn.training else 0.0, rows.device)
     options = (
         rnn.mode,
         rnn.hidden_size,

@@ -27,6 +27,7 @@ from ._checks import (
     check_values,
     know,
 )
+from ._dropout import draw_seed
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
@@ -413,9 +414,7 @@ def graph_attention(
         edge = edge[edges.order]
     if activation == "leaky_relu" and negative_slope != 0.2:
         activation = f"leaky_relu:{negative_slope!r}"
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    seed = draw_seed(dropout_p, query.device)
     rows = (x if x is None or heads else x.unsqueeze(1) for x in (query, key))
     more = (x if x is None or heads else x.unsqueeze(1) for x in (value, edge))
     v = v.expand(query.shape[1], -1) if heads and v.dim() == 1 else v if heads else v[None]

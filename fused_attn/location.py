@@ -25,6 +25,7 @@ from ._checks import (
     offsets_of,
     show,
 )
+from ._dropout import draw_seed
 from ._habits import explicit
 from ._location_windowed import WINDOW
 from ._operators import Operator, exact_of, launcher
@@ -223,9 +224,7 @@ def location_attention(
         width = h.shape[-1] if w is None else w.shape[1] if w.dim() == 2 else 1
         rows = h.shape[:-1] if context_per_row else (_num_sequences(h, cu_seqlens),)
         context = context.reshape(*rows, width)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=h.device)
+    seed = draw_seed(dropout_p, h.device)
     inputs = LocationInputs(
         h,
         w if w is None or w.dim() == 2 else w[:, None],

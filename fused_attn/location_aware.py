@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import Checker, Table, argument, check_activation, check_dropout, check_flag, mask_of
-from ._dropout import dropout_scale
+from ._dropout import draw_seed, dropout_scale
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton
@@ -220,12 +220,8 @@ def location_aware_attention(
     weights so far).
 
     """
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     _validate(_TABLE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    seed = draw_seed(dropout_p, query.device)
     tensors = query, key, value, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareInputs(*tensors, mask, seed, activation, float(dropout_p))
     if not use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
@@ -288,8 +284,6 @@ def location_aware_sequence(
     Chorowski et al. 2015; Shen et al. 2018.
 
     """
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     _validate(_SEQUENCE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     tensors = query, key, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareSequenceInputs(*tensors, mask, activation, check_flag("cumulative", cumulative))
@@ -300,8 +294,8 @@ def location_aware_sequence(
     if mask is not None:
         value = value.masked_fill(~mask[..., None], 0)
     shares = weights
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    seed = draw_seed(dropout_p, query.device)
+    if seed is not None:
         seq, step, place = (torch.arange(n, device=query.device) for n in weights.shape)
         scale = dropout_scale(seed, place, seq[:, None, None], step[:, None], float(dropout_p))
         shares = weights * scale.to(weights.dtype)

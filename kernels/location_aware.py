@@ -23,7 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import Sequences, constants, entries, entry_ptr, first_row, launch, load_pairs, pairs, sequences
+from .arguments import (
+    Sequences,
+    constants,
+    entries,
+    entry_ptr,
+    first_row,
+    launch,
+    load_pairs,
+    pairs,
+    sequence_ptr,
+    sequences,
+)
 from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
 from .location import load_rows, load_weight, near
@@ -115,12 +126,6 @@ def kept(dropout, seq, t):
 
 
 @triton.jit
-def row_ptr(x, seq, row):
-    """A row of a sequence, both of them numbers."""
-    return first_row(x, seq) + row.to(tl.int64) * x.stride_t
-
-
-@triton.jit
 def _store_weights(result, at, p, inside):
     """Weights of keys, in the user's dtype and in float32."""
     tl.store(result.weights + at, p.to(result.weights.dtype.element_ty), mask=inside)
@@ -157,7 +162,7 @@ def _aware_fwd_kernel(
     lo = (item % per_seq) * rows_per_item
     hi = tl.minimum(lo + rows_per_item, Tk)
     step = item * 0
-    q_ptr = row_ptr(q, seq, step)
+    q_ptr = sequence_ptr(q, seq, step)
     k_ptr = first_row(k, seq)
     value_ptr = first_row(value, seq)
     row0 = seq * Tk

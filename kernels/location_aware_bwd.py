@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, entries, entry_ptr, first_row, launch
+from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .inputs import LocationAwareInputs
 from .location import load_rows, store_rows
@@ -37,7 +37,6 @@ from .location_aware import (
     location_features,
     prepare_step,
     query_and_keys,
-    row_ptr,
     windows,
 )
 from .masks import unmasked
@@ -192,7 +191,7 @@ def _aware_bwd_scores_kernel(
         for i in range(0, Tq):
             step = i + item * 0  # a tensor for the interpreter too
             ds = gradient_of_scores(given, seq * Tq + step, Tk, t, splits, keep, 32)
-            z = query_and_keys(k_ptrs, keep, row_ptr(q, seq, step), a, size)
+            z = query_and_keys(k_ptrs, keep, sequence_ptr(q, seq, step), a, size)
             if flags.ONE_C:
                 f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
                 z = add_product(f, load_mixer(filters, c, a, size), z, tl.float32, flags.PRECISION)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, first_row, launch
+from .arguments import constants, first_row, launch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, even, pow2, rule, tile_rows
 from .inputs import LocationAwareSequenceInputs
 from .location_aware import (
@@ -35,7 +35,6 @@ from .location_aware import (
     load_mixer,
     prepare,
     query_and_keys,
-    row_ptr,
     score_keys,
 )
 from .location_aware_bwd import Given, Wanted, gradient_of_scores, of_scores
@@ -70,7 +69,7 @@ def _aware_walk_fwd_kernel(
         w_ptr = weights_ptr + (seq * Tq + step) * Tk
         now_ptr = seen_ptr + (seq * slots + now) * Tk
         next_ptr = seen_ptr + (seq * slots + (step + 1) % slots) * Tk
-        q_ptr = row_ptr(q, seq, step)
+        q_ptr = sequence_ptr(q, seq, step)
         m = tl.full([1], float("-inf"), tl.float32)
         l = tl.zeros([1], tl.float32)
         for t0 in range(0, Tk, blocks.T):
@@ -126,7 +125,7 @@ def _aware_walk_bwd_kernel(
     for back in range(0, Tq):
         step = Tq - 1 - back + tl.program_id(0) * 0
         row = seq * Tq + step
-        q_ptr = row_ptr(q, seq, step)
+        q_ptr = sequence_ptr(q, seq, step)
         delta = tl.zeros([1], tl.float32)
         for t0 in range(0, Tk, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
