@@ -55,7 +55,7 @@ COUNTED_KERNELS = (
     "_location_bwd_dz_kernel",
     "_concat_fwd_kernel",
     "_concat_bwd_dq_kernel",
-    "_concat_bwd_dk_kernel",
+    "_concat_bwd_dkv_kernel",
     "_general_fwd_kernel",
 )
 COUNTERS = (

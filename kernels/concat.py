@@ -339,7 +339,10 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
         return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
         return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    block_n = (64 if even(DV) and Tq > 16 else 32) if busy else 64 if Tk <= 128 or not even(DV) else 256
+    if even(DV):
+        block_n = (64 if Tq > 16 else 32) if busy else 64 if Tk <= 128 else 256 if factored else 128
+    else:
+        block_n = 64 if chip.hopper and not busy else 32
     return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
@@ -453,7 +456,9 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
     lengths = (Tq, Tk) if cu_seqlens_q is None else (LONG, LONG)
-    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy)
+    blocks = fwd_blocks(
+        call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy or call.size.A == 1
+    )
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation)
     dv_blocks = cdiv(DV, blocks.DV)
     programs = made.q_items * H * dv_blocks

@@ -267,43 +267,23 @@ def _concat_bwd_dq_kernel(
     tl.store(grads.v + item * size.AP + d, tl.sum(s1, axis=0), mask=d < size.AP)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _concat_bwd_dk_kernel(
-    q,  # (B, H, Tq, A)
-    k,  # (B, H, Tk, A)
-    v,
-    q_rows,  # (B, Tq): rows that may be read, or None
-    k_rows,  # (B, Tk)
-    q_side,
-    k_side,
-    work,
-    grads,
-    q_items,  # of this launch
-    Tq,
-    Tk,
-    window,
-    size,
-    flags,
-    blocks,
+@triton.jit
+def _gradient_of_keys(
+    features, q, k, v, q_rows, k_rows, q_side, k_side, work, grads, q_items, Tq, Tk, window, size, flags, blocks
 ):
-    parts: tl.constexpr = blocks.N // blocks.R
-    k_item = tl.program_id(0) // parts
-    offset = (tl.program_id(0) % parts) * blocks.R
-    head = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(2) * blocks.D + tl.arange(0, blocks.D)
-    seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
-    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
-    q_item0 = work.item0 >> 2
+    """Dk of a tile of blocks.R keys and blocks.D features."""
+    here = _keys_of_program(q_side, k_side, work, q_items, Tq, Tk, window, blocks)
+    k_item, offset, k_lo, k_hi, at, seq, head, q_start, q_length, q_first, begin, end = here
+    d = features * blocks.D + tl.arange(0, blocks.D)
     r = tl.arange(0, blocks.R)
-    j = k_lo + offset + r
-    at = (k_start + j).to(tl.int64)
-    k_keep = readable(j < k_hi, k_rows, seq, at, flags)
+    q_item0 = work.item0 >> 2
+    inside = k_lo + offset + r < k_hi
+    k_keep = readable(inside, k_rows, seq, at, flags)
     k_ptrs = head_ptr(k, seq, head) + at * k.stride_t
     k_tile = k_item.to(tl.int64) * size.H + head
     x = staying(k_side, k_tile * blocks.N + offset + r[:, None], d, size)
     s1 = tl.zeros([1, 1], tl.float32)
     s2 = tl.zeros([blocks.R, blocks.D], tl.float32)
-    begin, end = _query_tiles(window, k_lo + offset, k_hi, q_length, q_item0 - q_first, q_items, blocks)
     for tile in range(begin, end):
         lo = tile * blocks.M
         hi = tl.minimum(lo + blocks.M, q_length)
@@ -333,12 +313,58 @@ def _concat_bwd_dk_kernel(
                 False,
             )
     dk_ptrs = grads.k + rows_before(seq, head, k_side, Tk, size.H) * size.A + at * size.A
-    add_later(dk_ptrs, features_gradient(s2, v, head, d, size, flags), j < k_hi, d, size.A, q_item0)
+    add_later(dk_ptrs, features_gradient(s2, v, head, d, size, flags), inside, d, size.A, q_item0)
+
+
+@triton.jit
+def _gradient_of_values(
+    columns, q_rows, q_side, k_side, saved, work, grads, q_items, Tq, Tk, window, size, flags, blocks
+):
+    """Dvalue of a tile of blocks.R keys and blocks.DV columns."""
+    here = _keys_of_program(q_side, k_side, work, q_items, Tq, Tk, window, blocks)
+    _, offset, k_lo, k_hi, at, seq, head, q_start, q_length, q_first, begin, end = here
+    d = columns * blocks.DV + tl.arange(0, blocks.DV)
+    r = tl.arange(0, blocks.R)
+    m = tl.arange(0, blocks.M)
+    q_item0 = work.item0 >> 2
+    before = rows_before(seq, head, q_side, Tq, size.H)
+    acc = tl.zeros([blocks.R, blocks.DV], tl.float32)
+    for tile in range(begin, end):
+        lo = tile * blocks.M
+        hi = tl.minimum(lo + blocks.M, q_length)
+        if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
+            q_at = (q_start + lo + m).to(tl.int64)
+            q_keep = readable(lo + m < q_length, q_rows, seq, q_at, flags)
+            slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
+            p = tl.load(work.p + slot + (offset + r)[:, None] * blocks.M + m[None, :])
+            do = load_rows(saved.do + (before + q_at) * size.DV, q_keep, d, size.DV)
+            acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
+    dval_ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at * size.DV
+    add_later(dval_ptrs, acc, k_lo + offset + r < k_hi, d, size.DV, q_item0)
+
+
+@triton.jit
+def _keys_of_program(q_side, k_side, work, q_items, Tq, Tk, window, blocks):
+    """Of this program the tile of keys, those that it has of it, sequence and head, and the queries they meet."""
+    parts: tl.constexpr = blocks.N // blocks.R
+    k_item = tl.program_id(0) // parts
+    offset = (tl.program_id(0) % parts) * blocks.R
+    head = tl.program_id(1).to(tl.int64)
+    seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
+    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
+    at = (k_start + k_lo + offset + tl.arange(0, blocks.R)).to(tl.int64)
+    q_tile0 = (work.item0 >> 2) - q_first
+    begin, end = _query_tiles(window, k_lo + offset, k_hi, q_length, q_tile0, q_items, blocks)
+    return k_item, offset, k_lo, k_hi, at, seq, head, q_start, q_length, q_first, begin, end
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _concat_bwd_dvalue_kernel(
+def _concat_bwd_dkv_kernel(
+    q,  # (B, H, Tq, A)
+    k,  # (B, H, Tk, A)
+    v,
     q_rows,  # (B, Tq): rows that may be read, or None
+    k_rows,  # (B, Tk)
     q_side,
     k_side,
     saved,
@@ -352,33 +378,36 @@ def _concat_bwd_dvalue_kernel(
     flags,
     blocks,
 ):
-    parts: tl.constexpr = blocks.N // blocks.R
-    k_item = tl.program_id(0) // parts
-    offset = (tl.program_id(0) % parts) * blocks.R
-    head = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
-    seq, k_start, k_lo, k_hi, _ = tile_at(k_item, k_side, Tk, blocks.N)
-    q_start, q_length, q_first = rows_of(seq, q_side, Tq, blocks.M)
-    q_item0 = work.item0 >> 2
-    r = tl.arange(0, blocks.R)
-    m = tl.arange(0, blocks.M)
-    j = k_lo + offset + r
-    before = rows_before(seq, head, q_side, Tq, size.H)
-    acc = tl.zeros([blocks.R, blocks.DV], tl.float32)
-    begin, end = _query_tiles(window, k_lo + offset, k_hi, q_length, q_item0 - q_first, q_items, blocks)
-    for tile in range(begin, end):
-        lo = tile * blocks.M
-        hi = tl.minimum(lo + blocks.M, q_length)
-        if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
-            q_at = (q_start + lo + m).to(tl.int64)
-            q_keep = readable(lo + m < q_length, q_rows, seq, q_at, flags)
-            slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
-            p = tl.load(work.p + slot + (offset + r)[:, None] * blocks.M + m[None, :])
-            do = load_rows(saved.do + (before + q_at) * size.DV, q_keep, d, size.DV)
-            acc = add_product(p, do, acc, flags.COMPUTE, flags.PRECISION)
-    at = (k_start + j).to(tl.int64)
-    dval_ptrs = grads.value + rows_before(seq, head, k_side, Tk, size.H) * size.DV + at * size.DV
-    add_later(dval_ptrs, acc, j < k_hi, d, size.DV, q_item0)
+    """Dk by programs that are longer, and so begin, and dvalue."""
+    program = tl.program_id(2)
+    if grads.k is not None:
+        own = tl.cdiv(size.A, blocks.D)
+        if program < own:
+            _gradient_of_keys(
+                program,
+                q,
+                k,
+                v,
+                q_rows,
+                k_rows,
+                q_side,
+                k_side,
+                work,
+                grads,
+                q_items,
+                Tq,
+                Tk,
+                window,
+                size,
+                flags,
+                blocks,
+            )
+        program -= own
+    if grads.value is not None:  # noqa: SIM102 — the one is known to the compiler, the other is not
+        if program >= 0:
+            _gradient_of_values(
+                program, q_rows, q_side, k_side, saved, work, grads, q_items, Tq, Tk, window, size, flags, blocks
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -529,7 +558,7 @@ def _padded_gradients(
         dvalue = g.new_empty(value.shape)
     tight = not call.flags.FACTORED or (call.flags.EXACT and call.busy)
     registers = all_registers(call.chip) if tight else unpressed(call.chip, A, DV)
-    walk, product = (blocks._replace(warps=warps) for warps in (blocks.walk_warps, 8))
+    walk = blocks._replace(warps=blocks.walk_warps)
     keys = made.k_items * (blocks.N // blocks.R)
 
     def add(kernel, grid: tuple[int, ...], tiles: Blocks, **grads: Tensor | None) -> None:
@@ -541,10 +570,9 @@ def _padded_gradients(
         add(_concat_bwd_g_kernel, (count, H, k_tiles), blocks)
         if dq is not None:
             add(_concat_bwd_dq_kernel, (count, H, features * splits), walk, q=dq, v=dv)
-        if dk is not None:
-            add(_concat_bwd_dk_kernel, (keys, H, features), walk, k=dk)
-        if dvalue is not None:
-            add(_concat_bwd_dvalue_kernel, (keys, H, cdiv(DV, blocks.DV)), product, value=dvalue)
+        if dk is not None or dvalue is not None:
+            programs = (features if need_k else 0) + (cdiv(DV, blocks.DV) if need_value else 0)
+            add(_concat_bwd_dkv_kernel, (keys, H, programs), walk, k=dk, value=dvalue)
     # Float32 until here, whatever the parts and launches: as many variants of the kernels. One launch casts them all.
     parts = [
         (None if dq is None else dq.flatten(1), q.dtype),

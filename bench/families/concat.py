@@ -160,5 +160,5 @@ VARIED = {
 
 def elements(kernel: str, constants: Mapping[str, Any]) -> int:
     """Loops take two features, or two walked rows, a trip; one with `EXACT`."""
-    sides = {"dq": ("M", "D"), "dk": ("R", "D")}.get(kernel.split("_")[3], ("M", "N"))
+    sides = {"dq": ("M", "D"), "dkv": ("R", "D")}.get(kernel.split("_")[3], ("M", "N"))
     return (1 if constants.get("EXACT") else 2) * blocks(constants, *sides)
