@@ -55,9 +55,9 @@ CONCAT: tuple[Mutant, ...] = (
     Mutant(
         "kernels/concat_bwd.py",
         "        program -= own",
-        "        program -= own - 1",
+        "        program -= own + 1",
         ("tests/test_concat.py", "-k", "matches_the_reference"),
-        "a program has the columns of dvalue that another has",
+        "no program has the first columns of dvalue",
     ),
     Mutant(
         "kernels/concat_bwd.py",
