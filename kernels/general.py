@@ -48,9 +48,8 @@ from .masks import (
     window_tiles,
 )
 from .products import add_product, tile_product
-from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
+from .softmax import LOG2E, finish, merge, new_lse, no_key, online_softmax, store_lse
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 

@@ -195,7 +195,7 @@ def walk_blocks(chip: Chip, itemsize: int, T: int, size: Size, backward: bool) -
     """Tiles of both walks. Chosen by the compile report (no spills); speed on a GPU not yet measured."""
     if chip.backend == "interpreter":
         return Blocks(16, pow2(size.A, 16, 64), pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 4)
-    hip = chip.backend == "hip"  # where a window's address is two registers of each lane
+    hip = chip.backend == "hip"  # where tiles of twice the features spill
     if backward:
         block_a = pow2(size.A, 16, 16 if itemsize == 4 and (hip or not even(size.A)) else 32)
         return Blocks(tile_rows(T, 32), block_a, 32, 32, 16, 8)

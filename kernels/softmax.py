@@ -21,6 +21,7 @@ from .chip import INTERPRET, LENGTHS, cdiv, pow2
 from .masks import Items, Spans, items_of
 
 _EXACT: tl.constexpr = tl.constexpr(INTERPRET)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def power(x, NATURAL: tl.constexpr, FMA: tl.constexpr):
     if NATURAL:
         if FMA or _EXACT:
             return exp(x, FMA)
-        return tl.exp2(x * 1.4426950408889634)
+        return tl.exp2(x * LOG2E)
     return tl.exp2(x)
 
 
