@@ -36,7 +36,7 @@ from .masks import (
     Items,
     Spans,
     dropout,
-    dropout_scale,
+    dropout_tile,
     in_window,
     locate,
     partition,
@@ -185,10 +185,10 @@ def whole_tiles(window, lo, hi, length, begin, end, PLAIN: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def rows_at(n, whole0, whole1, EDGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a tile that is walked: n counts the whole ones, or with EDGE those on either side of them."""
+def tile_start(n, whole0, whole1, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The first row of a tile that is walked: n counts the whole ones, or with EDGE those on either side of them."""
     tile = tl.where(n < whole0, n, n + (whole1 - whole0)) if EDGE else n
-    return tile * BLOCK + tl.arange(0, BLOCK)
+    return tile * BLOCK
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -239,7 +239,8 @@ def _general_fwd_kernel(
     whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            j = rows_at(n, whole0, whole1, EDGE, blocks.N)
+            j0 = tile_start(n, whole0, whole1, EDGE, blocks.N)
+            j = j0 + tl.arange(0, blocks.N)
             k_rows = j.to(tl.int64)
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
@@ -266,7 +267,7 @@ def _general_fwd_kernel(
             SEEN: tl.constexpr = not (EDGE or flags.MASKED)
             p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, SEEN)
             if dropout.seed is not None:
-                p *= dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+                p *= dropout_tile(dropout, j0, seq * size.H + head, lo, blocks.N, blocks.M, False)
             if flags.SHARED and not flags.WIDE:
                 values = k
             else:

@@ -38,15 +38,15 @@ from .general import (
     pair_terms,
     prepare,
     product,
-    rows_at,
     tile_scores,
+    tile_start,
     whole_tiles,
     widths,
     with_scores,
 )
 from .inputs import GeneralInputs
 from .location import load_rows, store_rows
-from .masks import dropout_scale, locate, mirrored, partition, sequence_of, window_tiles
+from .masks import dropout_tile, locate, mirrored, partition, sequence_of, window_tiles
 from .products import add_product
 from .softmax import load_dlse, load_lse, power
 
@@ -228,7 +228,8 @@ def _general_bwd_dq_kernel(
     whole0, whole1 = whole_tiles(window, lo, hi, length, begin, end, flags.PLAIN, blocks.N)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            j = rows_at(n, whole0, whole1, EDGE, blocks.N)
+            j0 = tile_start(n, whole0, whole1, EDGE, blocks.N)
+            j = j0 + tl.arange(0, blocks.N)
             k_rows = j.to(tl.int64)
             k_seen = tl.full([blocks.N], True, tl.int1)
             k_keep = k_seen
@@ -243,7 +244,7 @@ def _general_bwd_dq_kernel(
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
-                keep = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
+                keep = dropout_tile(dropout, j0, seq * size.H + head, lo, blocks.N, blocks.M, False)
             if flags.EXACT:
                 out_ptrs = (given.out + row0 * size.DV + q_rows * size.DV)[:, None]
                 dp = _general_gap(
@@ -347,7 +348,8 @@ def _general_bwd_dkv_kernel(
     whole0, whole1 = whole_tiles(behind, lo, hi, length, begin, end, flags.PLAIN, blocks.M)
     for EDGE in tl.static_range(0 if flags.PLAIN else 1, 2):  # the whole tiles, then those on either side
         for n in range(begin if EDGE else whole0, end - (whole1 - whole0) if EDGE else whole1):
-            i = rows_at(n, whole0, whole1, EDGE, blocks.M)
+            i0 = tile_start(n, whole0, whole1, EDGE, blocks.M)
+            i = i0 + tl.arange(0, blocks.M)
             q_rows = i.to(tl.int64)
             q_keep = tl.full([blocks.M], True, tl.int1)
             q_good = q_keep
@@ -363,7 +365,7 @@ def _general_bwd_dkv_kernel(
             x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
-                keep = dropout_scale(dropout, j[:, None], seq * size.H + head, i[None, :])
+                keep = dropout_tile(dropout, lo, seq * size.H + head, i0, blocks.N, blocks.M, True)
             do = narrow_rows(do_ptrs, q_good, dv, size.DV, flags.WIDE_V)
             if flags.EXACT:
                 out_ptrs = (given.out + row0 * size.DV + q_rows * size.DV)[None, :]

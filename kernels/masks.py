@@ -177,16 +177,67 @@ def items_of(seq, spans, per_seq, rows):
 
 
 @triton.jit
+def _factor(word, dropout):
+    """What the weight of a random word is multiplied with: 0 where it is dropped and `scale` where it is kept."""
+    return tl.where((word >> 8).to(tl.int32) >= dropout.threshold >> 2, dropout.scale, 0.0)
+
+
+@triton.jit
+def _words(dropout, position, sequence, hop):
+    """The four words of (position, hop), of (position + 8, hop), (position, hop + 8) and both: see `_dropout.py`.
+
+    position and hop: without bit 3, uint32, of shapes that broadcast.
+    """
+    c0, c2 = tl.broadcast(position, hop)
+    return tl.philox(tl.load(dropout.seed), c0, tl.zeros_like(c0) + sequence.to(tl.uint32), c2, tl.zeros_like(c0))
+
+
+@triton.jit
 def dropout_scale(dropout, position, sequence, hop):
     """0 where a weight is dropped and `scale` where it is kept; the words are those of `_dropout.py`.
 
     position [BLOCK_T, 1], sequence a scalar, hop [1, BLOCK_R] -> [BLOCK_T, BLOCK_R]
     """
-    seed = tl.load(dropout.seed)
-    c0, c2 = tl.broadcast(position.to(tl.uint32), hop.to(tl.uint32))
-    c1 = tl.zeros_like(c0) + sequence.to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
-    return tl.where((word >> 8).to(tl.int32) >= dropout.threshold >> 2, dropout.scale, 0.0)
+    c0, c2 = position.to(tl.uint32), hop.to(tl.uint32)
+    w0, w1, w2, w3 = _words(dropout, c0 - (c0 & 8), sequence, c2 - (c2 & 8))
+    first = (c0 & 8) == 0
+    word = tl.where((c2 & 8) == 0, tl.where(first, w0, w1), tl.where(first, w2, w3))
+    return _factor(word, dropout)
+
+
+@triton.jit
+def _without_bit_3(first, BLOCK: tl.constexpr):
+    """Those of the numbers [first, first + BLOCK), both multiples of 16, whose bit 3 is 0."""
+    n = tl.arange(0, BLOCK // 2)
+    return (first + (((n >> 3) << 4) + (n & 7))).to(tl.uint32)
+
+
+@triton.jit
+def dropout_tile(
+    dropout,
+    position0,
+    sequence,
+    hop0,  # the first of the tile's, multiples of 16
+    POSITIONS: tl.constexpr,
+    HOPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """`dropout_scale` of a tile [HOPS, POSITIONS], or [POSITIONS, HOPS], with a call of Philox for four weights.
+
+    The four that differ in bit 3 belong to one thread in the layout of a matrix product and in that of its transpose.
+    """
+    position, hop = _without_bit_3(position0, POSITIONS), _without_bit_3(hop0, HOPS)
+    ROWS: tl.constexpr = POSITIONS if TRANSPOSED else HOPS
+    COLS: tl.constexpr = HOPS if TRANSPOSED else POSITIONS
+    if TRANSPOSED:
+        w00, w10, w01, w11 = _words(dropout, position[:, None], sequence, hop[None, :])
+    else:
+        w00, w01, w10, w11 = _words(dropout, position[None, :], sequence, hop[:, None])
+    # w10: bit 3 of the row is set. [ROWS / 2, COLS / 2, 2, 2], the last two bit 3 of the column and of the row
+    words = tl.join(tl.join(w00, w01), tl.join(w10, w11))
+    words = tl.reshape(words, [ROWS // 16, 8, COLS // 16, 8, 2, 2])
+    words = tl.reshape(tl.permute(words, [0, 5, 1, 2, 4, 3]), [ROWS, COLS])
+    return _factor(words, dropout)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from _location import ACTIVATIONS, SCORES, Case
 
 from fused_attn import location_attention
-from fused_attn._dropout import _philox
+from fused_attn._dropout import _philox, dropout_scale
 
 # By the formulas of their definitions, not by PyTorch's functions.
 BY_HAND = {
@@ -148,5 +148,16 @@ def test_reference_draws_the_words_of_philox():
     for seed in seeds:
         for counter in counters:
             got = _philox(torch.tensor([seed]), *(torch.tensor([c]) for c in counter))
-            want = philox_by_hand((seed % 2**32, seed >> 32), (*counter, 0))[0]
-            assert got.tolist() == [want], (seed, counter)
+            want = philox_by_hand((seed % 2**32, seed >> 32), (*counter, 0))
+            assert [word.item() for word in got] == want, (seed, counter)
+
+
+def test_four_weights_share_a_call_of_philox():
+    seed, segment, p = 0x299F31D0A4093822, 5, 0.5
+    position, hop = torch.arange(40)[:, None], torch.arange(24)[None, :]
+    got = dropout_scale(torch.tensor([seed]), position, torch.tensor(segment), hop, p)
+    for t in range(40):
+        for r in range(24):
+            words = philox_by_hand((seed % 2**32, seed >> 32), (t & ~8, segment, r & ~8, 0))
+            word = words[(t >> 3 & 1) + 2 * (r >> 3 & 1)]
+            assert got[t, r] == (2.0 if word >> 8 >= 2**23 else 0.0), (t, r)
