@@ -478,7 +478,7 @@ def bwd_blocks(
         for_q = Blocks(64, few_n, width, value_width, 4, 1)
         if size < 128 or busy < 3:
             return for_q, Blocks(32 if size < 128 and busy < 2 else 16, 64, width, value_width, 4, 1)
-        return for_q, Blocks(few_m, 16, width, value_width, 8, 1)
+        return for_q, Blocks(16, 64, width, value_width, 8, 1)  # 4 warps have room where keys are values, else not
     if busy:
         short = size > 128 or (size == 128 and busy and (chip.small or parts))
         few = 16 if size > 128 else few_m

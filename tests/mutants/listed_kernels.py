@@ -74,6 +74,20 @@ KERNELS: tuple[Mutant, ...] = (
         "kept weights are not scaled",
     ),
     Mutant(
+        "kernels/masks.py",
+        "    word = tl.where((c2 & 8) == 0, tl.where(first, w0, w1), tl.where(first, w2, w3))",
+        "    word = tl.where((c2 & 8) == 0, tl.where(first, w0, w2), tl.where(first, w1, w3))",
+        ("tests/test_pairs_dropout.py", "-k", "same_weights and concat"),
+        "two of four weights get each other's random word",
+    ),
+    Mutant(
+        "kernels/masks.py",
+        "    words = tl.join(tl.join(w00, w01), tl.join(w10, w11))",
+        "    words = tl.join(tl.join(w00, w10), tl.join(w01, w11))",
+        ("tests/test_pairs_dropout.py", "-k", "same_weights and general"),
+        "two of four weights of a tile get each other's random word",
+    ),
+    Mutant(
         "kernels/activations.py",
         "tl.where(x < 0, -1.0, x))  # 0",
         "tl.where(x < 0, -1.0, 1.0))  # 0",
