@@ -21,6 +21,9 @@ rounding to float32 would be in all of them alike. It is one number a channel.
 A program has a block of channels of an item; one sequence makes several items where there are too few programs to
 fill the chip, and `_statistics_merge_kernel` joins their states by the same formula.
 
+Tiles have a channel a row and a frame a column. So the scores come out of the matrix units with two channels in a
+thread, and many frames of each: sums over frames are made in registers and by the four threads that share a row.
+
 The backward is in statistics_bwd.py.
 """
 
@@ -57,9 +60,10 @@ from .chip import (
     unpressed,
 )
 from .inputs import StatisticsInputs, features_dtype
-from .location import features_flags, load_rows, location_fwd, matmul, store_rows
+from .location import features_flags, load_rows, location_fwd, store_rows
 from .masks import Items, Spans, items_of, locate, partition, unmasked
-from .softmax import finish, new_lse, no_key, pivot, store_lse
+from .products import add_product
+from .softmax import finish, made_once, new_lse, no_key, pivot, power, store_lse
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -78,26 +82,36 @@ def channel_scores(
     flags,
     BLOCK_A: tl.constexpr,
 ):
-    """u_j · v_c for a tile of frames and channels, [BLOCK_T, BLOCK_C]; -inf where a frame is not seen."""
-    s = tl.zeros([keep.shape[0], c.shape[0]], tl.float32)
+    """v_c · u_j for a tile of channels and frames, [BLOCK_C, BLOCK_T]; 0 where a frame is not seen."""
+    s = tl.zeros([c.shape[0], keep.shape[0]], tl.float32)
     if flags.WHOLE:
-        s = matmul(u, v_tile, s, flags.COMPUTE, flags.PRECISION)
+        s = add_product(tl.trans(v_tile), tl.trans(u), s, flags.COMPUTE, flags.PRECISION)
     else:
         for a0 in range(0, size.A, BLOCK_A):
             a = a0 + tl.arange(0, BLOCK_A)
             u_a = load_rows(x_ptrs, keep, a, size.A)
-            s = matmul(u_a, load_channels(v, a, c, size), s, flags.COMPUTE, flags.PRECISION)
-    return tl.where(keep[:, None], s, float("-inf"))
+            v_a = load_channels(v, a, c, size)
+            s = add_product(tl.trans(v_a), tl.trans(u_a), s, flags.COMPUTE, flags.PRECISION)
+    return s
+
+
+@triton.jit
+def hide(s, keep):
+    """Scores [BLOCK_C, BLOCK_T], -inf where a frame is not seen.
+
+    Which frames are is loaded once, by few threads. Otherwise each thread would load it for all frames of its own.
+    """
+    return tl.where((made_once(keep.to(tl.int32)) != 0)[None, :], s, float("-inf"))
 
 
 @triton.jit
 def frame_scores(x, seq, rows, keep):
-    """s_j for a tile of frames, [BLOCK_T, 1]; -inf where a frame is not seen."""
+    """s_j for a tile of frames, [1, BLOCK_T]; -inf where a frame is not seen."""
     if x.ptr is None:
         s = tl.where(keep, 0.0, float("-inf"))
     else:
         s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
-    return s[:, None]
+    return s[None, :]
 
 
 @triton.jit
@@ -116,30 +130,30 @@ def _no_frames(r, c):
 
 @triton.jit
 def _moments(p, x):
-    """(l, mean, M) of the rows of x [BLOCK, BLOCK_C] with the weights p [BLOCK, BLOCK_C] or [BLOCK, 1].
+    """(l, mean, M) of the columns of x [BLOCK_C, BLOCK] with the weights p [BLOCK_C, BLOCK] or [1, BLOCK].
 
     The mean is a division that is rounded once. A product with 1 / l the compiler would contract with the difference
     that is taken of it: e would be about a mean that is not the one kept, and r would not be its rounding.
     """
-    l = tl.sum(p, axis=0)
+    l = tl.sum(p, axis=1)
     some = tl.where(l > 0, l, 1.0)
-    mean = tl.sum(p * x, axis=0)
+    mean = tl.sum(p * x, axis=1)
     if x.dtype == tl.float32:
         mean = tl.div_rn(mean, some)
     else:
         mean = mean / some
-    e = x - mean[None, :]
-    r = tl.sum(p * e, axis=0) * (1.0 / some)
-    e -= r[None, :]
-    return l, mean.to(tl.float64) + r.to(tl.float64), tl.sum(p * e * e, axis=0).to(tl.float32)
+    e = x - mean[:, None]
+    r = tl.sum(p * e, axis=1) * (1.0 / some)
+    e -= r[:, None]
+    return l, mean.to(tl.float64) + r.to(tl.float64), tl.sum(p * e * e, axis=1).to(tl.float32)
 
 
 @triton.jit
 def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
     """The state of the frames of both; one of them, or both, may have seen none."""
     m = tl.maximum(m_a, m_b)
-    alpha = tl.exp(m_a - pivot(m))
-    beta = tl.exp(m_b - pivot(m))
+    alpha = power(m_a - pivot(m), True, False)
+    beta = power(m_b - pivot(m), True, False)
     l_a *= alpha
     l_b *= beta
     l = l_a + l_b
@@ -190,17 +204,18 @@ def _statistics_fwd_kernel(
         t = t0 + tl.arange(0, blocks.T)
         rows = (start + t).to(tl.int64)
         keep = unmasked(mask, seq, rows, t < hi)
+        # Before the scores: what is made of both gets the layout of the load that comes last before it.
+        y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
         if flags.PER_CHANNEL:
             x_ptrs = sequence_ptr(x, seq, rows)
             u = load_rows(x_ptrs, keep, a, size.A)
-            s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A)
+            s = hide(channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A), keep)
             if scores_ptr is not None:
-                store_rows(scores_ptr + (seq * T + rows) * size.C, s, t < hi, c, size.C)
+                store_rows(scores_ptr + (seq * T + rows) * size.C, tl.trans(s), t < hi, c, size.C)
         else:
             s = frame_scores(x, seq, rows, keep)
-        y = load_rows(sequence_ptr(values, seq, rows), keep, c, size.C).to(tl.float32)
-        m_tile = tl.max(s, axis=0)
-        l_tile, mean_tile, sq_tile = _moments(tl.exp(s - pivot(m_tile)[None, :]), y)
+        m_tile = tl.max(s, axis=1)
+        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
 
     own = r < R
@@ -261,14 +276,15 @@ def _statistics_merge_kernel(
     m, l, mean, sq = _no_frames(r, c)
     for i0 in range(lo, hi, blocks.T):
         item = i0 + tl.arange(0, blocks.T)
-        m_i = load_rows(parts.m + item * R, item < hi, r, R)
-        l_i = load_rows(parts.l + item * R, item < hi, r, R)
+        m_i = tl.trans(load_rows(parts.m + item * R, item < hi, r, R))
+        l_i = tl.trans(load_rows(parts.l + item * R, item < hi, r, R))
         m_i = tl.where(l_i > 0, m_i, float("-inf"))  # past the end l is 0
-        m_tile = tl.max(m_i, axis=0)
-        weight = tl.exp(m_i - pivot(m_tile)[None, :])
-        mean_i = load_rows(parts.mean + item * size.C, item < hi, c, size.C)
+        m_tile = tl.max(m_i, axis=1)
+        weight = power(m_i - pivot(m_tile)[:, None], True, False)
+        mean_i = tl.trans(load_rows(parts.mean + item * size.C, item < hi, c, size.C))
+        sq_i = tl.trans(load_rows(parts.sq + item * size.C, item < hi, c, size.C))
         l_tile, mean_tile, sq_tile = _moments(weight * l_i, mean_i)
-        sq_tile += tl.sum(weight * load_rows(parts.sq + item * size.C, item < hi, c, size.C), axis=0)
+        sq_tile += tl.sum(weight * sq_i, axis=1)
         m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
     own = r < R
     if not flags.PER_CHANNEL:
@@ -445,7 +461,8 @@ def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool
         "rows": rows,
     }
     grid = (items.count * channel_blocks,)
-    registers = all_registers(call.chip) if 0 < A <= 16 else unpressed(call.chip, C, A)
+    pressed = 0 < A <= 16 or (call.chip.from_registers and per_channel and need_scores)
+    registers = all_registers(call.chip) if pressed else unpressed(call.chip, C, A)
     launch(_statistics_fwd_kernel, grid, args, blocks, **registers)
     if not alone:
         block_c = pow2(C, 16, 128)

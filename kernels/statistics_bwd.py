@@ -31,49 +31,51 @@ from .location import load_rows, store_rows
 from .location_bwd import location_bwd
 from .masks import Items, follow, item_rows, sequence_at
 from .products import add_product
-from .softmax import exp, load_dlse, pivot
-from .statistics import Blocks, Call, channel_scores, frame_scores, load_channels, prepare, product_warps
+from .softmax import exp, load_dlse, pivot, power
+from .statistics import Blocks, Call, channel_scores, frame_scores, hide, load_channels, prepare, product_warps
 from .sums import Pending
 
 
 @triton.jit
 def _of_sequence(ptr, seq, c, C):
-    """A sequence's numbers of the channels c as float32, [1, BLOCK_C]."""
-    return tl.load(ptr + seq * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    """A sequence's numbers of the channels c as float32, [BLOCK_C, 1]."""
+    return tl.load(ptr + seq * C + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
 def _load_lse(state, seq, r, R, C, num_seqs):
-    """(m, 1 / l), [1, BLOCK_R] each."""
+    """(m, 1 / l), [BLOCK_R, 1] each."""
     known = r < R
     m = tl.load(state.lse + (seq * R + r) * 2, mask=known, other=0.0)
     inv = tl.load(state.exact + (num_seqs.to(tl.int64) * 4 + seq) * C + r, mask=known, other=0.0)
-    return pivot(m)[None, :], inv[None, :]
+    return pivot(m)[:, None], inv[:, None]
 
 
 @triton.jit
 def _load_dlse(state, seq, r, R):
-    """Gradient of log l, [1, BLOCK_R]."""
+    """Gradient of log l, [BLOCK_R, 1]."""
     at = (seq * R + r) * 2
-    return load_dlse(state.dlse + at, state.lse + at, r < R)[None, :]
+    return load_dlse(state.dlse + at, state.lse + at, r < R)[:, None]
 
 
 @triton.jit
 def _deviation(values, state, seq, rows, keep, c, C, num_seqs):
-    """X - mean of frames [BLOCK_T] and channels c, to the last bit of the float64 mean, [BLOCK_T, BLOCK_C]."""
-    e = load_rows(sequence_ptr(values, seq, rows), keep, c, C).to(tl.float32)
+    """X - mean of frames [BLOCK_T] and channels c, to the last bit of the float64 mean, [BLOCK_C, BLOCK_T]."""
+    e = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, C)).to(tl.float32)
     e -= _of_sequence(state.exact, seq, c, C)
     return e - _of_sequence(state.exact + num_seqs.to(tl.int64) * C, seq, c, C)
 
 
 @triton.jit
-def _gradient(state, e, seq, c, C, num_seqs):
-    """(dx / α, ds / α without dlse), [BLOCK_T, BLOCK_C]."""
+def _gradient(state, e, inv, seq, c, C, num_seqs):
+    """inv times (dx / α, ds / α without dlse), [BLOCK_C, BLOCK_T]: inv goes into numbers of a channel."""
     dmean = _of_sequence(state.dmean, seq, c, C)
     plane = num_seqs.to(tl.int64) * C
     var = _of_sequence(state.exact + 2 * plane, seq, c, C)
     slope = _of_sequence(state.exact + 3 * plane, seq, c, C)
     dvar = _of_sequence(state.dstd, seq, c, C) * slope
+    dmean *= inv
+    dvar *= inv
     return dmean + 2.0 * dvar * e, e * (dmean + dvar * e) - dvar * var
 
 
@@ -110,43 +112,42 @@ def _statistics_bwd_frame_kernel(
     seq, _, inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
     one = tl.arange(0, 1)
     top, inv = _load_lse(state, seq, one, 1, size.C, num_seqs)
-    alpha = _frame_weights(frame_scores(x, seq, rows, keep), top, inv, flags.FMA)  # [BLOCK_T, 1]
+    alpha = _frame_weights(frame_scores(x, seq, rows, keep), top, inv, flags.FMA)  # [1, BLOCK_T]
     factor = tl.zeros([blocks.T], tl.float32)
     for c0 in range(0, size.C, blocks.C):
         c = c0 + tl.arange(0, blocks.C)
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
-        to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
-        factor += tl.sum(to_score, axis=1)
+        to_value, to_score = _gradient(state, e, 1.0, seq, c, size.C, num_seqs)
+        factor += tl.sum(to_score, axis=0)
         if dval_ptr is not None:
-            store_rows(dval_ptr + (seq * T + rows) * size.C, alpha * to_value, inside, c, size.C)
+            store_rows(dval_ptr + (seq * T + rows) * size.C, tl.trans(alpha * to_value), inside, c, size.C)
     if dx_ptr is not None:
         if state.dlse is not None:
-            factor += tl.sum(_load_dlse(state, seq, one, 1), axis=1)
-        ds = tl.sum(alpha, axis=1) * factor
+            factor += tl.sum(_load_dlse(state, seq, one, 1), axis=0)
+        ds = tl.sum(alpha, axis=0) * factor
         if state.dscores is not None:
             ds += tl.load(state.dscores + seq * T + rows, mask=keep, other=0.0)
         tl.store(dx_ptr + seq * T + rows, ds, mask=inside)
 
 
 @triton.jit
-def _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, BLOCK_A: tl.constexpr):
-    """α of a tile of frames and channels, from its scores made again, or read `at` the rows of those returned."""
+def _channel_scores(x_ptrs, keep, u, v_tile, v, state, at, c, size, flags, BLOCK_A: tl.constexpr):
+    """Scores of a tile, made again or read `at` the rows of those returned; any number where a frame is not seen."""
     if state.scores is None:
         s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, BLOCK_A)
     else:
-        s = tl.where(keep[:, None], load_rows(state.scores + at, keep, c, size.C), float("-inf"))
-    top, inv = _load_lse(state, seq, c, size.C, size.C, num_seqs)
-    return tl.exp(s - top) * inv
+        s = tl.trans(load_rows(state.scores + at, keep, c, size.C))
+    return s
 
 
 @triton.jit
-def _channel_gradient(alpha, factor, keep, state, at, seq, c, C):
-    """Ds of a tile of frames and channels."""
+def _channel_gradient(p, factor, inv, keep, state, at, seq, c, C):
+    """Ds of a tile of channels and frames, p = l α and factor = (ds / α without dlse) / l."""
     if state.dlse is not None:
-        factor += _load_dlse(state, seq, c, C)
-    ds = alpha * factor
+        factor += _load_dlse(state, seq, c, C) * inv
+    ds = p * factor
     if state.dscores is not None:
-        ds += load_rows(state.dscores + at, keep, c, C)
+        ds += tl.trans(load_rows(state.dscores + at, keep, c, C))
     return ds
 
 
@@ -184,16 +185,18 @@ def _statistics_bwd_values_kernel(
         x_ptrs = sequence_ptr(x, seq, rows)
         u = load_rows(x_ptrs, keep, a, size.A)
         at = (seq * T + rows) * size.C
-        alpha = _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, blocks.A)
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
-        to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
+        s = hide(_channel_scores(x_ptrs, keep, u, v_tile, v, state, at, c, size, flags, blocks.A), keep)
+        top, inv = _load_lse(state, seq, c, size.C, size.C, num_seqs)
+        p = power(s - top, True, False)
+        to_value, to_score = _gradient(state, e, inv, seq, c, size.C, num_seqs)
         if dval_ptr is not None:
             write = inside[:, None] & (c < size.C)[None, :] & (tl.program_id(1) == 0)
-            dval = (alpha * to_value).to(dval_ptr.dtype.element_ty)
+            dval = tl.trans((p * to_value).to(dval_ptr.dtype.element_ty))
             tl.store(dval_ptr + at[:, None] + c[None, :], dval, mask=write)
         if dv_ptr is not None:
-            ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C)
-            dv = add_product(tl.trans(u), ds, dv, flags.COMPUTE, flags.PRECISION)
+            ds = _channel_gradient(p, to_score, inv, keep, state, at, seq, c, size.C)
+            dv = add_product(tl.trans(u), tl.trans(ds), dv, flags.COMPUTE, flags.PRECISION)
     if dv_ptr is not None:
         store_rows(dv_ptr + (part.to(tl.int64) * size.A + a) * size.C, dv, a < size.A, c, size.C)
 
@@ -214,10 +217,14 @@ def _statistics_bwd_features_kernel(
     flags,
     blocks,  # T: frames of an item
 ):
-    """A weight a channel: du of an item of frames and blocks.A features, over all channels."""
+    """A weight a channel: du of an item of frames and blocks.A features, over all channels.
+
+    Frames that are not seen have any number for a score here, a column of du of their own, which is not stored: who
+    has use for du does not read it there.
+    """
     item = tl.program_id(0)
     seq = sequence_at(item, spans, num_seqs, per_seq, blocks.T)
-    seq, _, inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
+    seq, _, _inside, rows, keep = item_rows(item, seq, mask, spans, T, per_seq, blocks.T)
     a = tl.program_id(1) * blocks.A + tl.arange(0, blocks.A)
     x_ptrs = sequence_ptr(x, seq, rows)
     u = load_rows(x_ptrs, keep, a, size.A)
@@ -229,17 +236,19 @@ def _statistics_bwd_features_kernel(
         c = c0 + tl.arange(0, blocks.C)
         v_tile = load_channels(v, a, c, size)
         at = (seq * T + rows) * size.C
-        alpha = _channel_weights(x_ptrs, keep, u, v_tile, v, state, at, seq, c, num_seqs, size, flags, blocks.A)
         e = _deviation(values, state, seq, rows, keep, c, size.C, num_seqs)
-        _to_value, to_score = _gradient(state, e, seq, c, size.C, num_seqs)
-        ds = _channel_gradient(alpha, to_score, keep, state, at, seq, c, size.C)
+        s = _channel_scores(x_ptrs, keep, u, v_tile, v, state, at, c, size, flags, blocks.A)
+        top, inv = _load_lse(state, seq, c, size.C, size.C, num_seqs)
+        p = power(s - top, True, False)
+        _to_value, to_score = _gradient(state, e, inv, seq, c, size.C, num_seqs)
+        ds = _channel_gradient(p, to_score, inv, keep, state, at, seq, c, size.C)
         if ACROSS:
-            du = add_product(v_tile, tl.trans(ds), du, flags.COMPUTE, flags.PRECISION)
+            du = add_product(v_tile, ds, du, flags.COMPUTE, flags.PRECISION)
         else:
-            du = add_product(ds, tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)
+            du = add_product(tl.trans(ds), tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)
     if ACROSS:
         du = tl.trans(du)
-    store_rows(dx_ptr + (seq * T + rows) * size.A, du, inside, a, size.A)
+    store_rows(dx_ptr + (seq * T + rows) * size.A, du, keep, a, size.A)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,7 +282,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     wgmma = chip.backend == "cuda" and not chip.from_registers
     block_t = 16 if chip.backend == "hip" or (wgmma and not whole) else 64 if wgmma and not small else 32
     block_a = pow2(A, 16, 128 if A <= 128 and (whole or not chip.from_registers) else 64)
-    block_c = 64 if whole and not small and block_a <= 64 else 32
+    block_c = 64 if whole and not small and (block_a <= 64 or wgmma) else 32
     if (small and whole and block_a <= 64) or (wgmma and not whole):
         warps = 4
     return Blocks(tile_rows(T, block_t), pow2(C, 16, block_c), block_a, warps)

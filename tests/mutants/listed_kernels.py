@@ -404,14 +404,14 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/statistics.py",
-        "        sq_tile += tl.sum(weight * load_rows(parts.sq + item * size.C, item < hi, c, size.C), axis=0)\n",
+        "        sq_tile += tl.sum(weight * sq_i, axis=1)\n",
         "",
         ("tests/test_statistics.py", "-k", "parts"),
         "merged items have no variance of their own",
     ),
     Mutant(
         "kernels/statistics.py",
-        "    e -= r[None, :]\n",
+        "    e -= r[:, None]\n",
         "",
         ("tests/test_statistics.py", "-k", "far_from_zero"),
         "the variance is about a mean that is rounded",
@@ -460,10 +460,17 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/statistics_bwd.py",
-        "            du = add_product(ds, tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)",
-        "            du = add_product(ds, tl.trans(v_tile), du * 0.0, flags.COMPUTE, flags.PRECISION)",
+        "            du = add_product(tl.trans(ds), tl.trans(v_tile), du, flags.COMPUTE, flags.PRECISION)",
+        "            du = add_product(tl.trans(ds), tl.trans(v_tile), du * 0.0, flags.COMPUTE, flags.PRECISION)",
         ("tests/test_statistics.py", "-k", "every_pair or other_sizes"),
         "du has the last channels alone",
+    ),
+    Mutant(
+        "kernels/statistics_bwd.py",
+        "    dvar *= inv\n",
+        "",
+        ("tests/test_statistics.py", "-k", "every_pair"),
+        "the variance's part of a gradient is l times too large",
     ),
     Mutant(
         "kernels/graph.py",
