@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chip import stride_of
+from .replay import writing
 
 _YES, _NO = tl.constexpr(True), tl.constexpr(False)
 
@@ -209,14 +210,18 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], blocks: 
     """
     # By position: Triton takes twice as long to sort out names.
     values = [constants(blocks) if name == "blocks" else args[name] for name in kernel.arg_names]
+    options["num_warps"] = blocks.warps
     if hasattr(blocks, "stages"):
         options.setdefault("num_stages", blocks.stages)
+    if tape := writing.get():
+        tape.launch(kernel, grid, values, options)
+        return
     device = _device_of(values)
     if device < 0 or device == torch.cuda.current_device():
-        kernel[grid](*values, num_warps=blocks.warps, **options)
+        kernel[grid](*values, **options)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*values, num_warps=blocks.warps, **options)
+            kernel[grid](*values, **options)
 
 
 def _device_of(values: list[Any]) -> int:

@@ -84,22 +84,22 @@ def _query(device: torch.device) -> Chip:
     return Chip("cuda", arch, getattr(props, "shared_memory_per_block_optin", 101_376), cores)
 
 
-_assumed: ContextVar[Chip | None] = ContextVar("assumed chip", default=None)
+assumed: ContextVar[Chip | None] = ContextVar("assumed chip", default=None)
 
 
 @contextmanager
 def assume(chip: Chip) -> Iterator[None]:
     """Launchers inside choose blocks for `chip`, whatever is there: how kernels are compiled without a GPU."""
-    token = _assumed.set(chip)
+    token = assumed.set(chip)
     try:
         yield
     finally:
-        _assumed.reset(token)
+        assumed.reset(token)
 
 
 def chip_of(device: torch.device) -> Chip:
     """The chip that a tensor on `device` will be worked on."""
-    return _assumed.get() or (INTERPRETER if INTERPRET else _query(device))
+    return assumed.get() or (INTERPRETER if INTERPRET else _query(device))
 
 
 def all_registers(chip: Chip) -> dict[str, int]:

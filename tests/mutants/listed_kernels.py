@@ -591,4 +591,32 @@ KERNELS: tuple[Mutant, ...] = (
         ("tests/test_pairs_weights.py", "-k", "general"),
         "the gradient of the normaliser does not reach the scores",
     ),
+    Mutant(
+        "kernels/replay.py",
+        "x.stride(), x.data_ptr() % 16",
+        "x.stride(), 0",
+        ("tests/test_replay.py", "-k", "triton_launches"),
+        "a record whose kernel takes aligned pointers runs for others",
+    ),
+    Mutant(
+        "kernels/replay.py",
+        "record.run is None or any(record.hooks)",
+        "record.run is None",
+        ("tests/test_replay.py", "-k", "somebody_listens"),
+        "what a kernel has to call before it runs is not called",
+    ),
+    Mutant(
+        "kernels/replay.py",
+        "            x = x.detach()\n",
+        "",
+        ("tests/test_replay.py", "-k", "came_twice"),
+        "a tensor that came twice when a call was written down stands for two",
+    ),
+    Mutant(
+        "kernels/replay.py",
+        "if view and result.data_ptr() == args[0].data_ptr():",
+        "if view:",
+        ("tests/test_replay.py", "-k", "triton_launches or other_numbers"),
+        "a launch is given the start of a tensor for a view that begins elsewhere",
+    ),
 )
