@@ -159,6 +159,7 @@ def stride_of(x: Tensor, axis: int) -> int:
 
 LENGTHS = (
     *("T", "Tq", "Tk", "Th", "Ty", "num_seqs", "per_seq", "rows_per_item", "nodes", "edges", "steps"),
+    *("keys", "key_steps", "programs"),
     *("items", "item0", "q_items", "items_per_split", "rows", "rows_per_split", "splits", "limit", "slots"),
 )
 """Parameters that vary with a length, in all kernels: `do_not_specialize`, or 1 and multiples of 16 are variants.

@@ -259,5 +259,5 @@ def graph_fwd(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, Tensor, Te
     pressed = blocks.A < A or blocks.DV < DV
     registers = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
     launch(_graph_fwd_kernel, (hubs.items, cdiv(H, blocks.H), cdiv(DV, blocks.DV)), args, blocks, **registers)
-    hubs.join(part.out, out, part.lse, lse, exact if need_exact else None)
+    hubs.join(part, args["result"], args["size"])
     return out, lse, scores, exact

@@ -9,9 +9,9 @@ With a_e = exp(s_e - m_i) / l_i, κ_e the dropout factor, and i the node that ed
 
 The first kernel has a program a node, and makes g_e and κ_e a_e, a number each an edge and head. It meets the edges
 twice, since g needs δ: where a node is divided, its pieces leave their gaps and parts of δ to a launch after it. The
-second walks CSR again, a program for every so many nodes, for dq, dedge and a partial sum of dv; the third walks the
-transposed structure, a program a key node, for dk and dvalue. Neither needs a score, and nothing is added to by two
-programs.
+next one has programs of two kinds, since neither needs what the other makes: some walk CSR again, each so many nodes,
+for dq, dedge and a partial sum of dv, the others the transposed structure, each a key node, for dk and dvalue. The last
+joins what they left of hubs and of dv. Nothing is added to by two programs.
 
 Σ_e a_e gap_e is 0 but for rounding, that of o above all, which every gap of a node has alike: taken out, it is not
 left in every g, and one edge with all the weight has a g of 0. In float32, over random nodes of six edges, the error
@@ -26,14 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import launch, rows
+from .arguments import constants, launch, rows
 from .chip import LENGTHS, all_registers, cdiv, unpressed
-from .graph import Blocks, State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
-from .graph_hubs import Csr, Hubs, edges_of, slots_of
+from .graph import State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
+from .graph_hubs import Csr, Hubs, edges_of, join_or_next, slots_of
 from .inputs import GraphInputs
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
-from .sums import sums
+from .sums import NO_SUM, SUM_BLOCKS, Pending, add_or_next, programs_of
 
 
 class Cotangents(NamedTuple):
@@ -149,34 +149,31 @@ def _store_heads(ptr, part_ptr, x, node, slot, h, d, H, D, HUBS: tl.constexpr):
         tl.store(part_ptr + row, x, mask=inside & (slot >= 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _graph_bwd_dq_kernel(
-    q,  # (Nq, H, A)
-    k,  # (Nk, H, A)
-    v,  # (H, A)
-    edge,  # (E, H, A) or None
-    csr,
-    made,
-    dq_ptr,  # (Nq, H, A)
-    dv_ptr,  # (programs, H, A) float32
-    dedge_ptr,  # (E, H, A) or None
-    part_ptr,  # (slots, H, A) float32: dq of a hub's pieces, or None
-    items,  # nodes, then pieces
-    nodes,
-    edges,
-    steps,
-    size,
-    flags,
-    blocks,
-):
-    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+class Grads(NamedTuple):
+    """Gradients, in the dtype of what they are of, and in float32 what a hub's pieces leave, (slots, H, width)."""
+
+    q: Tensor | None  # (Nq, H, A)
+    v: Tensor | None  # (programs, H, A) float32: partial sums
+    edge: Tensor | None  # (E, H, A)
+    k: Tensor | None  # (Nk, H, A); where the values are the keys both terms
+    value: Tensor | None  # (Nk, H, DV)
+    part_q: Tensor | None
+    part_k: Tensor | None
+    part_value: Tensor | None
+
+
+@triton.jit
+def _walk_targets(start, programs, h, q, k, v, edge, csr, made, grads, nodes, edges, steps, size, flags, blocks):
+    """dq, dedge and a partial sum of dv, of every `programs`-th node or piece of a hub from `start` on."""
     a = tl.program_id(2) * blocks.A + tl.arange(0, blocks.A)
     feature = (h < size.H)[:, None] & (a < size.A)[None, :]
     v_row = load_heads(v, 0, h, a, size.H, size.A)
     grad_v = tl.zeros([blocks.H, blocks.A], tl.float32)
-    start = tl.program_id(0).to(tl.int64)
-    for n in range(0, tl.cdiv(items - start, tl.num_programs(0))):
-        item = start + n * tl.num_programs(0)
+    items = nodes
+    if flags.HUBS:
+        items += 2 * tl.cdiv(edges, blocks.piece)
+    for n in range(0, tl.cdiv(items - start, programs)):
+        item = start + n * programs
         node, _, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
         q_row = load_heads(q, node, h, a, size.H, size.A)
         grad_q = tl.zeros([blocks.H, blocks.A], tl.float32)
@@ -190,70 +187,101 @@ def _graph_bwd_dq_kernel(
             slope = activate_grad(z, y, flags.ACT, flags.FAST)
             dz = g[:, :, None] * (v_row[None, :, :] * slope)  # [BLOCK_E, BLOCK_H, BLOCK_A]
             grad_q += tl.sum(dz, axis=0)
-            if dedge_ptr is not None:
+            if grads.edge is not None:
                 tl.store(
-                    dedge_ptr + at[:, :, None] * size.A + a[None, None, :],
-                    dz.to(dedge_ptr.dtype.element_ty),
+                    grads.edge + at[:, :, None] * size.A + a[None, None, :],
+                    dz.to(grads.edge.dtype.element_ty),
                     mask=keep[:, None, None] & feature[None, :, :],
                 )
-        _store_heads(dq_ptr, part_ptr, grad_q, node, slot, h, a, size.H, size.A, flags.HUBS)
+        if grads.q is not None:
+            _store_heads(grads.q, grads.part_q, grad_q, node, slot, h, a, size.H, size.A, flags.HUBS)
     row = (start * size.H + h)[:, None] * size.A + a[None, :]
-    tl.store(dv_ptr + row, grad_v, mask=feature)
+    tl.store(grads.v + row, grad_v, mask=feature)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _graph_bwd_dk_kernel(
-    q,  # (Nq, H, A)
-    k,  # (Nk, H, A)
-    v,  # (H, A)
-    edge,  # (E, H, A) or None
-    csr,  # of the transposed structure
-    perm_ptr,  # (E,): where in CSR an edge of the transposed structure is
-    do,  # (Nq, H, DV)
-    made,
-    dk_ptr,  # (Nk, H, A) or None; with SHARED of both terms
-    dvalue_ptr,  # (Nk, H, DV) or None
-    part_ptr,  # (slots, H, A) float32: dk of a hub's pieces, or None
-    part_value_ptr,  # (slots, H, DV) float32
-    nodes,  # key nodes
-    edges,
-    steps,
-    size,
-    flags,
-    blocks,
-):
-    item = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+@triton.jit
+def _walk_sources(item, h, q, k, v, edge, csr, do, made, grads, nodes, edges, steps, size, flags, blocks):
+    """dk and dvalue of a key node or a piece of a hub; the edges of `csr` are those of the transposed structure."""
     a = tl.program_id(2) * blocks.A + tl.arange(0, blocks.A)
     dv = tl.program_id(2) * blocks.DV + tl.arange(0, blocks.DV)
     node, _, lo, hi, slot = edges_of(item, nodes, edges, csr, steps, blocks.piece, flags.HUBS)
-    if dk_ptr is not None:
+    if grads.k is not None:
         k_row = load_heads(k, node, h, a, size.H, size.A)
         v_row = load_heads(v, 0, h, a, size.H, size.A)
     grad_k = tl.zeros([blocks.H, blocks.A], tl.float32)
     grad_value = tl.zeros([blocks.H, blocks.DV], tl.float32)
     for t0 in range(lo, hi, blocks.E):
-        t = t0 + tl.arange(0, blocks.E)
-        keep = t < hi
-        i = tl.load(csr.indices + t, mask=keep, other=0).to(tl.int64)
-        e = tl.load(perm_ptr + t, mask=keep, other=0).to(tl.int64)
+        t, keep, i = edge_tile(t0, hi, csr, blocks.E)
+        e = tl.load(csr.perm + t, mask=keep, other=0).to(tl.int64)
         at = e[:, None] * size.H + h[None, :]
         inside = keep[:, None] & (h < size.H)[None, :]
-        if dk_ptr is not None:
+        if grads.k is not None:
             g = tl.load(made.g + at, mask=inside, other=0.0)
             z, _rows = edge_sums(k_row, q, i, edge, e, keep, h, a, size.H, size.A)
             slope = activate_grad(z, activate(z, flags.ACT, flags.FAST), flags.ACT, flags.FAST)
             grad_k += tl.sum(g[:, :, None] * (v_row[None, :, :] * slope), axis=0)
-        if dvalue_ptr is not None or flags.SHARED:
+        if grads.value is not None or flags.SHARED:
             p = tl.load(made.p + at, mask=inside, other=0.0)
             do_rows = load_edges(do, i, keep, h, dv, size.H, size.DV)
             grad_value += tl.sum(p[:, :, None] * do_rows, axis=0)
-    if dk_ptr is not None:
+    if grads.k is not None:
         if flags.SHARED:
             grad_k += grad_value
-        _store_heads(dk_ptr, part_ptr, grad_k, node, slot, h, a, size.H, size.A, flags.HUBS)
-    if dvalue_ptr is not None:
-        _store_heads(dvalue_ptr, part_value_ptr, grad_value, node, slot, h, dv, size.H, size.DV, flags.HUBS)
+        _store_heads(grads.k, grads.part_k, grad_k, node, slot, h, a, size.H, size.A, flags.HUBS)
+    if grads.value is not None:
+        _store_heads(grads.value, grads.part_value, grad_value, node, slot, h, dv, size.H, size.DV, flags.HUBS)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _graph_bwd_walks_kernel(
+    q,  # (Nq, H, A)
+    k,  # (Nk, H, A)
+    v,  # (H, A)
+    edge,  # (E, H, A) or None
+    csr,
+    csr_t,
+    do,  # (Nq, H, DV)
+    made,
+    grads,
+    programs,  # of the walk by target; the others have an item each of the walk by source
+    nodes,
+    steps,
+    keys,  # key nodes, and their steps
+    key_steps,
+    edges,
+    size,
+    flags,
+    key_blocks,
+    blocks,
+):
+    program = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64) * blocks.H + tl.arange(0, blocks.H)
+    if program >= programs:
+        if grads.k is not None or grads.value is not None:
+            n = program - programs
+            _walk_sources(
+                n, h, q, k, v, edge, csr_t, do, made, grads, keys, edges, key_steps, size, flags, key_blocks
+            )
+    elif grads.v is not None:  # noqa: SIM102 — the one is known to the compiler, the other is not
+        if tl.program_id(2) * blocks.A < size.A:
+            _walk_targets(
+                program, programs, h, q, k, v, edge, csr, made, grads, nodes, edges, steps, size, flags, blocks
+            )
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _graph_bwd_join_kernel(csr, csr_t, grads, dv, nodes, steps, keys, key_steps, edges, size, sum_blocks, blocks):
+    """What programs of the walks left, joined: hubs' rows of dq, dk and dvalue, and dv."""
+    n = tl.program_id(0)
+    H, A, DV = size.H, size.A, size.DV
+    if grads.part_q is not None:
+        n = join_or_next(n, grads.part_q, None, csr, grads.q, None, None, nodes, edges, steps, H, A, blocks)
+    if grads.part_k is not None:
+        n = join_or_next(n, grads.part_k, None, csr_t, grads.k, None, None, keys, edges, key_steps, H, A, blocks)
+    if grads.part_value is not None:
+        value = grads.value
+        n = join_or_next(n, grads.part_value, None, csr_t, value, None, None, keys, edges, key_steps, H, DV, blocks)
+    add_or_next(dv, n, sum_blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,12 +304,9 @@ def graph_bwd(
     if query.numel() == 0 or indices.numel() == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     call = prepare(inputs)
-    hubs, (H, A, DV) = call.hubs, call.args["size"]
+    hubs, size = call.hubs, call.args["size"]
+    H, A, DV = size
     need_q, need_k, need_v, need_value, need_edge = needs
-    dq, dk, dvalue, dedge = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in ((query, True), (key, need_k), (value, need_value), (edge, need_edge))
-    )
     scores = scores.contiguous()
     args = {
         **call.args,
@@ -290,45 +315,53 @@ def graph_bwd(
         "result": State(None, lse.contiguous(), scores),
         "cotangent": Cotangents(*(x if x is None else x.contiguous() for x in (dlse, dscores))),
         "made": Scores(torch.empty_like(scores), torch.empty_like(scores), hubs.parts(H)),
-        "dq_ptr": dq,
-        "dk_ptr": dk,
-        "dvalue_ptr": dvalue,
-        "dedge_ptr": dedge,
+        **hubs.lengths,
     }
-
-    def run(kernel, grid: tuple[int, ...], blocks: Blocks, hubs: Hubs, **more: object) -> None:
-        every = {**args, **hubs.lengths, "csr": hubs.csr, **more}
-        # Where the compiler put numbers on the stack: rows of many numbers, narrow ones, those walked in parts.
-        narrow, wide = blocks.H * max(blocks.A, blocks.DV) <= 64, blocks.A < A or blocks.DV < DV
-        pressed = kernel is _graph_bwd_scores_kernel or narrow or wide
-        options = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
-        launch(kernel, grid, every, blocks, **options)
-
-    blocks = call.blocks
-    heads = cdiv(H, blocks.H)
     # Rows of dO, out and values at once: with as few warps as elsewhere the compiler put some on the stack.
-    wider = blocks._replace(warps=2 * blocks.warps)
-    run(_graph_bwd_scores_kernel, (hubs.items, heads), wider, hubs)
+    blocks, heads = call.blocks._replace(warps=2 * call.blocks.warps), cdiv(H, call.blocks.H)
+    registers = all_registers(call.chip)
+    launch(_graph_bwd_scores_kernel, (hubs.items, heads), args, blocks, **registers)
     if hubs.slots:
-        run(_graph_bwd_pieces_kernel, (hubs.slots, heads), wider, hubs)
+        launch(_graph_bwd_pieces_kernel, (hubs.slots, heads), args, blocks, **registers)
+
     # As many programs as a chip holds at a time, or nearly: a partial sum of dv each.
-    programs = min(hubs.items, 16 * call.chip.cores)
-    dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device)
-    if need_q or need_v or need_edge:
-        grid, part = (programs, heads, cdiv(A, blocks.A)), hubs.parts(H, A)
-        run(_graph_bwd_dq_kernel, grid, blocks, hubs, items=hubs.items, dv_ptr=dv, part_ptr=part)
-        hubs.join(part, dq)
+    programs = min(hubs.items, 16 * call.chip.cores) if need_q or need_v or need_edge else 0
+    blocks, keys = call.blocks, hubs
+    key_blocks = graph_blocks(call.chip, len(key), hubs.edges, H, A, DV)
     if need_k or need_value:
-        indptr_t, indices_t, perm = (x.contiguous() for x in transposed)
-        blocks = graph_blocks(call.chip, key.shape[0], hubs.edges, H, A, DV)
-        hubs = Hubs(key.shape[0], hubs.edges, blocks.piece, Csr(indptr_t, indices_t))
-        part, part_value = hubs.parts(H, A), hubs.parts(H, DV)
-        grid = hubs.items, heads, max(cdiv(A, blocks.A), cdiv(DV, blocks.DV))
-        more = {"perm_ptr": perm, "part_ptr": part, "part_value_ptr": part_value}
-        run(_graph_bwd_dk_kernel, grid, blocks, hubs, **more)
-        if need_k:
-            hubs.join(part, dk)
-        if need_value:
-            hubs.join(part_value, dvalue)
-    grads = (dq, dk, *sums([(dv if need_v else None, v.dtype)]), dvalue, dedge)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+        keys = Hubs(len(key), hubs.edges, key_blocks.piece, Csr(*(x.contiguous() for x in transposed)))
+    dq, dk, dvalue, dedge = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in ((query, need_q), (key, need_k), (value, need_value), (edge, need_edge))
+    )
+    dv = torch.empty(programs, H, A, dtype=torch.float32, device=query.device) if programs else None
+    part_q, part_k = hubs.parts(H, A) if need_q else None, keys.parts(H, A) if need_k else None
+    part_value = keys.parts(H, DV) if need_value else None
+    args |= {
+        "csr_t": keys.csr,
+        "grads": Grads(dq, dv, dedge, dk, dvalue, part_q, part_k, part_value),
+        "programs": programs,
+        "keys": keys.nodes,
+        "key_steps": keys.lengths["steps"],
+        "key_blocks": constants(key_blocks),
+    }
+    # Where the compiler put numbers on the stack: rows of many numbers, narrow ones, those walked in parts.
+    narrow, wide = blocks.H * max(blocks.A, blocks.DV) <= 64, blocks.A < A or blocks.DV < DV
+    options = registers if narrow or wide else unpressed(call.chip, A, DV)
+    if programs or need_k or need_value:
+        sources = keys.items if need_k or need_value else 0
+        grid = programs + sources, heads, max(cdiv(A, blocks.A), cdiv(DV, blocks.DV))
+        warps = max(blocks.warps, key_blocks.warps)
+        launch(_graph_bwd_walks_kernel, grid, args, blocks._replace(warps=warps), **options)
+
+    sums = Pending()
+    grads = [dq, dk, sums.add(dv if need_v else None, v.dtype), dvalue, dedge]
+    joined = hubs.join_blocks(A, DV)
+    joins = hubs.joins(part_q, joined) + keys.joins(part_k, joined) + keys.joins(part_value, joined)
+    if joins:
+        (total,) = sums.todo or [NO_SUM]
+        args |= {"dv": total, "sum_blocks": constants(SUM_BLOCKS)}
+        launch(_graph_bwd_join_kernel, (joins + programs_of(total),), args, joined, **unpressed(call.chip, A, DV))
+    else:
+        sums.launch()
+    return grads

@@ -11,7 +11,7 @@ are hubs, and no list of them is made. What they leave in their slots is joined 
 in it. On an H200, 1.2 million edges of 169,343 nodes, one with 21,000: a program a node took 5.9 ms.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,8 +73,43 @@ def slots_of(i, first, PIECE: tl.constexpr):
     return tl.where(i == 0, 2 * chunk + (first > chunk * PIECE), 2 * (chunk + i))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _graph_join_kernel(
+@triton.jit
+def _join(begin, head, d, part_ptr, part_lse_ptr, csr, out_ptr, lse_ptr, exact_ptr, nodes, steps, H, D, blocks):
+    """A head's features d of the hub that begins in the chunk from `begin` on, if one does.
+
+    It has the chunk's last edge, and the next one. The numbers of H, D and pointers as in `_graph_join_kernel`.
+    """
+    node = node_of(begin + blocks.PIECE, nodes, csr, steps)
+    first = tl.load(csr.indptr + node).to(tl.int64)
+    last = tl.load(csr.indptr + node + 1).to(tl.int64)
+    if (last - first > blocks.PIECE) & (first >= begin) & (first < begin + blocks.PIECE):
+        count = (last - 1) // blocks.PIECE - first // blocks.PIECE + 1
+        m = tl.full([1], float("-inf"), tl.float32)
+        l = tl.zeros([1], tl.float32)
+        acc = tl.zeros([blocks.D], tl.float32)
+        for i0 in range(0, count, blocks.I):
+            i = i0 + tl.arange(0, blocks.I)
+            at = slots_of(i, first, blocks.PIECE) * H + head
+            keep = (i < count)[:, None] & (d < D)[None, :]
+            part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=keep, other=0.0)
+            if part_lse_ptr is None:
+                acc += tl.sum(part, axis=0)
+            else:
+                m_i = tl.load(part_lse_ptr + at * 2, mask=i < count, other=float("-inf"))
+                l_i = tl.load(part_lse_ptr + at * 2 + 1, mask=i < count, other=0.0)
+                m, l, acc = join_states(m, l, acc, m_i, l_i, part, 1.0, blocks.FMA)
+        row = node * H + head
+        if part_lse_ptr is not None:
+            acc = acc * finish(l)
+            store_lse(lse_ptr + row * 2 + tl.arange(0, 1), m, l, tl.min(d, 0) == 0)
+        tl.store(out_ptr + row * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+        if exact_ptr is not None:
+            tl.store(exact_ptr + row * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def join_or_next(
+    program,
     part_ptr,  # (slots, H, D) float32
     part_lse_ptr,  # (slots, H, 2) float32: (m, l), see softmax.py; None: parts of a sum
     csr,
@@ -86,41 +121,28 @@ def _graph_join_kernel(
     steps,
     H,
     D,
-    FMA: tl.constexpr,
     blocks,
 ):
-    """One head of the hub that begins in a chunk, if one does: it has the chunk's last edge, and the next one."""
-    begin = tl.program_id(0).to(tl.int64) * blocks.PIECE
-    head = tl.program_id(1)
-    d = tl.program_id(2) * blocks.D + tl.arange(0, blocks.D)
-    if begin + blocks.PIECE < edges:
-        node = node_of(begin + blocks.PIECE, nodes, csr, steps)
-        first = tl.load(csr.indptr + node).to(tl.int64)
-        last = tl.load(csr.indptr + node + 1).to(tl.int64)
-        if (last - first > blocks.PIECE) & (first >= begin) & (first < begin + blocks.PIECE):
-            count = (last - 1) // blocks.PIECE - first // blocks.PIECE + 1
-            m = tl.full([1], float("-inf"), tl.float32)
-            l = tl.zeros([1], tl.float32)
-            acc = tl.zeros([blocks.D], tl.float32)
-            for i0 in range(0, count, blocks.I):
-                i = i0 + tl.arange(0, blocks.I)
-                at = slots_of(i, first, blocks.PIECE) * H + head
-                keep = (i < count)[:, None] & (d < D)[None, :]
-                part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=keep, other=0.0)
-                if part_lse_ptr is None:
-                    acc += tl.sum(part, axis=0)
-                else:
-                    m_i = tl.load(part_lse_ptr + at * 2, mask=i < count, other=float("-inf"))
-                    l_i = tl.load(part_lse_ptr + at * 2 + 1, mask=i < count, other=0.0)
-                    m, l, acc = join_states(m, l, acc, m_i, l_i, part, 1.0, FMA)
-            row = node * H + head
-            if part_lse_ptr is not None:
-                acc = acc * finish(l)
-                if tl.program_id(2) == 0:
-                    store_lse(lse_ptr + row * 2 + tl.arange(0, 1), m, l, True)
-            tl.store(out_ptr + row * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-            if exact_ptr is not None:
-                tl.store(exact_ptr + row * D + d, acc, mask=d < D)
+    """Join what pieces of hubs left, if this program is one of a chunk; else which one after those it is, from 0."""
+    wide = tl.cdiv(D, blocks.D)
+    own = tl.cdiv(edges, blocks.PIECE) * H * wide
+    if (program >= 0) & (program < own):
+        begin = (program // (H * wide)).to(tl.int64) * blocks.PIECE
+        head = program // wide % H
+        d = program % wide * blocks.D + tl.arange(0, blocks.D)
+        if begin + blocks.PIECE < edges:
+            _join(
+                begin, head, d, part_ptr, part_lse_ptr, csr, out_ptr, lse_ptr, exact_ptr, nodes, steps, H, D, blocks
+            )
+    return program - own
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _graph_join_kernel(part, csr, result, nodes, edges, steps, size, blocks):
+    """The forward's state of the hubs, of the states of their pieces."""
+    out, lse, exact = result.out, result.lse, result.exact
+    n = tl.program_id(0)
+    join_or_next(n, part.out, part.lse, csr, out, lse, exact, nodes, edges, steps, size.H, size.DV, blocks)
 
 
 class JoinBlocks(NamedTuple):
@@ -129,6 +151,7 @@ class JoinBlocks(NamedTuple):
     I: int
     D: int
     PIECE: int
+    FMA: bool = not INTERPRET
     warps: int = 4
 
 
@@ -137,6 +160,7 @@ class Csr(NamedTuple):
 
     indptr: Tensor  # (nodes + 1,)
     indices: Tensor  # (edges,)
+    perm: Tensor | None = None  # (edges,) int64, of a transposed structure: where an edge is in the other
 
 
 class Hubs(NamedTuple):
@@ -168,33 +192,18 @@ class Hubs(NamedTuple):
             return None
         return torch.empty(self.slots, *shape, dtype=torch.float32, device=self.csr.indptr.device)
 
-    def join(
-        self,
-        parts: Tensor | None,
-        out: Tensor,
-        part_lse: Tensor | None = None,
-        lse: Tensor | None = None,
-        exact: Tensor | None = None,
-    ) -> None:
-        """Write the hubs' rows of ``out (nodes, H, D)``: sums of their parts, or, with `lse`, merged states.
+    def join(self, part: Any, result: Any, size: Any) -> None:
+        """Write the hubs' rows of the forward's `result`, a `graph.State`, of those of their pieces."""
+        if self.slots:
+            blocks = self.join_blocks(size.DV)
+            args = {"part": part, "csr": self.csr, "result": result, **self.lengths, "size": size}
+            options = unpressed(chip_of(self.csr.indptr.device), size.DV)
+            launch(_graph_join_kernel, (self.joins(part.out, blocks),), args, blocks, **options)
 
-        exact: in float32 what `out` is in another dtype.
-        """
-        if parts is None:
-            return
-        _, H, D = parts.shape
-        blocks = JoinBlocks(16, pow2(D, 1, 128), self.piece)
-        args = {
-            "part_ptr": parts,
-            "part_lse_ptr": part_lse,
-            "csr": self.csr,
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "exact_ptr": exact,
-            **self.lengths,
-            "H": H,
-            "D": D,
-            "FMA": not INTERPRET,
-        }
-        grid = self.slots // 2, H, cdiv(D, blocks.D)
-        launch(_graph_join_kernel, grid, args, blocks, **unpressed(chip_of(parts.device), D))
+    def join_blocks(self, *widths: int) -> JoinBlocks:
+        """Tiles of a launch that joins rows of these widths."""
+        return JoinBlocks(16, pow2(max(widths), 1, 128), self.piece)
+
+    def joins(self, parts: Tensor | None, blocks: JoinBlocks) -> int:
+        """Programs that join `parts (slots, H, D)`."""
+        return 0 if parts is None else self.slots // 2 * parts.shape[1] * cdiv(parts.shape[2], blocks.D)

@@ -48,7 +48,7 @@ def _add_parts(x, program, blocks):
 
 
 @triton.jit
-def _or_next(x, program, blocks):
+def add_or_next(x, program, blocks):
     """The sum x, if this program is one of its own; else which of the next one's it is, from 0."""
     if x.parts is not None:
         own = tl.cdiv((x.size >> 2).to(tl.int32), blocks.N)
@@ -60,12 +60,12 @@ def _or_next(x, program, blocks):
 
 @triton.jit
 def _sums_kernel(a, b, c, d, e, f, blocks):
-    program = _or_next(a, tl.program_id(0), blocks)
-    program = _or_next(b, program, blocks)
-    program = _or_next(c, program, blocks)
-    program = _or_next(d, program, blocks)
-    program = _or_next(e, program, blocks)
-    _or_next(f, program, blocks)
+    program = add_or_next(a, tl.program_id(0), blocks)
+    program = add_or_next(b, program, blocks)
+    program = add_or_next(c, program, blocks)
+    program = add_or_next(d, program, blocks)
+    program = add_or_next(e, program, blocks)
+    add_or_next(f, program, blocks)
 
 
 class SumBlocks(NamedTuple):
@@ -74,6 +74,15 @@ class SumBlocks(NamedTuple):
     P: int
     N: int
     warps: int = 4
+
+
+SUM_BLOCKS = SumBlocks(32, 128)
+NO_SUM = Sum(None, None, 0, 0, 0, 0, 0)
+
+
+def programs_of(x: Sum) -> int:
+    """How many make a sum."""
+    return cdiv(x.size >> 2, SUM_BLOCKS.N)
 
 
 class Pending:
@@ -95,12 +104,10 @@ class Pending:
 
     def launch(self) -> None:
         """Make the sums."""
-        blocks, none = SumBlocks(32, 128), Sum(None, None, 0, 0, 0, 0, 0)
         for i in range(0, len(self.todo), MOST):
             some = self.todo[i : i + MOST]
-            programs = sum(cdiv(x.size >> 2, blocks.N) for x in some)
-            args = dict(zip("abcdef", some + [none] * (MOST - len(some)), strict=True))
-            launch(_sums_kernel, (programs,), args, blocks)
+            args = dict(zip("abcdef", some + [NO_SUM] * (MOST - len(some)), strict=True))
+            launch(_sums_kernel, (sum(map(programs_of, some)),), args, SUM_BLOCKS)
 
 
 def sums(given: Sequence[tuple[Tensor | None, torch.dtype]]) -> list[Tensor | None]:

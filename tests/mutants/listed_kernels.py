@@ -516,8 +516,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/graph_bwd.py",
-        "        e = tl.load(perm_ptr + t, mask=keep, other=0).to(tl.int64)",
-        "        e = t.to(tl.int64)",
+        "        e = tl.load(csr.perm + t, mask=keep, other=0).to(tl.int64)",
+        "        e = t",
         ("tests/test_graph.py", "-k", "every_pair"),
         "the transposed edges are taken for the edges",
     ),
