@@ -196,6 +196,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as `is_grads_batched=True` makes them: no functorch level
 
 
+@functools.cache
 def launcher(path: str) -> Callable[..., Any]:
     """The launcher ``module.function`` of `fused_attn.kernels`, imported at its first call: Triton may be absent."""
     module, name = path.split(".")
@@ -297,11 +298,15 @@ class Operator:
         def results_of(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
             return lambda *args: run(inputs(*args[: len(kinds)]), *args[len(kinds) :])
 
-        def gradients(*args: Any) -> tuple[Tensor, ...]:
+        def gradients(*args: Any) -> tuple[Tensor | None, ...]:
             """Contiguous, as the compiler is told; no list, which batched gradients do not know."""
             given, tensors, saved, options, rest = self.parted(args)
             grads = backward(inputs(*tensors, *options), *saved, *given, *rest)
-            return tuple(tensors[0].new_empty(0) if g is None else g.contiguous() for g in grads)
+            return tuple(g if g is None else g.contiguous() for g in grads)
+
+        def all_gradients(*args: Any) -> tuple[Tensor, ...]:
+            """The same, where it may not be None."""
+            return tuple(args[self.results].new_empty(0) if g is None else g for g in gradients(*args))
 
         def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
             pairs = zip(args[self.results : self.results + self.gradients], args[-1], strict=True)
@@ -309,11 +314,13 @@ class Operator:
 
         given = ", ".join(fields + more)
         self._run = results_of(forward), gradients
+        ends = 0, *itertools.accumulate((self.results, self.tensors, len(self.saved), self.options)), None
+        self._parts = [slice(*ends_of) for ends_of in itertools.pairwise(ends)]
         self.fwd = raw_op(f"{name}_fwd", f"({given}) -> {out(self.results)}", results_of(forward), results_of(fake))
         given = ", ".join(
             [*cotangents, *fields[: self.tensors], *kept, *fields[self.tensors :], *more, "bool[] needs"]
         )
-        self.bwd = raw_op(f"{name}_bwd", f"({given}) -> {out(self.gradients)}", gradients, fake_gradients)
+        self.bwd = raw_op(f"{name}_bwd", f"({given}) -> {out(self.gradients)}", all_gradients, fake_gradients)
         title = name.title().replace("_", "")
         self._apply = left_to_autograd(types.new_class(title, (_Forward,)))
         self._backward = left_to_autograd(types.new_class(f"{title}Gradients", (_Backward,)))
@@ -323,8 +330,11 @@ class Operator:
         """The results."""
         return self._apply(self.name, *inputs, *choices)
 
-    def run(self, which: int, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """A raw operator, the forward (0) or the backward (1), or where nobody watches its body alone."""
+    def run(self, which: int, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """A raw operator, the forward (0) or the backward (1), or where nobody watches its body alone.
+
+        A gradient that is not needed is empty, or None.
+        """
         if not _is_eager(args):
             return cast("tuple[Tensor, ...]", (self.fwd, self.bwd)[which](*args))
         with _without_autocast(args):
@@ -339,8 +349,7 @@ class Operator:
 
     def parted(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """What the raw backward takes: gradients of results, tensors, results, options, choices and needs."""
-        ends = (0, *itertools.accumulate((self.results, self.tensors, len(self.saved), self.options)), len(args))
-        return tuple(args[start:end] for start, end in itertools.pairwise(ends))
+        return tuple([args[part] for part in self._parts])
 
 
 _OPERATORS: dict[str, Operator] = {}  # by name: the compiler reaches neither a closure nor an object in arguments

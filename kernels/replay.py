@@ -6,7 +6,7 @@ run what is written, a function in straight code:
 
     def replay(stream, t0, t1):
         t2 = torch.empty_strided(c2, c3, dtype=c4, device=c5)
-        c6(264, 1, 1, stream, c7, c8, None, None, None, (t0, 131072, 64, c9, ), (t1, 64, ), t2, c10)
+        c6(264, 1, 1, stream, c7, False, False, None, None, c8, None, None, None, (t0, 131072, 64, c9, ), t2, c10)
         return (t2, )
 
 A kind is all that the launcher, and Triton where it specialises a kernel, may look at: see `call`. c6 launches what
@@ -17,7 +17,7 @@ is known, on NVIDIA's chips, while nobody listens to launches; else what is writ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -144,18 +144,19 @@ class Tape(TorchDispatchMode):
             return x
 
         given = [own(x) for x in args]
-        inputs = ", ".join(["stream", *self.names.values()])
+        inputs = list(self.names.values())
         token = writing.set(self)
         try:
             with torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD), self:
                 result = launcher(*given)
+            with self._noting():
+                self._line(f"return {self._text(result)}")
         finally:
             writing.reset(token)
-        with self._noting():
-            self._line(f"return {self._text(result)}")
+            self.kept.clear()  # not when the garbage is collected: `own` holds itself, and this
         if not self.whole:
             return Record(None, []), result
-        source = "\n    ".join([f"def replay({inputs}):", *self._needed()])
+        source = "\n    ".join([f"def replay({', '.join(['stream', *inputs])}):", *self._needed(inputs)])
         exec(compile(source, f"<record of {launcher.__name__}>", "exec"), self.space)
         return Record(self.space["replay"], self.hooks), result
 
@@ -167,15 +168,30 @@ class Tape(TorchDispatchMode):
         finally:
             self.launching = False
         with self._noting():
-            if not self.direct or hasattr(compiled, "result") or kernel.pre_run_hooks:
+            if not self.direct or hasattr(compiled, "result") or kernel.pre_run_hooks or self._scratch(compiled.run):
                 text = [*map(self._text, values), *(f"{name}={self._text(x)}" for name, x in options.items())]
                 self._line(f"{self._text(kernel)}[{self._text(grid)}]({', '.join(text)})")
                 return
             self.hooks.append(kernel.pre_run_hooks)
-            run, function, metadata = map(self._text, (compiled.run, compiled.function, compiled.packed_metadata))
-            ours = [*(*grid, 1, 1)[:3], "stream", function, metadata, None, None, None]
+            run = compiled.run
+            flags = (
+                run.launch_cooperative_grid,
+                run.launch_pdl,
+                None,
+                None,
+                compiled.packed_metadata,
+                None,
+                None,
+                None,
+            )
+            ours = [*map(str, (*grid, 1, 1)[:3]), "stream", *map(self._text, (compiled.function, *flags))]
             pointers = [self._text(x, pointer=True) for x in values]
-            self._line(f"{run}({', '.join([*map(str, ours), *pointers])})")
+            self._line(f"{self._text(run.launch)}({', '.join([*ours, *pointers])})")
+
+    @staticmethod
+    def _scratch(run: Any) -> bool:
+        """Whether a launch has memory of its own, which Triton's launcher makes."""
+        return bool(run.global_scratch_size or run.profile_scratch_size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -215,13 +231,20 @@ class Tape(TorchDispatchMode):
     def _line(self, text: str, only: str = "") -> None:
         self.lines.append((only, text))
 
-    def _needed(self) -> list[str]:
-        """The lines, without views that only gave a launch a tensor that begins where another does."""
-        lines, used = [], set()
+    def _needed(self, inputs: Iterable[str]) -> list[str]:
+        """The lines, without views that only gave a launch a tensor that begins where another does.
+
+        Nothing is kept for longer than it is used: a record takes no more memory than its launcher.
+        """
+        lines: list[str] = []
+        used = set(inputs)
         for only, text in reversed(self.lines):
-            if not only or only in used:
-                lines.append(text)
-                used |= set(re.findall(r"\bt\d+\b", text))
+            if only and only not in used:
+                continue
+            names = set(re.findall(r"\bt\d+\b", text))
+            last = ", ".join(sorted(names - used))
+            lines += [f"del {last}", text] if last and lines else [text]
+            used |= names
         return lines[::-1]
 
     @contextmanager

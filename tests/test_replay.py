@@ -1,10 +1,13 @@
 """A call from its record is the call that its launcher makes: see `fused_attn.kernels.replay`."""
 
 import dataclasses
+import dis
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import _compositions as table
@@ -103,6 +106,28 @@ def test_options_that_are_equal_and_not_alike_are_other_kinds(one, other, device
     for _ in range(replay.SEEN + 2):
         for option in (one, other):
             assert repr(replay.call(launcher, (x, option))[1]) == repr(option)
+
+
+def test_a_call_keeps_no_memory_and_a_record_no_more_than_it_needs(device):
+    made = []
+
+    def launcher(x):
+        y = x + 1
+        made.append(weakref.ref(y))
+        z = y * 2
+        del y
+        return (z,)
+
+    x = torch.ones(3, device=device)
+    gc.disable()
+    try:
+        for _ in range(replay.SEEN + 1):
+            replay.call(launcher, (x,))
+            assert made[-1]() is None
+    finally:
+        gc.enable()
+    (record,) = replay._records.values()
+    assert [x.argval for x in dis.Bytecode(record.run) if x.opname == "DELETE_FAST"] == ["t1"]
 
 
 def test_no_more_kinds_are_kept_than_said(device, monkeypatch):
