@@ -22,7 +22,9 @@ A program has a block of channels of an item; one sequence makes several items w
 fill the chip, and `_statistics_merge_kernel` joins their states by the same formula.
 
 Tiles have a channel a row and a frame a column. So the scores come out of the matrix units with two channels in a
-thread, and many frames of each: sums over frames are made in registers and by the four threads that share a row.
+thread, and many frames of each: sums over frames are made in registers and by the four threads that share a row. With
+one weight a frame nothing but the loads says which thread has what: a thread has a vector of channels, and a state of
+its own of each, over all its frames.
 
 The backward is in statistics_bwd.py.
 """
@@ -64,6 +66,9 @@ from .location import features_flags, load_rows, location_fwd, store_rows
 from .masks import Items, Spans, items_of, locate, partition, unmasked
 from .products import add_product
 from .softmax import finish, made_once, new_lse, no_key, pivot, power, store_lse
+
+PIECE = tl.constexpr(1024)
+"""Scores that are looked at in one step for their maximum, of one weight a frame."""
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -121,53 +126,108 @@ def load_channels(v, a, c, size):
 
 
 @triton.jit
-def _no_frames(r, c):
-    """The state (m, l, mean, M) of no frame, for softmaxes r of the channels c."""
-    m = tl.full([r.shape[0]], float("-inf"), tl.float32)
-    l = tl.zeros([r.shape[0]], tl.float32)
-    return m, l, tl.zeros([c.shape[0]], tl.float64), tl.zeros([c.shape[0]], tl.float32)
-
-
-@triton.jit
 def _moments(p, x):
-    """(l, mean, M) of the columns of x [BLOCK_C, BLOCK] with the weights p [BLOCK_C, BLOCK] or [1, BLOCK].
+    """(l, mean, M) over the second axis of x [BLOCK_C, BLOCK, ...] with the weights p, which broadcast to it.
 
-    The mean is a division that is rounded once. A product with 1 / l the compiler would contract with the difference
-    that is taken of it: e would be about a mean that is not the one kept, and r would not be its rounding.
+    + 0: a product alone the compiler would contract with the difference that is taken of it. e would be about a mean
+    that is not the one kept, and r would not be its rounding.
     """
     l = tl.sum(p, axis=1)
-    some = tl.where(l > 0, l, 1.0)
-    mean = tl.sum(p * x, axis=1)
-    if x.dtype == tl.float32:
-        mean = tl.div_rn(mean, some)
-    else:
-        mean = mean / some
-    e = x - mean[:, None]
-    r = tl.sum(p * e, axis=1) * (1.0 / some)
-    e -= r[:, None]
+    inv = 1.0 / tl.where(l > 0, l, 1.0)
+    mean = tl.sum(p * x, axis=1) * inv + 0.0
+    e = x - tl.expand_dims(mean, 1)
+    r = tl.sum(p * e, axis=1) * inv
+    e -= tl.expand_dims(r, 1)
     return l, mean.to(tl.float64) + r.to(tl.float64), tl.sum(p * e * e, axis=1).to(tl.float32)
 
 
 @triton.jit
-def _join(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
-    """The state of the frames of both; one of them, or both, may have seen none."""
-    m = tl.maximum(m_a, m_b)
-    alpha = power(m_a - pivot(m), True, False)
-    beta = power(m_b - pivot(m), True, False)
-    l_a *= alpha
-    l_b *= beta
+def _join(l_a, mean_a, sq_a, l_b, mean_b, sq_b):
+    """(l, mean, M) of the frames of both, which have one pivot; one of them, or both, may have seen none."""
     l = l_a + l_b
     # Exactly 1 where a has seen nothing, which l_b / l_b need not be: delta is then all of the mean.
     share = tl.where(l_a == 0, 1.0, l_b / tl.where(l > 0, l, 1.0))
     delta = mean_b - mean_a
     mean = mean_a + delta * share.to(tl.float64)
     delta = delta.to(tl.float32)
-    return m, l, mean, sq_a * alpha + sq_b * beta + delta * delta * l_a * share
+    return l, mean, sq_a + sq_b + delta * delta * l_a * share
+
+
+@triton.jit
+def _join_pivots(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
+    """The state of the frames of both."""
+    m = tl.maximum(m_a, m_b)
+    alpha = power(m_a - pivot(m), True, False)
+    beta = power(m_b - pivot(m), True, False)
+    l, mean, sq = _join(l_a * alpha, mean_a, sq_a * alpha, l_b * beta, mean_b, sq_b * beta)
+    return m, l, mean, sq
+
+
+@triton.jit
+def _join_all(l, mean, sq):
+    """(l, mean, M) of the frames of many states with one pivot, which are the second axis."""
+    l, mean, between = _moments(l, mean)
+    return l, mean, between + tl.sum(sq, axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks):
+    """A weight a channel: the state of the channels c after the frames [lo, hi)."""
+    a = tl.arange(0, blocks.A)
+    v_tile = load_channels(v, a, c, size)  # stays on chip where it is WHOLE, else it is not loaded
+    m = tl.full([blocks.C], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.C], tl.float32)
+    mean = tl.zeros([blocks.C], tl.float64)
+    sq = tl.zeros([blocks.C], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        rows = (start + t).to(tl.int64)
+        keep = unmasked(mask, seq, rows, t < hi)
+        # Before the scores: what is made of both gets the layout of the load that comes last before it.
+        y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
+        x_ptrs = sequence_ptr(x, seq, rows)
+        u = load_rows(x_ptrs, keep, a, size.A)
+        s = hide(channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A), keep)
+        if scores_ptr is not None:
+            store_rows(scores_ptr + (seq * T + rows) * size.C, tl.trans(s), t < hi, c, size.C)
+        m_tile = tl.max(s, axis=1)
+        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y)
+        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
+    return m, l, mean, sq
+
+
+@triton.jit
+def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks):
+    """One weight a frame: the state of the channels c after the frames [lo, hi), m and l of the shape [1].
+
+    The scores are few: their maximum comes first, and no sum is ever scaled. `walks` threads share the frames of a
+    channel. Each has a state of its own, and these are joined at the end.
+    """
+    m = tl.full([1], float("-inf"), tl.float32)
+    for t0 in range(lo, hi, PIECE):
+        t = t0 + tl.arange(0, PIECE)
+        rows = (start + t).to(tl.int64)
+        m = tl.maximum(m, tl.max(frame_scores(x, seq, rows, unmasked(mask, seq, rows, t < hi)), axis=1))
+    l = tl.zeros([blocks.C, blocks.walks], tl.float32)  # of each channel the same, so that it is where the means are
+    mean = tl.zeros([blocks.C, blocks.walks], tl.float64)
+    sq = tl.zeros([blocks.C, blocks.walks], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        rows = (start + t).to(tl.int64)
+        keep = unmasked(mask, seq, rows, t < hi)
+        y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
+        p = made_once(tl.max(power(frame_scores(x, seq, rows, keep) - pivot(m)[:, None], True, False), axis=0))
+        p = tl.reshape(tl.broadcast_to(p[None, :], y.shape), [blocks.C, blocks.T // blocks.walks, blocks.walks])
+        l_tile, mean_tile, sq_tile = _moments(p, tl.reshape(y, p.shape))
+        l, mean, sq = _join(l, mean, sq, l_tile, mean_tile, sq_tile)
+    l = tl.where(sq < 0, 0.0, l)  # as it is. Without a look at sq, it was made in another layout too.
+    l, mean, sq = _join_all(l, mean, sq)
+    return m, tl.max(l[None, :], axis=1), mean, sq
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -194,33 +254,15 @@ def _statistics_fwd_kernel(
     c = block * blocks.C + tl.arange(0, blocks.C)
     seq, start, lo, hi, _ = locate(item, spans, T, num_seqs, per_seq, rows_per_item)
     if flags.PER_CHANNEL:
-        a = tl.arange(0, blocks.A)
-        v_tile = load_channels(v, a, c, size)  # stays on chip where it is WHOLE, else it is not loaded
-    r = c if flags.PER_CHANNEL else tl.arange(0, 1)
-    R = size.C if flags.PER_CHANNEL else 1
-    m, l, mean, sq = _no_frames(r, c)
-
-    for t0 in range(lo, hi, blocks.T):
-        t = t0 + tl.arange(0, blocks.T)
-        rows = (start + t).to(tl.int64)
-        keep = unmasked(mask, seq, rows, t < hi)
-        # Before the scores: what is made of both gets the layout of the load that comes last before it.
-        y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
-        if flags.PER_CHANNEL:
-            x_ptrs = sequence_ptr(x, seq, rows)
-            u = load_rows(x_ptrs, keep, a, size.A)
-            s = hide(channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A), keep)
-            if scores_ptr is not None:
-                store_rows(scores_ptr + (seq * T + rows) * size.C, tl.trans(s), t < hi, c, size.C)
-        else:
-            s = frame_scores(x, seq, rows, keep)
-        m_tile = tl.max(s, axis=1)
-        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y)
-        m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
-
-    own = r < R
-    if not flags.PER_CHANNEL:
-        own = own & (block == 0)
+        r = c
+        R = size.C
+        own = c < R
+        m, l, mean, sq = _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks)
+    else:
+        r = tl.arange(0, 1)
+        R = 1
+        own = (r < R) & (block == 0)
+        m, l, mean, sq = _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks)
     if parts.m is None:
         _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, own)
     else:
@@ -267,13 +309,16 @@ def _statistics_merge_kernel(
     flags,
     blocks,
 ):
-    """States of the items of a sequence, blocks.T at a time; an item counts l frames at its mean, and its M."""
+    """States of the items of a sequence, blocks.T at a time."""
     seq = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * blocks.C + tl.arange(0, blocks.C)
     lo, hi = items_of(seq, spans, per_seq, rows)
     r = c if flags.PER_CHANNEL else tl.arange(0, 1)
     R = size.C if flags.PER_CHANNEL else 1
-    m, l, mean, sq = _no_frames(r, c)
+    m = tl.full([r.shape[0]], float("-inf"), tl.float32)
+    l = tl.zeros([r.shape[0]], tl.float32)
+    mean = tl.zeros([blocks.C], tl.float64)
+    sq = tl.zeros([blocks.C], tl.float32)
     for i0 in range(lo, hi, blocks.T):
         item = i0 + tl.arange(0, blocks.T)
         m_i = tl.trans(load_rows(parts.m + item * R, item < hi, r, R))
@@ -283,9 +328,8 @@ def _statistics_merge_kernel(
         weight = power(m_i - pivot(m_tile)[:, None], True, False)
         mean_i = tl.trans(load_rows(parts.mean + item * size.C, item < hi, c, size.C))
         sq_i = tl.trans(load_rows(parts.sq + item * size.C, item < hi, c, size.C))
-        l_tile, mean_tile, sq_tile = _moments(weight * l_i, mean_i)
-        sq_tile += tl.sum(weight * sq_i, axis=1)
-        m, l, mean, sq = _join(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
+        l_tile, mean_tile, sq_tile = _join_all(weight * l_i, mean_i, weight * sq_i)
+        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
     own = r < R
     if not flags.PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
@@ -305,17 +349,19 @@ class Blocks(NamedTuple):
     A: int
     warps: int
     stages: int = 2
+    walks: int = 1  # threads that share the frames of a channel, of one weight a frame
 
 
 @rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the forward; A is 0 for one weight a frame. 8192 elements a tile are 32 registers of 8 warps.
 
-    Chosen by the compile report (no spills, shared memory within the chip); for sm_90 timed on an H200.
+    Chosen by the compile report (no spills, shared memory within the chip).
     """
-    if A == 0:
-        rows, warps = (32, 4) if chip.hopper else (64, 8)
-        return Blocks(tile_rows(T, rows), pow2(C, 16, 128), 16, warps)
+    if A == 0:  # a thread has a vector of channels, and eight frames or more
+        vector = 16 // itemsize if even(C) else 1
+        block_t, block_c = tile_rows(T, max(32, 8 * vector)), pow2(C, 16, 128)
+        return Blocks(block_t, block_c, 16, 4, walks=min(128 * vector // block_c, block_t // 8))
     warps = product_warps(chip, itemsize, C, A)
     if itemsize == 4:  # no matrix units in full float32: products are unrolled, so A goes in steps of 16
         return Blocks(tile_rows(T, 32), pow2(C, 16, 64), 16, warps)

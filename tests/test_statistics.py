@@ -274,6 +274,21 @@ def test_huge_scores_stay_finite(sign, per_channel, impl, device):
 
 @pytest.mark.kernel
 @both_kinds
+@pytest.mark.parametrize("place", [5, 1090])
+def test_the_largest_score_may_be_anywhere_in_a_long_sequence(place, per_channel, device):
+    """The kernel of one weight a frame looks for it first, 1,024 scores at a time."""
+    h = torch.zeros(16, 1100, 1, device=device)
+    h[:, place] = 200
+    value = torch.randn(16, 1100, 3, device=device)
+    one = torch.ones(1, 1, device=device)
+    v = one.expand(1, 3) if per_channel else one[0]
+    mean, std = statistics_pooling(h, one, None, v, value=value, activation="identity", impl="triton")
+    torch.testing.assert_close(mean, value[:, place])
+    torch.testing.assert_close(std, torch.full_like(std, 1e-6))
+
+
+@pytest.mark.kernel
+@both_kinds
 def test_large_scores_match_the_reference(per_channel, device):
     case = Case(rows=100, activation="identity", per_channel=per_channel)
     tensors = case.tensors(device)
