@@ -33,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported: here they are compiled
 
@@ -100,6 +101,17 @@ def launches(target: str, launch: Callable[..., Any], *, device: int | None = No
     finally:
         JITFunction.run = run
         driver._active = active
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, calls on tensors of the CPU take the paths of a GPU, up to the launches of kernels."""
+    with (
+        patch("fused_attn._ops._triton_state", lambda: "interpreter"),  # which takes tensors of the CPU
+        patch("fused_attn._tracing.can_look", lambda x: False),
+        patch("fused_attn.reference.widened", lambda *tensors: tensors),
+    ):
+        yield
 
 
 @contextlib.contextmanager

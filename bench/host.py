@@ -123,9 +123,7 @@ def no_driver(target: str) -> Iterator[Counter[str]]:
         return cache[key]
 
     with (
-        patch("fused_attn._ops._triton_state", lambda: "interpreter"),  # which takes tensors of the CPU
-        patch("fused_attn._tracing.can_look", lambda x: False),  # as on a GPU
-        patch("fused_attn.reference.widened", lambda *tensors: tensors),
+        compile_report.as_on_a_gpu(),
         patch.object(JITFunction, "_do_compile", no_compiler),
         compile_report.launches(target, JITFunction.run, device=-1),
     ):

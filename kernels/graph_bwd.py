@@ -10,8 +10,8 @@ With a_e = exp(s_e - m_i) / l_i, κ_e the dropout factor, and i the node that ed
 The first kernel has a program a node, and makes g_e and κ_e a_e, a number each an edge and head. It meets the edges
 twice, since g needs δ: where a node is divided, its pieces leave their gaps and parts of δ to a launch after it. The
 next one has programs of two kinds, since neither needs what the other makes: some walk CSR again, each so many nodes,
-for dq, dedge and a partial sum of dv, the others the transposed structure, each a key node, for dk and dvalue. The last
-joins what they left of hubs and of dv. Nothing is added to by two programs.
+for dq, dedge and a partial sum of dv, the others the transposed structure, each a key node, for dk and dvalue. The
+last joins what they left of hubs and of dv. Nothing is added to by two programs.
 
 Σ_e a_e gap_e is 0 but for rounding, that of o above all, which every gap of a node has alike: taken out, it is not
 left in every g, and one edge with all the weight has a g of 0. In float32, over random nodes of six edges, the error

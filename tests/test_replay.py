@@ -5,8 +5,10 @@ import dis
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import weakref
 from pathlib import Path
 
@@ -161,3 +163,15 @@ def test_triton_launches_while_somebody_listens(found):
     assert not found["triton"].pop("nothing")
     assert [name for name, triton_did in found["triton"].items() if not triton_did] == []
     assert len(found["triton"]) == 9
+
+
+def test_tritons_own_launcher_takes_what_a_record_gives(tmp_path):
+    if shutil.which("cc") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Triton's launcher is compiled by a C compiler, with Python's headers")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests._driver", tmp_path], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    by_triton, by_record = json.loads(done.stdout)
+    assert [len(launch) > 6 for launch in by_triton] == [True] * 5
+    assert by_record == by_triton

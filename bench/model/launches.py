@@ -129,9 +129,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         return kernel
 
     with (
-        patch("fused_attn._ops._triton_state", lambda: "interpreter"),  # which takes tensors of the CPU
-        patch("fused_attn._tracing.can_look", lambda x: False),  # as on a GPU
-        patch("fused_attn.reference.widened", lambda *tensors: tensors),
+        compile_report.as_on_a_gpu(),
         compile_report.launches(target, note),
     ):
         yield found
