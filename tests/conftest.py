@@ -164,26 +164,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patched_once() -> None:
-    """Functions that a kernel calls find Triton's interpreter in place.
+def _quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET"):
+            import _interpreter
 
-    The launch of a kernel puts it there, and takes it away. A call of a function looks through the language again,
-    which is a third of the time of these tests, and finds more to do in the first of each module only: what that
-    does stays.
-    """
-    if importlib.util.find_spec("triton") is None or not os.environ.get("TRITON_INTERPRET"):
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    plain, seen = InterpretedFunction.__call__, set()
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__ in seen:
-            return self.rewrite()(*args, **kwargs)
-        seen.add(self.fn.__module__)
-        return plain(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
+            _interpreter.hasten(patch)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

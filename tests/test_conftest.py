@@ -90,7 +90,7 @@ def test_short():
 
 def run(folder: Path, *options: str, **files: str) -> subprocess.CompletedProcess[str]:
     """pytest in `folder` on these files, with the conftest beside this one."""
-    for name in ("conftest.py", "_devices.py"):
+    for name in ("conftest.py", "_devices.py", "_interpreter.py"):
         shutil.copy(Path(__file__).with_name(name), folder)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
