@@ -4,12 +4,12 @@ What a launcher does follows from shapes, strides, dtypes and options, never fro
 which operators and kernels it starts with what. So a kind of call that comes again is written down, and later ones
 run what is written, a function in straight code:
 
-    def replay(stream, t0, t1):
-        t2 = torch.empty_strided(c2, c3, dtype=c4, device=c5)
-        c6(264, 1, 1, stream, c7, False, False, None, None, c8, None, None, None, (t0, 131072, 64, c9, ), t2, c10)
+    def replay(device, stream, t0, t1):
+        t2 = torch.empty_strided(c2, c3, dtype=c4, device=device)
+        c5(264, 1, 1, stream, c6, False, False, None, None, c7, None, None, None, (t0, 131072, 64, c8, ), t2, c9)
         return (t2, )
 
-A kind is all that the launcher, and Triton where it specialises a kernel, may look at: see `call`. c6 launches what
+A kind is all that the launcher, and Triton where it specialises a kernel, may look at: see `call`. c5 launches what
 Triton has compiled for this kind, without asking Triton which that is. So it is with versions of Triton whose launch
 is known, on NVIDIA's chips, while nobody listens to launches; else what is written is ``kernel[grid](...)``.
 """
@@ -93,7 +93,8 @@ def call(launcher: Callable[..., Any], args: Sequence[Any]) -> Any:
         return launcher(*args)
     if record.run is None or any(record.hooks):
         return launcher(*args)
-    return record.run(driver.active.get_current_stream(device) if direct else None, *tensors)
+    stream = driver.active.get_current_stream(device) if direct else None
+    return record.run(tensors[0].device, stream, *tensors)
 
 
 def forget() -> None:
@@ -156,7 +157,7 @@ class Tape(TorchDispatchMode):
             self.kept.clear()  # not when the garbage is collected: `own` holds itself, and this
         if not self.whole:
             return Record(None, []), result
-        source = "\n    ".join([f"def replay({', '.join(['stream', *inputs])}):", *self._needed(inputs)])
+        source = "\n    ".join([f"def replay({', '.join(['device', 'stream', *inputs])}):", *self._needed(inputs)])
         exec(compile(source, f"<record of {launcher.__name__}>", "exec"), self.space)
         return Record(self.space["replay"], self.hooks), result
 
@@ -258,6 +259,8 @@ class Tape(TorchDispatchMode):
         """An expression for x; pointer: for a launch without Triton, to which a tensor is where it begins."""
         if x is None or type(x) in (bool, int):
             return repr(x)
+        if isinstance(x, torch.device):
+            return "device"  # a launcher makes all where its tensors are
         if isinstance(x, Tensor):
             if id(x) not in self.names:
                 raise _NotWritten
