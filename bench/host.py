@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -169,8 +170,9 @@ def _statistics() -> Callable[..., Any]:
     return partial(statistics_pooling, _normal(B, 512, D), **weights, mask=torch.rand(B, 512) > 0.1)
 
 
-def _graph() -> Callable[..., Any]:
+def _graph(**known: Any) -> Callable[..., Any]:
     graph, _ = Graph.from_edges(torch.randint(64, (2, 512)), 64, 64)
+    graph = dataclasses.replace(graph, **known)
     return partial(graph_attention, _normal(64, 2, 16), _normal(64, 2, 16), _normal(2, 16), graph)
 
 
@@ -204,6 +206,7 @@ ROWS: dict[str, Callable[[], Callable[..., Any]]] = {
     "hierarchical": _hierarchical,
     "statistics, a channel": _statistics,
     "graph": _graph,
+    "graph, hubs": partial(_graph, max_degree=None),
     "word by word": _word_by_word,
     "location-aware step": _location_aware,
     "location-aware utterance": _utterance,

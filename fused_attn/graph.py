@@ -31,6 +31,7 @@ from ._dropout import draw_seed
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
+from ._tracing import can_look
 from .kernels.inputs import GraphInputs
 
 Transposed = tuple[Tensor, Tensor, Tensor]
@@ -183,6 +184,25 @@ def _check_structure(indptr: Tensor, indices: Tensor, num_keys: int) -> int:
     return num_keys
 
 
+def _degree_limit(indptr: Tensor, indices: Tensor, num_keys: int, given: int | None) -> int | None:
+    """A power of two that no node's edges exceed, `given` if it is; None where it cannot be looked for."""
+    if given is None:
+        if not (can_look(indptr) and can_look(indices)):
+            return None
+        most = int(_most_edges(indptr, indices, num_keys))
+    else:
+        most = check_count("max_degree", given)
+        degree = _most_edges(indptr, indices, num_keys)
+        check_values("max_degree", degree, degree <= most, f"no node of more edges than {most}")
+    return 1 << max(most - 1, 0).bit_length()
+
+
+def _most_edges(indptr: Tensor, indices: Tensor, num_keys: int) -> Tensor:
+    """The most edges that a node has, query or key: of zero dimensions."""
+    of_keys = indices.new_zeros(num_keys + 1).scatter_add(0, indices.long(), torch.ones_like(indices))
+    return torch.maximum(of_keys.max(), torch.cat([indptr.diff(), indptr[:1]]).max())
+
+
 def _transpose(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
     """`transpose_csr` without its checks: for the backward, whose arguments were checked before."""
     perm = torch.argsort(indices, stable=True)
@@ -206,6 +226,10 @@ class Graph:
         Number Nk of key nodes.
     transposed
         What `transpose_csr` makes of them, or None as long as nothing asked for it.
+    max_degree
+        No node, of either kind, has more edges; None where nobody knows. It is a power of two, so that graphs of a
+        kind are one to `torch.compile`. Where it is at most 256 no node is divided among programs, and a call starts
+        a kernel fewer on a GPU, its backward one fewer.
 
     """
 
@@ -213,34 +237,55 @@ class Graph:
     indices: Tensor
     num_keys: int
     transposed: Transposed | None = None
+    max_degree: int | None = None
 
     @classmethod
-    def from_csr(cls, indptr: Tensor, indices: Tensor, num_keys: int) -> Graph:
+    def from_csr(cls, indptr: Tensor, indices: Tensor, num_keys: int, *, max_degree: int | None = None) -> Graph:
         """Of the edges sorted by query node; both tensors are copied.
+
+        max_degree: the most edges that a node has, query or key, or any number above. None: it is counted on a CPU,
+        and stays unknown on a GPU, which would have to be waited for; a graph that is made on a CPU and then moved by
+        `to` keeps it.
 
         Raises
         ------
         TypeError, ValueError
-            As in `transpose_csr`.
+            As in `transpose_csr`, and for a `max_degree` that a node exceeds (on a GPU that stops the program).
 
         """
         num_keys = _check_structure(indptr, indices, num_keys)
+        max_degree = _degree_limit(indptr, indices, num_keys, max_degree)
         with torch.inference_mode(False):
             pointers = know(indptr.clone(), "offsets", indices.shape[0])
-            return cls(pointers, know(indices.clone(), "indices", num_keys), num_keys)
+            return cls(pointers, know(indices.clone(), "indices", num_keys), num_keys, max_degree=max_degree)
 
     @classmethod
-    def from_edges(cls, edge_index: Tensor, num_queries: int, num_keys: int) -> tuple[Graph, Tensor]:
+    def from_edges(
+        cls, edge_index: Tensor, num_queries: int, num_keys: int, *, max_degree: int | None = None
+    ) -> tuple[Graph, Tensor]:
         """Of a list of edges ``(2, E)``, see `csr_from_edges`; also the order in which that puts the edges.
+
+        max_degree: as in `from_csr`.
 
         Raises
         ------
         TypeError, ValueError
-            As in `csr_from_edges`.
+            As in `csr_from_edges` and `from_csr`.
 
         """
         indptr, indices, order = csr_from_edges(edge_index, num_queries)
-        return cls.from_csr(indptr, indices, num_keys), order
+        return cls.from_csr(indptr, indices, num_keys, max_degree=max_degree), order
+
+    def to(self, device: torch.device | str) -> Graph:
+        """On another device."""
+        with torch.inference_mode(False):
+            indptr, indices = self.indptr.to(device), self.indices.to(device)
+            transposed = None if self.transposed is None else tuple(x.to(device) for x in self.transposed)
+        if indptr is self.indptr:
+            return self
+        know(indptr, "offsets", indices.shape[0])
+        know(indices, "indices", self.num_keys)
+        return Graph(indptr, indices, self.num_keys, cast("Transposed | None", transposed), self.max_degree)
 
     def transpose(self) -> Transposed:
         """``transposed``, made if need be."""
@@ -421,7 +466,8 @@ def graph_attention(
     if graph is not None:
         transposed = graph.transpose() if kernel and torch.is_grad_enabled() else None
     structure = (indptr, indices, *(transposed or (None, None, None)))
-    inputs = GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p))
+    max_degree = None if graph is None else graph.max_degree
+    inputs = GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p), max_degree)
     if kernel:
         out, lse, scores, _ = _GRAPH(inputs, keeps_exact(*inputs[:5]))
         weights = weights_from(scores, lse, offsets=indptr) if return_weights else None

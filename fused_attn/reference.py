@@ -472,7 +472,7 @@ def graph_attention(inputs: GraphInputs, *, weights_only: bool = False) -> tuple
     Returns ``out (Nq, H, Dv)`` in the dtype of ``value``, ``lse (Nq, H, 2)``, see `normaliser`, and in at
     least float32 ``scores (E, H)``; with `weights_only` out and, of that shape, the weights before dropout.
     """
-    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
+    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p, _ = inputs
     node, indices = segment_ids(indptr, indices.shape[0]), indices.long()
     dtype, wide = key.dtype, torch.promote_types(key.dtype, torch.float32)
     query, v = query.to(wide), v.to(wide)  # before anything can overflow

@@ -208,13 +208,14 @@ class Call(NamedTuple):
 
 
 def prepare(inputs: GraphInputs) -> Call:
-    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p = inputs
+    query, key, v, value, edge, indptr, indices, *_, seed, activation, dropout_p, max_degree = inputs
     chip = chip_of(query.device)
     query, key, v, edge = unit(query), unit(key), unit(v), unit(edge)
     values = key if value is None else unit(value)
     (nodes, H, A), DV, edges = query.shape, values.shape[2], indices.numel()
     blocks = graph_blocks(chip, nodes, edges, H, A, DV)
-    hubs = Hubs(nodes, edges, blocks.piece, Csr(indptr.contiguous(), indices.contiguous()))
+    csr = Csr(indptr.contiguous(), indices.contiguous())
+    hubs = Hubs(nodes, edges, edges if max_degree is None else max_degree, blocks.piece, csr)
     flags = Flags(
         activation,
         chip.backend == "cuda" and key.element_size() == 2,

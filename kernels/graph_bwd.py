@@ -29,7 +29,7 @@ from .activations import activate, activate_grad
 from .arguments import constants, launch, rows
 from .chip import LENGTHS, all_registers, cdiv, unpressed
 from .graph import State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
-from .graph_hubs import Csr, Hubs, edges_of, join_or_next, slots_of
+from .graph_hubs import Csr, edges_of, join_or_next, slots_of
 from .inputs import GraphInputs
 from .masks import dropout_scale
 from .softmax import exp, load_dlse, load_lse, rounded_product
@@ -300,7 +300,7 @@ def graph_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, v, value, edge), None where `needs` is False; those of key and value transposed."""
-    query, key, v, value, edge, _, indices, *transposed, _, _, _ = inputs
+    query, key, v, value, edge, _, indices, *transposed, _, _, _, _ = inputs
     if query.numel() == 0 or indices.numel() == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     call = prepare(inputs)
@@ -329,7 +329,8 @@ def graph_bwd(
     blocks, keys = call.blocks, hubs
     key_blocks = graph_blocks(call.chip, len(key), hubs.edges, H, A, DV)
     if need_k or need_value:
-        keys = Hubs(len(key), hubs.edges, key_blocks.piece, Csr(*(x.contiguous() for x in transposed)))
+        csr = Csr(*(x.contiguous() for x in transposed))
+        keys = hubs._replace(nodes=len(key), piece=key_blocks.piece, csr=csr)
     dq, dk, dvalue, dedge = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in ((query, need_q), (key, need_k), (value, need_value), (edge, need_edge))

@@ -168,13 +168,14 @@ class Hubs(NamedTuple):
 
     nodes: int
     edges: int
+    most: int  # edges that a node may have
     piece: int
     csr: Csr
 
     @property
     def slots(self) -> int:
         """Two a chunk of edges; none where no node can be a hub."""
-        return 2 * cdiv(self.edges, self.piece) if self.edges > self.piece else 0
+        return 2 * cdiv(self.edges, self.piece) if min(self.edges, self.most) > self.piece else 0
 
     @property
     def items(self) -> int:

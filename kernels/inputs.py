@@ -149,6 +149,7 @@ class GraphInputs(NamedTuple):
     seed: Tensor | None
     activation: str
     dropout_p: float
+    max_degree: int | None = None  # no node, of either kind, has more edges
 
 
 class StatisticsInputs(NamedTuple):

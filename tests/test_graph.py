@@ -503,8 +503,8 @@ def test_raw_backward_without_edges_passes_opcheck_in_any_layout(device):
     query = torch.randn(3, 5, 4, device=device).transpose(0, 1)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     forward = (query, query, torch.randn(3, 4, device=device), None, None, none.new_zeros(6), none, None, None, None)
-    results = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0, False)
-    options = "tanh", 0.0, False, [True, True, True, False, False]
+    results = torch.ops.fused_attn.graph_fwd(*forward, None, "tanh", 0.0, None, False)
+    options = "tanh", 0.0, None, False, [True, True, True, False, False]
     backward = (*results[:3], None, *forward, None, *results, *options)
     torch.library.opcheck(torch.ops.fused_attn.graph_bwd, backward)
 

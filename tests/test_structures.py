@@ -1,5 +1,6 @@
 """`Segments` and `Graph`: the same numbers as the tensors they are made of, with their values checked once."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -153,6 +154,9 @@ def test_padded_rows_are_the_packed_ones():
             ValueError,
             "num_keys: expected",
         ),
+        (lambda: Graph.from_edges(EDGES, 5, 5, max_degree=1), ValueError, "max_degree: expected no node of more"),
+        (lambda: Graph.from_edges(EDGES, 5, 5, max_degree=-1), ValueError, "max_degree: expected"),
+        (lambda: Graph.from_edges(EDGES, 5, 5, max_degree=2.5), TypeError, "max_degree: expected"),
     ],
 )
 def test_bad_structures_are_refused_by_name(make, error, text):
@@ -227,6 +231,50 @@ def test_a_graph_is_transposed_once_and_only_for_a_gradient(device, monkeypatch)
     leaf = x.clone().requires_grad_()
     out = f.graph_attention(leaf, leaf, v, made.indptr, made.indices, impl="triton")
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], grads[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("edges", "queries", "keys", "most"),
+    [
+        (EDGES, 5, 5, max(EDGES[0].bincount().max(), EDGES[1].bincount().max())),
+        (torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]), 5, 3, 3),  # of a key
+        (torch.tensor([[0, 1, 2, 3, 4], [1, 1, 1, 1, 1]]), 2, 5, 5),  # of a query
+        (torch.zeros(2, 0, dtype=torch.int64), 3, 0, 0),
+        (torch.zeros(2, 0, dtype=torch.int32), 0, 3, 0),
+    ],
+)
+def test_a_graph_knows_the_most_edges_of_a_node(edges, queries, keys, most):
+    made, _ = Graph.from_edges(edges, queries, keys)
+    assert most <= made.max_degree <= max(2 * most - 1, 1)
+    assert made.max_degree.bit_count() == 1
+    assert Graph.from_edges(edges, queries, keys, max_degree=100)[0].max_degree == 128
+    assert made.to("cpu") is made
+    moved = made.to("meta")
+    assert (moved.indptr.device.type, moved.num_keys, moved.max_degree) == ("meta", keys, made.max_degree)
+    assert Graph.from_csr(made.indptr.to("meta"), made.indices.to("meta"), keys).max_degree is None
+
+
+@pytest.mark.kernel
+def test_a_graph_without_hubs_starts_fewer_kernels_and_gives_the_same(device, monkeypatch):
+    names: list[str] = []
+    launching = importlib.import_module("fused_attn.kernels.arguments").launch
+    for module in ("graph", "graph_bwd", "graph_hubs", "sums"):
+        spy = f"fused_attn.kernels.{module}.launch"
+        monkeypatch.setattr(spy, lambda kernel, *a, **k: names.append(kernel.__name__) or launching(kernel, *a, **k))
+    x, v = r(200, 4).to(device), r(4).to(device)
+    made, _ = Graph.from_edges(torch.stack([torch.arange(600) % 200, torch.arange(600) % 200]), 200, 200)
+    made = made.to(device)
+    assert made.max_degree == 4
+    results = []
+    for graph in (made, dataclasses.replace(made, max_degree=None)):
+        names.clear()
+        leaf = x.clone().requires_grad_()
+        out = f.graph_attention(leaf, leaf, v.requires_grad_(), graph, impl="triton")
+        results.append((len(names), out, *torch.autograd.grad(out.square().sum(), [leaf, v]), len(names)))
+    (few, *one, few_all), (many, *other, many_all) = results
+    assert (few, few_all, many, many_all) == (1, 4, 2, 6)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_what_a_graph_stands_for_is_not_given_beside_it():

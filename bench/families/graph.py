@@ -85,6 +85,7 @@ class GraphCase(CompileCase):
     dropout: float = 0.0
     weights: bool = False  # whether they are returned, and have a gradient
     index: torch.dtype = torch.int64
+    hubs: bool = True  # whether nodes may be divided
 
     lengths = ("N", "E", "keys")
 
@@ -98,6 +99,7 @@ class GraphCase(CompileCase):
             "dropout" * (self.dropout > 0),
             "weights" * self.weights,
             "int32" * (self.index == torch.int32),
+            "no hubs" * (not self.hubs),
         )
 
     def _launch(self) -> None:
@@ -119,6 +121,7 @@ class GraphCase(CompileCase):
             self._seed(self.dropout),
             self.activation,
             self.dropout,
+            None if self.hubs else 1,
         )
         exact = self.dtype.itemsize == 2
         out, lse, scores, more = graph.graph_fwd(inputs, exact)
@@ -132,6 +135,7 @@ COMPILED = [
     GraphCase(F32, **_CORA),
     GraphCase(BF16, **_CORA, dropout=0.6),
     GraphCase(BF16, **_ARXIV),
+    GraphCase(BF16, **_ARXIV, hubs=False),
     GraphCase(F32, **_ARXIV, edge=True, index=torch.int32),
     GraphCase(F16, **{**_ARXIV, "H": 1, "A": 128}, edge=True),
     # many neighbours, nodes of two kinds, values apart
