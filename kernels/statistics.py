@@ -508,6 +508,7 @@ def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool
     }
     grid = (items.count * channel_blocks,)
     pressed = 0 < A <= 16 or (call.chip.from_registers and per_channel and need_scores)
+    pressed = pressed or (A == 0 and values.element_size() == 4)
     registers = all_registers(call.chip) if pressed else unpressed(call.chip, C, A)
     launch(_statistics_fwd_kernel, grid, args, blocks, **registers)
     if not alone:

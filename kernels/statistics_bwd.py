@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import launch, sequence_ptr
-from .chip import LENGTHS, LONG, Chip, cdiv, even, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
 from .location import load_rows, store_rows
 from .location_bwd import location_bwd
@@ -315,7 +315,8 @@ def statistics_bwd(
     parts = None
     if call.seqs and call.length:
         longest = call.length if inputs.cu_seqlens is None else LONG
-        blocks = bwd_blocks(call.chip, (x if per_channel else values).element_size(), longest, C, A)
+        itemsize = (x if per_channel else values).element_size()
+        blocks = bwd_blocks(call.chip, itemsize, longest, C, A)
         items = call.items(blocks.T, blocks)
         dmean, dstd, dlse, dscores = (y if y is None else y.contiguous() for y in (dmean, dstd, dlse, dscores))
         returned = scores if per_channel and scores.numel() else None
@@ -323,9 +324,11 @@ def statistics_bwd(
         args = call.args | {"state": state, "dx_ptr": dx, "dval_ptr": dvalues}
         registers = unpressed(call.chip, C, A)
         if not per_channel:
+            if itemsize == 4:  # pressed into 128, some spill
+                registers = all_registers(call.chip)
             launch(_statistics_bwd_frame_kernel, (items.count,), args, blocks, **registers)
         elif need_v or dvalues is not None:
-            parts = _channels(call, blocks, items, args, need_v)
+            parts = _channels(call, blocks, items, args, itemsize, need_v)
         if per_channel and need_x:
             grid = items.count, cdiv(A, blocks.A)
             launch(_statistics_bwd_features_kernel, grid, args, blocks, **registers)
@@ -348,7 +351,9 @@ def statistics_bwd(
     return [dh, dw, db, dv, dcontext, dvalues]
 
 
-def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], need_v: bool) -> Tensor | None:
+def _channels(
+    call: Call, blocks: Blocks, items: Items, args: dict[str, Any], itemsize: int, need_v: bool
+) -> Tensor | None:
     """Write dx, and return the partials of dv ``(splits, A, C)``: two programs a core, so that they are few."""
     A, C = call.size
     channel_blocks, chunks = cdiv(C, blocks.C), cdiv(A, blocks.A) if need_v else 1
@@ -356,5 +361,8 @@ def _channels(call: Call, blocks: Blocks, items: Items, args: dict[str, Any], ne
     dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].lse.device) if need_v else None
     args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": cdiv(items.count, splits)}
     grid = channel_blocks * splits, chunks
-    launch(_statistics_bwd_values_kernel, grid, args, blocks, **unpressed(call.chip, C, A))
+    registers = unpressed(call.chip, C, A)
+    if call.chip.backend == "cuda" and not registers and itemsize == 4 and args["state"].scores is None:
+        registers = {"maxnreg": 128}  # of 8 warps: ptxas would take 166, one program a core and not two
+    launch(_statistics_bwd_values_kernel, grid, args, blocks, **registers)
     return dv
