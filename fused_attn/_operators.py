@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch._library.autograd import make_autograd_impl
 from torch.utils import _pytree as pytree
 
@@ -169,7 +169,7 @@ def _apply(name: str, *args: Any) -> Any:
     function = _FUNCTIONS[name]
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    args = unwrap_dead_wrappers(args)
+    args = tuple([unwrap_if_dead(x) if x is not None and isinstance(x, Tensor) else x for x in args])
     asked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
     if not asked and torch.autograd.forward_ad._current_level < 0:
         return function.forward(*args)
@@ -189,7 +189,10 @@ def _is_eager(args: Sequence[Any]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    return all(type(x) in _PLAIN and not x.is_meta and not _is_batched(x) for x in args if isinstance(x, Tensor))
+    for x in args:
+        if x is not None and isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta or _is_batched(x)):
+            return False
+    return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
