@@ -342,6 +342,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
         block_m = min(block_m, 64)
     # Which keys a window hides from which queries takes registers too.
     block_n = 64 if plain and (roomy or (narrow and not (parts and size == 128))) and not hip else 32
+    if parts and value_width > 128 and Tq == LONG:  # ragged rows and a window: 64 keys spilled
+        block_n = 32
     warps = 8 if block_m >= 64 else 4
     stages = 2 if roomy or max(D, DV) <= 256 else 1
     if chip.hopper and plain and narrow and block_m == 128:

@@ -435,11 +435,12 @@ def _general_bwd_dkv_kernel(
 
 @rule
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: int, parts: bool
+    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: int, parts: bool, shared: bool
 ) -> tuple[Blocks, Blocks]:
     """Tiles of the kernel for dq, and of that for dk and dvalue; `plain` and `busy` as in the forward.
 
-    parts: a key may be hidden from some queries only, which costs registers too.
+    parts: a key may be hidden from some queries only, which costs registers too; shared: values are the keys, whose
+    gradient is two products.
 
     Chosen by the compile report (no spills; wgmma on sm_90 from 64 rows on); for sm_90 timed on an H200.
     """
@@ -495,9 +496,11 @@ def bwd_blocks(
         # codes of rows are walked too, 64 queries spilled.
         for_k = Blocks(m if plain and not parts else few_m, tile_rows(Tk, 128), width, value_width, 8, 2)
         return Blocks(64, n, width, value_width, 4, 2) if parts else Blocks(128, n, width, value_width, 8, 3), for_k
-    if chip.hopper and size > 128 and Tq > 64 and not cut:  # 128 queries, for the same reason: 60 to 20 a pair
+    if chip.hopper and size > 128 and Tq > 64 and not cut:  # 128 rows, for the same reason: 60 to 20 a pair, 99 to 54
         for_q = Blocks(128, 32, width, value_width, 8, 2)
-        return for_q, Blocks(few_m, few_n, width, value_width, 8, 2)
+        m_k, stages = (16, 3) if parts and shared else (few_m, 2)
+        for_k = Blocks(m_k, 128 if Tk > 64 else few_n, max(width, 32), max(value_width, 32), 8, stages)
+        return for_q, for_k
     if size > 128:
         for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
@@ -546,7 +549,9 @@ def general_bwd(
 
         lengths = (LONG, LONG) if packed else (Tq, Tk)
         plain = not (busy or call.flags.MASKED)
-        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts)
+        for_q, for_k = bwd_blocks(
+            call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts, call.flags.SHARED
+        )
         # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
         fine = exact and (need_q or need_k or need_bias)
         items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q)
@@ -562,7 +567,12 @@ def general_bwd(
             items = partition(call.seqs, Tk, for_k.N, cu_seqlens_k)
             grid = items.count, H, max(cdiv(D, for_k.D), cdiv(DV, for_k.DV))
             of_keys = {"per_seq": items.per_seq}
-            run(_general_bwd_dkv_kernel, grid, for_k, flags, **of_keys, grads=Grads(k=dk, value=dvalue))
+            made = [Grads(k=dk, value=dvalue)]
+            sums = for_k.N * (for_k.D + for_k.DV) // (32 * for_k.warps)
+            if dk is not None and dvalue is not None and sums > 128:  # a thread has no room for both
+                made = [Grads(k=dk), Grads(value=dvalue)]
+            for grads in made:
+                run(_general_bwd_dkv_kernel, grid, for_k, flags, **of_keys, grads=grads)
     else:
         dq, dk, dvalue = (None if x is None else x.zero_() for x in (dq, dk, dvalue))
     return [dq, dk, dvalue, dbias.sum_to_size(score_bias.shape).to(score_bias.dtype) if need_bias else None]

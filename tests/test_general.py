@@ -9,6 +9,7 @@ from _marks import both_forms, each_dtype
 from _pairs import OPTIONS, WINDOWS
 
 from fused_attn.kernels import chip as chips
+from fused_attn.kernels import general_bwd
 
 pytestmark = pytest.mark.kernel
 
@@ -128,6 +129,24 @@ def test_keys_as_values_are_those_values_and_their_gradients_add(structure, impl
         torch.testing.assert_close(shared.gradients["key"], gradients["key"], rtol=0.05, atol=0.05)
         gradients["key"] = shared.gradients["key"]
     assert_close(shared, Result(apart.outputs, gradients))
+
+
+@both_forms
+def test_gradients_of_keys_and_values_by_a_launch_each_match_the_reference(ragged, device, monkeypatch):
+    """As they are where a thread has no room for both, which is at widths that the interpreter's tiles never have."""
+    rule, seen = general_bwd.bwd_blocks, []
+
+    def crowded(*args):
+        for_q, for_k = rule(*args)
+        return for_q, for_k._replace(M=16, N=128, warps=1)
+
+    run = general_bwd.launch
+    monkeypatch.setattr(general_bwd, "bwd_blocks", crowded)
+    monkeypatch.setattr(
+        general_bwd, "launch", lambda kernel, *a, **k: (seen.append(kernel.__name__), run(kernel, *a, **k))
+    )
+    check(Case(ragged=ragged, queries=20, keys=150, window=(None, 3)), device, "triton")
+    assert seen.count("_general_bwd_dkv_kernel") == 2
 
 
 # --- Exactness ---------------------------------------------------------------------------------------------------
