@@ -16,6 +16,7 @@ is known, on NVIDIA's chips, while nobody listens to launches; else what is writ
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from triton.runtime.jit import JITFunction
 
 from .chip import INTERPRET, assumed
 
+ON = os.environ.get("FUSED_ATTN_REPLAY", "1") != "0"
+"""Whether anything is written down."""
 SEEN = 3
 """So many calls of a kind are made before one is written down, which takes as long as five."""
 MOST = 512
@@ -65,7 +68,8 @@ def call(launcher: Callable[..., Any], args: Sequence[Any]) -> Any:
     whether it is a multiple of 16, and on integers, which a launcher makes of shapes and strides; memory that PyTorch
     makes begins at a multiple of 16.
     """
-    if JITFunction.run is not _RUN or torch._C._len_torch_dispatch_stack():  # somebody watches launches or operators
+    watched = JITFunction.run is not _RUN or torch._C._len_torch_dispatch_stack()  # launches, or operators
+    if watched or not ON:
         return launcher(*args)
     direct, tensors = _direct(), []
     kind = [launcher, direct, assumed.get(), torch.backends.cuda.matmul.fp32_precision]

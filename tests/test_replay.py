@@ -132,6 +132,14 @@ def test_a_call_keeps_no_memory_and_a_record_no_more_than_it_needs(device):
     assert [x.argval for x in dis.Bytecode(record.run) if x.opname == "DELETE_FAST"] == ["t1"]
 
 
+def test_nothing_is_written_down_where_that_is_off(device, monkeypatch):
+    monkeypatch.setattr(replay, "ON", False)
+    x = torch.ones(3, device=device)
+    for _ in range(replay.SEEN + 2):
+        assert torch.equal(replay.call(lambda x: (x + 1,), (x,))[0], x + 1)
+    assert not replay._records
+
+
 def test_no_more_kinds_are_kept_than_said(device, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 3)
     for n in range(1, 9):

@@ -530,6 +530,20 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/graph_hubs.py",
+        "if min(self.edges, self.most) > self.piece else 0",
+        "if self.edges > self.piece else 0",
+        ("tests/test_structures.py", "-k", "fewer_kernels"),
+        "a graph that knows that it has no hubs starts the kernels for them",
+    ),
+    Mutant(
+        "kernels/sums.py",
+        "    return cdiv(x.size >> 2, SUM_BLOCKS.N)",
+        "    return cdiv(x.size >> 2, SUM_BLOCKS.N) - 1",
+        ("tests/test_graph.py", "-k", "divided"),
+        "the last numbers of a sum are not made",
+    ),
+    Mutant(
+        "kernels/graph_hubs.py",
         "            inside = (first > begin) & (first < begin + PIECE)",
         "            inside = (first >= begin) & (first < begin + PIECE)",
         ("tests/test_graph.py", "-k", "divided"),
