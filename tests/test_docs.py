@@ -18,6 +18,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("code", BLOCKS)
 def test_a_block_of_code_runs_by_itself(code):
     """A comment that begins with a shape, as ``# (2, 512)``, is that of the name to which the line assigns."""
