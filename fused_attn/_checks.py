@@ -24,7 +24,7 @@ FINITE = (-sys.float_info.max, math.inf)  # from, and under
 TRUE_IS_VISIBLE = "True = may be attended"
 OFFSETS_HINT = "offsets of the sequences in the packed rows: of lengths Segments.from_lengths(lengths) has them"
 
-_WIDTHS = frozenset(["A", "C", "D", "Dh", "Dk", "Dq", "Dv", "K", "R"]) | {"D'"}  # sizes of at least 1
+_WIDTHS = frozenset(["A", "C", "D", "Dh", "Dk", "Dq", "Dv", "K", "P", "R"]) | {"D'"}  # sizes of at least 1
 _INDEX = {"bool": (torch.bool,), "int32": (torch.int32,), "index": (torch.int32, torch.int64)}
 _ALLOWED: dict[torch.dtype | None, dict[str, tuple[torch.dtype, ...]]] = {
     None: {"first": DTYPES, "same": DTYPES, "bias": DTYPES, **_INDEX}
@@ -236,7 +236,7 @@ class Checker:
         return ""
 
 
-_THINGS = {"R": "hop", "C": "channel"}
+_THINGS = {"R": "hop", "C": "channel", "P": "channel"}
 PARAMETERS = "the module's parameters"
 CONSTRUCTOR = "the constructor"
 

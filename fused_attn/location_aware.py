@@ -20,7 +20,7 @@ from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton
 from ._softmax import softmax
 from .kernels.inputs import LocationAwareInputs, LocationAwareSequenceInputs, LocationInputs
 
-_TABLE: Table = {
+_ONE: Table = {
     "query": argument("B A", "first"),
     "key": argument("B Tk A"),
     "value": argument("B Tk Dv"),
@@ -31,9 +31,18 @@ _TABLE: Table = {
     "mask": mask_of("B Tk"),
     "score_bias": argument("B Tk", "bias", optional=True),
 }
-_SEQUENCE: Table = _TABLE | {
-    "query": argument("B Tq A", "first"),
-    "previous": argument("B Tk", optional=True),
+_SEVERAL: Table = _ONE | {
+    "previous": argument("B P Tk"),
+    "conv_weight": argument("C P K", hint="that of a `nn.Conv1d` of as many channels as `previous` has"),
+}
+_STEP_TABLES = {False: _ONE, True: _SEVERAL}  # by whether the history has an axis of channels
+_SEQUENCE_TABLES = {
+    channels: table
+    | {
+        "query": argument("B Tq A", "first"),
+        "previous": table["previous"]._replace(optional=True),
+    }
+    for channels, table in _STEP_TABLES.items()
 }
 
 
@@ -43,10 +52,32 @@ def _with_features(key: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor
     The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of its
     own, which is on by default, and this one follows that of matrix products.
     """
-    half = conv_weight.shape[1] // 2
+    width = conv_weight.shape[-1]
+    half = width // 2
     padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
-    windows = padded.unfold(1, conv_weight.shape[1], 1)[:, : key.shape[1]]
+    windows = padded.unfold(-1, width, 1)[..., : key.shape[1], :]
+    if previous.dim() == 3:  # the windows of a key, of all channels, are those of one filter
+        windows, conv_weight = windows.transpose(1, 2).flatten(2), conv_weight.flatten(1)
     return torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
+
+
+def over_channels(mask: Tensor, history: Tensor) -> Tensor:
+    """A mask of keys, for a history that may have an axis of channels."""
+    return mask if history.dim() == 2 else mask[:, None]
+
+
+def _history_shape(key: Tensor, conv_weight: Tensor) -> tuple[int, ...]:
+    return key.shape[0], *conv_weight.shape[1:-1], key.shape[1]
+
+
+def _next_history(history: Tensor, weights: Tensor, cumulative: bool) -> Tensor:
+    """What the step after sees: the last weights, and with `cumulative` in the last channel their sum."""
+    if history.dim() == 2:
+        return history + weights if cumulative else weights
+    now = weights[:, None]
+    recent = history.shape[1] - cumulative
+    kept = [history[:, 1:recent], now] if recent else []
+    return torch.cat([*kept, history[:, recent:] + now] if cumulative else kept, 1)
 
 
 def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
@@ -55,7 +86,7 @@ def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(value.dtype, torch.float32)  # before sums of 16 bits overflow
     key, previous, conv_weight, u = (x.to(wide) for x in (key, previous, conv_weight, u))
     if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
-        previous = previous.where(mask, 0)
+        previous = previous.where(over_channels(mask, previous), 0)
     key = _with_features(key, previous, conv_weight, u)
     score = key, None, None, v[:, None], None, None, query
     options = activation, "sigmoid", dropout_p, False
@@ -69,9 +100,9 @@ def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
     query, key, v, previous, conv_weight, u, score_bias, mask, activation, cumulative = inputs
     wide = torch.promote_types(key.dtype, torch.float32)
     query, key, v, conv_weight, u = (x.to(wide) for x in (query, key, v, conv_weight, u))
-    seen = key.new_zeros(key.shape[:2]) if previous is None else previous.to(wide)
+    seen = key.new_zeros(_history_shape(key, conv_weight)) if previous is None else previous.to(wide)
     if mask is not None:  # what may be NaN, before it meets a number
-        seen = seen.where(mask, 0)
+        seen = seen.where(over_channels(mask, seen), 0)
         key = key.masked_fill(~mask[..., None], 0)
         query = query.masked_fill(~mask.any(1)[:, None, None], 0)
         score_bias = None if score_bias is None else score_bias.masked_fill(~mask, 0)
@@ -84,7 +115,7 @@ def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
         scores = scores if score_bias is None else scores + score_bias
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         weights, _ = softmax(scores, -1)
-        seen = seen + weights if cumulative else weights
+        seen = _next_history(seen, weights, cumulative)
         found.append(weights)
     return (torch.stack(found, 1)[:, : query.shape[1]],)
 
@@ -121,7 +152,7 @@ _STEP = Operator(
 
 def _fake_walk(inputs: LocationAwareSequenceInputs, need_seen: bool) -> tuple[Tensor, ...]:
     (B, Tq, _), key = inputs.query.shape, inputs.key
-    seen = (B, Tq + 1, key.shape[1]) if need_seen else (0,)
+    seen = (B, Tq + 1, *inputs.conv_weight.shape[1:-1], key.shape[1]) if need_seen else (0,)
     return (
         key.new_empty(B, Tq, key.shape[1], dtype=torch.float32),
         key.new_empty(seen, dtype=torch.float32),
@@ -186,8 +217,10 @@ def location_aware_attention(
         ``(A,)``.
     previous
         The last weights, ``(B, Tk)``, or what is made of them, as their sum over all steps; zeros before the first.
+        Or a history of P channels, ``(B, P, Tk)``: the last weights and their sum (Tacotron 2), the last few.
     conv_weight
-        F, ``(C, K)``, as `torch.nn.Conv1d` has it (a cross-correlation), K odd. Outside of the keys are zeros.
+        F, ``(C, K)``, of a history of P channels ``(C, P, K)``, as `torch.nn.Conv1d` has it (a cross-correlation), K
+        odd. Outside of the keys are zeros; f is the sum over the channels.
     u
         U, ``(C, A)``.
     activation
@@ -216,11 +249,12 @@ def location_aware_attention(
 
     References
     ----------
-    Chorowski et al. 2015, Attention-based models for speech recognition; Shen et al. 2018 (Tacotron 2: the sum of all
-    weights so far).
+    Chorowski et al. 2015, Attention-based models for speech recognition; Shen et al. 2018 (Tacotron 2: also the sum
+    of all weights so far).
 
     """
-    _validate(_TABLE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    tables = _STEP_TABLES[isinstance(previous, Tensor) and previous.dim() == 3]
+    _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     seed = draw_seed(dropout_p, query.device)
     tensors = query, key, value, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareInputs(*tensors, mask, seed, activation, float(dropout_p))
@@ -264,9 +298,11 @@ def location_aware_sequence(
     key, value, v, conv_weight, u, activation, mask, score_bias, dropout_p, impl
         As in `location_aware_attention`. The bias is that of every step.
     previous
-        What the first step sees, ``(B, Tk)``; zeros where None.
+        What the first step sees, ``(B, Tk)``, or of P channels ``(B, P, Tk)``; zeros where None.
     cumulative
-        A step sees the sum of `previous` and all weights before it (Tacotron 2), not the last weights alone.
+        A step sees the sum of `previous` and all weights before it, not the last weights alone. Of P channels the
+        last is that sum, and those before it are the last P - 1 weights, the oldest first: where P = 2 the last
+        weights and their sum (Tacotron 2). Without `cumulative` they are the last P.
 
     Returns
     -------
@@ -284,7 +320,9 @@ def location_aware_sequence(
     Chorowski et al. 2015; Shen et al. 2018.
 
     """
-    _validate(_SEQUENCE, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    history = conv_weight if previous is None else previous
+    tables = _SEQUENCE_TABLES[isinstance(history, Tensor) and history.dim() == 3]
+    _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     tensors = query, key, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareSequenceInputs(*tensors, mask, activation, check_flag("cumulative", cumulative))
     if use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
@@ -327,9 +365,9 @@ def _validate(
         ("conv_weight", conv_weight),
     ):
         check(name, x)
-    C, K = conv_weight.shape
-    if K % 2 == 0:
-        raise ValueError(f"conv_weight: expected shape (C, K) with an odd width K; got {(C, K)}")
+    if conv_weight.shape[-1] % 2 == 0:
+        form = "(C, K)" if conv_weight.dim() == 2 else "(C, P, K)"
+        raise ValueError(f"conv_weight: expected shape {form} with an odd width K; got {tuple(conv_weight.shape)}")
     check("u", u)
     check("mask", mask)
     check("score_bias", score_bias)

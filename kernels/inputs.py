@@ -108,8 +108,8 @@ class LocationAwareInputs(NamedTuple):
     key: Tensor  # (B, Tk, A)
     value: Tensor  # (B, Tk, Dv)
     v: Tensor  # (A,)
-    previous: Tensor  # (B, Tk)
-    conv_weight: Tensor  # (C, K), K odd
+    previous: Tensor  # (B, Tk), or of P channels (B, P, Tk)
+    conv_weight: Tensor  # (C, K), or (C, P, K), K odd
     u: Tensor  # (C, A)
     score_bias: Tensor | None  # (B, Tk)
     mask: Tensor | None  # bool (B, Tk)
@@ -124,8 +124,8 @@ class LocationAwareSequenceInputs(NamedTuple):
     query: Tensor  # (B, Tq, A)
     key: Tensor  # (B, Tk, A)
     v: Tensor  # (A,)
-    previous: Tensor | None  # (B, Tk); None: zeros
-    conv_weight: Tensor  # (C, K), K odd
+    previous: Tensor | None  # (B, Tk), or of P channels (B, P, Tk); None: zeros
+    conv_weight: Tensor  # (C, K), or (C, P, K), K odd
     u: Tensor  # (C, A)
     score_bias: Tensor | None  # (B, Tk)
     mask: Tensor | None  # bool (B, Tk)

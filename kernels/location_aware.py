@@ -5,6 +5,9 @@ For a sequence's query q, its keys k_j, the last weights p (or their sum so far)
     f_jc = Σ_k F_ck p_{j + k - (K - 1)/2}      s_j = v · act(q + k_j + f_j U) + bias_j
     α = softmax_j(s)                            out = Σ_j α_j value_j
 
+A history of P channels p (P, Tk) has filters F (C, P, K), and f is the sum over its channels. To the kernels that is
+one filter of P·K places, each of which is a place in the window of its channel.
+
 A program has the keys of an item. For a tile of them it gathers the windows of p, [BLOCK_T, BLOCK_K]; two products
 make f and f U, which stay in registers. (One filter G = Fᵀ U of K rows in their place would be as much work where K
 is C, and a launch to fold it.) All scores of the item go to a row of scratch first, then come the sums of values, a
@@ -48,8 +51,20 @@ from .softmax import exp, finish, join_states, made_once, online_softmax, pivot,
 
 
 @triton.jit
+def channel_and_offset(k, size, flags):
+    """Of places of a filter of all channels: the channel, and how far from a key the place looks."""
+    channel = k * 0
+    offset = k - size.K // 2
+    if flags.P > 1:
+        width = size.K // flags.P
+        channel = k // width
+        offset = k % width - width // 2
+    return channel, offset
+
+
+@triton.jit
 def windows(
-    seen,  # (B, Tq, Tk): the weights that each step sees
+    seen,  # (B, P, Tq, Tk): the weights that each step sees; (B, Tq, Tk) where P is 1
     mask,
     seq,
     step,
@@ -57,11 +72,17 @@ def windows(
     k,  # [BLOCK_K] places of a filter
     T,
     size,
+    flags,
 ):
     """The weights around keys, [BLOCK_T, BLOCK_K], and which of them there are: what is hidden is not read."""
-    at = t[:, None] + (k - size.K // 2)[None, :]
+    channel, offset = channel_and_offset(k, size, flags)
+    at = t[:, None] + offset[None, :]
     there = unmasked(mask, seq, at, (at >= 0) & (at < T) & (k < size.K)[None, :])
-    return load_pairs(seen, seq, seq * 0, step, at, there).to(tl.float32), there
+    if flags.P == 1:
+        head = seq * 0
+    else:
+        head = channel.to(tl.int64)[None, :]
+    return load_pairs(seen, seq, head, step, at, there).to(tl.float32), there
 
 
 @triton.jit
@@ -82,7 +103,7 @@ def location_features(seen, mask, seq, step, t, c, T, filters, size, flags, bloc
     f = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
     for k0 in range(0, size.K, blocks.K):
         k = k0 + tl.arange(0, blocks.K)
-        x, _there = windows(seen, mask, seq, step, t, k, T, size)
+        x, _there = windows(seen, mask, seq, step, t, k, T, size, flags)
         f = add_product(x, tl.trans(load_filter(filters, c, k, size)), f, tl.float32, flags.PRECISION)
     return f
 
@@ -145,7 +166,7 @@ def _aware_fwd_kernel(
     value,  # (B, Tk, DV)
     v_ptr,  # (A,)
     filters,
-    seen,  # (B, 1, Tk)
+    seen,  # (B, P, 1, Tk), or (B, 1, Tk)
     bias,  # (B, Tk) or None
     mask,  # (B, Tk) or None
     dropout,
@@ -283,7 +304,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, size: "Size") -> Blocks:
 class Filters(NamedTuple):
     """What makes features of weights, see the top."""
 
-    f: Tensor  # (C, K)
+    f: Tensor  # (C, P·K)
     stride_fc: int
     stride_fk: int
     u: Tensor  # (C, A)
@@ -304,7 +325,7 @@ class Result(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Channels and width of the filters, widths of the score and of the values."""
+    """Channels of the filters and their places (P·K of a history of P), widths of the score and of the values."""
 
     C: int
     K: int
@@ -323,6 +344,7 @@ class Flags(NamedTuple):
     SPLIT: bool = False  # a sequence has several items
     SUM: bool = False  # a step sees the sum of all before it: see location_aware_walk.py
     WALK: bool = False  # several steps, and an item is one tile: see location_aware_bwd.py
+    P: int = 1  # channels of the history
 
 
 class Call(NamedTuple):
@@ -352,7 +374,7 @@ def prepare(
     key: Tensor,
     value: Tensor | None,
     v: Tensor,
-    seen: Tensor,  # (B, Tq, Tk)
+    seen: Tensor,  # (B, P, Tq, Tk), or (B, Tq, Tk)
     conv_weight: Tensor,
     u: Tensor,
     score_bias: Tensor | None,
@@ -366,6 +388,9 @@ def prepare(
     if narrow and (chip.backend == "cuda" or chip.gfx == "gfx942"):
         precision = "tf32"  # of numbers of 16 bits, and of sums of them
     flags = Flags(activation, narrow and chip.backend == "cuda", chip.backend != "interpreter", precision, False)
+    if conv_weight.dim() == 3:
+        flags = flags._replace(P=conv_weight.shape[1])
+        conv_weight = conv_weight.flatten(1)
     size = Size(*conv_weight.shape, key.shape[-1], 0 if value is None else value.shape[-1])
     conv_weight, u = near(conv_weight), near(u)
     args = {
@@ -386,7 +411,8 @@ def prepare(
 def prepare_step(inputs: LocationAwareInputs) -> Call:
     """Arguments of a step."""
     query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
-    call = prepare(query[:, None], key, value, v, previous[:, None], conv_weight, u, score_bias, mask, activation)
+    seen = previous.unsqueeze(-2)
+    call = prepare(query[:, None], key, value, v, seen, conv_weight, u, score_bias, mask, activation)
     call.args["dropout"] = dropout(seed, dropout_p)
     return call
 

@@ -8,6 +8,8 @@ factor of dropout:
     dU = Σ f_ijᵀ dz_ij                       df_ij = dz_ij Uᵀ          dF_ck = Σ df_ijc p_{i, j + k - (K - 1)/2}
     dvalue_j = Σ_i κ_ij α_ij dO_i            dp_in = Σ_k e_ik,n        e_ik,n = Σ_c F_ck df_{i, n - k + (K - 1)/2, c}
 
+Of a history of P channels F is (C, P·K), as location_aware.py says, and dp_in of a channel has its K places.
+
 A key with all the weight has α 1 and δ = g, so its ds is 0 without a normaliser. Of a step there are three launches:
 g, dvalue and a part of δ of each item; all that is made of dz; and the sums of parts, by sums.py. Besides the
 parameters' and dq's those are the K numbers e of each key: they are stored where they are to be added, and a sum of K
@@ -31,6 +33,7 @@ from .location_aware import (
     Blocks,
     Call,
     add_features,
+    channel_and_offset,
     kept,
     load_filter,
     load_mixer,
@@ -61,8 +64,8 @@ class Made(NamedTuple):
     dq: Tensor | None  # (per_seq, B, Tq, A)
     dv: Tensor  # (items, A)
     du: Tensor | None  # (items, C, A); of filters all or none
-    df: Tensor | None  # (blocks of A, items, C, K)
-    e: Tensor | None  # (blocks of A and C, K, B, Tk), of a step
+    df: Tensor | None  # (blocks of A, items, C, P·K)
+    e: Tensor | None  # (blocks of A and C, K, B, P, Tk), of a step
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -125,17 +128,26 @@ def gradient_of_scores(given, row, Tk, t, parts, keep, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_edges(e_ptr, part, parts, k, k_stride, T, size, blocks):
-    """Zeros of e where no key stands, by the first item and the last; e_ptr: (K, B, Tk) at [0, seq]."""
-    half = size.K // 2
+def _rows_of_places(e, group, num_seqs, seq, k, T, size, flags):
+    """Rows of e, [BLOCK_K], and how far from a key each place looks; group: of blocks of A and C."""
+    channel, offset = channel_and_offset(k, size, flags)
+    width = size.K // flags.P
+    row = (group.to(tl.int64) * width + offset + width // 2) * num_seqs + seq
+    return e + (row * flags.P + channel) * T, offset
+
+
+@triton.jit
+def _store_edges(ptrs, offset, part, parts, k, T, size, blocks):
+    """Zeros of e where no key stands, by the first item and the last; ptrs: rows of e."""
     zero = tl.zeros([blocks.K, blocks.K], tl.float32)
-    ptrs = e_ptr + k[:, None] * k_stride
-    for r0 in range(0, half, blocks.K):
+    ptrs = ptrs[:, None]
+    offset = offset[:, None]
+    for r0 in range(0, size.K // 2, blocks.K):
         r = (r0 + tl.arange(0, blocks.K))[None, :]
         there = (k < size.K)[:, None] & (r < T)
-        # e of a key j is at n = j + k - half: none is before k - half, and none after T - 1 + k - half.
-        tl.store(ptrs + r, zero, mask=there & (r < k[:, None] - half) & (part == 0))
-        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < half - k[:, None]) & (part == parts - 1))
+        # e of a key j is at n = j + offset: none is before offset, and none after T - 1 + offset.
+        tl.store(ptrs + r, zero, mask=there & (r < offset) & (part == 0))
+        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < -offset) & (part == parts - 1))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -144,7 +156,7 @@ def _aware_bwd_scores_kernel(
     k,  # (B, Tk, A)
     v_ptr,  # (A,)
     filters,
-    seen,  # (B, Tq, Tk)
+    seen,  # (B, P, Tq, Tk), or (B, Tq, Tk)
     mask,
     given,
     made,
@@ -218,7 +230,7 @@ def _aware_bwd_scores_kernel(
                 df = tile_product(dz, tl.trans(u), tl.float32, flags.PRECISION)
                 for k0 in range(0, size.K, blocks.K):
                     place = k0 + tl.arange(0, blocks.K)
-                    x, there = windows(seen, mask, seq, step, t, place, Tk, size)
+                    x, there = windows(seen, mask, seq, step, t, place, Tk, size, flags)
                     if df_ptr is not None:
                         at = df_ptr + c.to(tl.int64)[:, None] * size.K + place[None, :]
                         some = (c < size.C)[:, None] & (place < size.K)[None, :]
@@ -229,11 +241,11 @@ def _aware_bwd_scores_kernel(
                     if made.e is not None:
                         w = load_filter(filters, c, place, size)
                         e = tl.where(there, tile_product(df, w, tl.float32, flags.PRECISION), 0.0)
-                        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
-                        row = (group + place) * num_seqs + seq
-                        n = t[:, None] + (place - size.K // 2)[None, :]
+                        group = block_c * tl.num_programs(1) + block_a
+                        rows, offset = _rows_of_places(made.e, group, num_seqs, seq, place, Tk, size, flags)
+                        n = t[:, None] + offset[None, :]
                         write = inside[:, None] & (n >= 0) & (n < Tk) & (place < size.K)[None, :]
-                        tl.store(made.e + row[None, :] * Tk + n, e, mask=write)
+                        tl.store(rows[None, :] + n, e, mask=write)
         if made.dk is not None:
             store_rows(made.dk + (seq * Tk + t) * size.A, dk, inside & first, a, size.A)
         if made.dbias is not None:
@@ -246,12 +258,11 @@ def _aware_bwd_scores_kernel(
     if made.du is not None:
         store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
     if made.e is not None:
-        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
+        group = block_c * tl.num_programs(1) + block_a
         for k0 in range(0, size.K, blocks.K):
             place = k0 + tl.arange(0, blocks.K)
-            e_ptr = made.e + (group * num_seqs + seq) * Tk
-            stride = num_seqs.to(tl.int64) * Tk
-            _store_edges(e_ptr, part, per_seq, place.to(tl.int64), stride, Tk, size, blocks)
+            rows, offset = _rows_of_places(made.e, group, num_seqs, seq, place, Tk, size, flags)
+            _store_edges(rows, offset, part, per_seq, place, Tk, size, blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -310,7 +321,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     of one step only.
     """
     query, key, v, previous, conv_weight, u, bias = like
-    B, T, (C, K, A, _) = call.seqs, call.length, call.size
+    B, T, P, (C, K, A, _) = call.seqs, call.length, call.flags.P, call.size
     Tq = given.weights.shape[1]
     blocks = scores_blocks(call.chip, key.element_size(), T, call.size, Tq > 1)
     rows, per_seq = (blocks.T, cdiv(T, blocks.T)) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
@@ -327,7 +338,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
         parts(True, B * per_seq, A),
         parts(filters, B * per_seq, C, A),
         parts(filters, a_blocks, B * per_seq, C, K),
-        parts(want.previous, c_blocks * a_blocks * K, B, T),
+        parts(want.previous, c_blocks * a_blocks * (K // P), B * P, T),
     )
     args = call.args | {
         "given": given,
@@ -350,6 +361,8 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
         ]
     )
     dq = None if dq is None else dq.view(B, Tq, A)
+    dprevious = None if dprevious is None or previous is None else dprevious.view(previous.shape)
+    df = None if df is None else df.view(conv_weight.shape)
     return [dq, made.dk, dv, dprevious, df, du, made.dbias]
 
 

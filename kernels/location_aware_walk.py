@@ -5,13 +5,16 @@ the step before or, `SUM`, the sum of all before, and p_0 is given. With the nam
 
     α_i = softmax_j(v · act(q_i + k_j + f_ij U) + bias_j)        p_{i+1} = α_i   (SUM: p_i + α_i)
 
+Of a history of P channels, p_i has the last weights, the oldest first, and with `SUM` the last channel is the sum: of
+two, the last weights and the sum of all. Going on, each channel of weights becomes that of the one after it.
+
 A step needs the keys only. The outputs Σ_j α_ij value_j are one matrix product of all weights after the walk, and the
 gradients of weights and values two before and after the walk back, by PyTorch.
 
 Backward, from the last step to the first, with dp_{i+1} the gradient of what the next step sees, dp of the last 0:
 
     g_ij = dα_ij + dp_{i+1,j}       δ_i = Σ_j α_ij g_ij        ds, dz, df and e as in location_aware_bwd.py
-    dp_i = Σ_k e_ik   (SUM: + dp_{i+1})
+    dp_i = Σ_k e_ik   (SUM: + dp_{i+1}; a channel of weights: + dp_{i+1} of the channel before it)
 
 The walk leaves g and δ; all other gradients are sums over steps, which the kernel of a step's backward makes of them,
 a program a tile of keys. What goes from step to step is in global memory, which a barrier divides.
@@ -49,8 +52,8 @@ def _aware_walk_fwd_kernel(
     k,  # (B, Tk, A)
     v_ptr,  # (A,)
     filters,
-    seen,  # (B, Tq + 1, Tk) float32: what each step sees, the first given; or (B, slots, Tk)
-    seen_ptr,  # its memory, contiguous
+    seen,  # (B, Tq + 1, Tk) float32: what each step sees, the first given; or (B, slots, Tk); (B, P, slots, Tk)
+    seen_ptr,  # its memory, (B, slots, P, Tk), contiguous
     bias,  # (B, Tk) or None
     mask,  # (B, Tk) or None
     weights_ptr,  # (B, Tq, Tk) float32
@@ -67,8 +70,8 @@ def _aware_walk_fwd_kernel(
         step = i + tl.program_id(0) * 0  # a tensor for the interpreter too
         now = step % slots
         w_ptr = weights_ptr + (seq * Tq + step) * Tk
-        now_ptr = seen_ptr + (seq * slots + now) * Tk
-        next_ptr = seen_ptr + (seq * slots + (step + 1) % slots) * Tk
+        now_ptr = seen_ptr + (seq * slots + now) * flags.P * Tk
+        next_ptr = seen_ptr + (seq * slots + (step + 1) % slots) * flags.P * Tk
         q_ptr = sequence_ptr(q, seq, step)
         m = tl.full([1], float("-inf"), tl.float32)
         l = tl.zeros([1], tl.float32)
@@ -90,9 +93,16 @@ def _aware_walk_fwd_kernel(
             alpha = exp(tl.load(w_ptr + t, mask=inside, other=float("-inf")) - shift, flags.FMA) * inv
             tl.debug_barrier()  # threads that have the same keys read before one of them writes
             tl.store(w_ptr + t, alpha, mask=inside)
+            for p in tl.static_range(flags.P - 1):
+                if p + 1 < flags.P - flags.SUM:
+                    older = tl.load(now_ptr + Tk * (p + 1) + t, mask=inside, other=0.0)
+                else:
+                    older = alpha
+                tl.store(next_ptr + Tk * p + t, older, mask=inside)
+            last = Tk * (flags.P - 1) + t
             if flags.SUM:
-                alpha += tl.load(now_ptr + t, mask=inside, other=0.0)
-            tl.store(next_ptr + t, alpha, mask=inside)
+                alpha += tl.load(now_ptr + last, mask=inside, other=0.0)
+            tl.store(next_ptr + last, alpha, mask=inside)
         tl.debug_barrier()  # and the next step's windows
 
 
@@ -102,12 +112,12 @@ def _aware_walk_bwd_kernel(
     k,  # (B, Tk, A)
     v_ptr,  # (A,)
     filters,
-    seen,  # (B, Tq, Tk)
+    seen,  # (B, P, Tq, Tk), or (B, Tq, Tk)
     mask,
     dweights_ptr,  # (B, Tq, Tk) float32, or None
     given,
-    dp_ptr,  # (B, Tk): dp of the step after, in the end that of the first
-    e_ptr,  # (B, K, Tk): scratch
+    dp_ptr,  # (B, P, Tk): dp of the step after, in the end that of the first
+    e_ptr,  # (B, P·K, Tk): scratch
     Tq,
     Tk,
     size,
@@ -116,11 +126,11 @@ def _aware_walk_bwd_kernel(
 ):
     seq = tl.program_id(0).to(tl.int64)
     k_ptr = first_row(k, seq)
-    dp_ptr += seq * Tk
+    dp_ptr += seq * flags.P * Tk
     e_ptr += seq * size.K * Tk
-    for t0 in range(0, Tk, blocks.T):
+    for t0 in range(0, Tk * flags.P, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
-        tl.store(dp_ptr + t, tl.zeros([blocks.T], tl.float32), mask=t < Tk)
+        tl.store(dp_ptr + t, tl.zeros([blocks.T], tl.float32), mask=t < Tk * flags.P)
     tl.debug_barrier()
     for back in range(0, Tq):
         step = Tq - 1 - back + tl.program_id(0) * 0
@@ -131,7 +141,9 @@ def _aware_walk_bwd_kernel(
             t = t0 + tl.arange(0, blocks.T)
             inside = t < Tk
             keep = unmasked(mask, seq, t, inside)
-            g = tl.load(dp_ptr + t, mask=inside, other=0.0)
+            g = tl.load(dp_ptr + Tk * (flags.P - 1) + t, mask=inside, other=0.0)
+            if flags.SUM and flags.P > 1:  # of the last weights too
+                g += tl.load(dp_ptr + Tk * (flags.P - 2) + t, mask=inside, other=0.0)
             if dweights_ptr is not None:
                 g += tl.load(dweights_ptr + row * Tk + t, mask=keep, other=0.0)
             tl.store(given.g + row * Tk + t, g, mask=inside)
@@ -170,18 +182,25 @@ def _aware_walk_bwd_kernel(
         for t0 in range(0, Tk, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             inside = t < Tk
-            found = tl.zeros([blocks.T, blocks.K], tl.float32)
-            for k0 in range(0, size.K, blocks.K):
-                place = k0 + tl.arange(0, blocks.K)
-                j = t[:, None] + (size.K // 2 - place)[None, :]  # whose window has t at this place
-                there = (j >= 0) & (j < Tk) & (place < size.K)[None, :]
-                at = e_ptr + place.to(tl.int64)[None, :] * Tk + j
-                found += tl.load(at, mask=there, other=0.0)
-            dp = tl.where(unmasked(mask, seq, t, inside), tl.sum(found, axis=1), 0.0)
-            if flags.SUM:
-                dp += tl.load(dp_ptr + t, mask=inside, other=0.0)
-                tl.debug_barrier()  # threads that have the same keys read before one of them writes
-            tl.store(dp_ptr + t, dp, mask=inside)
+            keep = unmasked(mask, seq, t, inside)
+            width = size.K // flags.P
+            for back_p in tl.static_range(flags.P):  # the last first: a channel takes from the one before it
+                p = flags.P - 1 - back_p
+                found = tl.zeros([blocks.T, blocks.K], tl.float32)
+                for k0 in range(0, width, blocks.K):
+                    place = k0 + tl.arange(0, blocks.K)
+                    j = t[:, None] + (width // 2 - place)[None, :]  # whose window has t at this place
+                    there = (j >= 0) & (j < Tk) & (place < width)[None, :]
+                    at = e_ptr + (place + width * p).to(tl.int64)[None, :] * Tk + j
+                    found += tl.load(at, mask=there, other=0.0)
+                dp = tl.where(keep, tl.sum(found, axis=1), 0.0)
+                if flags.SUM and back_p == 0:
+                    dp += tl.load(dp_ptr + Tk * p + t, mask=inside, other=0.0)
+                    tl.debug_barrier()  # threads that have the same keys read before one of them writes
+                elif p > 0:
+                    dp += tl.load(dp_ptr + Tk * (p - 1) + t, mask=inside, other=0.0)
+                    tl.debug_barrier()
+                tl.store(dp_ptr + Tk * p + t, dp, mask=inside)
         tl.debug_barrier()
 
 
@@ -203,6 +222,11 @@ def walk_blocks(chip: Chip, itemsize: int, T: int, size: Size, backward: bool) -
     return Blocks(tile_rows(T, 32), block_a, pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 8)
 
 
+def channels_first(seen: Tensor) -> Tensor:
+    """``(B, Tq, P, Tk)`` as ``(B, P, Tq, Tk)``; ``(B, Tq, Tk)`` as it is."""
+    return seen.transpose(1, 2) if seen.dim() == 4 else seen
+
+
 def _prepare(inputs: LocationAwareSequenceInputs, seen: Tensor) -> Call:
     query, key, v, _, conv_weight, u, score_bias, mask, activation, cumulative = inputs
     call = prepare(query, key, None, v, seen, conv_weight, u, score_bias, mask, activation)
@@ -210,18 +234,21 @@ def _prepare(inputs: LocationAwareSequenceInputs, seen: Tensor) -> Call:
 
 
 def location_aware_walk_fwd(inputs: LocationAwareSequenceInputs, need_seen: bool) -> tuple[Tensor, Tensor]:
-    """(weights ``(B, Tq, Tk)``, what each step saw ``(B, Tq + 1, Tk)``), float32; the second empty if not needed."""
+    """(weights ``(B, Tq, Tk)``, what each step saw ``(B, Tq + 1, [P,] Tk)``), float32.
+
+    The second is empty if it is not needed.
+    """
     query, key, previous = inputs.query, inputs.key, inputs.previous
     (B, Tq, _), Tk = query.shape, key.shape[1]
     weights = key.new_empty(B, Tq, Tk, dtype=torch.float32)
     slots = Tq + 1 if need_seen else 2
-    seen = key.new_empty(B, slots, Tk, dtype=torch.float32)
+    seen = key.new_empty(B, slots, *inputs.conv_weight.shape[1:-1], Tk, dtype=torch.float32)
     if weights.numel():
         if previous is None:
             seen[:, 0].zero_()
         else:
             seen[:, 0].copy_(previous)
-        call = _prepare(inputs, seen)
+        call = _prepare(inputs, channels_first(seen))
         blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, False)
         args = call.args | {
             "seen_ptr": seen,
@@ -243,10 +270,10 @@ def location_aware_walk_bwd(
     B, Tq, Tk = weights.shape
     if weights.numel() == 0:
         return [x.new_zeros(x.shape) if need and x is not None else None for x, need in zip(like, needs, strict=True)]
-    call = _prepare(inputs, seen[:, :Tq])
+    call = _prepare(inputs, channels_first(seen[:, :Tq]))
     blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, True)
     given = Given(weights, torch.empty_like(weights), weights.new_empty(B, Tq, 1))
-    dp = weights.new_empty(B, Tk)
+    dp = weights.new_empty(seen[:, 0].shape)
     args = call.args | {
         "dweights_ptr": None if dweights is None else dweights.contiguous(),
         "given": given,

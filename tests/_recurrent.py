@@ -116,10 +116,15 @@ def location_aware_formula(
     *, impl, query, key, value, v, previous, conv_weight, u, score_bias=None, mask=None, act=torch.tanh
 ):
     """One location-aware step: the oracle, which calls nothing of the package."""
-    side = conv_weight.shape[1] // 2
-    hidden = torch.zeros_like(previous, dtype=torch.bool) if mask is None else ~mask
-    seen = torch.nn.functional.pad(previous.masked_fill(hidden, 0), (side, side)).unfold(1, 2 * side + 1, 1)
-    s = act(query[:, None] + key + seen @ conv_weight.T @ u) @ v
+    side = conv_weight.shape[-1] // 2
+    hidden = torch.zeros_like(key[..., 0], dtype=torch.bool) if mask is None else ~mask
+    if previous.dim() == 2:
+        previous, conv_weight = previous[:, None], conv_weight[:, None]
+    f = torch.zeros_like(key[..., :1])
+    for p in range(previous.shape[1]):
+        padded = torch.nn.functional.pad(previous[:, p].masked_fill(hidden, 0), (side, side))
+        f = f + padded.unfold(1, 2 * side + 1, 1) @ conv_weight[:, p].T
+    s = act(query[:, None] + key + f @ u) @ v
     s = s if score_bias is None else s + score_bias
     alpha = s.masked_fill(hidden, -torch.inf).softmax(1)
     return (alpha[..., None] * value).sum(1), alpha

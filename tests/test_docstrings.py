@@ -17,9 +17,10 @@ FUNCTIONS = {
         {"w": location._TABLES[False, "R"]["w"]},  # a context's A is then R, or no axis
     ],
     recurrent.word_by_word_attention: recurrent._TABLES.values(),
-    location_aware.location_aware_attention: [location_aware._TABLE],
+    location_aware.location_aware_attention: location_aware._STEP_TABLES.values(),
     location_aware.location_aware_sequence: [
-        {name: location_aware._SEQUENCE[name] for name in ("query", "previous")}  # the others as in a step
+        {name: table[name] for name in ("query", "previous")}  # the others as in a step
+        for table in location_aware._SEQUENCE_TABLES.values()
     ],
     statistics.statistics_pooling: statistics._TABLES.values(),
 }

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import _recurrent
 import pytest
 import torch
 from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double, largest
@@ -15,7 +16,17 @@ every_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
 def tensors_for(
-    device, *, dtype=torch.float32, masked=True, bias=True, width=K, keys=TK, attn_dim=A, value_dim=DV, channels=C
+    device,
+    *,
+    dtype=torch.float32,
+    masked=True,
+    bias=True,
+    width=K,
+    keys=TK,
+    attn_dim=A,
+    value_dim=DV,
+    channels=C,
+    history=(),
 ):
     rng = torch.Generator().manual_seed(1)
 
@@ -27,8 +38,8 @@ def tensors_for(
         "key": made(B, keys, attn_dim),
         "value": made(B, keys, value_dim),
         "v": made(attn_dim),
-        "previous": torch.softmax(torch.randn(B, keys, generator=rng), -1).to(device, dtype),
-        "conv_weight": made(channels, width),
+        "previous": torch.softmax(torch.randn(B, *history, keys, generator=rng), -1).to(device, dtype),
+        "conv_weight": made(channels, *history, width),
         "u": made(channels, attn_dim),
     }
     if bias:
@@ -94,7 +105,60 @@ SIZES = {  # more than one block of each, and filters that are longer than the k
     "wide filters": {"width": 41, "keys": 50},
     "short keys": {"width": 9, "keys": 2},
     "all": {"keys": 131, "attn_dim": 67, "value_dim": 65, "channels": 33, "width": 35},
+    "two of history": {"history": [2], "width": 5},
+    "history, all": {"history": [3], "keys": 131, "attn_dim": 67, "channels": 33, "width": 13},
+    "history, short keys": {"history": [2], "width": 9, "keys": 2},
 }
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "all"])
+def test_channels_of_history_are_a_sum_of_convolutions(masked, count, device):
+    t = in_double(tensors_for(device, history=[count], masked=masked, bias=masked))
+    exact = evaluate(_recurrent.location_aware_formula, t, "")
+    assert_close(evaluate(op, t, "reference"), exact)
+    conv = torch.nn.functional.conv1d(t["previous"], t["conv_weight"], padding=K // 2)  # as a layer has it
+    if not masked:
+        s = torch.tanh(t["query"][:, None] + t["key"] + conv.mT @ t["u"]) @ t["v"]
+        torch.testing.assert_close(exact.outputs["weights"], s.softmax(-1))
+
+
+@each_dtype
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.kernel), "auto"])
+def test_channels_of_history_match_the_reference(impl, dtype, device):
+    assert_matches_reference(op, tensors_for(device, dtype=dtype, history=[2]), dtype=dtype, impl=impl)
+
+
+@every_impl
+def test_a_history_of_one_channel_is_that_without_an_axis(impl, device):
+    t = tensors_for(device)
+    one = t | {"previous": t["previous"][:, None], "conv_weight": t["conv_weight"][:, None]}
+    got, want = evaluate(op, one, impl), evaluate(op, t, impl)
+    assert torch.equal(got.outputs["output"], want.outputs["output"])
+    for name, x in want.gradients.items():
+        torch.testing.assert_close(got.gradients[name].view_as(x), x)
+
+
+@every_impl
+def test_channels_of_any_strides(impl, device):
+    """As `torch.stack(..., -1)` and a transposed filter leave them."""
+    t = tensors_for(device, history=[2])
+    other = t | {"previous": t["previous"].mT.contiguous().mT, "conv_weight": t["conv_weight"].mT.contiguous().mT}
+    assert_close(evaluate(op, other, impl), evaluate(op, t, impl))
+
+
+def test_a_history_and_filters_that_do_not_fit_raise(device):
+    t = tensors_for(device, history=[2])
+    with pytest.raises(ValueError, match=r"conv_weight: expected shape \(C, P, K\) with P = 2 from previous"):
+        op(impl="auto", **t | {"conv_weight": t["conv_weight"][:, :1]})
+    with pytest.raises(ValueError, match=r"conv_weight: expected shape \(C, P, K\) with P = 2 from previous"):
+        op(impl="auto", **t | {"conv_weight": t["conv_weight"][:, 0]})
+    with pytest.raises(ValueError, match=r"conv_weight: expected shape \(C, K\)"):
+        op(impl="auto", **t | {"previous": t["previous"][:, 0]})
+    with pytest.raises(ValueError, match=r"previous: expected at least one channel, P >= 1"):
+        op(impl="auto", **t | {"previous": t["previous"][:, :0], "conv_weight": t["conv_weight"][:, :0]})
+    with pytest.raises(ValueError, match=r"conv_weight: expected shape \(C, P, K\) with an odd width K"):
+        op(impl="auto", **t | {"conv_weight": t["conv_weight"][..., 1:]})
 
 
 @pytest.mark.kernel
@@ -171,14 +235,18 @@ def test_steps_in_a_chain_are_the_formula_and_gradients_go_through_them(impl, de
 
 
 @every_impl
-def test_masked_positions_are_never_read(impl, device):
-    t = tensors_for(device)
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
+def test_masked_positions_are_never_read(impl, history, device):
+    t = tensors_for(device, history=history)
     clean = evaluate(op, t, impl)
-    for name in ("key", "value", "previous", "score_bias"):
+    for name in ("key", "value", "score_bias"):
         t[name][~t["mask"]] = torch.nan
+    hidden = ~t["mask"].view(B, *[1 for _ in history], TK).expand_as(t["previous"])
+    t["previous"][hidden] = torch.nan
     result = evaluate(op, t, impl)
     assert_close(result, clean)
-    for name in ("key", "value", "previous"):
+    assert largest(result.gradients["previous"][hidden]) == 0
+    for name in ("key", "value"):
         assert largest(result.gradients[name][~t["mask"]]) == 0, name
 
 
@@ -238,6 +306,32 @@ def test_dropout_drops_and_the_weights_are_those_before_it(device):
 
 
 # --- The module --------------------------------------------------------------------------------------------------
+
+
+@every_impl
+def test_module_of_two_channels_is_tacotrons(impl, device):
+    torch.manual_seed(0)
+    module = LocationAwareAttention(5, 7, A, channels=C, width=K, history=2, bias=False).to(device)
+    assert module.conv.weight.shape == (C, 2, K)
+    query, key = torch.randn(B, 5, device=device), torch.randn(B, TK, 7, device=device)
+    last, total = torch.zeros(2, B, TK, device=device)
+    previous = None
+    for _ in range(3):
+        context, weights = module(query, key, previous=previous, impl=impl)
+        f = module.location_proj(module.conv(torch.stack([last, total], 1)).mT)
+        energies = module.score(torch.tanh(module.query_proj(query)[:, None] + module.key_proj(key) + f))
+        want = energies.squeeze(-1).softmax(1)
+        torch.testing.assert_close(weights, want)
+        torch.testing.assert_close(context, (want[:, None] @ key)[:, 0])
+        last, total = want, total + want
+        previous = torch.stack([last, total], 1)
+    context.square().sum().backward()
+    for name, x in module.named_parameters():
+        assert x.grad.count_nonzero() > 0, name
+    with pytest.raises(
+        ValueError, match=r"previous: expected shape \(B, history, Tk\) with .*history = 2 from the con"
+    ):
+        module(query, key, previous=last, impl=impl)
 
 
 @every_impl

@@ -13,11 +13,22 @@ from fused_attn import LocationAwareAttention, location_aware_attention, locatio
 B, TQ, TK, A, DV, C, K = 3, 4, 6, 3, 4, 2, 3
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 each_way = pytest.mark.parametrize("cumulative", [False, True], ids=["last", "sum"])
+each_history = pytest.mark.parametrize("history", [[1], [2], [3]], ids=str)
 TRITON = [pytest.param("triton", marks=pytest.mark.kernel)]
 
 
 def tensors_for(
-    device, *, dtype=torch.float32, masked=True, bias=True, queries=TQ, keys=TK, attn_dim=A, channels=C, width=K
+    device,
+    *,
+    dtype=torch.float32,
+    masked=True,
+    bias=True,
+    queries=TQ,
+    keys=TK,
+    attn_dim=A,
+    channels=C,
+    width=K,
+    history=(),
 ):
     rng = torch.Generator().manual_seed(1)
 
@@ -29,9 +40,9 @@ def tensors_for(
         "key": made(B, keys, attn_dim),
         "value": made(B, keys, DV),
         "v": made(attn_dim),
-        "conv_weight": made(channels, width),
+        "conv_weight": made(channels, *history, width),
         "u": made(channels, attn_dim),
-        "previous": made(B, keys).float().softmax(-1).to(dtype) if keys else made(B, keys),
+        "previous": made(B, *history, keys).float().softmax(-1).to(dtype) if keys else made(B, *history, keys),
     }
     if bias:
         tensors["score_bias"] = made(B, keys)
@@ -48,9 +59,18 @@ def by_formula(*, impl, query, cumulative, previous=None, **rest):
     """The loop over the formula of a step, which calls nothing of the package."""
     outs, found = [], []
     seen = torch.zeros_like(rest["key"][..., 0]) if previous is None else previous
+    last, total = [], seen
+    if seen.dim() == 3:  # from the oldest to the newest, and the sum
+        last, total = list(seen.unbind(1)), seen[:, -1]
+        last = last[:-1] if cumulative else last
     for step in query.unbind(1):
         out, weights = _recurrent.location_aware_formula(impl=impl, query=step, previous=seen, **rest)
-        seen = seen + weights if cumulative else weights
+        total = total + weights
+        if seen.dim() == 3:
+            last = [*last, weights][-len(last) :] if last else []
+            seen = torch.stack([*last, total] if cumulative else last, 1)
+        else:
+            seen = total if cumulative else weights
         outs.append(out)
         found.append(weights)
     return torch.stack(outs, 1), torch.stack(found, 1)
@@ -64,6 +84,40 @@ def test_the_reference_is_the_loop_of_the_formula(masked, cumulative, device):
     assert_close(evaluate(functools.partial(op, cumulative=cumulative), t, "reference"), exact)
     for name, x in exact.gradients.items():
         assert largest(x) > 0, name
+
+
+@each_way
+@each_history
+def test_channels_of_history_are_the_last_weights_and_their_sum(history, cumulative, device):
+    t = in_double(tensors_for(device, history=history))
+    exact = evaluate(functools.partial(by_formula, cumulative=cumulative), t, "")
+    assert_close(evaluate(functools.partial(op, cumulative=cumulative), t, "reference"), exact)
+    for name, x in exact.gradients.items():
+        assert largest(x) > 0, name
+
+
+@each_way
+@each_history
+@pytest.mark.parametrize("impl", [*TRITON, "auto"])
+def test_channels_of_history_match_the_reference(impl, history, cumulative, device):
+    assert_matches_reference(
+        functools.partial(op, cumulative=cumulative), tensors_for(device, history=history), impl=impl
+    )
+
+
+@every_impl
+def test_tacotrons_history_is_zeros_before_the_first_step(impl, device):
+    t = tensors_for(device, history=[2])
+    zeros = torch.zeros_like(t.pop("previous"))
+    got = op(impl=impl, cumulative=True, **t)
+    torch.testing.assert_close(got, op(impl=impl, cumulative=True, previous=zeros, **t))
+    del t["score_bias"], t["mask"]
+    first, total = zeros.unbind(1)
+    for i in range(TQ):
+        f = torch.nn.functional.conv1d(torch.stack([first, total], 1), t["conv_weight"], padding=K // 2).mT @ t["u"]
+        first = (torch.tanh(t["query"][:, i, None] + t["key"] + f) @ t["v"]).softmax(-1)
+        total = total + first
+        torch.testing.assert_close(op(impl=impl, cumulative=True, **t)[1][:, i], first)
 
 
 @each_dtype
@@ -82,6 +136,7 @@ SIZES = {
     "many channels": {"channels": 40, "queries": 2},
     "wide filters": {"width": 41, "keys": 30},
     "short keys": {"width": 9, "keys": 2},
+    "history": {"history": [2], "width": 25, "keys": 40, "channels": 33, "queries": 3},
 }
 
 
@@ -216,6 +271,19 @@ def test_bad_arguments_raise_with_their_names(device):
         op(impl="auto", cumulative="yes", **t)
     with pytest.raises(ValueError, match="conv_weight: expected shape"):
         op(impl="auto", **t | {"conv_weight": t["conv_weight"][:, 1:]})
+
+
+@every_impl
+def test_module_of_two_channels_walks_as_its_steps_do(impl, device):
+    torch.manual_seed(0)
+    module = LocationAwareAttention(5, 7, A, channels=C, width=K, history=2).to(device)
+    query, key = torch.randn(B, TQ, 5, device=device), torch.randn(B, TK, 7, device=device)
+    out, weights = module.sequence(query, key, cumulative=True, impl=impl)
+    seen = torch.zeros(B, 2, TK, device=device)
+    for i in range(TQ):
+        want, found = module(query[:, i], key, previous=seen, impl="reference")
+        torch.testing.assert_close((out[:, i], weights[:, i]), (want, found))
+        seen = torch.stack([found, seen[:, 1] + found], 1)
 
 
 @each_way

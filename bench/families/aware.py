@@ -75,19 +75,25 @@ class StepCase(CompileCase):
     mask: bool = False
     bias: bool = False
     dropout: float = 0.0
+    P: int = 0  # channels of the history; 0: it has no axis of them
 
     lengths = ("Tk",)
 
     def _parts(self) -> tuple[str, ...]:
         options = ("mask" * self.mask, "bias" * self.bias, "dropout" * bool(self.dropout))
-        return (f"B{self.B} Tk{self.Tk} A{self.A} Dv{self.Dv} C{self.C} K{self.K} {self.activation}", *options)
+        sizes = f"B{self.B} Tk{self.Tk} A{self.A} Dv{self.Dv} C{self.C} K{self.K} {self.activation}"
+        return (sizes, f"P{self.P}" * bool(self.P), *options)
+
+    def _history(self) -> tuple[int, ...]:
+        return (self.P,) if self.P else ()
 
     def _launch(self) -> None:
         from fused_attn.kernels import location_aware, location_aware_bwd
         from fused_attn.kernels.inputs import LocationAwareInputs
 
         B, Tk, A, Dv, C, K = self.B, self.Tk, self.A, self.Dv, self.C, self.K
-        shapes = (B, A), (B, Tk, A), (B, Tk, Dv), (A,), (B, Tk), (C, K), (C, A)
+        P = self._history()
+        shapes = (B, A), (B, Tk, A), (B, Tk, Dv), (A,), (B, *P, Tk), (C, *P, K), (C, A)
         inputs = LocationAwareInputs(
             *(self._empty(*shape) for shape in shapes),
             self._empty(B, Tk) if self.bias else None,
@@ -119,7 +125,8 @@ class WalkCase(StepCase):
         from fused_attn.kernels.inputs import LocationAwareSequenceInputs
 
         B, Tk, A, C, K = self.B, self.Tk, self.A, self.C, self.K
-        shapes = (B, self.Tq, A), (B, Tk, A), (A,), (B, Tk), (C, K), (C, A)
+        P = self._history()
+        shapes = (B, self.Tq, A), (B, Tk, A), (A,), (B, *P, Tk), (C, *P, K), (C, A)
         inputs = LocationAwareSequenceInputs(
             *(self._empty(*shape) for shape in shapes),
             self._empty(B, Tk) if self.bias else None,
@@ -143,6 +150,14 @@ COMPILED = [
     StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, dropout=0.1),
     StepCase(BF16, 8, 1000, 512, 1000, 64, 65, "sigmoid", mask=True, dropout=0.1),
     StepCase(F32, 2, 35, 1, 3, 1, 1, "identity"),
+    # a history of several channels: Tacotron 2's, and ESPnet's of two dimensions
+    StepCase(BF16, 64, 150, **_TACOTRON, mask=True, P=2),
+    StepCase(F32, 64, 800, **_TACOTRON, mask=True, P=2),
+    StepCase(F16, 32, 400, **_LAS, mask=True, P=5),
+    StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, dropout=0.1, P=2),
+    WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
+    WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
+    WalkCase(F16, 32, 400, **_LAS, mask=True, Tq=50, P=5),
     # utterances
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True),
     WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500),

@@ -36,10 +36,10 @@ _STEP = {
     "key": argument("B Tk key_dim"),
     "projected": argument("B Tk attn_dim", optional=True, hint="what project_keys made of key"),
     "mask": mask_of("B Tk"),
+    "previous": argument("B Tk", optional=True),
 }
-
-
 _UTTERANCE = _STEP | {"query": argument("B Tq query_dim")}
+_HISTORY = argument("B history Tk", optional=True, hint="the last weights and what is made of them")
 
 
 class WordByWordAttention(Attention):
@@ -140,8 +140,9 @@ class LocationAwareAttention(Attention):
     ----------
     query_dim, key_dim, attn_dim
         Widths of queries and keys, and A of the score.
-    channels, width
-        Number C of filters, and their odd width K.
+    channels, width, history
+        Number C of filters, their odd width K, and channels of what they run over: the weights of the last step, or
+        their sum, where `history` is 1; in Tacotron 2 both, where it is 2.
     activation, bias, dropout, device, dtype
         As in `ConcatAttention`.
 
@@ -162,24 +163,25 @@ class LocationAwareAttention(Attention):
         *,
         channels: int = 32,
         width: int = 31,
+        history: int = 1,
         activation: str = "tanh",
         bias: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        query_dim, key_dim, attn_dim, channels, width = counts(
-            query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, channels=channels, width=width
+        query_dim, key_dim, attn_dim, channels, width, history = counts(
+            query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim, channels=channels, width=width, history=history
         )
         if width % 2 == 0:
             raise ValueError(f"width: expected an odd number; got {width}")
         check_activation("activation", activation)
         super().__init__()
         made = factory(device, dtype)
-        self.activation, self.dropout = activation, check_dropout("dropout", dropout)
+        self.activation, self.dropout, self.history = activation, check_dropout("dropout", dropout), history
         self.query_proj = nn.Linear(query_dim, attn_dim, bias=check_flag("bias", bias), **made)
         self.key_proj = nn.Linear(key_dim, attn_dim, bias=False, **made)
-        self.conv = nn.Conv1d(1, channels, width, padding=width // 2, bias=False, **made)
+        self.conv = nn.Conv1d(history, channels, width, padding=width // 2, bias=False, **made)
         self.location_proj = nn.Linear(channels, attn_dim, bias=False, **made)
         self.score = nn.Linear(attn_dim, 1, bias=False, **made)
 
@@ -219,7 +221,8 @@ class LocationAwareAttention(Attention):
         key, value
             ``(B, Tk, key_dim)`` and ``(B, Tk, Dv)``; the values are the keys where None.
         previous
-            The weights of the last step, or their sum so far, ``(B, Tk)``; None at the first step: zeros.
+            The weights of the last step, or their sum so far, ``(B, Tk)``; where the module's `history` is over 1
+            ``(B, history, Tk)``. None at the first step: zeros.
         projected
             What `project_keys` made of `key`, and of the mask where hidden keys may be NaN; None: it is made here.
         mask, score_bias, impl
@@ -236,14 +239,15 @@ class LocationAwareAttention(Attention):
             As in `location_aware_attention`; also for inputs of other widths, dtypes or devices than the parameters'.
 
         """
-        query, projected, value, v = self._given(_STEP, query, key, value, projected, mask)
+        query, projected, value, v = self._given(_STEP, query, key, value, projected, mask, previous)
         filters, mix = self._filters()
+        seen = key.shape[0], *filters.shape[1:-1], key.shape[1]
         return location_aware_attention(
             query,
             projected,
             value,
             v,
-            key.new_zeros(key.shape[:2]) if previous is None else previous,
+            key.new_zeros(seen) if previous is None else previous,
             filters,
             mix,
             activation=self.activation,
@@ -272,7 +276,7 @@ class LocationAwareAttention(Attention):
         Contexts ``(B, Tq, Dv)`` and weights ``(B, Tq, Tk)``; `previous` is what the first step sees. Arguments are
         those of a step and of `location_aware_sequence`, as are the errors.
         """
-        query, projected, value, v = self._given(_UTTERANCE, query, key, value, projected, mask)
+        query, projected, value, v = self._given(_UTTERANCE, query, key, value, projected, mask, previous)
         filters, mix = self._filters()
         return location_aware_sequence(
             query,
@@ -298,22 +302,28 @@ class LocationAwareAttention(Attention):
         value: Tensor | None,
         projected: Tensor | None,
         mask: Tensor | None,
+        previous: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query and keys, checked and projected, values and v."""
         check = module_checker(
-            table,
+            table if self.history == 1 else table | {"previous": _HISTORY},
             weight_of(self.key_proj),
             query_dim=width_of(self.query_proj),
             key_dim=width_of(self.key_proj),
             attn_dim=width_of(self.score),
+            history=self.history,
         )
         check("query", query)
         check("key", key)
         check("projected", projected)
+        check("previous", previous)
         projected = self.project_keys(key, mask) if projected is None else projected
         values = key if value is None else value
         return project(self.query_proj, query), projected, values, read("score", self.score).weight[0]
 
     def _filters(self) -> tuple[Tensor, Tensor]:
         """F and U."""
-        return read("conv", self.conv).weight[:, 0], read("location_proj", self.location_proj).weight.t()
+        filters = read("conv", self.conv).weight
+        return filters[:, 0] if filters.shape[1] == 1 else filters, read(
+            "location_proj", self.location_proj
+        ).weight.t()

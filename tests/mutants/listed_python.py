@@ -173,7 +173,7 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/location_aware.py",
-        "        previous = previous.where(mask, 0)\n",
+        "        previous = previous.where(over_channels(mask, previous), 0)\n",
         "        pass\n",
         ("tests/test_location_aware.py", "-k", "masked_positions"),
         "hidden weights of the last step reach the convolution",
