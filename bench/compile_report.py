@@ -274,22 +274,26 @@ def inner_loop(lines: list[str], backend: str, *, factored: bool = False) -> Cou
             units.update(unit for unit, pattern in _UNITS[backend].items() if pattern.match(op))
         return units
 
-    def work(units: Counter[str]) -> int:
-        return 16 * units["matrix"] + units["sfu"] + units["fma"]
+    def work(span: tuple[int, int], units: Counter[str]) -> int:
+        # A warp's part of a product of a warp group is as many of those of a warp as it has times their 8 columns.
+        groups = [int(found[1]) // 8 for op in ops[slice(*span)] if (found := re.match(r"HGMMA\.64x(\d+)x", op))]
+        return 16 * (units["matrix"] - len(groups) + sum(groups)) + units["sfu"] + units["fma"]
 
     if any(op.startswith("UTC") for op in ops):
         # Blackwell's waits for its matrix unit are placed out of line: jumps back from them are not loops.
         return count((0, len(ops)))
     loops = {span: count(span) for span in spans}
-    loops = {span: units for span, units in loops.items() if work(units)}  # the others wait for a barrier
+    loops = {span: units for span, units in loops.items() if work(span, units)}  # the others wait for a barrier
 
     def holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
         return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
-    innermost = [units for span, units in loops.items() if not any(holds(span, other) for other in loops)]
-    if factored and (few := [units for units in innermost if units["sfu"] and units["fma"] and not units["exp"]]):
-        return max(few, key=work)
-    return max(innermost or [count((0, len(ops)))], key=lambda units: (work(units), units["all"]))
+    innermost = [
+        (work(span, units), units) for span, units in loops.items() if not any(holds(span, other) for other in loops)
+    ]
+    if factored and (few := [x for x in innermost if x[1]["sfu"] and x[1]["fma"] and not x[1]["exp"]]):
+        innermost = few
+    return max(innermost or [(0, count((0, len(ops))))], key=lambda x: (x[0], x[1]["all"]))[1]
 
 
 def _blocks(constants: dict[str, Any]) -> str:

@@ -51,8 +51,14 @@ WORKSPACE_BYTES = 32 * 2**20  # under the L2 of an H100, so that what is written
 
 @triton.jit
 def load_rows(ptrs, keep, cols, width):
-    """Tile [BLOCK_T, BLOCK] of rows at ptrs [BLOCK_T]; 0 outside: what is masked is never read."""
-    return tl.load(ptrs[:, None] + cols[None, :], mask=keep[:, None] & (cols < width)[None, :], other=0.0)
+    """Tile [BLOCK_T, BLOCK] of rows at ptrs [BLOCK_T]; 0 outside: what is masked is never read.
+
+    width: None where all of the columns exist: then they have no predicates.
+    """
+    mask = keep[:, None]
+    if width is not None:
+        mask = mask & (cols < width)[None, :]
+    return tl.load(ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -105,6 +111,19 @@ def load_weight(ptr, stride_d, stride_a, d, a, D, A):
 
 
 @triton.jit
+def load_part(ptr, stride_d, stride_a, d0, d, a, D, A, WHOLE: tl.constexpr):
+    """Tile W[d0 + d, a]; 0 outside, of which there is nothing where WHOLE says so.
+
+    Then a loop over d0 keeps the offsets in the tile and moves one address; beside a test an element they took
+    registers that there are not.
+    """
+    if WHOLE:
+        return tl.load(ptr + d0 * stride_d + (d[:, None] * stride_d + a[None, :] * stride_a))
+    else:
+        return load_weight(ptr, stride_d, stride_a, d0 + d, a, D, A)
+
+
+@triton.jit
 def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """The sum acc + x y; where y has one column, in float32 without the matrix units."""
     if y.shape[1] == 1:
@@ -115,12 +134,13 @@ def matmul(x, y, acc, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_part(h, weights, d, a, D, A, z, g, flags):
-    """(z, g) and what the columns d of H add to them."""
-    w = load_weight(weights.w, weights.stride_wd, weights.stride_wa, d, a, D, A)
+def _add_part(h, weights, d0, a, D, A, z, g, flags, BLOCK_D: tl.constexpr):
+    """(z, g) and what the columns of H from d0 on add to them."""
+    d = tl.arange(0, BLOCK_D)
+    w = load_part(weights.w, weights.stride_wd, weights.stride_wa, d0, d, a, D, A, flags.WHOLE)
     z = matmul(h, w, z, flags.COMPUTE, flags.PRECISION)
     if weights.gw is not None:
-        w = load_weight(weights.gw, weights.stride_gd, weights.stride_ga, d, a, D, A)
+        w = load_part(weights.gw, weights.stride_gd, weights.stride_ga, d0, d, a, D, A, flags.WHOLE)
         g = matmul(h, w, g, flags.COMPUTE, flags.PRECISION)
     return z, g
 
@@ -147,11 +167,11 @@ def project(
     if weights.w is None:
         z = load_rows(h_ptrs, keep, a, A).to(tl.float32)
     elif RESIDENT:
-        z, g = _add_part(h, weights, tl.arange(0, BLOCK_D), a, D, A, z, g, flags)
+        z, g = _add_part(h, weights, 0, a, D, A, z, g, flags, BLOCK_D)
     else:
         for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            z, g = _add_part(load_rows(h_ptrs, keep, d, D), weights, d, a, D, A, z, g, flags)
+            part = load_rows(h_ptrs, keep, d0 + tl.arange(0, BLOCK_D), None if flags.WHOLE else D)
+            z, g = _add_part(part, weights, d0, a, D, A, z, g, flags, BLOCK_D)
     if weights.b is not None:
         z += tl.load(weights.b + a, mask=a < A, other=0.0).to(tl.float32)[None, :]
     if weights.gb is not None:
@@ -195,6 +215,14 @@ def _weighted_sum(values, p, BLOCK_P: tl.constexpr, COMPUTE: tl.constexpr, PRECI
     return tile_product(tl.trans(values), p, COMPUTE, PRECISION)
 
 
+@triton.jit
+def _store_out(result, at, out, mask):
+    """The output, and where it is wanted in float32 too."""
+    tl.store(result.out + at, out.to(result.out.dtype.element_ty), mask=mask)
+    if result.exact is not None:
+        tl.store(result.exact + at, out, mask=mask)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,6 +256,7 @@ def _location_fwd_kernel(
     m = tl.full([blocks.R], float("-inf"), tl.float32)
     l = tl.zeros([blocks.R], tl.float32)
     acc = tl.zeros([blocks.DV if flags.ONE_DV else 1, blocks.P], tl.float32)
+    item_at = item.to(tl.int64) * size.R * size.DV
 
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
@@ -290,30 +319,33 @@ def _location_fwd_kernel(
                 # Too wide for registers: the running sum lives in this item's slot of parts.o, which stays in cache.
                 for d0 in range(0, size.DV, blocks.DV):
                     d = d0 + dv
-                    new = _weighted_sum(
-                        load_rows(val_ptrs, keep, d, size.DV), p, blocks.P, flags.COMPUTE, flags.PRECISION
-                    )
-                    o_ptrs = parts.o + (item.to(tl.int64) * size.R + col[None, :]) * size.DV + d[:, None]
                     write = (d < size.DV)[:, None] & (col < size.R)[None, :]
+                    o_ptrs = parts.o + item_at + (col[None, :] * size.DV + d[:, None])
                     old = tl.load(o_ptrs, mask=write & (t0 > lo), other=0.0)
+                    x = load_rows(val_ptrs, keep, d, None if flags.WHOLE else size.DV)
+                    new = _weighted_sum(x, p, blocks.P, flags.COMPUTE, flags.PRECISION)
                     tl.store(o_ptrs, old * alpha[None, :] + new, mask=write)
                 tl.debug_barrier()  # the next tile's load may belong to another thread
 
     if flags.POOL:
-        single = (items == 1) & flags.ONE_DV
+        single = items == 1
         at = item.to(tl.int64) * size.R + r
         tl.store(parts.m + at, m, mask=r < size.R)
         tl.store(parts.l + at, l, mask=r < size.R)
         store_lse(result.lse + (seq * size.R + r) * 2, m, l, (r < size.R) & single)
+        out_at = seq * size.R * size.DV
         if flags.ONE_DV:
+            o_at = col[None, :] * size.DV + dv[:, None]
             write = (dv < size.DV)[:, None] & (col < size.R)[None, :]
-            offsets = col[None, :] * size.DV + dv[:, None]
-            out = acc * finish(l)[None, :]
-            out_at = seq * size.R * size.DV + offsets
-            tl.store(result.out + out_at, out.to(result.out.dtype.element_ty), mask=write & single)
-            if result.exact is not None:
-                tl.store(result.exact + out_at, out, mask=write & single)
-            tl.store(parts.o + item.to(tl.int64) * size.R * size.DV + offsets, acc, mask=write & (items != 1))
+            tl.store(parts.o + item_at + o_at, acc, mask=write & (items != 1))
+            _store_out(result, out_at + o_at, acc * finish(l)[None, :], write & single)
+        elif single:
+            for d0 in range(0, size.DV, blocks.DV):
+                d = d0 + dv
+                o_at = col[None, :] * size.DV + d[:, None]
+                write = (d < size.DV)[:, None] & (col < size.R)[None, :]
+                o = tl.load(parts.o + item_at + o_at, mask=write & (lo < hi), other=0.0)  # no rows have left none
+                _store_out(result, out_at + o_at, o * finish(l)[None, :], write)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,13 +372,18 @@ def hop_block(hops: int) -> int:
     return 1 if hops == 1 else pow2(hops, 16, MAX_HOPS)
 
 
+def _features(A: int) -> int:
+    """Features of a tile of wgmma: 128, or where these would be no whole tiles, up to 64."""
+    return 128 if A % 128 == 0 else pow2(A, 16, 64)
+
+
 @rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
     """Tiles of the forward. `blocks.D >= D` keeps a tile of H on chip from the projection to the weighted sum.
 
     Chosen by the compile report (no spills, shared memory within the chip), and for sm_90 on an H200: see
-    `bench/NOTES.md`. Where W is read in parts, four stages of them; linear scores have only the tile to wait for, so
-    it is as long as an item, or in float32 as wide.
+    `bench/NOTES.md`. There one hop has tiles of 128 rows: of an MLP with three stages of parts of W, of a linear
+    score, which has only the tile to wait for, with two; in float32 that tile is wide.
     """
     hop = hop_block(R)
     hops = {"R": hop, "P": 1 if R == 1 and itemsize == 4 else max(16, hop)}
@@ -364,17 +401,21 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         block_d = pow2(D, 16, 128) if hopper and linear and hop == 1 else 16
         rows = tile_rows(T, 32 if hop == 1 else 16)
         return Blocks(rows, block_d, block_a, pow2(DV, 16, 4096 // wide), warps, **hops)
+    if hopper and hop == 1 and linear and even(D, DV):
+        return Blocks(tile_rows(T, 128), pow2(D, 16, 64), 1, pow2(DV, 16, 128), warps, **hops)
     if not whole:
         block_a = hop if linear else pow2(A, 16, 32)
         return Blocks(tile_rows(T, 32), pow2(D, 16, 64), block_a, pow2(DV, 16, 2048 // wide), warps, **hops)
+    if hopper and hop == 1 and D > 256:
+        # Rows and features enough for wgmma's largest tiles. Their sums leave no registers for that of the values.
+        return Blocks(tile_rows(T, 128), 64, _features(A), pow2(DV, 16, 64), warps, 3, **hops)
     block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)
     # mma.sync takes operands from registers where wgmma reads shared memory: half the rows.
     hip, wgmma = chip.backend == "hip", chip.backend == "cuda" and not chip.from_registers
-    block_t = 128 if hopper and linear and hop == 1 else 64 if hip or (wgmma and hop <= 32) else 32
-    stages = 4 if hopper and hop == 1 and block_d < D <= 512 else 2
+    block_t = 64 if hip or (wgmma and hop <= 32) else 32
     block_a = hop if linear else pow2(A, 16, 64)
-    return Blocks(tile_rows(T, block_t), block_d, block_a, block_dv, warps, stages, **hops)
+    return Blocks(tile_rows(T, block_t), block_d, block_a, block_dv, warps, **hops)
 
 
 class Weights(NamedTuple):
@@ -433,6 +474,7 @@ class Flags(NamedTuple):
     ADD: bool = False  # gradients of rows are added to what is there
     RESIDENT: bool = False  # blocks.D >= D: a tile of H is loaded once and kept
     ONE_DV: bool = False  # blocks.DV >= DV: the sum is kept in registers, else in parts.o
+    WHOLE: bool = False  # widths are multiples of their blocks
 
 
 class Call(NamedTuple):
@@ -539,7 +581,9 @@ def location_fwd(
         unread = out if h.dtype == torch.float32 else exact
         o = unread if alone and (one_dv or unread.numel()) else h.new_empty(items.count, R, DV, dtype=torch.float32)
         parts = Parts(o, *(h.new_empty(items.count, R, dtype=torch.float32) for _ in range(2)))
-    flags = call.flags._replace(RESIDENT=w is not None and blocks.D >= D, ONE_DV=one_dv)
+    resident = w is not None and blocks.D >= D
+    whole = D % blocks.D == A % blocks.A == DV % blocks.DV == 0
+    flags = call.flags._replace(RESIDENT=resident, ONE_DV=one_dv, WHOLE=whole)
     args = {
         **call.args,
         "bias": entries(inputs.score_bias, packed=packed),
@@ -549,9 +593,11 @@ def location_fwd(
         "flags": constants(flags),
     }
     registers = all_registers(call.chip) if D <= 32 or call.chip.arch == 100 else unpressed(call.chip, D, DV, A)
+    if call.chip.hopper and linear and R == 1 and even(D, DV) and h.element_size() == 2:
+        registers = {"maxnreg": 128}  # two programs a core, as a tile of 128 rows was timed
     launch(_location_fwd_kernel, (items.count,), args, blocks, **registers)
-    if pool and not (one_dv and alone):
-        merge(*parts, items, out, lse, exact if need_exact else None, skip_single=one_dv)
+    if pool and not alone:
+        merge(*parts, items, out, lse, exact if need_exact else None, skip_single=True)
     return out, lse, scores, exact
 
 
@@ -563,7 +609,7 @@ def _rows_per_item(call: Call, ragged: bool, block_t: int) -> int:
     want, least = 4 * call.chip.cores, block_t
     if call.flags.POOL:
         want = max(1, min(want, WORKSPACE_BYTES // max(1, 4 * call.size.R * call.size.DV)))
-        least *= 4
+        least = max(128, block_t) if call.size.R == 1 else 4 * block_t
     parts = cdiv(want, 1 if ragged else call.seqs)
     rows = max(cdiv(call.length, parts), least)
     return cdiv(rows, block_t) * block_t

@@ -37,8 +37,10 @@ from .location import (
     Blocks,
     Call,
     Result,
+    Size,
     add_later,
     hop_block,
+    load_part,
     load_rows,
     prepare,
     project,
@@ -189,14 +191,11 @@ def _gradient_of_rows(
     if dz_ptr is not None and ww.ptr is None:
         acc += tl.load(dz_ptr + slot[:, None] * K + d[None, :], mask=(d < D)[None, :], other=0.0).to(tl.float32)
     elif dz_ptr is not None:
+        k = tl.arange(0, blocks.K)
+        dz_ptr += K * blocks.T * local  # within the workspace, so int32
         for k0 in range(0, K, blocks.K):
-            k = k0 + tl.arange(0, blocks.K)
-            dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-            w = tl.load(
-                ww.ptr + k[:, None] * ww.stride_k + d[None, :] * ww.stride_d,
-                mask=(k < K)[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
+            dz = load_part(dz_ptr + k0, K, 1, 0, i, k, blocks.T, K - k0, flags.WHOLE)
+            w = load_part(ww.ptr, ww.stride_k, ww.stride_d, k0, k, d, K, D, flags.WHOLE)
             acc = add_product(dz, w, acc, flags.COMPUTE, flags.PRECISION)
     if p_ptr is not None:
         r = tl.arange(0, blocks.R)
@@ -243,16 +242,16 @@ def _gradient_of_weights(
     k = program % tiles // d_tiles * blocks.K + tl.arange(0, blocks.K)
     i = tl.arange(0, blocks.T)
     acc = tl.zeros([blocks.D, blocks.K], tl.float32)
+    pitch = i.to(tl.int64) * h.stride_t
     first = split * items_per_split
     of = sequence_at(item0 + first, spans, num_seqs, per_seq, blocks.T)
     for local in range(first, tl.minimum(first + items_per_split, items)):
         of = follow(of, item0 + local, spans, per_seq, blocks.T)
         seq, start, lo, _, _ = place(item0 + local, of, spans, T, per_seq, blocks.T)
-        rows = (start + lo + i).to(tl.int64)
-        slot = (i + local * blocks.T).to(tl.int64)
-        live = tl.load(live_ptr + slot) != 0
-        x = load_rows(sequence_ptr(h, seq, rows), live, d, D)
-        dz = tl.load(dz_ptr + slot[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        live = tl.load(live_ptr + (i + local * blocks.T)) != 0
+        x = load_rows(sequence_ptr(h, seq, start + lo) + pitch, live, d, None if flags.WHOLE else D)
+        dz_at = dz_ptr + K * blocks.T * local  # within the workspace, so int32
+        dz = load_part(dz_at, K, 1, 0, i, k, blocks.T, K, flags.WHOLE)
         acc = add_product(tl.trans(x), dz, acc, flags.COMPUTE, flags.PRECISION)
     add_later(dw_ptr + (split.to(tl.int64) * D + d) * K, acc, d < D, k, K, item0)
 
@@ -400,8 +399,8 @@ class Matrix(NamedTuple):
 def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: int, linear: bool) -> Blocks:
     """Tiles of the backward kernels; T is also the rows of an item. Chosen as the forward's are."""
     hop = hop_block(R)
-    whole = even(D, DV, A)
     hopper = chip.hopper
+    whole = even(D, DV) and (even(A) or (hopper and linear and hop == 1))  # W of one score is a vector
     if itemsize == 4:
         block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
         if hopper and hop == 1 and linear:
@@ -417,6 +416,14 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     # With 16 features the walk of one product would keep wgmma from that of the hops: so rows too few for it.
     block_t = tile_rows(T, 128 if hopper and hop == 1 else 32 if hop > 1 and A <= 16 else 64)
     return Blocks(block_t, pow2(D, 16, 64), hop if linear else pow2(A, 16, 64), warps=8, R=hop)
+
+
+@rule
+def product_blocks(chip: Chip, itemsize: int, blocks: Blocks, size: Size, K: int) -> Blocks:
+    """Tiles of the products of [dz dg], whose rows are those of its items: wgmma's largest where widths are whole."""
+    D, A, R, DV = size
+    wide = chip.hopper and itemsize == 2 and R == 1 and even(A, DV) and D % 128 == K % 128 == 0
+    return blocks._replace(D=128, K=128) if wide else blocks
 
 
 def location_bwd(
@@ -460,7 +467,8 @@ def location_bwd(
     direct = dh if ww is None and (values is not None or dout is None) else None
     work, parts = _workspace(call, h, blocks, items.count, K, wanted, dout is not None, direct)
     chunk = len(work.live)
-    tiles = cdiv(D, blocks.D), cdiv(K, blocks.K)
+    products = product_blocks(call.chip, h.element_size(), blocks, call.size, K)
+    tiles = cdiv(D, products.D), cdiv(K, products.K)
     splits = _splits(call.chip, tiles[0] * tiles[1], chunk)
     splits = cdiv(chunk, cdiv(chunk, splits))  # none without an item
     rows = need_h and direct is None
@@ -482,7 +490,7 @@ def location_bwd(
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
     of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh if rows else None}
-    of_h["flags"] = constants(call.flags._replace(ADD=onto is not None))
+    of_h["flags"] = constants(call.flags._replace(ADD=onto is not None, WHOLE=_whole(products, D=D, K=K)))
     of_h |= {} if values is None and dout is not None else {"p_ptr": None, "do_ptr": None}
     of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "dw_ptr": None, "D": DV, "K": 0}
 
@@ -491,6 +499,7 @@ def location_bwd(
     dz_blocks = blocks
     if h.element_size() == 4 and (v is not None or call.flags.FEATURES):
         dz_blocks = blocks._replace(D=min(16, blocks.D))  # beside the score's features a wider part of W spilled
+    args["flags"] = constants(call.flags._replace(WHOLE=_whole(dz_blocks, D=D, A=A)))
     # gap is what is left of two rounded products that are equal where one key has all the weight: not so if one of
     # the two is fused into the difference.
     fusion = h.element_size() == 2
@@ -506,7 +515,7 @@ def location_bwd(
         if dw is not None:
             programs += tiles[0] * tiles[1] * cdiv(count, args["items_per_split"])
         if programs:
-            launch(_location_bwd_products_kernel, (programs,), args | of_h, blocks, **registers)
+            launch(_location_bwd_products_kernel, (programs,), args | of_h, products, **registers)
         if need_values:
             grid = (count * cdiv(DV, blocks.D),)
             launch(_location_bwd_products_kernel, grid, args | of_values, blocks, **registers)
@@ -549,6 +558,11 @@ def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
     if weights.gw is not None and flags.CTX_PER_ROW and flags.ACT in ("gelu", "silu"):
         blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
     return blocks._replace(K=pow2(K, 16, 64))
+
+
+def _whole(blocks: Blocks, **widths: int) -> bool:
+    """Whether widths are multiples of the blocks that have their names."""
+    return all(n % getattr(blocks, name) == 0 for name, n in widths.items())
 
 
 def _workspace(

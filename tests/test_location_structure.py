@@ -1,5 +1,7 @@
 """Splitting and merging, empty sequences, padding, and scores that are hard on a softmax."""
 
+import functools
+
 import pytest
 import torch
 from _compare import (
@@ -18,6 +20,7 @@ from _marks import both_forms
 
 from fused_attn.kernels import location as kernels
 from fused_attn.kernels import location_bwd
+from fused_attn.kernels.chip import H200
 
 # --- Items: a sequence in parts, and their merge -----------------------------------------------------------------
 
@@ -54,6 +57,21 @@ def test_sequences_in_parts_match_the_reference_in_16_bits(short_items, dtype, d
 
 @pytest.mark.kernel
 @both_forms
+@pytest.mark.parametrize("score", ["gated", "mlp", "linear"])
+def test_tiles_of_an_h200_match_the_reference(monkeypatch, score, ragged, device):
+    """The largest, of widths that are whole tiles of wgmma."""
+    if device.type == "cpu":
+        for module, rule in ((kernels, "fwd_blocks"), (location_bwd, "bwd_blocks"), (location_bwd, "product_blocks")):
+            chosen = functools.partial(lambda choose, chip, *sizes: choose(H200, *sizes), getattr(module, rule))
+            monkeypatch.setattr(module, rule, chosen)
+    case = Case(
+        dtype=torch.bfloat16, batch=2, rows=300, dim=384, attn_dim=128, score=score, ragged=ragged, mask="random"
+    )
+    assert_matches_reference(case.op, case.tensors(device), dtype=case.dtype)
+
+
+@pytest.mark.kernel
+@both_forms
 def test_many_parts_are_merged(monkeypatch, ragged, device):
     """More of them than the merge takes at a time."""
     monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, block_t: 16)
@@ -62,9 +80,10 @@ def test_many_parts_are_merged(monkeypatch, ragged, device):
 
 
 @pytest.mark.kernel
-def test_parts_of_segments_of_every_length_are_merged(short_items, device):
+@pytest.mark.parametrize("value", [None, 600])
+def test_parts_of_segments_of_every_length_are_merged(short_items, value, device):
     lengths = [0, 1, 16, 0, 17, 64, 65, 130, 0, 33, 0]
-    case = Case(rows=sum(lengths), dim=5, ragged=True, context="none")
+    case = Case(rows=sum(lengths), dim=5, value=value, ragged=True, context="none")
     tensors = case.tensors(device) | {"cu_seqlens": offsets(lengths, device)}
     assert_matches_reference(case.op, tensors)
 

@@ -247,7 +247,8 @@ VARIED: dict[str, list[Any]] = {
 
 
 def elements(kernel: str, constants: Mapping[str, Any]) -> int:
-    """Rows by features; in a window, of a product of tiles."""
+    """Rows by features by 64 of D; in a window, of a product of tiles."""
     if kernel.startswith("_location_window"):
         return blocks(constants, "T", "T")
-    return blocks(constants, "T", "K" if kernel == "_location_bwd_products_kernel" else "A")
+    features = "K" if kernel == "_location_bwd_products_kernel" else "A"
+    return max(1, blocks(constants, "T", "D", features) // 64)

@@ -130,6 +130,13 @@ KERNELS: tuple[Mutant, ...] = (
         "a wide sum forgets the tiles before",
     ),
     Mutant(
+        "kernels/location.py",
+        "                o = tl.load(parts.o + item_at + o_at, mask=write & (lo < hi), other=0.0)",
+        "                o = tl.load(parts.o + item_at, mask=write & (lo < hi), other=0.0)",
+        ("tests/test_location_structure.py", "-k", "every_length"),
+        "a wide sum of a sequence that is one item is its first number",
+    ),
+    Mutant(
         "kernels/arguments.py",
         "    return first_row(x, seq) + row.to(tl.int64) * x.stride_t",
         "    return first_row(x, seq) + row * x.stride_t",
