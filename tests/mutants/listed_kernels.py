@@ -132,7 +132,7 @@ KERNELS: tuple[Mutant, ...] = (
     Mutant(
         "kernels/location.py",
         "                o = tl.load(parts.o + item_at + o_at, mask=write & (lo < hi), other=0.0)",
-        "                o = tl.load(parts.o + item_at, mask=write & (lo < hi), other=0.0)",
+        "                o = tl.load(parts.o + item_at + o_at * 0, mask=write & (lo < hi), other=0.0)",
         ("tests/test_location_structure.py", "-k", "every_length"),
         "a wide sum of a sequence that is one item is its first number",
     ),
