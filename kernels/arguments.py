@@ -9,6 +9,7 @@ with a length stay parameters of their own, by the names of `chip.LENGTHS`. Flag
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import stride_of
+from .chip import INTERPRET, stride_of
 from .replay import writing
 
 _YES, _NO = tl.constexpr(True), tl.constexpr(False)
+_UNITS = {n: tl.constexpr(n) for n in (1, 2, 4, 8, 16)}
 
 
 class Rows(NamedTuple):
@@ -43,8 +45,8 @@ class Sequences(NamedTuple):
 
     ptr: Tensor | None
     stride_b: int  # 0 for packed rows; see `sequence_ptr`
-    stride_t: int
-    EVEN: Any
+    stride_t: int  # see `pitch`
+    UNIT: Any
 
 
 class Heads(NamedTuple):
@@ -53,8 +55,8 @@ class Heads(NamedTuple):
     ptr: Tensor | None
     stride_b: int  # 0 for packed rows; see `head_ptr`
     stride_h: int
-    stride_t: int
-    EVEN: Any
+    stride_t: int  # see `pitch`
+    UNIT: Any
 
 
 class Entries(NamedTuple):
@@ -83,26 +85,38 @@ def untold(n: int) -> int:
     return 4 * n + 3
 
 
-def sequences(x: Tensor | None, *, packed: bool) -> Sequences:
-    """Where rows are whole vectors, so are sequences, which loads of vectors must know, whatever the length.
+def _outer(given: Tensor | None, *strides: int) -> tuple[Any, ...]:
+    """(pointer, strides, unit): a power of two up to 16 that divides all strides, as loads of vectors must know.
 
-    Where not, sequences are so at some lengths, to no use.
+    Strides of whole vectors are so at any length, and the compiler sees that. All but the last of others are told as
+    so many units, of which the compiler sees no more.
     """
-    if x is None:
-        return Sequences(None, 0, 0, _YES)
-    stride_b, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 2)
-    even = stride_b % 16 == 0 and stride_t % 16 == 0
-    return Sequences(x, stride_b if even else untold(stride_b), stride_t, _YES if even else _NO)
+    if given is None:
+        return None, *(0 for _ in strides), _UNITS[16]
+    unit = math.gcd(16, *strides)
+    outer = strides if unit == 16 else (*(untold(n // unit) for n in strides[:-1]), strides[-1])
+    return given, *outer, _UNITS[unit]
+
+
+def sequences(x: Tensor | None, *, packed: bool) -> Sequences:
+    """Rows of sequences, and what is known of where they begin."""
+    strides = (0, 0) if x is None else (0 if packed else stride_of(x, 0), stride_of(x, x.dim() - 2))
+    return Sequences(*_outer(x, *strides))
 
 
 def heads(x: Tensor | None, *, packed: bool) -> Heads:
     """As `sequences`, with an axis of heads between sequences and rows."""
-    if x is None:
-        return Heads(None, 0, 0, 0, _YES)
-    stride_b, stride_h, stride_t = 0 if packed else stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)
-    even = all(n % 16 == 0 for n in (stride_b, stride_h, stride_t))
-    outer = (stride_b, stride_h) if even else (untold(stride_b), untold(stride_h))
-    return Heads(x, *outer, stride_t, _YES if even else _NO)
+    strides = (0, 0, 0) if x is None else (0 if packed else stride_of(x, 0), stride_of(x, 1), stride_of(x, 2))
+    return Heads(*_outer(x, *strides))
+
+
+def width(n: int) -> Any:
+    """A width of rows; one of whole units of 4 or 8, and not of 16, as a number that the compiler knows.
+
+    It is a variant, then, whose rows are read 4 or 8 numbers at a time. (Of other widths the compiler is told that
+    they are whole units of 16, or nothing.)
+    """
+    return n if INTERPRET or n % 4 or n % 16 == 0 else tl.constexpr(n)
 
 
 def entries(x: Tensor | None, *, packed: bool) -> Entries:
@@ -130,29 +144,32 @@ def pairs(x: Tensor | None, *, whole: bool = False) -> Pairs:
 
 
 @triton.jit
+def pitch(x):
+    """From a row to the next, which is whole units."""
+    return x.stride_t if x.UNIT == 16 else x.stride_t // x.UNIT * x.UNIT
+
+
+@triton.jit
+def _outer_stride(n, UNIT: tl.constexpr):
+    return n if UNIT == 16 else (n >> 2) * UNIT
+
+
+@triton.jit
 def first_row(x, seq):
     """The first row of a sequence; seq is an int64."""
-    if x.EVEN:
-        stride_b = x.stride_b
-    else:
-        stride_b = x.stride_b >> 2
-    return x.ptr + seq * stride_b
+    return x.ptr + seq * _outer_stride(x.stride_b, x.UNIT)
 
 
 @triton.jit
 def sequence_ptr(x, seq, row):
     """Rows of a sequence, one or a block of them."""
-    return first_row(x, seq) + row.to(tl.int64) * x.stride_t
+    return first_row(x, seq) + row.to(tl.int64) * pitch(x)
 
 
 @triton.jit
 def head_ptr(x, seq, head):
-    """The first row of a head of a sequence, both int64; the next one is `stride_t` on."""
-    if x.EVEN:
-        at = seq * x.stride_b + head * x.stride_h
-    else:
-        at = seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)
-    return x.ptr + at
+    """The first row of a head of a sequence, both int64; the next one is `pitch` on."""
+    return x.ptr + (seq * _outer_stride(x.stride_b, x.UNIT) + head * _outer_stride(x.stride_h, x.UNIT))
 
 
 @triton.jit

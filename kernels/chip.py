@@ -115,6 +115,11 @@ def even(*widths: int) -> bool:
     return all(n % 16 == 0 for n in widths)
 
 
+def vectors(*widths: int) -> bool:
+    """Whether rows are vectors of 4 numbers or more: few addresses and predicates an element."""
+    return all(n % 4 == 0 for n in widths)
+
+
 def unpressed(chip: Chip, *widths: int) -> dict[str, int]:
     """`all_registers` where ptxas was seen to press too hard: small chips, and rows that are not `even`.
 

@@ -22,7 +22,9 @@ queries of a key, which sums keep. And sums are made in groups. 16-bit inputs ca
 The factors are made, and laid out by tiles, in concat_factors.py.
 
 Forward: a program has a tile of queries and walks the tiles of keys that its window shows. Where there are too few
-queries to fill the chip the keys are split, and `softmax.merge` joins the parts.
+queries to fill the chip the keys are split, and `softmax.merge` joins the parts. The scores of a pair of tiles are
+made once, however wide the values are: sums that registers do not hold stay in memory, of the size of the output in
+float32, and each tile of keys adds to them, some columns at a time.
 The backward is in concat_bwd.py.
 """
 
@@ -34,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, entries, head_ptr, heads, launch, load_pairs, pairs
+from .arguments import constants, entries, head_ptr, heads, launch, load_pairs, pairs, pitch, width
 from .chip import (
     LENGTHS,
     LONG,
@@ -49,6 +51,7 @@ from .chip import (
     tile_rows,
     unit,
     unpressed,
+    vectors,
 )
 from .concat_factors import FACTOR, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
@@ -205,11 +208,29 @@ def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags):
 
 
 @triton.jit
-def _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size):
+def _add_values(sums_ptrs, q_inside, q_has, scale, p, value_ptrs, v_keep, size, flags, blocks):
+    """Sums [blocks.M, DV] in memory, times scale where there are some yet, and what a tile of keys adds to them."""
+    for dv0 in range(0, size.DV, blocks.DV):
+        dv = dv0 + tl.arange(0, blocks.DV)
+        values = load_rows(value_ptrs, v_keep, dv, size.DV)
+        acc = load_rows(sums_ptrs, q_has, dv, size.DV) * scale[:, None]
+        acc = add_product(p, values, acc, flags.COMPUTE, flags.PRECISION)
+        store_rows(sums_ptrs, acc, q_inside, dv, size.DV)
+    tl.debug_barrier()  # other threads than stored them may read these numbers
+
+
+@triton.jit
+def _store_whole(result, rows, q_has, acc, m, l, q_inside, size, blocks):
     """The output and (m, l) of a tile whose program has seen all its keys."""
-    rows = before + q_at
     store_lse(result.lse + rows * 2, m, l, q_inside)
-    store_both(result.out, result.exact, rows * size.DV, acc * finish(l)[:, None], q_inside, dv0, size.DV)
+    inv = finish(l)[:, None]
+    if blocks.HELD:
+        store_both(result.out, result.exact, rows * size.DV, acc * inv, q_inside, 0, size.DV)
+    else:
+        for dv0 in range(0, size.DV, blocks.DV):
+            dv = dv0 + tl.arange(0, blocks.DV)
+            sums = load_rows(result.o + rows * size.DV, q_has, dv, size.DV)
+            store_both(result.out, result.exact, rows * size.DV, sums * inv, q_inside, dv0, size.DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -236,15 +257,14 @@ def _concat_fwd_kernel(
 ):
     q_item = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2) % splits
-    dv0 = (tl.program_id(2) // splits) * blocks.DV
-    dv = dv0 + tl.arange(0, blocks.DV)
+    split = tl.program_id(2)
+    dv = tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = tile_at(q_item, q_side, Tq, blocks.M)
     k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
     q_at = (q_start + i).to(tl.int64)
-    q_ptrs = head_ptr(q, seq, head) + q_at * q.stride_t
+    q_ptrs = head_ptr(q, seq, head) + q_at * pitch(q)
     q_keep = readable(q_inside, q_rows, seq, q_at, flags)
     before = rows_before(seq, head, q_side, Tq, size.H)
     k_ptr = head_ptr(k, seq, head)
@@ -254,7 +274,9 @@ def _concat_fwd_kernel(
 
     m = tl.full([blocks.M], float("-inf"), tl.float32)
     l = tl.zeros([blocks.M], tl.float32)
-    acc = tl.zeros([blocks.M, blocks.DV], tl.float32)
+    acc = tl.zeros([blocks.M, blocks.DV if blocks.HELD else 1], tl.float32)
+    if not blocks.HELD:
+        sums_ptrs = result.o + ((before + q_at) * splits + split) * size.DV
     tile0, tile1 = window_tiles(window, lo, hi, k_length, blocks.N)
     begin, end = split_tiles(tile0, tile1, split, splits)
     for tile in range(begin, end):
@@ -269,7 +291,7 @@ def _concat_fwd_kernel(
             k_side,
             q_ptrs,
             q_keep,
-            k_ptr + k_at * k.stride_t,
+            k_ptr + k_at * pitch(k),
             k_keep,
             v_ptr,
             v_sum,
@@ -290,19 +312,26 @@ def _concat_fwd_kernel(
             code = tl.load(k_side.codes + rows_before(seq, head, k_side, Tk, size.H) + k_at, mask=k_keep, other=0)
             v_keep = code == 1
             p = tl.where(shown & (code == 3)[None, :], float("nan"), p)
-        values = load_rows(value_ptr + k_at * value.stride_t, v_keep, dv, size.DV)
-        acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
+        value_ptrs = value_ptr + k_at * pitch(value)
+        if blocks.HELD:
+            values = load_rows(value_ptrs, v_keep, dv, size.DV)
+            acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
+        else:
+            q_has = q_inside & (tile > begin)
+            _add_values(sums_ptrs, q_inside, q_has, alpha, p, value_ptrs, v_keep, size, flags, blocks)
 
+    q_has = q_inside & (begin < end)
     if result.o is None:
-        _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size)
+        _store_whole(result, before + q_at, q_has, acc, m, l, q_inside, size, blocks)
     else:
         if splits == 1:
-            _store_whole(result, before, q_at, dv0, acc, m, l, q_inside, size)
+            _store_whole(result, before + q_at, q_has, acc, m, l, q_inside, size, blocks)
         else:
             rows = (before + q_at) * splits + split
             tl.store(result.m + rows, m, mask=q_inside)
             tl.store(result.l + rows, l, mask=q_inside)
-            store_rows(result.o + rows * size.DV, acc, q_inside, dv, size.DV)
+            if blocks.HELD:
+                store_rows(result.o + rows * size.DV, acc, q_inside, dv, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,8 +345,14 @@ class Blocks(NamedTuple):
     M: int
     N: int
     DV: int
+    HELD: bool  # whether sums of that width are all, and stay in registers
     warps: int
     stages: int = 2
+
+
+def _columns(DV: int, most: int) -> tuple[int, bool]:
+    """Of `Blocks` the values' columns at a time, and whether that is all of them."""
+    return pow2(DV, 16, most), most >= DV
 
 
 @rule
@@ -325,25 +360,23 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: b
     """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
 
     `busy`: a mask or bias a pair, a window or dropout, which need registers of their own, as addresses of rows do
-    that are no whole vectors. Chosen by the compile report (no spills; 4.2 instructions an element on sm_90).
+    that are no vectors. Chosen by the compile report (no spills; 4.2 instructions an element on sm_90).
     On an H200 128 keys on 4 warps are 1.07 times as fast as 256 on 8, but sigmoid spills; all else tried was slower.
     """
     if chip.backend == "interpreter":
-        return Blocks(16, 32, pow2(DV, 16, 64), 4)
+        return Blocks(16, 32, *_columns(DV, 16), 4)
     if itemsize == 4:
-        # Without matrix units p V is unrolled over the tile's keys, and each block of the values' width makes the
-        # scores again: one block up to 128 where that does not spill. 4 scores a thread are some 15 % more
+        # Without matrix units p V is unrolled over the tile's keys. 4 scores a thread are some 15 % more
         # instructions an element than 8, of which two numbers were put on the stack.
         if factored:
-            return Blocks(16, 32, pow2(DV, 16, 128), 4, 1)
-        return Blocks(16, tile_rows(Tk, 64), pow2(DV, 16, 64), 8)
+            return Blocks(16, 32, pow2(DV, 16, 128), True, 4, 1) if DV <= 128 else Blocks(16, 64, 32, False, 4, 1)
+        return Blocks(16, tile_rows(Tk, 64), *_columns(DV, 64), 8)
     if chip.backend == "hip":  # 64 lanes a wave, 64 KiB of shared memory
-        return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), pow2(DV, 16, 128), 4)
-    if even(DV):
-        block_n = (64 if Tq > 16 else 32) if busy else 64 if Tk <= 128 else 256 if factored else 128
-    else:
-        block_n = 64 if chip.hopper and not busy else 32
-    return Blocks(tile_rows(Tq, 32), block_n, pow2(DV, 16, 128), 4 if Tq <= 16 and block_n > 128 else 8)
+        return Blocks(tile_rows(Tq, 32), tile_rows(Tk, 64 if busy else 128), *_columns(DV, 128), 4)
+    plain = 64 if Tk <= 128 else 256 if factored and vectors(DV) else 128
+    block_n = plain if not busy else 64 if Tq > 16 else 32
+    most = (128 if Tq > 16 or DV <= 128 else 64) if even(DV) else 32 if vectors(DV) else 16
+    return Blocks(tile_rows(Tq, 32), block_n, *_columns(DV, most), 4 if Tq <= 16 and block_n > 128 else 8)
 
 
 class Result(NamedTuple):
@@ -353,7 +386,7 @@ class Result(NamedTuple):
     exact: Tensor | None  # the same, for a backward of 16 bits
     lse: Tensor  # (B, H, Tq, 2): (m, l), see softmax.py
     scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
-    o: Tensor | None  # (B, H, Tq, splits, DV); any, or None, for one part
+    o: Tensor | None  # (B, H, Tq, splits, DV); for one part that is HELD any, or None
     m: Tensor | None  # (B, H, Tq, splits)
     l: Tensor | None
 
@@ -432,7 +465,7 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         "Tq": Tq,
         "Tk": Tk,
         "window": window(left, right),
-        "size": size,
+        "size": size._replace(A=width(A), AP=width(size.AP), DV=width(size.DV)),
         "flags": constants(flags),
     }
     busy = any(x is not None for x in (bias, mask, left, right, seed))
@@ -460,13 +493,13 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
         call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy or call.size.A == 1
     )
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation)
-    dv_blocks = cdiv(DV, blocks.DV)
-    programs = made.q_items * H * dv_blocks
-    splits = max(1, min(2 * call.chip.cores // programs, cdiv(Tk, 2 * blocks.N)))
+    splits = max(1, min(2 * call.chip.cores // (made.q_items * H), cdiv(Tk, 2 * blocks.N)))
     # One kernel for one part and for several, where that does not spill.
-    o = m = l = None if call.busy or call.flags.EXACT else lse
+    o = m = l = None if blocks.HELD and (call.busy or call.flags.EXACT) else lse
     if splits > 1:
         o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
+    elif not blocks.HELD:
+        o = exact if need_exact else out if out.dtype == torch.float32 else lse.new_empty(out.shape)
     some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
     args = made.args | {
@@ -476,7 +509,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
     }
     pressed = call.flags.EXACT or not call.flags.FACTORED
     registers = all_registers(call.chip) if pressed else unpressed(call.chip, DV)
-    launch(_concat_fwd_kernel, (made.q_items, H, splits * dv_blocks), args, blocks, **registers)
+    launch(_concat_fwd_kernel, (made.q_items, H, splits), args, blocks, **registers)
     if splits > 1:
         flat = B * H * Tq
         states = o.view(flat * splits, 1, DV), m.view(-1, 1), l.view(-1, 1)

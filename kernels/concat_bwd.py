@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import head_ptr, launch, untold
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed
+from .arguments import head_ptr, launch, pitch, untold
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, pow2, rule, tile_rows, unpressed, vectors
 from .concat import Call, prepare
 from .concat_factors import Factors, Saved, bound_at, factors, readable, rows_before, rows_of, tile_at
 from .concat_walk import (
@@ -219,7 +219,7 @@ def _concat_bwd_dq_kernel(
     m = tl.arange(0, blocks.M)
     at = (q_start + lo + m).to(tl.int64)
     q_keep = readable(lo + m < hi, q_rows, seq, at, flags)
-    q_ptrs = head_ptr(q, seq, head) + at * q.stride_t
+    q_ptrs = head_ptr(q, seq, head) + at * pitch(q)
     q_tile = q_item.to(tl.int64) * size.H + head
     x = staying(q_side, q_tile * blocks.M + m[:, None], d, size)
     s1 = tl.zeros([blocks.M, blocks.D], tl.float32)
@@ -279,7 +279,7 @@ def _gradient_of_keys(
     q_item0 = work.item0 >> 2
     inside = k_lo + offset + r < k_hi
     k_keep = readable(inside, k_rows, seq, at, flags)
-    k_ptrs = head_ptr(k, seq, head) + at * k.stride_t
+    k_ptrs = head_ptr(k, seq, head) + at * pitch(k)
     k_tile = k_item.to(tl.int64) * size.H + head
     x = staying(k_side, k_tile * blocks.N + offset + r[:, None], d, size)
     s1 = tl.zeros([1, 1], tl.float32)
@@ -442,13 +442,13 @@ def bwd_blocks(
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
     if itemsize == 4:
         keys, warps = (64, 8) if packed else (pow2(Tk, 32, 128 if factored else 64), 4)
-        return Blocks(16, keys, 16, 32, pow2(A, 16, 128 if even(A) else 64), warps, 8)
+        return Blocks(16, keys, 16, 32, pow2(A, 16, 128 if vectors(A) else 64), warps, 8)
     hip = chip.backend == "hip"
     most = (
         32 if packed and hip and busy else 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128
     )
     features = 64 if chip.hopper else 128  # half the registers, so that more programs share a core
-    features, walk_warps = (pow2(A, 16, features), 4) if A % 16 == 0 else (pow2(A, 16, 64), 8)
+    features, walk_warps = (pow2(A, 16, features), 4) if vectors(A) else (pow2(A, 16, 64), 8)
     return Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 32, features, 8, walk_warps)
 
 

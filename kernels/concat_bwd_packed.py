@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import head_ptr, launch, untold
+from .arguments import head_ptr, launch, pitch, untold
 from .chip import LENGTHS, all_registers
 from .concat import Call
 from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
@@ -56,7 +56,7 @@ def _concat_bwd_queries_kernel(
     n = tl.arange(0, blocks.N)
     at = (q_start + lo + m).to(tl.int64)
     q_keep = lo + m < hi
-    q_ptrs = head_ptr(q, seq, head) + at * q.stride_t
+    q_ptrs = head_ptr(q, seq, head) + at * pitch(q)
     dq_ptrs = grads.q + rows_before(seq, head, q_side, Tq, size.H) * size.A + at * size.A
     q_tile = q_item.to(tl.int64) * size.H + head
     _, last = window_range(window, lo, hi, k_length)
@@ -272,7 +272,7 @@ def _add_to_keys(
                     blocks.N,
                     count,
                     safe,
-                    head_ptr(k, seq, head) + at * k.stride_t,
+                    head_ptr(k, seq, head) + at * pitch(k),
                     k_keep,
                     q,
                     None,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Heads, constants, head_ptr, launch, untold
+from .arguments import Heads, constants, head_ptr, launch, pitch, untold
 from .chip import LENGTHS, chip_of, pow2
 from .location import load_rows
 from .masks import finite, first_item, locate, partition, sequence_of, unmasked
@@ -139,7 +139,7 @@ def _store_factors(x, keep, side, program, head, saved, T, tile_rows, scale, siz
     if saved.delta is not None:
         _store_delta(rows_before(seq, head, side, T, size.H) + rows, inside, saved, size, flags, blocks)
     inside = readable(inside, keep, seq, rows, flags)
-    ptrs = head_ptr(x, seq, head) + rows * x.stride_t
+    ptrs = head_ptr(x, seq, head) + rows * pitch(x)
     tile = (item.to(tl.int64) * size.H + head) * size.AP * tile_rows
     planes: tl.constexpr = 2 if flags.EXP and flags.EXACT else 1
     bound = tl.zeros([blocks.T], tl.float32)
@@ -244,9 +244,8 @@ def factors(
 
     given: the kernels' arguments by name. saved: for a backward, whose δ is made, and factors in rows too.
     """
-    size, packed = given["size"], offsets[0] is not None
-    width, exponents = size.AP, activation in FACTOR
-    like = given["q"].ptr
+    packed, exponents, like = offsets[0] is not None, activation in FACTOR, given["q"].ptr
+    heads, width = like.shape[1], like.shape[3] + like.shape[3] % 2
     exact = exponents and like.dtype == torch.float32
 
     def room(*shape: int) -> Tensor:
@@ -268,7 +267,7 @@ def factors(
 
     (q_side, q_items), (k_side, k_items) = map(side, (given["q"], given["k"]), offsets, tiles)
     fma = chip_of(like.device).backend != "interpreter"
-    made = {"v": Vector(v.contiguous(), room(size.H, width), room(size.H)), "q_side": q_side, "k_side": k_side}
+    made = {"v": Vector(v.contiguous(), room(heads, width), room(heads)), "q_side": q_side, "k_side": k_side}
     args = {
         **given,
         **made,
@@ -281,5 +280,5 @@ def factors(
     }
     blocks = FactorBlocks(PART.value, pow2(width, 2, 16 if exact else 32))
     programs = q_items * (tiles[0] // blocks.T) + k_items * (tiles[1] // blocks.T)
-    launch(_concat_factor_kernel, (programs, size.H), args, blocks)
+    launch(_concat_factor_kernel, (programs, heads), args, blocks)
     return Factors({**given, **made, "saved": saved}, q_items, k_items)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import entry_ptr, head_ptr
+from .arguments import entry_ptr, head_ptr, pitch
 from .concat import add_bias, concat_scores, reciprocal
 from .concat_factors import readable, rows_before
 from .location import load_rows
@@ -82,9 +82,9 @@ def tile_weights(
         (k_item0 + tile).to(tl.int64) * size.H + head,
         q_side,
         k_side,
-        head_ptr(q, seq, head) + q_at * q.stride_t,
+        head_ptr(q, seq, head) + q_at * pitch(q),
         q_keep,
-        head_ptr(k, seq, head) + k_at * k.stride_t,
+        head_ptr(k, seq, head) + k_at * pitch(k),
         k_keep,
         v.ptr + head * size.AP,
         tl.load(v.sum + head),
@@ -102,7 +102,7 @@ def tile_weights(
         kept = dropout_scale(dropout, j[None, :], seq * size.H + head, i[:, None])
         pk *= kept
     dp = tl.zeros([blocks.M, blocks.N], tl.float32)
-    value_ptrs = head_ptr(value, seq, head) + k_at * value.stride_t
+    value_ptrs = head_ptr(value, seq, head) + k_at * pitch(value)
     if flags.EXACT:
         for d in range(0, size.DV):
             do = tl.load(saved.do + wide + d, mask=q_keep, other=0.0).to(tl.float32)[:, None]
@@ -288,7 +288,7 @@ def walk_tile(
                     kept = tl.load(entry_ptr(keep, seq, row0 + n)).to(tl.float32)
                     # A tile is compared: one number's answer is a float to the interpreter.
                     shown = shown & (tl.full(d.shape, 1.0, tl.float32) * kept != 0)
-                z = tl.load(raw_ptr + (row0 + n) * raw.stride_t + d, mask=shown, other=0.0).to(tl.float32)[None, :]
+                z = tl.load(raw_ptr + (row0 + n) * pitch(raw) + d, mask=shown, other=0.0).to(tl.float32)[None, :]
                 z += x_raw.to(tl.float32)
                 g = tl.load((g_ptr + n * stride_g + r)[:, None])
                 if flags.ACT == "tanh":

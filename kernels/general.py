@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs, whole_pitch
+from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs, pitch, whole_pitch, width
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, unit, unpressed
 from .inputs import GeneralInputs
 from .location import load_rows, store_both, store_rows
@@ -135,7 +135,7 @@ def product(
 @triton.jit
 def head_rows(x, seq, head, row):
     """Pointers to rows of a head of a sequence, all int64."""
-    return head_ptr(x, seq, head) + row * x.stride_t
+    return head_ptr(x, seq, head) + row * pitch(x)
 
 
 @triton.jit
@@ -251,7 +251,7 @@ def _general_fwd_kernel(
                 if not EDGE:  # seen by all queries or none
                     k_keep = k_seen
                     v_keep = k_seen
-            k_ptrs = k_ptr + k_rows * key.stride_t
+            k_ptrs = k_ptr + k_rows * pitch(key)
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
@@ -271,7 +271,7 @@ def _general_fwd_kernel(
             if flags.SHARED and not flags.WIDE:
                 values = k
             else:
-                values = load_rows(val_ptr + k_rows * value.stride_t, v_keep, dv, size.DV)
+                values = load_rows(val_ptr + k_rows * pitch(value), v_keep, dv, size.DV)
             if EDGE and flags.PARTS and not flags.SHARED:
                 p = tl.where(shown & (code == 2)[None, :], float("nan"), p)
             acc = add_product(p, values, acc * alpha[:, None], flags.COMPUTE, flags.PRECISION)
@@ -468,7 +468,7 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         "Tq": Tq,
         "Tk": Tk,
         "window": window(left, right),
-        "size": size,
+        "size": size._replace(D=width(size.D), DV=width(size.DV)),
     }
     return Call(chip, seqs, busy, size, flags, args)
 

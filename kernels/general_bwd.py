@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate_grad
-from .arguments import launch
+from .arguments import launch, pitch
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .general import (
     Blocks,
@@ -236,8 +236,8 @@ def _general_bwd_dq_kernel(
             if EDGE or flags.MASKED:
                 _code, k_seen, _whole, k_keep = coded_rows(k_codes, seq, head, k_row0 + k_rows, j < length)
                 k_keep = k_keep if EDGE else k_seen
-            k_ptrs = k_ptr + k_rows * key.stride_t
-            val_ptrs = val_ptr + k_rows * value.stride_t
+            k_ptrs = k_ptr + k_rows * pitch(key)
+            val_ptrs = val_ptr + k_rows * pitch(value)
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
             dscores = _pair_cotangent(given, i[:, None], j[None, :], seq, head, Tq, Tk, size, flags)
@@ -357,7 +357,7 @@ def _general_bwd_dkv_kernel(
                 _code, q_keep, q_good, _keep = coded_rows(q_codes, seq, head, q_row0 + q_rows, i < length)
                 if flags.MASKED and not flags.PARTS:  # a query that sees nothing may be NaN
                     q_good = tl.load(given.inv + row0 + q_rows, mask=q_keep, other=0.0) != 0
-            q_ptrs = q_ptr + q_rows * query.stride_t
+            q_ptrs = q_ptr + q_rows * pitch(query)
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
             bias, left = pair_terms(i[None, :], j[:, None], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)

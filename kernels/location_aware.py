@@ -35,6 +35,7 @@ from .arguments import (
     launch,
     load_pairs,
     pairs,
+    pitch,
     sequence_ptr,
     sequences,
 )
@@ -192,7 +193,7 @@ def _aware_fwd_kernel(
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         keep = unmasked(mask, seq, t, t < hi)
-        k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+        k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
         s = score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, Tk, v_ptr, filters, size, flags, blocks)
         tl.store(result.scores + row0 + t, s, mask=t < hi)
         _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
@@ -209,7 +210,7 @@ def _aware_fwd_kernel(
             p = exp(tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf")) - shift, flags.FMA)
             if dropout.seed is not None:
                 p *= kept(dropout, seq, t)
-            values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV)
+            values = load_rows(value_ptr + t.to(tl.int64) * pitch(value), keep, d, size.DV)
             acc += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
         if flags.SPLIT:
             tl.store(result.o + item.to(tl.int64) * size.DV + d, acc, mask=d < size.DV)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr
+from .arguments import constants, entries, entry_ptr, first_row, launch, pitch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .inputs import LocationAwareInputs
 from .location import load_rows, store_rows
@@ -102,7 +102,7 @@ def _aware_bwd_values_kernel(
         for d0 in range(0, size.DV, blocks.DV):
             d = d0 + tl.arange(0, blocks.DV)
             do = tl.load(do_ptr + seq * size.DV + d, mask=d < size.DV, other=0.0).to(tl.float32)[None, :]
-            values = load_rows(value_ptr + t.to(tl.int64) * value.stride_t, keep, d, size.DV).to(tl.float32)
+            values = load_rows(value_ptr + t.to(tl.int64) * pitch(value), keep, d, size.DV).to(tl.float32)
             g += tl.sum(rounded_product(do, values), axis=1)
             if dvalue_ptr is not None:
                 dvalue = tl.where(keep[:, None], p[:, None] * do, 0.0)
@@ -197,7 +197,7 @@ def _aware_bwd_scores_kernel(
         t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
         keep = unmasked(mask, seq, t, inside)
-        k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+        k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
         dk = tl.zeros([blocks.T, blocks.A], tl.float32)
         dbias = tl.zeros([blocks.T], tl.float32)
         for i in range(0, Tq):

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .arguments import constants, first_row, launch, sequence_ptr
+from .arguments import constants, first_row, launch, pitch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, even, pow2, rule, tile_rows
 from .inputs import LocationAwareSequenceInputs
 from .location_aware import (
@@ -78,7 +78,7 @@ def _aware_walk_fwd_kernel(
         for t0 in range(0, Tk, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             keep = unmasked(mask, seq, t, t < Tk)
-            k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+            k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
             s = score_keys(
                 k_ptrs, keep, q_ptr, seen, mask, bias, seq, now, t, Tk, v_ptr, filters, size, flags, blocks
             )
@@ -153,7 +153,7 @@ def _aware_walk_bwd_kernel(
         for t0 in range(0, Tk, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             keep = unmasked(mask, seq, t, t < Tk)
-            k_ptrs = k_ptr + t.to(tl.int64) * k.stride_t
+            k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
             ds = gradient_of_scores(given, row, Tk, t, 1, keep, 1)
             for c0 in range(0, size.C, blocks.C):
                 c = c0 + tl.arange(0, blocks.C)

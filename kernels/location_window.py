@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import constants, head_ptr, heads, launch, sequence_ptr, sequences
+from .arguments import constants, head_ptr, heads, launch, pitch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import WindowInputs
 from .location import load_rows, store_both
@@ -98,7 +98,7 @@ def _location_window_totals_kernel(
     keep = s != float("-inf")
     m = tl.max(s, axis=0)
     p = exp(s - pivot(m), flags.FMA).to(state.o.dtype.element_ty)  # [blocks.T]
-    values = load_rows(head_ptr(terms, seq, r) + rows * terms.stride_t, keep, d, DV).to(p.dtype)
+    values = load_rows(head_ptr(terms, seq, r) + rows * pitch(terms), keep, d, DV).to(p.dtype)
     slot = item.to(tl.int64) * R + r
     tl.store(state.o + slot * DV + d, tl.sum(p[:, None] * values, axis=0), mask=d < DV)
     if tl.program_id(2) == 0:

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import constants, entries, launch, matrix, sequence_ptr, sequences
+from .arguments import constants, entries, launch, matrix, pitch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, pow2, unit
 from .inputs import WordByWordInputs
 from .location import load_rows
@@ -102,8 +102,8 @@ def _recurrent_fwd_kernel(
         a = tl.arange(0, blocks.A)
         d = tl.arange(0, blocks.D)
         keep = premise_keys(j, length, mask, seq)
-        key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
-        values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
+        key = load_rows(k_ptr + j.to(tl.int64) * pitch(k), keep, a, size.A)
+        values = load_rows(value_ptr + j.to(tl.int64) * pitch(value), keep, d, size.D)
         w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
     else:
         s_ptr += seq * Ty + k_start
@@ -154,7 +154,7 @@ def _recurrent_fwd_kernel(
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask, seq)
-                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
+                s = score_tile(k_ptr + j.to(tl.int64) * pitch(k), keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 tl.store(s_ptr + j, s, mask=j < length)
                 _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
             shift = pivot(m)
@@ -167,7 +167,7 @@ def _recurrent_fwd_kernel(
                     j = n0 + tl.arange(0, blocks.N)
                     keep = premise_keys(j, length, mask, seq)
                     p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, flags.FMA)
-                    values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
+                    values = load_rows(value_ptr + j.to(tl.int64) * pitch(value), keep, d, size.D)
                     r += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
                 r *= inv
                 u = tanh(vector_matrix(last_ptr, w_t, d, size.D, size.D, blocks.K), False)  # as above
@@ -181,7 +181,7 @@ def _recurrent_fwd_kernel(
                     p = exp(tl.load(s_ptr + j, mask=j < length, other=float("-inf")) - shift, flags.FMA)
                     tl.store(weights_ptr + j, p * inv, mask=j < length)
         out_ptr += size.D
-        q_ptr += q.stride_t
+        q_ptr += pitch(q)
         if weights_ptr is not None:
             weights_ptr += Ty
         tl.debug_barrier()  # the next step reads r, and writes the scratch anew

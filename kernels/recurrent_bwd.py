@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import sequence_ptr, sequences
+from .arguments import pitch, sequence_ptr, sequences
 from .chip import LENGTHS, unit
 from .inputs import WordByWordInputs
 from .location import add_rows, load_rows, store_rows
@@ -152,8 +152,8 @@ def _recurrent_bwd_kernel(
         a = tl.arange(0, blocks.A)
         d = tl.arange(0, blocks.D)
         keep = premise_keys(j, length, mask, seq)
-        key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A)
-        values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D)
+        key = load_rows(k_ptr + j.to(tl.int64) * pitch(k), keep, a, size.A)
+        values = load_rows(value_ptr + j.to(tl.int64) * pitch(value), keep, d, size.D)
         w = tl.load(w_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
         dk = tl.zeros([blocks.N, blocks.A], tl.float32)
         dval = tl.zeros([blocks.N, blocks.D], tl.float32)
@@ -197,11 +197,11 @@ def _recurrent_bwd_kernel(
             for n0 in range(0, length, blocks.N):
                 j = n0 + tl.arange(0, blocks.N)
                 keep = premise_keys(j, length, mask, seq)
-                s = score_tile(k_ptr + j.to(tl.int64) * k.stride_t, keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
+                s = score_tile(k_ptr + j.to(tl.int64) * pitch(k), keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 g = tl.zeros([blocks.N], tl.float32)
                 for d0 in range(0, size.D, blocks.D):
                     d = d0 + tl.arange(0, blocks.D)
-                    values = load_rows(value_ptr + j.to(tl.int64) * value.stride_t, keep, d, size.D).to(tl.float32)
+                    values = load_rows(value_ptr + j.to(tl.int64) * pitch(value), keep, d, size.D).to(tl.float32)
                     dr = tl.load(dr_ptr + d, mask=d < size.D, other=0.0)
                     g += tl.sum(rounded_product(dr[None, :], values), axis=1)
                 if given.dweights is not None:
@@ -225,7 +225,7 @@ def _recurrent_bwd_kernel(
                     keep = premise_keys(j, length, mask, seq)
                     p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     ds = p * (g - mean)
-                    key = load_rows(k_ptr + j.to(tl.int64) * k.stride_t, keep, a, size.A).to(tl.float32)
+                    key = load_rows(k_ptr + j.to(tl.int64) * pitch(k), keep, a, size.A).to(tl.float32)
                     y = tanh(key + c[None, :], flags.FAST)
                     dz = ds[:, None] * w[None, :] * (1.0 - y * y)
                     dc += tl.sum(dz, axis=0)

@@ -18,7 +18,7 @@ from .location import load_rows, store_rows
 from .masks import unmasked
 from .products import add_product
 
-_YES = tl.constexpr(True)
+_WHOLE = tl.constexpr(16)
 
 
 class Pair(NamedTuple):
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     ptr: Tensor | None
     stride_b: int
     stride_t: int
-    EVEN: Any
+    UNIT: Any
     dy: Tensor | None
     stride_dy: int
     parts: Tensor | None  # (splits, D, K) float32
@@ -124,7 +124,7 @@ def weight_parts(
     made, programs = [], 0
     for given, count in zip(pairs, tiles, strict=True):
         if given is None:
-            made.append(Pair(None, 0, 0, _YES, None, 0, None, 0, 0, 0, 0, 0))
+            made.append(Pair(None, 0, 0, _WHOLE, None, 0, None, 0, 0, 0, 0, 0))
             continue
         x, dy = given
         D, K, rows = x.ptr.shape[-1], dy.shape[-1], dy.shape[:-1].numel()

@@ -21,7 +21,7 @@ FACTORS = {
 PACKED = {
     name: FACTORS[name]
     for name in ("dtype", "attn_dim", "heads", "v_heads", "activation", "window", "layout", "dropout_p")
-} | {"queries": (1, 5, 21), "keys": (1, 5, 40), "value_dim": (1, 12), "ragged": (True,)}
+} | {"queries": (1, 5, 21), "keys": (1, 5, 40), "value_dim": (1, 12, 20), "ragged": (True,)}
 # The blocked path is quick enough for larger sizes, and has float64.
 LARGE = {
     "dtype": (torch.float32, torch.float16, torch.bfloat16, torch.float64),

@@ -9,6 +9,7 @@ from _marks import both_forms
 
 from fused_attn.blocked import concat as in_blocks
 from fused_attn.kernels import chip as chips
+from fused_attn.kernels import concat as forward
 from fused_attn.kernels import concat_bwd as kernels
 
 # --- Parts: splits of the keys, chunks of the workspace -------------------------------------------------------------
@@ -24,6 +25,8 @@ from fused_attn.kernels import concat_bwd as kernels
         Case(batch=1, queries=70, keys=200, attn_dim=3, window=(4, 100), value_dim=3),
         Case(queries=15, keys=300, attn_dim=3, ragged=True, heads=2),
         Case(dtype=torch.bfloat16, batch=1, queries=3, keys=300, attn_dim=3, mask="keys"),
+        Case(dtype=torch.float16, batch=1, queries=20, keys=300, attn_dim=3, value_dim=70),
+        Case(queries=15, keys=300, attn_dim=3, ragged=True, value_dim=70),
     ],
     ids=str,
 )
@@ -32,6 +35,26 @@ def test_keys_in_parts_match_the_reference(case, device):
     chip = chips.chip_of(device)._replace(cores=1000)
     with chips.assume(chip):
         check(case, device, "triton")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_made_once_however_wide_the_values_are(monkeypatch, dtype, device):
+    grids = []
+    launch = forward.launch
+
+    def counting(kernel, grid, *args, **options):
+        if kernel is forward._concat_fwd_kernel:
+            grids.append(grid)
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(forward, "launch", counting)
+    for width in (12, 70):
+        case = Case(dtype=dtype, batch=1, queries=40, keys=70, attn_dim=3, value_dim=width)
+        tensors = case.tensors(device)
+        evaluate(case.op, tensors, "triton")
+    assert len(grids) == 2
+    assert len(set(grids)) == 1, grids
 
 
 @pytest.mark.kernel

@@ -89,12 +89,13 @@ from fused_attn.kernels.chip import stride_of
 
 def outer(x):
     found = heads(x, packed=False)
-    return found.EVEN.value, found.stride_b, found.stride_h
+    return found.UNIT.value, found.stride_b, found.stride_h
 
-whole, odd = (torch.empty(2, 3, 32, n) for n in (64, 36))
-assert outer(whole) == (True, 3 * 32 * 64, 32 * 64)
-assert outer(odd) == (False, untold(3 * 32 * 36), untold(32 * 36))  # multiples of 16 here, and not at other lengths
-assert outer(whole[:, :, :1]) == (True, 3 * 32 * 64, 32 * 64)
+whole, odd, rows = (torch.empty(2, 3, 32, n) for n in (64, 25, 36))
+assert outer(whole) == (16, 3 * 32 * 64, 32 * 64)
+assert outer(odd) == (1, untold(3 * 32 * 25), untold(32 * 25))  # multiples of 16 here, and not at other lengths
+assert outer(rows) == (4, untold(3 * 32 * 9), untold(32 * 9))
+assert outer(whole[:, :, :1]) == (16, 3 * 32 * 64, 32 * 64)
 assert stride_of(torch.empty(2, 8, 1).transpose(1, 2), 1) == 8  # PyTorch says 1
 print("passed")
 """

@@ -128,6 +128,14 @@ COMPILED = [
     # the sizes that the bounds of tests/test_compile_report.py are for
     ConcatCase(BF16, 4, 1, 256, 512, 128, 128),
     ConcatCase(F32, 4, 1, 256, 512, 128, 128),
+    # values wider than a block, or of rows that are vectors of 4, or of none
+    ConcatCase(BF16, 4, 1, 256, 512, 128, 256),
+    ConcatCase(BF16, 4, 1, 256, 512, 128, 512),
+    ConcatCase(BF16, 4, 1, 256, 512, 100, 100),
+    ConcatCase(BF16, 4, 1, 17, 512, 100, 300, "sigmoid", mask=2),
+    ConcatCase(BF16, 4, 1, 16, 512, 128, 256, "sigmoid"),
+    ConcatCase(BF16, 4, 1, 16, 512, 75, 75, "sigmoid", ragged=True),
+    ConcatCase(F32, 4, 1, 256, 512, 128, 256),
     # a Bahdanau decoder step, sigmoid, odd widths
     ConcatCase(BF16, 80, 1, 1, 50, 1000, 1000, mask=2),
     ConcatCase(F32, 4, 1, 30, 60, 300, 300, "sigmoid", mask=2),

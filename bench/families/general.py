@@ -141,6 +141,7 @@ COMPILED = [
     GeneralCase(BF16, 8, 1, 512, 512, 1024, 1024, mask=2),
     GeneralCase(BF16, 8, 1, 512, 512, 64, 600),
     GeneralCase(F16, 8, 1, 100, 100, 1, 1),
+    GeneralCase(BF16, 4, 8, 4096, 4096, 100, 100),
     # a mask of keys alone, as padded batches have it, and a window
     GeneralCase(BF16, 16, 8, 512, 512, 64, 64, mask=2),
     GeneralCase(BF16, 16, 8, 512, 512, 128, 128, mask=2),

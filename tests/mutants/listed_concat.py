@@ -32,6 +32,20 @@ CONCAT: tuple[Mutant, ...] = (
         "a factor's second part is cut",
     ),
     Mutant(
+        "kernels/concat.py",
+        "            q_has = q_inside & (tile > begin)",
+        "            q_has = q_inside & (tile >= begin)",
+        ("tests/test_concat_structure.py", "-k", "keys_in_parts"),
+        "a wide sum begins with what was in memory",
+    ),
+    Mutant(
+        "kernels/concat.py",
+        "        acc = load_rows(sums_ptrs, q_has, dv, size.DV) * scale[:, None]",
+        "        acc = load_rows(sums_ptrs, q_has, dv, size.DV)",
+        ("tests/test_concat_structure.py", "-k", "keys_in_parts or made_once"),
+        "a wide sum keeps the scale of an old maximum",
+    ),
+    Mutant(
         "kernels/concat_walk.py",
         "p * (dp - delta[:, None])",
         "p * dp",

@@ -138,8 +138,8 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/arguments.py",
-        "    return first_row(x, seq) + row.to(tl.int64) * x.stride_t",
-        "    return first_row(x, seq) + row * x.stride_t",
+        "    return first_row(x, seq) + row.to(tl.int64) * pitch(x)",
+        "    return first_row(x, seq) + row * pitch(x)",
         ("tests/test_location_layouts.py", "-k", "past_int32"),
         "a row's number is int32 when it meets a stride",
     ),
