@@ -21,6 +21,7 @@ from .modules import (
 )
 from .recurrent import word_by_word_attention
 from .segments import Segments
+from .states import State, merge
 from .statistics import statistics_pooling
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "RaggedRNN",
     "Score",
     "Segments",
+    "State",
     "StatisticsPooling",
     "WordByWordAttention",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
     "location_attention",
     "location_aware_attention",
     "location_aware_sequence",
+    "merge",
     "statistics_pooling",
     "transpose_csr",
     "word_by_word_attention",

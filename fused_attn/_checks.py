@@ -539,9 +539,7 @@ def check_packed(
     if packed:
         for name, x in given.items():
             if x is True:
-                raise ValueError(
-                    f"{name}: expected False with packed rows, pad the batch to see its weights; got True"
-                )
+                raise ValueError(f"{name}: expected False with packed rows, pad the batch to see them; got True")
             if x is not None and x is not False:
                 raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
     return packed

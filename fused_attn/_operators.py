@@ -250,7 +250,7 @@ class Operator:
         What does not concern the formula, as a schema says it: ``"bool in_blocks"``.
     results
         Names of the results, which are all differentiable. ``name?choice`` is made where that choice is True; else it
-        is of size 0.
+        is of size 0. ``exact`` is ``out``, the first, in float32: its gradient is one of that.
     saved
         Names of the results that the backward takes.
     dense
@@ -291,6 +291,7 @@ class Operator:
         self.saved = [made.index(x) for x in saved.split()]
         chosen = [x.split()[1] for x in choices.split(", ") if x]
         self.optional = {i: self.options + chosen.index(x) for i, x in enumerate(conditions) if x}
+        self.exact = made.index("exact") if made[0] == "out" and "exact" in made else None
         cotangents = [f"Tensor{'?' * (i >= dense or i in self.optional)} d{x}" for i, x in enumerate(made)]
         fields = [f"{kind} {x}" for x, kind in kinds.items()]
         kept, more = [f"Tensor {x}" for x in saved.split()], [choices] if choices else []
@@ -385,6 +386,8 @@ class _Forward(torch.autograd.Function):
             starts[i] = torch.zeros_like(saved[op.tensors + i]) if starts[i] is None else starts[i]
         for i, option in op.optional.items():
             starts[i] = starts[i] if ctx.options[option] else None
+        if op.exact is not None and (wide := starts[op.exact]) is not None:
+            starts[0], starts[op.exact] = starts[0] + wide.to(saved[op.tensors].dtype), None
         grads = op._backward(op.name, *starts, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - 1 - op.gradients)
         return (None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *none)

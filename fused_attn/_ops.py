@@ -103,9 +103,9 @@ def use_triton(impl: str, device: torch.device, unsupported: str | None) -> bool
     return True
 
 
-def keeps_exact(like: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether a kernel leaves its 16-bit output in float32 too: where somebody may ask for a gradient."""
-    return like.dtype.itemsize == 2 and may_ask(like, *tensors)
+def keeps_exact(like: Tensor, *tensors: Tensor | None, state: bool = False) -> bool:
+    """Whether a kernel leaves its 16-bit output in float32 too: for a state, or a gradient that may be asked for."""
+    return like.dtype.itemsize == 2 and (state or may_ask(like, *tensors))
 
 
 def may_ask(*tensors: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from ._checks import (
     check_activation,
     check_both,
     check_dropout,
-    check_flag,
     check_packed,
     check_score_bias,
     check_window,
@@ -24,6 +23,8 @@ from ._checks import (
     offsets_of,
 )
 from ._dropout import draw_seed
+from ._ops import weights_from
+from ._results import Wanted, returned
 from .kernels.inputs import ConcatInputs, GeneralInputs
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
@@ -74,15 +75,15 @@ def check_pairs(
     given: P,
     parameters: Mapping[str, Tensor | None],
     window: tuple[int | None, int | None] | None,
-    return_weights: bool,
-) -> tuple[P, bool]:
-    """Check a call as its user made it; returns it with the sides of the window, and whether to return weights."""
+    wanted: Wanted,
+) -> P:
+    """Check a call as its user made it; returns it with the sides of the window."""
     query, key = given.query, given.key
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
     both = given.cu_seqlens_q, given.cu_seqlens_k
-    padded = {"mask": given.mask, "score_bias": given.score_bias, "return_weights": return_weights}
+    padded = {"mask": given.mask, "score_bias": given.score_bias}
+    padded |= {"return_weights": wanted.weights, "return_scores": wanted.scores}
     packed = check_packed(padded, *both)
     check = Checker(tables[packed, has_heads(given)])
     for name, x in {"query": query, "key": key, "value": given.value, **parameters}.items():
@@ -95,7 +96,7 @@ def check_pairs(
     check("mask", given.mask)
     check_score_bias(check, given.score_bias, (*given.query.shape[:-1], key.shape[-2]))
     left, right = check_window(window)
-    return given._replace(left=left, right=right, dropout_p=p), return_weights
+    return given._replace(left=left, right=right, dropout_p=p)
 
 
 def canonical(given: P) -> P:
@@ -116,13 +117,33 @@ def canonical(given: P) -> P:
     return given._replace(query=rows(query), key=rows(key), value=rows(value), score_bias=bias, seed=seed)
 
 
-def shaped(given: P, out: Tensor, weights: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """The results, with weights where they are wanted, in the form and the dtype of what the user gave."""
-    heads, dtype = has_heads(given), given.key.dtype
-    out = out.to(dtype)
-    out = out if given.cu_seqlens_q is None else out[0].transpose(0, 1)
-    out = out if heads else out.squeeze(1)
-    if weights is None:
-        return out
-    weights = weights.to(dtype)
-    return out, weights if heads else weights.squeeze(1)
+def shaped(
+    given: P,
+    wanted: Wanted,
+    out: Tensor,
+    lse: Tensor | None = None,
+    scores: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Any:
+    """The results, in the form and, but for scores and a state, the dtype of what the user gave."""
+    heads, packed = has_heads(given), given.cu_seqlens_q is not None
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x[0].transpose(0, 1) if packed else x
+        return x if heads else x.squeeze(1)
+
+    if wanted.weights and weights is None:
+        assert scores is not None
+        assert lse is not None
+        weights = weights_from(scores, lse[..., None, :], dim=-1)
+    lse = lse if wanted.normaliser else None
+    return returned(
+        wanted,
+        given.key.dtype,
+        cast("Tensor", rows(out)),
+        rows(lse),
+        rows(weights) if wanted.weights else None,
+        rows(scores) if wanted.scores else None,
+    )

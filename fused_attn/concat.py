@@ -13,8 +13,9 @@ from torch import Tensor
 from . import reference
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
-from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton, weights_from
+from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
+from ._results import Wanted, by_formula, check_wanted
 from .blocked import concat as blocked
 from .kernels.inputs import ConcatInputs, LocationInputs
 from .location import LOCATION
@@ -80,8 +81,11 @@ def concat_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     r"""Concat (additive) attention of projected queries and keys.
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
@@ -117,15 +121,17 @@ def concat_attention(
     return_weights
         Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
         of size Tq·Tk.
+    return_scores, return_lse, return_state
+        See `location_attention`. Scores, with the bias, are of size Tq·Tk, and of padded batches only.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), a blocked PyTorch path with the same
         identities and linear memory elsewhere. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
-        or ``(B, H, Tq, Tk)``.
+    Tensor, State or tuple
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
+        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -140,17 +146,18 @@ def concat_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     options = (activation, None, None, dropout_p)
-    given, return_weights = check_pairs(
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    given = check_pairs(
         _TABLES,
         ConcatInputs(query, key, value, v, score_bias, mask, *offsets, None, *options),
         {"v": v},
         window,
-        return_weights,
+        wanted,
     )
-    return attend(given, return_weights, impl)
+    return attend(given, wanted, impl)
 
 
-def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tuple[Tensor, Tensor]:
+def attend(given: ConcatInputs, wanted: Wanted, impl: Impl) -> Any:
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     inputs = canonical(given)
     query, _, _, v, *_ = inputs
@@ -162,16 +169,15 @@ def attend(given: ConcatInputs, return_weights: bool, impl: Impl) -> Tensor | tu
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
-        out, weights = _CONCAT.formula(inputs, weights_only=True)
-        return shaped(given, out, weights if return_weights else None)
+        return shaped(given, wanted, *by_formula(_CONCAT.formula, inputs, wanted))
     if inputs.activation == "identity":
         inputs = _summed(inputs)
     everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
     if query.shape[1:3] == (1, 1) and everywhere:
-        return shaped(given, *_pooled(inputs, kernel, return_weights))
-    exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5])
-    out, lse, scores, _ = _CONCAT(inputs, return_weights, exact, in_blocks)
-    return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
+        return shaped(given, wanted, *_pooled(inputs, kernel, wanted))
+    exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
+    out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, exact, in_blocks)
+    return shaped(given, wanted, exact_of(out, wide) if wanted.state else out, lse, scores)
 
 
 _FEW = 2**17
@@ -212,8 +218,10 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     return inputs._replace(query=score(query), key=score(key), v=v.new_ones(v.shape[0], 1, dtype=wide))
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """One query and one head a sequence, by the location family: keys projected already, the query a context.
+def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """(out, lse, scores, weights) of one query and one head a sequence, by the location family.
+
+    Its keys are projected already, and the query is their context.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
     nothing: by the compile report (sm_90, bfloat16) 67 instructions a feature of a key, where this has 11, and no
@@ -232,7 +240,9 @@ def _pooled(inputs: ConcatInputs, kernel: bool, return_weights: bool) -> tuple[T
     options = (activation, "sigmoid", dropout_p, False)
     pooled = LocationInputs(*score, value.squeeze(1), bias, keys, None, seed, *options)
     if not kernel:
-        out, weights = LOCATION.formula(pooled, weights_only=True)
-        return out[:, None], weights.mT[:, None] if return_weights else None
-    out, lse, scores, _ = LOCATION(pooled, True, keeps_exact(*pooled[:9]))
-    return out[:, None], weights_from(scores.mT[:, None], lse[:, None, :, None], dim=-1) if return_weights else None
+        out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)
+    else:
+        out, lse, scores, exact = LOCATION(pooled, True, keeps_exact(*pooled[:9], state=wanted.state))
+        out, weights = exact_of(out, exact) if wanted.state else out, None
+    scores, weights = (x if x is None else x.mT[:, None] for x in (scores, weights))
+    return out[:, None], lse if lse is None else lse[:, None], scores, weights

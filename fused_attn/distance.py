@@ -8,7 +8,7 @@ lose what near rows differ in.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ._checks import check_number, show
 from ._habits import explicit
 from ._ops import Impl, exports_from_one, under_autocast
 from ._pairs import check_pairs, pairs_tables
+from ._results import check_wanted
 from .concat import attend
 from .kernels.inputs import ConcatInputs
 from .segments import Offsets, as_offsets
@@ -41,8 +42,11 @@ def distance_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     r"""Attention by weighted distances of queries and keys.
 
     .. math::
@@ -63,14 +67,16 @@ def distance_attention(
         1 / b.
     p
         1 or 2.
-    mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, return_weights, impl
+    mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, impl
+        As in `concat_attention`.
+    return_weights, return_scores, return_lse, return_state
         As in `concat_attention`.
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
-        or ``(B, H, Tq, Tk)``.
+    Tensor, State or tuple
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
+        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -85,10 +91,11 @@ def distance_attention(
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     structure = (score_bias, mask, *offsets, None)
     inputs = ConcatInputs(query, key, value, cast("Tensor", v), *structure, "identity", None, None, dropout_p)
-    inputs, return_weights = check_pairs(_TABLES, inputs, {"v": v}, window, return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    inputs = check_pairs(_TABLES, inputs, {"v": v}, window, wanted)
     features = check_power("p", p)
     v = query.new_full(query.shape[-1:], -1.0) if v is None else -v
-    return attend(inputs._replace(key=-key, v=v, activation=features), return_weights, impl)
+    return attend(inputs._replace(key=-key, v=v, activation=features), wanted, impl)
 
 
 def check_power(name: str, value: float) -> str:

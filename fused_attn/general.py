@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from . import reference
 from ._checks import check_number
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher, vjp
-from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton, weights_from
+from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
+from ._results import PLAIN, by_formula, check_wanted
 from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
 
@@ -53,9 +54,9 @@ def _sdpa(
     return attend(query, key, value, attn_mask=shown | blind, scale=scale).masked_fill(blind, 0)
 
 
-def _fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
+def _fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
     if not sdpa:
-        return cast("tuple[Tensor, ...]", launcher("general.general_fwd")(inputs, need_scores, need_exact))
+        return cast("tuple[Tensor, ...]", launcher("general.general_fwd")(inputs, need_scores, natural, need_exact))
     query, key, value, _, mask, *_ = inputs
     out = _sdpa(mask, inputs.right == 0, inputs.scale, query, key, value)
     if out.device.type == "cpu":
@@ -71,7 +72,9 @@ def _fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool, sdpa: bool)
     return out.to(query.dtype).contiguous(), lse, empty, empty.clone()
 
 
-def _fake(inputs: GeneralInputs, need_scores: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
+def _fake(
+    inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool, sdpa: bool
+) -> tuple[Tensor, ...]:
     query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     value = key if value is None else value
@@ -94,13 +97,14 @@ def _bwd(
     dscores: Tensor | None,
     _: None,
     need_scores: bool,
+    natural: bool,
     need_exact: bool,
     sdpa: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not sdpa:
         saved = exact_of(out, exact), lse
-        grads = launcher("general_bwd.general_bwd")(inputs, *saved, dout, dlse, dscores, need_scores, needs)
+        grads = launcher("general_bwd.general_bwd")(inputs, *saved, dout, dlse, dscores, natural, needs)
         return cast("list[Tensor | None]", grads)
     query, key, value, _, mask, *_ = inputs
     rows = (query, key) if value is None else (query, key, value)
@@ -119,7 +123,7 @@ _GENERAL = Operator(
     "general",
     GeneralInputs,
     differentiable="query key value score_bias",
-    choices="bool need_scores, bool need_exact, bool sdpa",
+    choices="bool need_scores, bool natural, bool need_exact, bool sdpa",
     results="out lse scores?need_scores exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
@@ -147,8 +151,11 @@ def general_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     r"""General (bilinear, multiplicative) attention; dot attention without `weight`.
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
@@ -188,20 +195,22 @@ def general_attention(
     return_weights
         Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
         of size Tq·Tk.
+    return_scores, return_lse, return_state
+        See `location_attention`. Scores, with the bias, are of size Tq·Tk, and of padded batches only.
     impl
         ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
         `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
-        activation, bias, dropout, weights or packed rows, Dv = Dk, no window or the causal one; on a CPU more than
-        2^18 pairs of query and key, over all heads, or that window (else the reference is faster); on a GPU values
-        that are not the keys, no mask (its fastest backends have none), no window (it would let NaN past it) and no
-        gradient (its backward has no derivative, so ours would run its forward twice). The rule on a GPU is not yet
-        measured. ``"triton"`` and ``"reference"`` never fall back.
+        activation, bias, dropout or packed rows, the output alone, Dv = Dk, no window or the causal one; on a CPU
+        more than 2^18 pairs of query and key, over all heads, or that window (else the reference is faster); on a GPU
+        values that are not the keys, no mask (its fastest backends have none), no window (it would let NaN past it)
+        and no gradient (its backward has no derivative, so ours would run its forward twice). The rule on a GPU is
+        not yet measured. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights ``(B, Tq, Tk)``
-        or ``(B, H, Tq, Tk)``.
+    Tensor, State or tuple
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
+        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -215,26 +224,27 @@ def general_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     options = (activation, scale, None, None, dropout_p)
-    given, return_weights = check_pairs(
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    given = check_pairs(
         _TABLES[weight is not None],
         GeneralInputs(query, key, value, score_bias, mask, *offsets, None, *options),
         {} if weight is None else {"weight": weight},
         window,
-        return_weights,
+        wanted,
     )
     # What the scores are made in holds it: float32, or float64 for float64.
     most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
     scale = check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
     inputs = canonical(given)._replace(scale=scale)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    sdpa = impl == "auto" and not return_weights and _sdpa_serves(inputs, weight, kernel)
+    sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, weight, kernel)
     if not (kernel or sdpa):
-        out, weights = _GENERAL.formula(inputs, weight=weight, weights_only=True)
-        return shaped(given, out, weights if return_weights else None)
+        return shaped(given, wanted, *by_formula(_GENERAL.formula, inputs, wanted, weight=weight))
     if weight is not None:
         inputs = _projected(inputs, weight, sdpa)
-    out, lse, scores, _ = _GENERAL(inputs, return_weights, kernel and not sdpa and keeps_exact(*inputs[:4]), sdpa)
-    return shaped(given, out, weights_from(scores, lse[..., None, :], dim=-1) if return_weights else None)
+    exact = kernel and not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
+    out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)
+    return shaped(given, wanted, exact_of(out, wide) if wanted.state else out, lse, scores)
 
 
 def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInputs:

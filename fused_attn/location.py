@@ -17,7 +17,6 @@ from ._checks import (
     argument,
     check_activation,
     check_dropout,
-    check_flag,
     check_offsets,
     check_values,
     check_window,
@@ -39,6 +38,7 @@ from ._ops import (
     weights_from,
     weights_of_rows,
 )
+from ._results import PLAIN, Wanted, by_formula, check_wanted, returned, widened
 from .kernels.inputs import LocationInputs, WindowInputs
 from .segments import Offsets, as_offsets
 
@@ -121,8 +121,11 @@ def location_attention(
     cu_seqlens: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     r"""Attention pooling: scores from the keys alone.
 
     .. math:: s_j = v \cdot \big( act(h_j W + b + ctx_j) \odot gate\_act(h_j G + g) \big) + \beta_j, \quad
@@ -175,15 +178,27 @@ def location_attention(
     return_weights
         Return the weights too, as they are before dropout. They are differentiable. With a window they are of size
         T·T, and padded only.
+    return_scores
+        Return the scores too, in float32 (float64 where the inputs are), -inf where the mask hides: what the softmax
+        is of, the bias within. With a window too they are one a key, for they do not depend on the position.
+    return_lse
+        Return log Σ exp(score) over the visible keys too, -inf of none, in the dtype of the scores.
+    return_state
+        Return a `State` ``(out, m, log_l)`` in place of the output, as wide as the scores: the parts of a softmax
+        whose keys are split, which `merge` joins. Not with a window over a jagged `h`. Dropout changes ``out`` alone.
+        All of these are differentiable.
     impl
         ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere, for float64 and for more than 128 hops; with a
         window in blocks, where the reference makes all pairs. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
+    Tensor, State or tuple
+        The output or the state alone, or a tuple of it and what is asked for, in the order weights, scores, lse; so
+        in every family.
         Output ``(B, Dv)``, or ``(B, R, Dv)`` where `v` (`w` without `v`) has a hop axis; S for B where ragged.
-        Weights ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a jagged `h`.
+        Weights and scores ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a jagged `h`.
+        m, log_l and lse as the output, without Dv.
         With a window: output ``(B, T, Dv)``, ``(B, T, R, Dv)``; packed ``(N, Dv)``, ``(N, R, Dv)``; jagged for a
         jagged `h`; weights ``(B, T, T)``, ``(B, R, T, T)``.
 
@@ -202,7 +217,7 @@ def location_attention(
     cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
     offsets = None
     if h.is_nested:
         h, offsets, context, value, score_bias, cu_seqlens = _unpack_jagged(
@@ -214,9 +229,13 @@ def location_attention(
         activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
     left, right = check_window(window)
-    if window is not None and return_weights and cu_seqlens is not None:
+    if window is not None and wanted.weights and cu_seqlens is not None:
         raise ValueError(
-            "return_weights: expected False with a window and packed rows, pad the batch to see its weights; got True"
+            "return_weights: expected False with a window and packed rows, pad the batch to see them; got True"
+        )
+    if window is not None and wanted.state and offsets is not None:
+        raise ValueError(
+            "return_state: expected False with a window and a jagged h, pass its rows with cu_seqlens; got True"
         )
     last = cast("Tensor", w if v is None else v)
     hop_axis = last.dim() == 2
@@ -242,23 +261,30 @@ def location_attention(
     if window is not None:
         both = _row_scores(inputs, kernel), h if value is None else value
         windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
-        return _windowed(windowed, h.dtype, impl, kernel, hop_axis, return_weights, offsets)
+        return _windowed(windowed, h.dtype, impl, kernel, hop_axis, wanted, offsets)
+    weights = None
     if kernel:
-        out, lse, scores, _ = LOCATION(inputs, True, keeps_exact(*inputs[:9]))
-        weights = weights_of_rows(scores, lse, cu_seqlens) if return_weights else None
+        out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=wanted.state))
+        out = exact_of(out, exact) if wanted.state else out
     else:
-        out, weights = LOCATION.formula(inputs, weights_only=True)
-    out = out.to(h.dtype)
-    out = out if hop_axis else out.squeeze(1)
-    if weights is None or not return_weights:
-        return out
+        out, lse, scores, weights = by_formula(LOCATION.formula, inputs, wanted)
+    if wanted.weights and weights is None:
+        weights = weights_of_rows(scores, lse, cu_seqlens)
 
-    weights = weights if cu_seqlens is not None else weights.mT
-    weights = weights if hop_axis else weights.squeeze(1)
-    weights = weights.to(out.dtype)
-    if offsets is not None:
-        weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
-    return out, weights
+    def keys(x: Tensor) -> Tensor:
+        """A number a key and hop, in the form of the keys."""
+        x = x if cu_seqlens is not None else x.mT
+        x = x if hop_axis else x.squeeze(1)
+        return x if offsets is None else torch.nested.nested_tensor_from_jagged(x, offsets)
+
+    return returned(
+        wanted,
+        h.dtype,
+        out if hop_axis else out.squeeze(1),
+        lse if lse is None or hop_axis else lse.squeeze(1),
+        keys(weights) if wanted.weights else None,
+        keys(scores) if wanted.scores else None,
+    )
 
 
 def _row_scores(inputs: LocationInputs, kernel: bool) -> Tensor:
@@ -286,21 +312,32 @@ def _windowed(
     impl: Impl,
     kernel: bool,
     hop_axis: bool,
-    return_weights: bool,
+    wanted: Wanted,
     offsets: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """One output a position."""
     if impl == "reference" or forward_mode():
-        out, lse = reference.windowed_attention(inputs)
+        out, lse = reference.windowed_attention(widened(inputs) if wanted.state else inputs)
     else:
-        out, lse, _ = WINDOW(inputs, not kernel, kernel and keeps_exact(inputs.value, inputs.scores))
-    out = out.to(dtype)
-    out = out if hop_axis else out.squeeze(-2)
-    if offsets is not None:
-        return torch.nested.nested_tensor_from_jagged(out, offsets)
-    if not return_weights:
-        return out
+        asked = kernel and keeps_exact(inputs.value, inputs.scores, state=wanted.state)
+        out, lse, exact = WINDOW(inputs, not kernel, asked)
+        out = exact_of(out, exact) if wanted.state else out
+    weights = _window_weights(inputs, lse) if wanted.weights else None
 
+    def rows(x: Tensor, hop: int) -> Tensor:
+        return x if hop_axis else x.squeeze(hop)
+
+    weights = weights if weights is None else rows(weights, 1)
+    scores = inputs.scores if inputs.cu_seqlens is not None else inputs.scores.mT
+    results = returned(wanted, dtype, rows(out, -2), rows(lse, -2), weights, rows(scores, 1))
+    if offsets is None:
+        return results
+    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets) for x in (results if wanted != PLAIN else [results])]
+    return tuple(jagged) if wanted != PLAIN else jagged[0]
+
+
+def _window_weights(inputs: WindowInputs, lse: Tensor) -> Tensor:
+    """The weights ``(B, R, T, T)`` of all positions and keys."""
     scores = inputs.scores
     j = torch.arange(scores.shape[1], device=scores.device)
     shown = reference.in_window(j[:, None], j, inputs.left, inputs.right, torch.ones_like(j, dtype=torch.bool))
@@ -310,8 +347,7 @@ def _windowed(
     pairs = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).mT[:, :, None]
     pairs = pairs.masked_fill(spoilt | ~shown, -torch.inf)  # (B, R, T, T), of positions and keys
     weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1), dim=-1)
-    weights = reference.spoil(weights, spoilt & shown).to(dtype)
-    return out, weights if hop_axis else weights.squeeze(1)
+    return reference.spoil(weights, spoilt & shown)
 
 
 def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:

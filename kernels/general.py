@@ -492,13 +492,14 @@ def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
     return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
 
 
-def general_fwd(inputs: GeneralInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+def general_fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool) -> tuple[Tensor, ...]:
     """(out, lse, scores) as `fused_attn.reference.general_attention` has them, the weight apart; and out in float32.
 
     The scores are written only where `need_scores` says so (padded batches only), the last only where `need_exact`
-    does, for the backward, which takes differences with it; else they are empty.
+    does, for the backward, which takes differences with it; else they are empty. natural: m is in natural units, for
+    somebody reads it; else it may be in those of `power`.
     """
-    call = prepare(inputs, need_scores)
+    call = prepare(inputs, natural)
     query, key, cu_seqlens_q = inputs.query, inputs.key, inputs.cu_seqlens_q
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     out = query.new_empty(B, H, Tq, DV)

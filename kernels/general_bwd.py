@@ -524,7 +524,7 @@ def general_bwd(
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, score_bias), None where `needs` is False.
 
-    natural: whether the forward returned its scores, and took e^s of them (see general.py).
+    natural: as the forward had it, which then took e^s of its scores (see general.py).
     """
     call = prepare(inputs, natural, backward=True)
     query, key, value, score_bias, _, cu_seqlens_q, cu_seqlens_k, *_ = inputs

@@ -106,6 +106,7 @@ LOCATION_PACKED = {
 }
 LOCATION_WINDOW = {
     "weights over jagged rows": value_error("return_weights", h=JAGGED, mask=None, return_weights=True),
+    "a state over jagged rows": value_error("return_state", h=JAGGED, mask=None, return_state=True),
 }
 LOCATION_MODULE = {
     "h with channels first": value_error(
@@ -249,6 +250,7 @@ PAIRS_PACKED = {
     "cu_seqlens_k alone": value_error("cu_seqlens_q", cu_seqlens_q=None),
     "cu_seqlens_k of other sequences": value_error("cu_seqlens_k", cu_seqlens_k=ints(0, 1, 5, 5, M)),
     "return_weights": value_error("return_weights", return_weights=True),
+    "return_scores": value_error("return_scores", return_scores=True),
 }
 CONCAT = PAIRS | {
     "query without features": value_error("query", query=floats(B, TQ, 0), key=floats(B, TK, 0), v=floats(0)),

@@ -76,8 +76,11 @@ class PairsAttention(HeadsAttention):
         cu_seqlens_q: Offsets | None = None,
         cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
+        return_state: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Any, ...]:
         """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``, or packed, ``(N, query_dim)``.
 
         Parameters
@@ -87,14 +90,16 @@ class PairsAttention(HeadsAttention):
         value
             The keys as they are given, where None. ``(B, Tk, Dv)`` for every head, or with more than one
             ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or ``(N, H, Dv)``.
-        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, return_weights, impl
+        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, impl
             As in the function that the module is of.
+        return_weights, return_scores, return_lse, return_state
+            As in the function.
 
         Returns
         -------
-        Tensor or (Tensor, Tensor)
+        Tensor, State or tuple
             As the function returns them, with heads where there are more than one: ``(B, [H,] Tq, Dv)``, packed
-            ``(N, [H,] Dv)``; weights ``(B, [H,] Tq, Tk)``.
+            ``(N, [H,] Dv)``; weights and scores ``(B, [H,] Tq, Tk)``.
 
         Raises
         ------
@@ -106,7 +111,7 @@ class PairsAttention(HeadsAttention):
         self._check(INPUTS[cu_seqlens_q is not None], query, key, value)
         if value is not None and value.dim() == query.dim():
             value = self._repeat(value)
-        out: Tensor | tuple[Tensor, Tensor] = self._attend(
+        out: Tensor | tuple[Any, ...] = self._attend(
             query,
             key,
             value,
@@ -117,6 +122,9 @@ class PairsAttention(HeadsAttention):
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
+            return_state=return_state,
             impl=impl,
         )
         return out

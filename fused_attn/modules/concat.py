@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +114,11 @@ class ConcatAttention(HeadsAttention):
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
+        return_state: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Any, ...]:
         """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``.
 
         Parameters
@@ -130,13 +133,16 @@ class ConcatAttention(HeadsAttention):
             say one a row.
         projected
             What `project_keys` made of `key`; None: it is made here.
-        mask, window, score_bias, return_weights, impl
+        mask, window, score_bias, impl
+            As in `concat_attention`.
+        return_weights, return_scores, return_lse, return_state
             As in `concat_attention`.
 
         Returns
         -------
-        Tensor or (Tensor, Tensor)
-            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head; weights ``(B, [H,] Tq, Tk)``.
+        Tensor, State or tuple
+            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head; weights and scores
+            ``(B, [H,] Tq, Tk)``.
 
         Raises
         ------
@@ -185,6 +191,9 @@ class ConcatAttention(HeadsAttention):
             score_bias=score_bias,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
+            return_state=return_state,
             impl=impl,
         )
 

@@ -115,8 +115,11 @@ class LocationAttention(Attention):
         score_bias: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
+        return_state: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Any, ...]:
         """Pool `h`; shapes, results and errors are those of `location_attention`.
 
         Raises
@@ -160,6 +163,9 @@ class LocationAttention(Attention):
             cu_seqlens=cu_seqlens,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
+            return_state=return_state,
             impl=impl,
         )
 

@@ -1,0 +1,94 @@
+"""What a call returns: its output, and after it what more the caller asks for, in one order for all families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._checks import check_flag
+from .states import state_of
+
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+
+
+class Wanted(NamedTuple):
+    """What is to be returned beside the output, or with a state in place of it; the order is that of the results."""
+
+    weights: bool = False
+    scores: bool = False
+    lse: bool = False
+    state: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a number a score is."""
+        return self.weights or self.scores
+
+    @property
+    def normaliser(self) -> bool:
+        """Whether what the normaliser tells is."""
+        return self.lse or self.state
+
+
+PLAIN = Wanted()
+
+
+def check_wanted(*flags: Any) -> Wanted:
+    """The flags ``return_weights, return_scores, return_lse, return_state``, or the first of them, checked."""
+    pairs = zip(Wanted._fields, flags, strict=False)
+    return Wanted(*[check_flag(f"return_{name}", x) for name, x in pairs])
+
+
+def returned(
+    wanted: Wanted,
+    dtype: torch.dtype,
+    out: Tensor,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    scores: Tensor | None,
+) -> Any:
+    """The output, or its state, alone; or a tuple of it and what is wanted beside it. None: what nobody wants.
+
+    lse: (m, l), ``(*rows, 2)`` of an output ``(*rows, Dv)``. dtype: of the output and the weights.
+    """
+    results: list[Any] = [out.to(dtype)] if not wanted.state else []
+    if wanted.normaliser:
+        assert lse is not None
+        state = state_of(out, lse)
+        results = results or [state]
+    if wanted.weights:
+        assert weights is not None
+        results.append(weights.to(dtype))
+    if wanted.scores:
+        results.append(scores)
+    if wanted.lse:
+        results.append(state.lse)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def by_formula(
+    formula: Callable[..., tuple[Tensor, ...]], inputs: Inputs, wanted: Wanted, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(out, lse, scores, weights) of a formula, the textbook in plain PyTorch; the first in float32 for a state.
+
+    Weights alone come of the formula: see `reference._attend`.
+    """
+    if not (wanted.scores or wanted.normaliser):
+        out, weights = formula(inputs, weights_only=True, **options)
+        return out, None, None, weights
+    if wanted.state:
+        inputs, options = widened(inputs), {name: widened((x,))[0] for name, x in options.items()}
+    out, lse, scores = formula(inputs, **options)
+    return out, lse, scores, None
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """Inputs with their 16-bit tensors in float32."""
+    made = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in inputs
+    )
+    return type(inputs)(*made) if hasattr(inputs, "_fields") else type(inputs)(made)  # type: ignore[arg-type]
