@@ -5,8 +5,8 @@ For a sequence's query q, its keys k_j, the last weights p (or their sum so far)
     f_jc = Σ_k F_ck p_{j + k - (K - 1)/2}      s_j = v · act(q + k_j + f_j U) + bias_j
     α = softmax_j(s)                            out = Σ_j α_j value_j
 
-A history of P channels p (P, Tk) has filters F (C, P, K), and f is the sum over its channels. To the kernels that is
-one filter of P·K places, each of which is a place in the window of its channel.
+A history of P channels p (P, Tk) has filters F (C, P, K), and f is the sum over its channels: a loop over blocks of
+places goes through one channel after the other.
 
 A program has the keys of an item. For a tile of them it gathers the windows of p, [BLOCK_T, BLOCK_K]; two products
 make f and f U, which stay in registers. (One filter G = Fᵀ U of K rows in their place would be as much work where K
@@ -39,7 +39,19 @@ from .arguments import (
     sequence_ptr,
     sequences,
 )
-from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
+from .chip import (
+    LENGTHS,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    even,
+    matmul_flags,
+    pow2,
+    rule,
+    tile_rows,
+    unit,
+)
 from .inputs import LocationAwareInputs
 from .location import load_rows, load_weight, near
 from .masks import dropout, dropout_scale, unmasked
@@ -52,15 +64,24 @@ from .softmax import exp, finish, join_states, made_once, online_softmax, pivot,
 
 
 @triton.jit
-def channel_and_offset(k, size, flags):
-    """Of places of a filter of all channels: the channel, and how far from a key the place looks."""
-    channel = k * 0
-    offset = k - size.K // 2
+def all_places(size, flags, blocks):
+    """Where a loop over places of the filters, from 0 in steps of blocks.K, ends: whole blocks of each channel."""
+    n = size.K
     if flags.P > 1:
-        width = size.K // flags.P
-        channel = k // width
-        offset = k % width - width // 2
-    return channel, offset
+        n = tl.cdiv(size.K, blocks.K) * (blocks.K * flags.P)
+    return n
+
+
+@triton.jit
+def channel_and_places(n0, size, flags, blocks):
+    """The channel of the history, and places [BLOCK_K] of its filters, of a step of such a loop."""
+    channel = n0 * 0
+    k = n0 + tl.arange(0, blocks.K)
+    if flags.P > 1:
+        each = tl.cdiv(size.K, blocks.K) * blocks.K
+        channel = n0 // each
+        k -= channel * each
+    return channel, k
 
 
 @triton.jit
@@ -69,27 +90,23 @@ def windows(
     mask,
     seq,
     step,
+    channel,
     t,  # [BLOCK_T] keys
     k,  # [BLOCK_K] places of a filter
     T,
     size,
-    flags,
 ):
     """The weights around keys, [BLOCK_T, BLOCK_K], and which of them there are: what is hidden is not read."""
-    channel, offset = channel_and_offset(k, size, flags)
-    at = t[:, None] + offset[None, :]
+    at = t[:, None] + (k - size.K // 2)[None, :]
     there = unmasked(mask, seq, at, (at >= 0) & (at < T) & (k < size.K)[None, :])
-    if flags.P == 1:
-        head = seq * 0
-    else:
-        head = channel.to(tl.int64)[None, :]
-    return load_pairs(seen, seq, head, step, at, there).to(tl.float32), there
+    return load_pairs(seen, seq, seq * 0 + channel, step, at, there).to(tl.float32), there
 
 
 @triton.jit
-def load_filter(filters, c, k, size):
-    """Tile F[c, k]; 0 outside."""
-    return load_weight(filters.f, filters.stride_fc, filters.stride_fk, c, k, size.C, size.K).to(tl.float32)
+def load_filter(filters, channel, c, k, size):
+    """Tile F[c, k] of a channel of the history; 0 outside."""
+    f_ptr = filters.f + channel * filters.stride_fp
+    return load_weight(f_ptr, filters.stride_fc, filters.stride_fk, c, k, size.C, size.K).to(tl.float32)
 
 
 @triton.jit
@@ -102,10 +119,10 @@ def load_mixer(filters, c, a, size):
 def location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks):
     """f of keys and channels, [BLOCK_T, BLOCK_C]."""
     f = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
-    for k0 in range(0, size.K, blocks.K):
-        k = k0 + tl.arange(0, blocks.K)
-        x, _there = windows(seen, mask, seq, step, t, k, T, size, flags)
-        f = add_product(x, tl.trans(load_filter(filters, c, k, size)), f, tl.float32, flags.PRECISION)
+    for n0 in range(0, all_places(size, flags, blocks), blocks.K):
+        channel, k = channel_and_places(n0, size, flags, blocks)
+        x, _there = windows(seen, mask, seq, step, channel, t, k, T, size)
+        f = add_product(x, tl.trans(load_filter(filters, channel, c, k, size)), f, tl.float32, flags.PRECISION)
     return f
 
 
@@ -305,7 +322,8 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, size: "Size") -> Blocks:
 class Filters(NamedTuple):
     """What makes features of weights, see the top."""
 
-    f: Tensor  # (C, P·K)
+    f: Tensor  # (C, P, K), or (C, K)
+    stride_fp: int
     stride_fc: int
     stride_fk: int
     u: Tensor  # (C, A)
@@ -326,7 +344,7 @@ class Result(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Channels of the filters and their places (P·K of a history of P), widths of the score and of the values."""
+    """Channels and width of the filters, widths of the score and of the values."""
 
     C: int
     K: int
@@ -389,17 +407,17 @@ def prepare(
     if narrow and (chip.backend == "cuda" or chip.gfx == "gfx942"):
         precision = "tf32"  # of numbers of 16 bits, and of sums of them
     flags = Flags(activation, narrow and chip.backend == "cuda", chip.backend != "interpreter", precision, False)
+    stride_p = 0
     if conv_weight.dim() == 3:
-        flags = flags._replace(P=conv_weight.shape[1])
-        conv_weight = conv_weight.flatten(1)
-    size = Size(*conv_weight.shape, key.shape[-1], 0 if value is None else value.shape[-1])
+        flags, stride_p = flags._replace(P=conv_weight.shape[1]), conv_weight.stride(1)
+    size = Size(conv_weight.shape[0], conv_weight.shape[-1], key.shape[-1], 0 if value is None else value.shape[-1])
     conv_weight, u = near(conv_weight), near(u)
     args = {
         "q": steps_of(query),
         "k": steps_of(key),
         "value": sequences(unit(value), packed=False),
         "v_ptr": v.contiguous(),
-        "filters": Filters(conv_weight, *conv_weight.stride(), u, *u.stride()),
+        "filters": Filters(conv_weight, stride_p, conv_weight.stride(0), conv_weight.stride(-1), u, *u.stride()),
         "seen": pairs(seen),
         "bias": entries(score_bias, packed=False),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=False),

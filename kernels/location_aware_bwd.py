@@ -8,7 +8,7 @@ factor of dropout:
     dU = Σ f_ijᵀ dz_ij                       df_ij = dz_ij Uᵀ          dF_ck = Σ df_ijc p_{i, j + k - (K - 1)/2}
     dvalue_j = Σ_i κ_ij α_ij dO_i            dp_in = Σ_k e_ik,n        e_ik,n = Σ_c F_ck df_{i, n - k + (K - 1)/2, c}
 
-Of a history of P channels F is (C, P·K), as location_aware.py says, and dp_in of a channel has its K places.
+Of a history of P channels each has its dp_in, and its places of F.
 
 A key with all the weight has α 1 and δ = g, so its ds is 0 without a normaliser. Of a step there are three launches:
 g, dvalue and a part of δ of each item; all that is made of dz; and the sums of parts, by sums.py. Besides the
@@ -33,7 +33,8 @@ from .location_aware import (
     Blocks,
     Call,
     add_features,
-    channel_and_offset,
+    all_places,
+    channel_and_places,
     kept,
     load_filter,
     load_mixer,
@@ -64,7 +65,7 @@ class Made(NamedTuple):
     dq: Tensor | None  # (per_seq, B, Tq, A)
     dv: Tensor  # (items, A)
     du: Tensor | None  # (items, C, A); of filters all or none
-    df: Tensor | None  # (blocks of A, items, C, P·K)
+    df: Tensor | None  # (blocks of A, items, C, P, K)
     e: Tensor | None  # (blocks of A and C, K, B, P, Tk), of a step
 
 
@@ -128,26 +129,24 @@ def gradient_of_scores(given, row, Tk, t, parts, keep, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_places(e, group, num_seqs, seq, k, T, size, flags):
-    """Rows of e, [BLOCK_K], and how far from a key each place looks; group: of blocks of A and C."""
-    channel, offset = channel_and_offset(k, size, flags)
-    width = size.K // flags.P
-    row = (group.to(tl.int64) * width + offset + width // 2) * num_seqs + seq
-    return e + (row * flags.P + channel) * T, offset
+def _rows_of_places(e, group, num_seqs, seq, channel, k, T, size, flags):
+    """Rows of e of a channel of the history, [BLOCK_K]; group: of blocks of A and C."""
+    row = (group.to(tl.int64) * size.K + k) * num_seqs + seq
+    return e + (row * flags.P + channel) * T
 
 
 @triton.jit
-def _store_edges(ptrs, offset, part, parts, k, T, size, blocks):
+def _store_edges(ptrs, part, parts, k, T, size, blocks):
     """Zeros of e where no key stands, by the first item and the last; ptrs: rows of e."""
+    half = size.K // 2
     zero = tl.zeros([blocks.K, blocks.K], tl.float32)
     ptrs = ptrs[:, None]
-    offset = offset[:, None]
-    for r0 in range(0, size.K // 2, blocks.K):
+    for r0 in range(0, half, blocks.K):
         r = (r0 + tl.arange(0, blocks.K))[None, :]
         there = (k < size.K)[:, None] & (r < T)
-        # e of a key j is at n = j + offset: none is before offset, and none after T - 1 + offset.
-        tl.store(ptrs + r, zero, mask=there & (r < offset) & (part == 0))
-        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < -offset) & (part == parts - 1))
+        # e of a key j is at n = j + k - half: none is before k - half, and none after T - 1 + k - half.
+        tl.store(ptrs + r, zero, mask=there & (r < k[:, None] - half) & (part == 0))
+        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < half - k[:, None]) & (part == parts - 1))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -189,7 +188,7 @@ def _aware_bwd_scores_kernel(
         dq_ptr += (part * num_seqs + seq) * Tq * size.A
     df_ptr = made.df
     if df_ptr is not None:
-        df_ptr += (block_a * items + item).to(tl.int64) * size.C * size.K
+        df_ptr += (block_a * items + item).to(tl.int64) * size.C * size.K * flags.P
     dq = tl.zeros([blocks.A], tl.float32)
     dv = tl.zeros([blocks.A], tl.float32)
     du = tl.zeros([blocks.C, blocks.A], tl.float32)
@@ -228,22 +227,22 @@ def _aware_bwd_scores_kernel(
                     du = add_product(tl.trans(f), dz, du, tl.float32, flags.PRECISION)
                 u = load_mixer(filters, c, a, size)
                 df = tile_product(dz, tl.trans(u), tl.float32, flags.PRECISION)
-                for k0 in range(0, size.K, blocks.K):
-                    place = k0 + tl.arange(0, blocks.K)
-                    x, there = windows(seen, mask, seq, step, t, place, Tk, size, flags)
+                for n0 in range(0, all_places(size, flags, blocks), blocks.K):
+                    channel, place = channel_and_places(n0, size, flags, blocks)
+                    x, there = windows(seen, mask, seq, step, channel, t, place, Tk, size)
                     if df_ptr is not None:
-                        at = df_ptr + c.to(tl.int64)[:, None] * size.K + place[None, :]
+                        at = df_ptr + (c.to(tl.int64)[:, None] * flags.P + channel) * size.K + place[None, :]
                         some = (c < size.C)[:, None] & (place < size.K)[None, :]
                         old = tl.load(at, mask=some & ((t0 > lo) | (step > 0)), other=0.0)
                         tl.debug_barrier()  # threads that have the same numbers read before one of them writes
                         tl.store(at, add_product(tl.trans(df), x, old, tl.float32, flags.PRECISION), mask=some)
                         tl.debug_barrier()  # other threads may read it next
                     if made.e is not None:
-                        w = load_filter(filters, c, place, size)
+                        w = load_filter(filters, channel, c, place, size)
                         e = tl.where(there, tile_product(df, w, tl.float32, flags.PRECISION), 0.0)
                         group = block_c * tl.num_programs(1) + block_a
-                        rows, offset = _rows_of_places(made.e, group, num_seqs, seq, place, Tk, size, flags)
-                        n = t[:, None] + offset[None, :]
+                        rows = _rows_of_places(made.e, group, num_seqs, seq, channel, place, Tk, size, flags)
+                        n = t[:, None] + (place - size.K // 2)[None, :]
                         write = inside[:, None] & (n >= 0) & (n < Tk) & (place < size.K)[None, :]
                         tl.store(rows[None, :] + n, e, mask=write)
         if made.dk is not None:
@@ -259,10 +258,10 @@ def _aware_bwd_scores_kernel(
         store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
     if made.e is not None:
         group = block_c * tl.num_programs(1) + block_a
-        for k0 in range(0, size.K, blocks.K):
-            place = k0 + tl.arange(0, blocks.K)
-            rows, offset = _rows_of_places(made.e, group, num_seqs, seq, place, Tk, size, flags)
-            _store_edges(rows, offset, part, per_seq, place, Tk, size, blocks)
+        for n0 in range(0, all_places(size, flags, blocks), blocks.K):
+            channel, place = channel_and_places(n0, size, flags, blocks)
+            rows = _rows_of_places(made.e, group, num_seqs, seq, channel, place, Tk, size, flags)
+            _store_edges(rows, part, per_seq, place, Tk, size, blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -287,19 +286,21 @@ class ValuesBlocks(NamedTuple):
 
 
 @rule
-def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool) -> Blocks:
+def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool, P: int) -> Blocks:
     """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report.
 
     Products in TF32 hold whole filters in registers, so tiles are small: 16 by 64 is 41 instructions an element.
+    Where both operands are there, those of a history of several channels are smaller.
     """
+    pressed = P > 1 and chip.from_registers
     C, K, A, _ = size  # type: ignore[misc]
     if chip.backend == "interpreter":
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
     if itemsize == 4:
         filters = pow2(C, 16, 32), pow2(K, 16, 32)
-        small = not even(A) or chip.backend == "hip"
+        small = pressed or not even(A) or chip.backend == "hip"
         return Blocks(16 if walk or small else tile_rows(T, 32), pow2(A, 16, 16 if small else 32), *filters, 16, 8)
-    return Blocks(16, pow2(A, 16, 64 if even(A) else 32), 32, 32, 16, 4)
+    return Blocks(16, pow2(A, 16, 64 if even(A) and not pressed else 32), 32, 32, 16, 4)
 
 
 class Wanted(NamedTuple):
@@ -323,7 +324,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     query, key, v, previous, conv_weight, u, bias = like
     B, T, P, (C, K, A, _) = call.seqs, call.length, call.flags.P, call.size
     Tq = given.weights.shape[1]
-    blocks = scores_blocks(call.chip, key.element_size(), T, call.size, Tq > 1)
+    blocks = scores_blocks(call.chip, key.element_size(), T, call.size, Tq > 1, P)
     rows, per_seq = (blocks.T, cdiv(T, blocks.T)) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
     a_blocks, c_blocks = cdiv(A, blocks.A), cdiv(C, blocks.C)
     filters = want.conv_weight or want.u
@@ -337,8 +338,8 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
         parts(want.query, per_seq, B, Tq, A),
         parts(True, B * per_seq, A),
         parts(filters, B * per_seq, C, A),
-        parts(filters, a_blocks, B * per_seq, C, K),
-        parts(want.previous, c_blocks * a_blocks * (K // P), B * P, T),
+        parts(filters, a_blocks, B * per_seq, C, P * K),
+        parts(want.previous, c_blocks * a_blocks * K, B * P, T),
     )
     args = call.args | {
         "given": given,
@@ -356,7 +357,7 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
             (None if made.dq is None else made.dq.view(per_seq, B * Tq, A), query.dtype),
             (made.dv if want.v else None, v.dtype),
             (made.e, torch.float32 if previous is None else previous.dtype),
-            (made.df.view(-1, C, K) if made.df is not None and want.conv_weight else None, conv_weight.dtype),
+            (made.df.view(-1, C, P * K) if made.df is not None and want.conv_weight else None, conv_weight.dtype),
             (made.du if want.u else None, u.dtype),
         ]
     )

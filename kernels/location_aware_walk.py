@@ -34,6 +34,8 @@ from .location_aware import (
     Call,
     Size,
     add_features,
+    all_places,
+    channel_and_places,
     load_filter,
     load_mixer,
     prepare,
@@ -127,7 +129,7 @@ def _aware_walk_bwd_kernel(
     seq = tl.program_id(0).to(tl.int64)
     k_ptr = first_row(k, seq)
     dp_ptr += seq * flags.P * Tk
-    e_ptr += seq * size.K * Tk
+    e_ptr += seq * size.K * flags.P * Tk
     for t0 in range(0, Tk * flags.P, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         tl.store(dp_ptr + t, tl.zeros([blocks.T], tl.float32), mask=t < Tk * flags.P)
@@ -168,11 +170,11 @@ def _aware_walk_bwd_kernel(
                     dz = tl.where(keep[:, None], dz, 0.0)
                     u = tl.trans(load_mixer(filters, c, a, size))
                     df = add_product(dz, u, df, tl.float32, flags.PRECISION)
-                for k0 in range(0, size.K, blocks.K):
-                    place = k0 + tl.arange(0, blocks.K)
-                    w = load_filter(filters, c, place, size)
+                for n0 in range(0, all_places(size, flags, blocks), blocks.K):
+                    channel, place = channel_and_places(n0, size, flags, blocks)
+                    w = load_filter(filters, channel, c, place, size)
                     e = tile_product(df, w, tl.float32, flags.PRECISION)
-                    at = e_ptr + place.to(tl.int64)[None, :] * Tk + t[:, None]
+                    at = e_ptr + (place + channel * size.K).to(tl.int64)[None, :] * Tk + t[:, None]
                     write = (t < Tk)[:, None] & (place < size.K)[None, :]
                     if not flags.ONE_C:
                         e += tl.load(at, mask=write & (c0 > 0), other=0.0)
@@ -183,15 +185,14 @@ def _aware_walk_bwd_kernel(
             t = t0 + tl.arange(0, blocks.T)
             inside = t < Tk
             keep = unmasked(mask, seq, t, inside)
-            width = size.K // flags.P
             for back_p in tl.static_range(flags.P):  # the last first: a channel takes from the one before it
                 p = flags.P - 1 - back_p
                 found = tl.zeros([blocks.T, blocks.K], tl.float32)
-                for k0 in range(0, width, blocks.K):
+                for k0 in range(0, size.K, blocks.K):
                     place = k0 + tl.arange(0, blocks.K)
-                    j = t[:, None] + (width // 2 - place)[None, :]  # whose window has t at this place
-                    there = (j >= 0) & (j < Tk) & (place < width)[None, :]
-                    at = e_ptr + (place + width * p).to(tl.int64)[None, :] * Tk + j
+                    j = t[:, None] + (size.K // 2 - place)[None, :]  # whose window has t at this place
+                    there = (j >= 0) & (j < Tk) & (place < size.K)[None, :]
+                    at = e_ptr + (place + size.K * p).to(tl.int64)[None, :] * Tk + j
                     found += tl.load(at, mask=there, other=0.0)
                 dp = tl.where(keep, tl.sum(found, axis=1), 0.0)
                 if flags.SUM and back_p == 0:
@@ -210,14 +211,15 @@ def _aware_walk_bwd_kernel(
 
 
 @rule
-def walk_blocks(chip: Chip, itemsize: int, T: int, size: Size, backward: bool) -> Blocks:
+def walk_blocks(chip: Chip, itemsize: int, T: int, size: Size, P: int, backward: bool) -> Blocks:
     """Tiles of both walks. Chosen by the compile report (no spills); speed on a GPU not yet measured."""
     if chip.backend == "interpreter":
         return Blocks(16, pow2(size.A, 16, 64), pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 4)
     hip = chip.backend == "hip"  # where tiles of twice the features spill
     if backward:
         block_a = pow2(size.A, 16, 16 if itemsize == 4 and (hip or not even(size.A)) else 32)
-        return Blocks(tile_rows(T, 32), block_a, 32, 32, 16, 8)
+        rows = 16 if P > 1 and itemsize == 4 and chip.from_registers else 32
+        return Blocks(tile_rows(T, rows), block_a, 32, 32, 16, 8)
     block_a = pow2(size.A, 16, 32 if hip else 64 if itemsize == 4 or not even(size.A) else 128)
     return Blocks(tile_rows(T, 32), block_a, pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 8)
 
@@ -249,7 +251,7 @@ def location_aware_walk_fwd(inputs: LocationAwareSequenceInputs, need_seen: bool
         else:
             seen[:, 0].copy_(previous)
         call = _prepare(inputs, channels_first(seen))
-        blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, False)
+        blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, call.flags.P, False)
         args = call.args | {
             "seen_ptr": seen,
             "weights_ptr": weights,
@@ -271,14 +273,14 @@ def location_aware_walk_bwd(
     if weights.numel() == 0:
         return [x.new_zeros(x.shape) if need and x is not None else None for x, need in zip(like, needs, strict=True)]
     call = _prepare(inputs, channels_first(seen[:, :Tq]))
-    blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, True)
+    blocks = walk_blocks(call.chip, key.element_size(), Tk, call.size, call.flags.P, True)
     given = Given(weights, torch.empty_like(weights), weights.new_empty(B, Tq, 1))
     dp = weights.new_empty(seen[:, 0].shape)
     args = call.args | {
         "dweights_ptr": None if dweights is None else dweights.contiguous(),
         "given": given,
         "dp_ptr": dp,
-        "e_ptr": weights.new_empty(B, call.size.K, Tk),
+        "e_ptr": weights.new_empty(B, call.flags.P * call.size.K, Tk),
         "Tq": Tq,
         "flags": constants(call.flags._replace(ONE_C=blocks.C >= call.size.C)),
     }

@@ -1,47 +1,22 @@
 """The recipes of docs/recipes.md: outputs and gradients are those of the papers' formulas, written out here."""
 
-import re
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import _recipes
 import pytest
 import torch
+from _recipes import assert_alike, draw
 from torch import Tensor, nn
 
 from fused_attn import LocationAttention
 
-PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-
-
-def recipe(section: str, *names: str) -> Any:
-    """Functions that a section defines."""
-    space: dict[str, Any] = {}
-    exec(compile(SECTIONS[section], section, "exec"), space)
-    found = [space[name] for name in names]
-    return found if len(found) > 1 else found[0]
-
-
-def draw(*shapes: Sequence[int]) -> list[Tensor]:
-    """Leaves in float64."""
-    generator = torch.Generator().manual_seed(len(shapes))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+recipe = functools.partial(_recipes.recipe, "recipes")
 
 
 def first(length: int, lengths: Sequence[int]) -> Tensor:
     return torch.arange(length) < torch.tensor(lengths)[:, None]
-
-
-def assert_alike(got: Any, expected: Any, leaves: Sequence[Tensor]) -> None:
-    """Outputs agree, and so do the gradients of a random projection of all of them."""
-    got, expected = ([x] if isinstance(x, Tensor) else list(x) for x in (got, expected))
-    torch.testing.assert_close(got, expected)
-    cotangents = [torch.randn(x.shape, dtype=x.dtype) for x in expected]
-    options = {"materialize_grads": True}
-    by_recipe, by_formula = (torch.autograd.grad(xs, leaves, cotangents, **options) for xs in (got, expected))
-    torch.testing.assert_close(by_recipe, by_formula)
-    assert all(x.any() for x in by_formula)
 
 
 def softmax_over(keys: Sequence[int], score: Callable[[int], Tensor], size: int) -> Tensor:
@@ -215,5 +190,4 @@ def test_which_instance():
 
 
 def test_every_recipe_was_tested():
-    named = set(re.findall(r'recipe\("(.*?)"', Path(__file__).read_text()))
-    assert named == set(SECTIONS)
+    assert _recipes.named_in(Path(__file__)) == set(_recipes.sections("recipes"))

@@ -5,8 +5,8 @@ from mutant import Mutant
 LOCATION_AWARE: tuple[Mutant, ...] = (
     Mutant(
         "kernels/location_aware.py",
-        "    at = t[:, None] + offset[None, :]\n",
-        "    at = t[:, None] + offset[None, :] + 1\n",
+        "    at = t[:, None] + (k - size.K // 2)[None, :]\n",
+        "    at = t[:, None] + (k - size.K // 2 + 1)[None, :]\n",
         ("tests/test_location_aware.py", "-k", "by_hand"),
         "the windows are one place off",
     ),
@@ -33,7 +33,7 @@ LOCATION_AWARE: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_aware_bwd.py",
-        "        tl.store(ptrs + r, zero, mask=there & (r < offset) & (part == 0))\n",
+        "        tl.store(ptrs + r, zero, mask=there & (r < k[:, None] - half) & (part == 0))\n",
         "",
         ("tests/test_location_aware.py", "-k", "one_gradient_alone"),
         "what is past the first key is not zero",
@@ -54,8 +54,8 @@ LOCATION_AWARE: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_aware_walk.py",
-        "[:, None] + (width // 2 - place)[None, :]",
-        "[:, None] + (place - width // 2)[None, :]",
+        "[:, None] + (size.K // 2 - place)[None, :]",
+        "[:, None] + (place - size.K // 2)[None, :]",
         ("tests/test_location_aware_sequence.py", "-k", "one_gradient_alone"),
         "the filters are not turned round in the backward",
     ),
