@@ -558,6 +558,23 @@ def check_both(check: Checker, names: tuple[str, str], both: tuple[Tensor, Tenso
     check(names[1], both[1])
 
 
+def check_mask(check: Checker, mask: Tensor | None, full: tuple[int, int, int, int]) -> None:
+    """Check that a mask is of the keys, or broadcasts to the pairs, whose shape (B, H, Tq, Tk) is `full`."""
+    if mask is None:
+        return
+    batch, heads, queries, keys = full
+    shape, of_batch, of_heads, of_queries = mask.shape, (1, batch), (1, heads), (1, queries)
+    allowed = {2: [(*of_batch, queries)], 3: [of_batch, of_queries], 4: [of_batch, of_heads, of_queries]}
+    sizes = allowed.get(len(shape), [])
+    if not sizes or shape[-1] != keys or any(n not in some for n, some in zip(shape, sizes, strict=False)):
+        words = [word for word in ("B", "H", "Tq", "Tk") if word in check.sizes]
+        having = ", ".join(f"{word} = {check.sizes[word]} from {check.sources[word]}" for word in words)
+        raise ValueError(
+            "mask: expected shape (B, Tk), (Tq, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with "
+            f"{having}; got {tuple(shape)}; {TRUE_IS_VISIBLE}"
+        )
+
+
 def check_score_bias(check: Checker, score_bias: Tensor | None, full: Sequence[int]) -> None:
     """Check that a bias broadcasts to the scores, whose shape is `full`."""
     if score_bias is None:

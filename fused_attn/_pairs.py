@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    TRUE_IS_VISIBLE,
     Argument,
     Checker,
     Table,
@@ -16,6 +17,7 @@ from ._checks import (
     check_activation,
     check_both,
     check_dropout,
+    check_mask,
     check_packed,
     check_score_bias,
     check_window,
@@ -55,7 +57,7 @@ def pairs_tables(
             "key": argument(f"{k[:at]}{h}{k[at:]}{key}"),
             "value": argument(f"{k[:at]}{h}{k[at:]}Dv", optional=keys_are_values),
             **{name: parameter(form) for name, form in parameters.items()},
-            "mask": mask_of("B Tk | B Tq Tk"),
+            "mask": mask_of("M") if packed else Argument((), "bool", True, False, TRUE_IS_VISIBLE),
             "score_bias": Argument((), "bias", True, False, ""),
             "cu_seqlens_q": offsets_of("S"),
             "cu_seqlens_k": offsets_of("S"),
@@ -82,7 +84,7 @@ def check_pairs(
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     both = given.cu_seqlens_q, given.cu_seqlens_k
-    padded = {"mask": given.mask, "score_bias": given.score_bias}
+    padded = {"score_bias": given.score_bias}
     padded |= {"return_weights": wanted.weights, "return_scores": wanted.scores}
     packed = check_packed(padded, *both)
     check = Checker(tables[packed, has_heads(given)])
@@ -94,7 +96,10 @@ def check_pairs(
         offsets = cast("tuple[Tensor, Tensor]", both)
         check_both(check, ("cu_seqlens_q", "cu_seqlens_k"), offsets, (query.shape[0], key.shape[0]))
     check("mask", given.mask)
-    check_score_bias(check, given.score_bias, (*given.query.shape[:-1], key.shape[-2]))
+    if not packed:
+        scores = *query.shape[:-1], key.shape[-2]
+        check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
+        check_score_bias(check, given.score_bias, scores)
     left, right = check_window(window)
     return given._replace(left=left, right=right, dropout_p=p)
 
@@ -114,7 +119,23 @@ def canonical(given: P) -> P:
     if bias is not None:
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1,) * (3 + heads)))
         bias = bias if heads else bias[:, None]
-    return given._replace(query=rows(query), key=rows(key), value=rows(value), score_bias=bias, seed=seed)
+    made = given._replace(query=rows(query), key=rows(key), value=rows(value), score_bias=bias, seed=seed)
+    return made if given.mask is None else made._replace(mask=_of_keys_or_pairs(given.mask, made.query.shape[0]))
+
+
+def _of_keys_or_pairs(mask: Tensor, batch: int) -> Tensor:
+    """A mask as a view ``(B, Tk)`` where all queries of a sequence see the same, else broadcastable to the scores.
+
+    Of two axes the first is the batch where it has that size, and the queries where not. Of one the keys are packed.
+    """
+    if mask.dim() == 1:
+        return mask[None]
+    if mask.dim() == 2:
+        if mask.shape[0] in (1, batch):
+            return mask.expand(batch, -1)
+        return mask[None, None]
+    mask = mask[:, None] if mask.dim() == 3 else mask
+    return mask[:, 0, 0].expand(batch, -1) if mask.shape[1] == 1 and mask.shape[2] == 1 else mask
 
 
 def shaped(

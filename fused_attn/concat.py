@@ -105,8 +105,10 @@ def concat_attention(
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
-        bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
-        query or key use are never read: they may be NaN.
+        bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(Tq, Tk)``, ``(B, Tq, Tk)`` or with heads
+        ``(B, H, Tq, Tk)``, where any but Tk may be 1; it is not expanded. Two axes are ``(B, Tk)`` where the first is
+        B, so where B = Tq pass ``mask[None]`` of ``(Tq, Tk)``. Of packed keys ``(M,)``. Rows that it lets no query
+        or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
         Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
@@ -136,7 +138,7 @@ def concat_attention(
     Raises
     ------
     ValueError, TypeError
-        For arguments that do not fit, packed rows with a mask, a bias or weights to return, and an `impl` that
+        For arguments that do not fit, packed rows with a bias or weights to return, and an `impl` that
         cannot run here.
 
     References
@@ -202,8 +204,8 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     query, key, _, v, _, mask, cu_seqlens, *_ = inputs
     if mask is not None:  # rows that may be NaN, before they meet a number
         queries, keys = reference.used_rows(mask)
-        (query,) = reference.hide(queries[:, None, :, None], query)
-        (key,) = reference.hide(keys[:, None, :, None], key)
+        (query,) = reference.hide(queries[..., None], query)
+        (key,) = reference.hide(keys[..., None], key)
     wide = torch.promote_types(query.dtype, torch.float32)
     sums = wide if query.element_size() == 2 else torch.float64  # one rounding
     parts = reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right)
@@ -228,10 +230,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Tensor 
     factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
-    query, key, value, v, score_bias, mask, _, _, seed, activation, _, _, dropout_p = inputs
-    keys = mask
-    if mask is not None:
-        keys = mask if mask.dim() == 2 else mask[:, 0]
+    query, key, value, v, score_bias, keys, _, _, seed, activation, _, _, dropout_p = inputs
     bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2]).squeeze(2).squeeze(1)
     if not kernel:
         query, key, v = reference.widened(query, key, v)

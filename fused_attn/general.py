@@ -42,7 +42,7 @@ def _sdpa(
     Tk = key.shape[2]
     if 0 in (query.numel(), key.numel()):
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask[:, None]
+    shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask
     if causal and (shown is not None or Tq != Tk):
         lower = torch.ones(Tq, Tk, dtype=torch.bool, device=query.device).tril()
         shown, causal = lower if shown is None else shown & lower, False
@@ -63,7 +63,7 @@ def _fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bo
         # Rows that are not finite: PyTorch's attention multiplies them by 0 where hidden, and gives 0 for a query.
         lost = ~query.isfinite().all(-1)
         if mask is not None:
-            lost &= reference.used_rows(mask)[0][:, None]
+            lost &= reference.used_rows(mask)[0]
         if lost.any() or (reference.in_parts(mask, None, None, inputs.right) and not out.isfinite().all()):
             out = _GENERAL.formula(inputs)[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
@@ -179,8 +179,10 @@ def general_attention(
     activation
         Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
-        bool ``(B, Tk)`` or ``(B, Tq, Tk)``, True = may be attended; not with packed rows. Rows that it lets no
-        query or key use are never read: they may be NaN.
+        bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(Tq, Tk)``, ``(B, Tq, Tk)`` or with heads
+        ``(B, H, Tq, Tk)``, where any but Tk may be 1; it is not expanded. Two axes are ``(B, Tk)`` where the first is
+        B, so where B = Tq pass ``mask[None]`` of ``(Tq, Tk)``. Of packed keys ``(M,)``. Rows that it lets no query
+        or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
         Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
@@ -251,7 +253,7 @@ def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInpu
     """With the queries multiplied by the weight."""
     query, key, value, _, mask, cu_seqlens, *_ = inputs
     if mask is not None:  # rows that may be NaN, before they meet a number
-        query = query.masked_fill(~reference.used_rows(mask)[0][:, None, :, None], 0)
+        query = query.masked_fill(~reference.used_rows(mask)[0][..., None], 0)
     bad = None
     if reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right):
         query, bad = reference.sound(query)

@@ -298,8 +298,8 @@ def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> 
     """Queries, keys and values ``(B, H, T, D)`` with zeros where the mask lets no pair use a row: it may be NaN."""
     if mask is not None and not _looking.after:
         queries, keys = used_rows(mask)
-        key, value = hide(keys[:, None, :, None], key, value)
-        (query,) = hide(queries[:, None, :, None], query)
+        key, value = hide(keys[..., None], key, value)
+        (query,) = hide(queries[..., None], query)
     return query, key, value
 
 
@@ -316,8 +316,9 @@ def hide(shown: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def used_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Which queries ``(B, Tq)``, or ``(B, 1)`` of a mask of keys, and which keys ``(B, Tk)`` some pair uses."""
-    return (mask.any(1, keepdim=True), mask) if mask.dim() == 2 else (mask.any(2), mask.any(1))
+    """Which queries and keys some pair uses, broadcastable to ``(B, H, Tq)`` and ``(B, H, Tk)``."""
+    mask = mask[:, None, None] if mask.dim() == 2 else mask
+    return mask.any(3), mask.any(2)
 
 
 def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -333,7 +334,7 @@ def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
 def in_parts(mask: Tensor | None, cu_seqlens: Tensor | None, left: int | None, right: int | None) -> bool:
     """Whether a key may be hidden from some queries only."""
     window = left is not None or right is not None
-    return window or cu_seqlens is not None or (mask is not None and mask.dim() == 3)
+    return window or cu_seqlens is not None or (mask is not None and mask.dim() == 4)
 
 
 def sound(x: Tensor, *, nan_only: bool = False) -> tuple[Tensor, Tensor]:
@@ -370,13 +371,13 @@ def _attend(
     queries only; values are then looked at too.
     """
     B, H, Tq, Tk = scores.shape
-    shown = None if mask is None else mask[:, None, :] if mask.dim() == 2 else mask
+    shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask
     near_only = left is not None or right is not None or cu_seqlens_q is not None
     if near_only or dropout_p > 0:
         q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
         k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
     if near_only:
-        near = in_window(i, j, left, right, q_seq == k_seq)
+        near = in_window(i, j, left, right, q_seq == k_seq)[:, None]
         shown = near if shown is None else shown & near
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bad is not None:
@@ -384,7 +385,7 @@ def _attend(
     if score_bias is not None:
         scores = scores + score_bias
     if shown is not None:
-        scores = scores.masked_fill(~shown[:, None], -torch.inf)
+        scores = scores.masked_fill(~shown, -torch.inf)
     weights, top = softmax(scores, -1)
     shares = weights
     if dropout_p > 0:
@@ -397,7 +398,7 @@ def _attend(
     if bad is not None:
         value, lost = sound(value)
         weights = weights.masked_fill(lost.mT, torch.nan)
-        weights = weights if shown is None else weights.masked_fill(~shown[:, None], 0)
+        weights = weights if shown is None else weights.masked_fill(~shown, 0)
     out = (weights.to(value.dtype) @ value).to(dtype)
     if weights_only:
         return out, shares

@@ -53,7 +53,7 @@ from .chip import (
     unpressed,
     vectors,
 )
-from .concat_factors import FACTOR, bound_at, factors, readable, rows_before, rows_of, tile_at
+from .concat_factors import FACTOR, bound_at, factors, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
 from .location import load_rows, store_both, store_rows
 from .masks import (
@@ -63,6 +63,7 @@ from .masks import (
     in_window,
     row_codes,
     split_tiles,
+    unmasked,
     window,
     window_pairs,
     window_tiles,
@@ -193,7 +194,7 @@ def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep
 def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags):
     """Scores s of the queries i and keys j with their bias, and which of these pairs are visible.
 
-    bias, mask: packed rows have none.
+    bias, mask: a number a pair, of which packed rows have none.
     """
     i = i[:, None]
     j = j[None, :]
@@ -240,7 +241,7 @@ def _concat_fwd_kernel(
     v,
     value,  # (B, H, Tk, DV)
     bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -265,7 +266,7 @@ def _concat_fwd_kernel(
     q_inside = i < hi
     q_at = (q_start + i).to(tl.int64)
     q_ptrs = head_ptr(q, seq, head) + q_at * pitch(q)
-    q_keep = readable(q_inside, q_rows, seq, q_at, flags)
+    q_keep = unmasked(q_rows, seq, q_at, q_inside)
     before = rows_before(seq, head, q_side, Tq, size.H)
     k_ptr = head_ptr(k, seq, head)
     value_ptr = head_ptr(value, seq, head)
@@ -283,7 +284,7 @@ def _concat_fwd_kernel(
         j = tile * blocks.N + tl.arange(0, blocks.N)
         k_inside = j < k_length
         k_at = (k_start + j).to(tl.int64)
-        k_keep = readable(k_inside, k_rows, seq, k_at, flags)
+        k_keep = unmasked(k_rows, seq, k_at, k_inside)
         s = concat_scores(
             q_item.to(tl.int64) * size.H + head,
             (k_item0 + tile).to(tl.int64) * size.H + head,
@@ -437,9 +438,11 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
     packed, exact = cu_seqlens_q is not None, value.dtype == torch.float32
     q_rows = k_rows = None
     if mask is not None:
-        k_rows = (mask if mask.dim() == 2 else mask.any(1)).view(torch.uint8)
-        q_rows = None if lse is None else lse[:, 0, :, 1]  # l is 0
-        mask = mask.view(torch.uint8) if mask.dim() == 3 else None
+        # Of all heads alike: what one of them alone may not use is told from the rest as what one query may not is.
+        k_rows = (mask if mask.dim() == 2 else mask.any(dim=(1, 2)).expand(B, -1)).view(torch.uint8)
+        one = mask.dim() == 2 or mask.shape[1] == 1
+        q_rows = None if lse is None else lse[:, 0, :, 1] if one else lse[..., 1].amax(1)  # l is 0
+        mask = mask.expand(B, H, Tq, Tk).view(torch.uint8) if mask.dim() == 4 else None
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     size = Size(H, A, A + A % 2, value.shape[-1])
     flags = Flags(
@@ -468,7 +471,8 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         "size": size._replace(A=width(A), AP=width(size.AP), DV=width(size.DV)),
         "flags": constants(flags),
     }
-    busy = any(x is not None for x in (bias, mask, left, right, seed))
+    masked = packed and k_rows is not None
+    busy = masked or any(x is not None for x in (bias, mask, left, right, seed))
     return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
 
 
@@ -500,7 +504,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
         o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
     elif not blocks.HELD:
         o = exact if need_exact else out if out.dtype == torch.float32 else lse.new_empty(out.shape)
-    some = left is not None or right is not None or (mask is not None and mask.dim() == 3)
+    some = left is not None or right is not None or (mask is not None and mask.dim() == 4)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
     args = made.args | {
         "k_side": made.args["k_side"]._replace(codes=codes),

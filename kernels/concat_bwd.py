@@ -36,7 +36,7 @@ from torch import Tensor
 from .arguments import head_ptr, launch, pitch, untold
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, pow2, rule, tile_rows, unpressed, vectors
 from .concat import Call, prepare
-from .concat_factors import Factors, Saved, bound_at, factors, readable, rows_before, rows_of, tile_at
+from .concat_factors import Factors, Saved, bound_at, factors, rows_before, rows_of, tile_at
 from .concat_walk import (
     Gradients,
     Workspace,
@@ -49,7 +49,7 @@ from .concat_walk import (
 )
 from .inputs import ConcatInputs
 from .location import add_later, load_rows, store_rows
-from .masks import mirrored, split_tiles, window_range, window_tiles
+from .masks import mirrored, split_tiles, unmasked, window_range, window_tiles
 from .products import add_product
 from .sums import sums
 
@@ -76,7 +76,7 @@ def _concat_bwd_g_kernel(
     v,
     value,  # (B, H, Tk, DV)
     bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -133,7 +133,7 @@ def _concat_bwd_gap_kernel(
     v,
     value,  # (B, H, Tk, DV)
     bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -218,7 +218,7 @@ def _concat_bwd_dq_kernel(
     k_start, k_length, k_item0 = rows_of(seq, k_side, Tk, blocks.N)
     m = tl.arange(0, blocks.M)
     at = (q_start + lo + m).to(tl.int64)
-    q_keep = readable(lo + m < hi, q_rows, seq, at, flags)
+    q_keep = unmasked(q_rows, seq, at, lo + m < hi)
     q_ptrs = head_ptr(q, seq, head) + at * pitch(q)
     q_tile = q_item.to(tl.int64) * size.H + head
     x = staying(q_side, q_tile * blocks.M + m[:, None], d, size)
@@ -278,7 +278,7 @@ def _gradient_of_keys(
     r = tl.arange(0, blocks.R)
     q_item0 = work.item0 >> 2
     inside = k_lo + offset + r < k_hi
-    k_keep = readable(inside, k_rows, seq, at, flags)
+    k_keep = unmasked(k_rows, seq, at, inside)
     k_ptrs = head_ptr(k, seq, head) + at * pitch(k)
     k_tile = k_item.to(tl.int64) * size.H + head
     x = staying(k_side, k_tile * blocks.N + offset + r[:, None], d, size)
@@ -334,7 +334,7 @@ def _gradient_of_values(
         hi = tl.minimum(lo + blocks.M, q_length)
         if tiles_meet(window, lo, hi, k_lo, k_hi, blocks.N):
             q_at = (q_start + lo + m).to(tl.int64)
-            q_keep = readable(lo + m < q_length, q_rows, seq, q_at, flags)
+            q_keep = unmasked(q_rows, seq, q_at, lo + m < q_length)
             slot = _slot(q_first + tile - q_item0, head, k_lo // blocks.N, k_side, size, blocks)
             p = tl.load(work.p + slot + (offset + r)[:, None] * blocks.M + m[None, :])
             do = load_rows(saved.do + (before + q_at) * size.DV, q_keep, d, size.DV)

@@ -23,7 +23,7 @@ from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
 from .concat_factors import Factors, bound_at, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Workspace, features_gradient, gradient_tile, staying, tiles_meet, walk_tile
 from .location import add_rows, load_rows
-from .masks import mirrored, window_range, window_tiles
+from .masks import mirrored, unmasked, window_range, window_tiles
 from .products import tile_product
 from .sums import sums
 
@@ -34,6 +34,8 @@ def _concat_bwd_queries_kernel(
     k,  # (1, H, Nk, A)
     v,
     value,  # (1, H, Nk, DV)
+    q_rows,  # (1, Nq): rows that may be read, or None
+    k_rows,  # (1, Nk)
     q_side,
     k_side,
     dropout,
@@ -55,7 +57,8 @@ def _concat_bwd_queries_kernel(
     m = tl.arange(0, blocks.M)
     n = tl.arange(0, blocks.N)
     at = (q_start + lo + m).to(tl.int64)
-    q_keep = lo + m < hi
+    q_inside = lo + m < hi
+    q_keep = unmasked(q_rows, seq, at, q_inside)
     q_ptrs = head_ptr(q, seq, head) + at * pitch(q)
     dq_ptrs = grads.q + rows_before(seq, head, q_side, Tq, size.H) * size.A + at * size.A
     q_tile = q_item.to(tl.int64) * size.H + head
@@ -76,8 +79,8 @@ def _concat_bwd_queries_kernel(
             value,
             None,
             None,
-            None,
-            None,
+            q_rows,
+            k_rows,
             q_side,
             k_side,
             dropout,
@@ -113,7 +116,7 @@ def _concat_bwd_queries_kernel(
                 q_ptrs,
                 q_keep,
                 k,
-                None,
+                k_rows,
                 seq,
                 head,
                 row0,
@@ -125,7 +128,7 @@ def _concat_bwd_queries_kernel(
             if flags.ACT == "tanh" and not flags.EXACT:
                 total = tl.sum(tl.load(work.g + slot + n[:, None] * blocks.M + m[None, :]), axis=0)
                 s1 = total[:, None] - 2.0 * s1
-            add_rows(dq_ptrs, features_gradient(s2, v, head, d, size, flags), q_keep, d, size.A)
+            add_rows(dq_ptrs, features_gradient(s2, v, head, d, size, flags), q_inside, d, size.A)
             ptrs = grads.v + q_tile * size.AP + d
             tl.store(ptrs, tl.load(ptrs, mask=d < size.AP, other=0.0) + tl.sum(s1, axis=0), mask=d < size.AP)
         tl.debug_barrier()  # before the next tile takes this one's place
@@ -137,6 +140,8 @@ def _concat_bwd_keys_kernel(
     k,  # (1, H, Nk, A)
     v,
     value,  # (1, H, Nk, DV)
+    q_rows,  # (1, Nq): rows that may be read, or None
+    k_rows,  # (1, Nk)
     q_side,
     k_side,
     dropout,
@@ -178,8 +183,8 @@ def _concat_bwd_keys_kernel(
                 value,
                 None,
                 None,
-                None,
-                None,
+                q_rows,
+                k_rows,
                 q_side,
                 k_side,
                 dropout,
@@ -205,6 +210,8 @@ def _concat_bwd_keys_kernel(
                 q,
                 k,
                 v,
+                q_rows,
+                k_rows,
                 q_side,
                 k_side,
                 saved,
@@ -232,6 +239,8 @@ def _add_to_keys(
     q,
     k,
     v,
+    q_rows,
+    k_rows,
     q_side,
     k_side,
     saved,
@@ -249,13 +258,14 @@ def _add_to_keys(
     row0 = (q_start + lo).to(tl.int64)
     safe = bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE
     count = tl.minimum(blocks.M, tl.cdiv(hi - lo, 2) * 2)
-    q_keep = lo + m < hi
+    q_keep = unmasked(q_rows, seq, row0 + m, lo + m < hi)
     do_ptrs = saved.do + rows_before(seq, head, q_side, Tq, size.H) * size.DV + (row0 + m) * size.DV
     before = rows_before(seq, head, k_side, Tk, size.H)
     for r0 in range(0, tl.minimum(blocks.N, k_hi - k_lo), blocks.R):
         j = k_lo + r0 + r
-        k_keep = j < k_hi
+        k_inside = j < k_hi
         at = (k_start + j).to(tl.int64)
+        k_keep = unmasked(k_rows, seq, at, k_inside)
         if grads.k is not None:
             for d0 in range(0, size.AP, blocks.D):
                 d = d0 + tl.arange(0, blocks.D)
@@ -275,7 +285,7 @@ def _add_to_keys(
                     head_ptr(k, seq, head) + at * pitch(k),
                     k_keep,
                     q,
-                    None,
+                    q_rows,
                     seq,
                     head,
                     row0,
@@ -285,14 +295,14 @@ def _add_to_keys(
                     False,
                 )
                 dk_ptrs = grads.k + before * size.A + at * size.A
-                add_rows(dk_ptrs, features_gradient(s2, v, head, d, size, flags), k_keep, d, size.A)
+                add_rows(dk_ptrs, features_gradient(s2, v, head, d, size, flags), k_inside, d, size.A)
         if grads.value is not None:
             p = tl.load(work.p + slot + (r0 + r)[:, None] * blocks.M + m[None, :])
             for d0 in range(0, size.DV, blocks.DV):
                 d = d0 + tl.arange(0, blocks.DV)
                 do = load_rows(do_ptrs, q_keep, d, size.DV)
                 new = tile_product(p, do, flags.COMPUTE, flags.PRECISION)
-                add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep, d, size.DV)
+                add_rows(grads.value + before * size.DV + at * size.DV, new, k_inside, d, size.DV)
 
 
 # ---------------------------------------------------------------------------------------------------------------

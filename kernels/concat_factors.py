@@ -61,14 +61,6 @@ def rows_before(seq, head, side, T, H):
 
 
 @triton.jit
-def readable(inside, keep, seq, rows, flags):
-    """Which of the rows inside, int64, may be read: all where they are packed."""
-    if not flags.PACKED:
-        inside = unmasked(keep, seq, rows, inside)
-    return inside
-
-
-@triton.jit
 def bound_at(side, tile, ROWS: tl.constexpr):
     """max|exponent| of a tile of so many rows; tile = item * H + head, int64."""
     parts: tl.constexpr = ROWS // PART
@@ -138,7 +130,7 @@ def _store_factors(x, keep, side, program, head, saved, T, tile_rows, scale, siz
     inside = lo + i < hi
     if saved.delta is not None:
         _store_delta(rows_before(seq, head, side, T, size.H) + rows, inside, saved, size, flags, blocks)
-    inside = readable(inside, keep, seq, rows, flags)
+    inside = unmasked(keep, seq, rows, inside)
     ptrs = head_ptr(x, seq, head) + rows * pitch(x)
     tile = (item.to(tl.int64) * size.H + head) * size.AP * tile_rows
     planes: tl.constexpr = 2 if flags.EXP and flags.EXACT else 1
@@ -221,7 +213,6 @@ class FactorFlags(NamedTuple):
     EXACT: bool  # factors in two parts
     GAP: bool  # dO · o is taken elsewhere
     FMA: bool
-    PACKED: bool
 
 
 class Factors(NamedTuple):
@@ -244,7 +235,7 @@ def factors(
 
     given: the kernels' arguments by name. saved: for a backward, whose δ is made, and factors in rows too.
     """
-    packed, exponents, like = offsets[0] is not None, activation in FACTOR, given["q"].ptr
+    exponents, like = activation in FACTOR, given["q"].ptr
     heads, width = like.shape[1], like.shape[3] + like.shape[3] % 2
     exact = exponents and like.dtype == torch.float32
 
@@ -276,9 +267,10 @@ def factors(
         "q_tile": tiles[0],
         "k_tile": tiles[1],
         "scale": FACTOR.get(activation, 1.0),
-        "flags": constants(FactorFlags(exponents, exact, given["value"].ptr.dtype == torch.float32, fma, packed)),
+        "flags": constants(FactorFlags(exponents, exact, given["value"].ptr.dtype == torch.float32, fma)),
     }
-    blocks = FactorBlocks(PART.value, pow2(width, 2, 16 if exact else 32))
+    tight = exact or (offsets[0] is not None and given["k_rows"].ptr is not None)  # else it spilled
+    blocks = FactorBlocks(PART.value, pow2(width, 2, 16 if tight else 32))
     programs = q_items * (tiles[0] // blocks.T) + k_items * (tiles[1] // blocks.T)
     launch(_concat_factor_kernel, (programs, heads), args, blocks)
     return Factors({**given, **made, "saved": saved}, q_items, k_items)

@@ -9,9 +9,9 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import entry_ptr, head_ptr, pitch
 from .concat import add_bias, concat_scores, reciprocal
-from .concat_factors import readable, rows_before
+from .concat_factors import rows_before
 from .location import load_rows
-from .masks import dropout_scale, window_range
+from .masks import dropout_scale, unmasked, window_range
 from .products import add_product
 from .softmax import exp, load_lse
 
@@ -75,8 +75,8 @@ def tile_weights(
     j = tl.arange(0, blocks.N) + tile * blocks.N
     q_at = (q_start + i).to(tl.int64)
     k_at = (k_start + j).to(tl.int64)
-    q_keep = readable(i < hi, q_rows, seq, q_at, flags)
-    k_keep = readable(j < k_length, k_rows, seq, k_at, flags)
+    q_keep = unmasked(q_rows, seq, q_at, i < hi)
+    k_keep = unmasked(k_rows, seq, k_at, j < k_length)
     s = concat_scores(
         q_item.to(tl.int64) * size.H + head,
         (k_item0 + tile).to(tl.int64) * size.H + head,
@@ -284,7 +284,7 @@ def walk_tile(
             raw_ptr = head_ptr(raw, seq, head)
             for n in range(0, tl.minimum(count, inside)):
                 shown = d < size.A
-                if not flags.PACKED and keep.ptr is not None:
+                if keep.ptr is not None:
                     kept = tl.load(entry_ptr(keep, seq, row0 + n)).to(tl.float32)
                     # A tile is compared: one number's answer is a float to the interpreter.
                     shown = shown & (tl.full(d.shape, 1.0, tl.float32) * kept != 0)

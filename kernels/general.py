@@ -197,7 +197,7 @@ def _general_fwd_kernel(
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
     score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,
@@ -419,21 +419,21 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     (B, H, Tq, D), Tk = query.shape, key.shape[2]
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
-    parts = left is not None or right is not None or (mask is not None and mask.dim() == 3)
-    q_rows, k_rows = None, mask
-    if mask is not None and mask.dim() == 3:
-        q_rows, k_rows = mask.any(2), mask.any(1)
+    q_rows, k_rows, pair_mask = None, mask, None
+    if mask is not None and mask.dim() == 4:
+        q_rows, k_rows = mask.any(3), mask.any(2)
+        pair_mask = mask.expand(B, H, Tq, Tk).view(torch.uint8)
+    parts = left is not None or right is not None or pair_mask is not None
     if parts:  # keys that some queries see, and some do not
         k_rows = row_codes(k_rows, key, None if value is None else values)
     if parts and backward:
         q_rows = row_codes(q_rows, query)
-    q_codes, k_codes = (_codes(x, H) for x in (q_rows, k_rows))
+    q_codes, k_codes = _codes(q_rows, (B, H, Tq)), _codes(k_rows, (B, H, Tk))
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     spans_q, spans_k = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_q, cu_seqlens_k))
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = cu_seqlens_q.numel() - 1 if packed else B
-    pair_mask = mask.view(torch.uint8) if mask is not None and mask.dim() == 3 else None
     busy = sum(x is not None for x in (bias, pair_mask, seed))
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
@@ -473,13 +473,14 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     return Call(chip, seqs, busy, size, flags, args)
 
 
-def _codes(rows: Tensor | None, H: int) -> Tensor | None:
-    """Codes (B, H, T) or a mask (B, T), as rows of one number."""
-    if rows is None or rows.dim() == 3:
-        return rows if rows is None else rows[..., None]
+def _codes(rows: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """Codes or a mask, (B, T) or broadcastable to the shape (B, H, T), as rows of one number."""
+    if rows is None:
+        return None
     # The stride of a transposed view would be a length, and compiled in.
     rows = rows if rows.stride(-1) <= 1 else rows.contiguous()
-    return rows.view(torch.uint8)[:, None, :, None].expand(-1, H, -1, -1)
+    rows = rows[:, None] if rows.dim() == 2 else rows
+    return rows.view(torch.uint8).expand(shape)[..., None]
 
 
 def with_scores(flags: Flags, scores: bool, Tk: int) -> Flags:

@@ -161,7 +161,7 @@ def _general_bwd_dq_kernel(
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
     score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,
@@ -301,7 +301,7 @@ def _general_bwd_dkv_kernel(
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
     score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, Tq, Tk) or None
+    mask,  # (B, H, Tq, Tk) or None
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,

@@ -57,7 +57,7 @@ class ConcatInputs(NamedTuple):
     value: Tensor  # (B, H, Tk, Dv)
     v: Tensor  # (H, A)
     score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
-    mask: Tensor | None  # bool (B, Tk) or (B, Tq, Tk)
+    mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
     cu_seqlens_q: Tensor | None  # (S + 1,)
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None
@@ -74,7 +74,7 @@ class GeneralInputs(NamedTuple):
     key: Tensor  # (B, H, Tk, D)
     value: Tensor | None  # (B, H, Tk, Dv); None: the keys
     score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
-    mask: Tensor | None  # bool (B, Tk) or (B, Tq, Tk)
+    mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
     cu_seqlens_q: Tensor | None  # (S + 1,)
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None

@@ -64,7 +64,9 @@ def partition(batch: int, length: int, rows: int, cu_seqlens: Tensor | None) -> 
 
 
 def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Tensor:
-    """What may be done with the rows of ``x (B, H, T, D)``, uint8 ``(B, H, T)``, where `keep` is None or ``(B, T)``.
+    """What may be done with the rows of ``x (B, H, T, D)``, uint8 ``(B, H, T)``.
+
+    keep: which may be read at all, ``(B, T)`` or broadcastable to ``(B, H, T)``; None: all.
 
     0: a mask hides it, and nothing is read. 1: all is. 2: its row of `value` is not finite. 3: nor is it itself.
     A row that is not finite is to reach the queries that see it, and no other; but in a product its weight 0 would
@@ -78,7 +80,7 @@ def row_codes(keep: Tensor | None, x: Tensor, value: Tensor | None = None) -> Te
     if value is not None:
         codes += lost(value)
     codes.masked_fill_(lost(x), 3)
-    return codes if keep is None else codes.mul_(keep[:, None])
+    return codes if keep is None else codes.mul_(keep[:, None] if keep.dim() == 2 else keep)
 
 
 @triton.jit

@@ -64,7 +64,8 @@ class Case(_pairwise.Factors):
     activation: str = "tanh"
     p: int | None = None  # of distance attention, in place of an activation
     ragged: bool = False
-    mask: str = "none"  # none, keys, padding, pairs (both with rows that see nothing), empty or expanded (stride 0)
+    mask: str = "none"  # none, keys, padding, pairs (both with rows that see nothing), empty or expanded (stride 0);
+    # packed only keys, of which a sequence has none that is seen
     window: Window | None = None
     score_bias: str | None = None  # axes: b, h, q, k, or 1 (H: 1 for the heads); h and H go without heads
     layout: str = "contiguous"  # contiguous, transposed, strided (the last axis) or expanded (batch or heads)
@@ -114,10 +115,13 @@ class Case(_pairwise.Factors):
         if self.ragged:
             rows = [x.transpose(0, 1)[None] for x in rows]
         v = tensors["v"].expand(self.heads or 1, -1)
-        rest = map(tensors.get, ("score_bias", "mask", "cu_seqlens_q", "cu_seqlens_k"))
-        return [*rows, v, *rest, seed, self.activation, *(self.window or (None, None)), self.dropout_p]
+        bias, mask, *rest = map(tensors.get, ("score_bias", "mask", "cu_seqlens_q", "cu_seqlens_k"))
+        mask = mask[:, None] if mask is not None and mask.dim() == 3 else mask
+        return [*rows, v, bias, mask, *rest, seed, self.activation, *(self.window or (None, None)), self.dropout_p]
 
     def _mask(self, rng: torch.Generator) -> Tensor:
+        if self.ragged:
+            return (torch.rand(self.keys, generator=rng) < 0.6) & (torch.arange(self.keys) >= 4)
         mask = torch.rand(self.batch, self.queries, self.keys, generator=rng) < 0.6
         if self.mask in ("pairs", "expanded"):
             mask[:, ::3] = False  # queries that see nothing

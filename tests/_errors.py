@@ -202,7 +202,10 @@ STATISTICS_PACKED = {
 }
 
 # Queries and keys: concat and general.
-MASK = "mask: expected shape (B, Tk) or (B, Tq, Tk) with B = 2 from query, Tk = 5 from key, Tq = 3 from query"
+MASK = (
+    "mask: expected shape (B, Tk), (Tq, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with B = 2 from query, "
+    "{heads}Tq = 3 from query, Tk = 5 from key; got {came}; True = may be attended"
+)
 PAIRS = {
     "query of rank 2 without cu_seqlens": value_error("query", query=floats(TQ, A)),
     "query of rank 5": value_error("query", query=floats(1, B, H, TQ, A)),
@@ -212,20 +215,15 @@ PAIRS = {
     "value without features": value_error("value", value=floats(B, TK, 0)),
     "mask of other queries": value_error("mask", mask=bools(B, TQ + 1, TK)),
     "mask of the queries": value_error("mask", mask=bools(B, TQ)),
-    "mask as Hugging Face has it": value_error(
-        f"{MASK}; got (2, 1, 1, 5); pass mask.squeeze((1, 2))", mask=bools(B, 1, 1, TK)
-    ),
-    "mask of the whole batch": value_error(
-        f"{MASK}; got (3, 5): B is 3; True = may be attended; "
-        "one for the whole batch: pass mask.expand(2, *mask.shape)",
-        mask=bools(TQ, TK),
-    ),
+    "mask of other keys": value_error(MASK.format(heads="", came=(2, 6)), mask=bools(B, TK + 1)),
+    "mask of one key": value_error(MASK.format(heads="", came=(2, 3, 1)), mask=bools(B, TQ, 1)),
+    "mask of heads": value_error(MASK.format(heads="", came=(2, 2, 3, 5)), mask=bools(B, H, TQ, TK)),
+    "mask of rank 5": value_error("mask", mask=bools(1, 1, 1, 1, TK)),
     "mask that is added": type_error(
         "mask: expected dtype bool; got float32; True = may be attended: pass mask.bool() of 0 and 1; "
         "what is added to the scores is no mask: pass it as score_bias=",
         mask=floats(B, TK),
     ),
-    "mask that would broadcast": value_error("mask", mask=bools(1, TQ, TK)),
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of other keys": value_error("score_bias", score_bias=floats(TK + 1)),
     "score_bias of other queries": value_error("score_bias", score_bias=floats(TQ + 1, 1)),
@@ -236,7 +234,9 @@ PAIRS = {
 PAIRS_HEADS = {
     "key without heads": value_error("key", key=floats(B, TK, A)),
     "value without heads": value_error("value", value=floats(B, TK, DV)),
-    "mask with heads": value_error("mask", mask=bools(B, H, TQ, TK)),
+    "mask of other heads": value_error(
+        MASK.format(heads="H = 2 from query, ", came=(2, 3, 3, 5)), mask=bools(B, H + 1, TQ, TK)
+    ),
     "score_bias of other heads": value_error("score_bias", score_bias=floats(H + 1, 1, 1)),
 }
 PAIRS_PACKED = {
@@ -244,7 +244,11 @@ PAIRS_PACKED = {
     "query of rank 1": value_error("query", query=floats(N)),
     "key with heads alone": value_error("key", key=floats(M, H, A)),
     "key of other heads": value_error("key", query=floats(N, H, A), key=floats(M, H + 1, A)),
-    "mask": value_error("mask", mask=bools(M)),
+    "mask of the queries": value_error(
+        "mask: expected shape (M,) with M = 9 from key; got (8,): M is 8; True = may be attended", mask=bools(N)
+    ),
+    "mask of pairs": value_error("mask", mask=bools(N, M)),
+    "mask that is added": type_error("mask: expected dtype bool; got float32", mask=floats(M)),
     "score_bias": value_error("score_bias", score_bias=floats(M)),
     "cu_seqlens_q alone": value_error("cu_seqlens_k", cu_seqlens_k=None),
     "cu_seqlens_k alone": value_error("cu_seqlens_q", cu_seqlens_q=None),

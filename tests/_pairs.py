@@ -80,7 +80,7 @@ def as_padded(case: _concat.Case, fill: float):
     """The same operator on packed rows, through a padded batch whose padding holds `fill`."""
     padded = dataclasses.replace(case, ragged=False, return_weights=False)
 
-    def padded_op(*, impl, query, key, value, cu_seqlens_q, cu_seqlens_k, **parameters):
+    def padded_op(*, impl, query, key, value, cu_seqlens_q, cu_seqlens_k, mask=None, **parameters):
         def at(cu):
             lengths = cu.diff()
             segment = torch.repeat_interleave(torch.arange(len(lengths), device=cu.device), lengths)
@@ -93,10 +93,10 @@ def as_padded(case: _concat.Case, fill: float):
             y = x.new_full((*shape, *x.shape[1:]), fill).index_put(at, x)
             return y if case.heads is None else y.transpose(1, 2)
 
-        seen = torch.tensor(True, device=query.device)
+        all_seen = torch.tensor(True, device=query.device)
         q_mask, k_mask = (
             torch.zeros(shape, dtype=torch.bool, device=query.device).index_put(at, seen)
-            for at, shape in ((at_q, q_shape), (at_k, k_shape))
+            for at, shape, seen in ((at_q, q_shape, all_seen), (at_k, k_shape, all_seen if mask is None else mask))
         )
         out = padded.op(
             impl=impl,

@@ -18,7 +18,7 @@ COMPILED = [
     "statistics: h of integers",
     "statistics: mask of numbers",
     "statistics: unknown activation",
-    "concat: mask of the whole batch",
+    "concat: mask of other keys",
     "concat: window is a number",
     "ConcatAttention: context of the keys, of batch 1",
     "general: weight of rank 1",

@@ -51,6 +51,7 @@ LATER = {  # axes whose size an argument is the first to say, or says alone, in 
     *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
     *(("location, packed hops", "v", -1), ("general", "key", -1), ("LocationAttention", "cu_seqlens", -1)),
     *(("HierarchicalAttention", f"{level}_offsets", -1) for level in ("inner", "outer")),
+    ("GeneralAttention", "mask", -2),  # one more than B is Tq
 }
 
 

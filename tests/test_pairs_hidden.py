@@ -25,6 +25,11 @@ CASES = {
     "concat, bfloat16": _concat.Case(**SIZES, window=NEAR, score_bias="qk", dropout_p=0.3, dtype=torch.bfloat16),
     "concat, identity": _concat.Case(**SIZES | {"queries": 21}, window=LATE, mask="pairs", activation="identity"),
     "concat, packed": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR),
+    "concat, packed keys": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, mask="keys"),
+    "concat, packed keys, elu": _concat.Case(
+        **SIZES | {"queries": 16, "keys": 40}, ragged=True, mask="keys", window=NEAR, activation="elu"
+    ),
+    "distance, packed keys": _concat.Case(**SIZES | {"queries": 16, "keys": 40}, p=1, ragged=True, mask="keys"),
     "distance": _concat.Case(**SIZES, window=CAUSAL, p=1),
     "distance, squares": _concat.Case(**SIZES | HEADS, window=NEAR, mask="pairs", p=2),
     "general": _general.Case(**SIZES, window=CAUSAL, weight="matrix"),
@@ -39,6 +44,12 @@ CASES = {
     "general, packed": _general.Case(
         **SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, window=NEAR, weight="matrix"
     ),
+    "general, packed keys": _general.Case(
+        **SIZES | {"queries": 16, "keys": 40}, heads=2, ragged=True, mask="keys", weight="matrix"
+    ),
+    "general, packed keys, bfloat16": _general.Case(
+        **SIZES | {"queries": 16, "keys": 40}, ragged=True, mask="keys", dropout_p=0.3, dtype=torch.bfloat16
+    ),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 each_fill = pytest.mark.parametrize("fill", [torch.nan, torch.inf])
@@ -47,7 +58,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def visible(case, tensors):
     """Which rows of keys (last axis) the rows of queries see, without heads: (B, rows, rows), packed B = 1."""
-    left, right = case.window
+    left, right = case.window or (None, None)
     device = tensors["key"].device
     if case.ragged:
         places = []
@@ -65,7 +76,7 @@ def visible(case, tensors):
     if right is not None:
         shown = shown & (j <= i[:, None] + right)
     mask = tensors.get("mask")
-    return shown if mask is None else shown & (mask[:, None] if mask.dim() == 2 else mask)
+    return shown if mask is None else shown & (mask[:, None] if mask.dim() == 2 else mask)  # of packed keys (M,)
 
 
 def rows(case, x):

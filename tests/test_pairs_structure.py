@@ -71,6 +71,21 @@ def test_padded_and_ragged_forms_of_the_same_batch_agree(heads, dropout_p, windo
 
 @every_impl
 @each_family
+@pytest.mark.parametrize("size", [1, 30])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_packed_rows_with_a_mask_of_keys_are_the_padded_ones(heads, activation, size, make, impl, device):
+    """Of sizes too that exponentials do not hold."""
+    case = make(queries=29, keys=50, attn_dim=3, heads=heads, ragged=True, mask="keys", activation=activation)
+    tensors = case.tensors(device)
+    tensors["key"] = tensors["key"] * size
+    exact = evaluate(case.op, in_double(tensors), "reference")
+    assert_as_exact(evaluate(as_padded(case, torch.nan), in_double(tensors), "reference"), exact, exact)
+    assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(case.op, tensors), exact)
+
+
+@every_impl
+@each_family
 def test_offsets_of_any_stride_are_those_offsets(make, impl, device):
     case = make(queries=29, keys=50, attn_dim=3, ragged=True)
     tensors = case.tensors(device)

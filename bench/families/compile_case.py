@@ -76,7 +76,7 @@ class PairCase(CompileCase):
     H: int
     Tq: int
     Tk: int
-    mask: int | None = field(default=None, kw_only=True)  # its rank
+    mask: int | None = field(default=None, kw_only=True)  # its axes, but for heads
     window: tuple[int | None, int | None] = field(default=(None, None), kw_only=True)
     bias: bool = field(default=False, kw_only=True)
     ragged: bool = field(default=False, kw_only=True)
@@ -94,7 +94,7 @@ class PairCase(CompileCase):
     def _structure(self) -> tuple[Tensor | None, ...]:
         """Bias, mask, offsets of queries and of keys, seed."""
         B, H, Tq, Tk = self._lead
-        shown = {None: None, 2: (B, Tk), 3: (B, Tq, Tk)}[self.mask]
+        shown = {None: None, 2: (B, Tk), 3: (B, 1, Tq, Tk)}[self.mask]
         offsets = self._empty(self.B + 1, dtype=torch.int32) if self.ragged else None
         return (
             self._empty(B, H, Tq, Tk) if self.bias else None,

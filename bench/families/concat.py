@@ -151,6 +151,9 @@ COMPILED = [
     ConcatCase(BF16, 4, 1, 256, 256, 1, 128, "identity", mask=2),
     ConcatCase(F32, 4, 1, 64, 64, 64, 128, "silu"),
     ConcatCase(F32, 4, 1, 64, 64, 64, 64, mask=3, bias=True, window=(100, 0), dropout=0.1),
+    # ragged keys of which some are hidden
+    ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, mask=2),
+    ConcatCase(F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1),
 ]
 BRIEF = [COMPILED[0], COMPILED[10]]
 VARIED = {
@@ -161,6 +164,7 @@ VARIED = {
         ConcatCase(F32, 3, 1, 1, 1, 100, 63, "sigmoid", mask=3, bias=True),
         ConcatCase(F32, 3, 2, 1, 1, 64, 64, "gelu", window=(5, 0), dropout=0.1),
         ConcatCase(F32, 3, 1, 1, 1, 33, 33, ragged=True, window=(None, -1)),
+        ConcatCase(BF16, 3, 2, 1, 1, 64, 128, ragged=True, mask=2),
         ConcatCase(F16, 3, 2, 1, 1, 33, 64, mask=3, bias=True, window=(5, 0), dropout=0.1),
     ]
 }

@@ -157,6 +157,7 @@ COMPILED = [
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", **_ALL),
     GeneralCase(F16, 16, 4, 256, 256, 64, ragged=True, dropout=0.1),
     GeneralCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, window=(None, -1)),
+    GeneralCase(BF16, 16, 4, 256, 256, 128, 128, ragged=True, mask=2),
     # sides that are no int32 as 4 n + 3
     GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # float32
@@ -176,6 +177,7 @@ VARIED = {
         GeneralCase(BF16, 3, 2, 1, 1, 64, 64, ragged=True),
         GeneralCase(F32, 3, 2, 1, 1, 100, 33, "tanh", **{**_ALL, "window": (5, 0)}),
         GeneralCase(F32, 3, 1, 1, 1, 64, ragged=True, dropout=0.1),
+        GeneralCase(BF16, 3, 2, 1, 1, 64, 64, ragged=True, mask=2),
         GeneralCase(F16, 3, 1, 1, 1, 600, 100, mask=3, bias=True),
         GeneralCase(BF16, 3, 2, 1, 1, 128, 128, **_ALL),
     ]

@@ -100,6 +100,11 @@ class _Tile(NamedTuple):
     i: int  # position of the first query
     j: int  # position of the first key
 
+    def of(self, x: Tensor) -> Tensor:
+        """What of a tensor that broadcasts to (B, H, Tq, Tk) is of this tile: a view that broadcasts to its pairs."""
+        places = zip(x.shape, (self.b, self.h, self.rows, self.cols), strict=True)
+        return x[tuple(slice(None) if size == 1 else at for size, at in places)]
+
 
 class _Pace:
     """Takes one thread for the blocks to come where the threads keep each other waiting; inside its ``with``.
@@ -149,8 +154,8 @@ class _Call:
             bounded = activation in ("tanh", "sigmoid")
             (self.q, self.bad_q), (self.k, self.bad_k) = (sound(x, nan_only=bounded) for x in (self.q, self.k))
             self.value, self.bad_value = sound(self.value)
-        self.mask = mask
-        self.bias = None if score_bias is None else score_bias.expand(self.B, self.H, self.Tq, self.Tk)
+        self.mask = mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
+        self.bias = score_bias
         if cu_seqlens_q is None or cu_seqlens_k is None:
             self.segments = [(0, self.Tq, 0, self.Tk)]
         else:
@@ -227,8 +232,7 @@ class _Call:
         """Which keys of the tile are not visible, broadcastable to (b, h, m, n); None: all are."""
         shown = None
         if self.mask is not None:
-            some = self.mask[t.b]
-            shown = some[:, None, None, t.cols] if some.dim() == 2 else some[:, None, t.rows, t.cols]
+            shown = t.of(self.mask)
         i, j = self._positions(t)
         if self.left is not None:
             inside = j >= i - self.left
@@ -296,7 +300,7 @@ class _Call:
         if self.bad_q is not None:
             s = s.masked_fill(self.bad_q[t.b, t.h, t.rows] | self.bad_k[t.b, t.h, t.cols].mT, torch.nan)
         if self.bias is not None:
-            s += self.bias[t.b, t.h, t.rows, t.cols]
+            s += t.of(self.bias)
         return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
 
     def reached(self, t: _Tile, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -321,9 +325,15 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor,
     The scores are written only where `need_scores` says so, else they are empty.
     """
     made = _paced(_forward, _Call(inputs), need_scores)
-    if in_parts(inputs.mask, None, inputs.left, inputs.right) and not made[0].isfinite().all():
+    if _may_mix(inputs) and not made[0].isfinite().all():
         made = _paced(_forward, _Call(inputs, guarded=True), need_scores)
     return made
+
+
+def _may_mix(inputs: ConcatInputs) -> bool:
+    """Whether a hidden row may meet a number in a tile, all of a sequence: of a query of hidden keys, too."""
+    packed = None if inputs.mask is None else inputs.cu_seqlens_q
+    return in_parts(inputs.mask, packed, inputs.left, inputs.right)
 
 
 def _paced(step: Callable[..., T], call: _Call, *args: object) -> T:
@@ -364,8 +374,7 @@ def concat_bwd(
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
     given = (dout, dlse, dscores, inputs.score_bias, needs)
     made = _paced(_backward, _Call(inputs), *given)
-    some = in_parts(inputs.mask, None, inputs.left, inputs.right)
-    if some and not all(grad is None or grad.isfinite().all() for grad in made):
+    if _may_mix(inputs) and not all(grad is None or grad.isfinite().all() for grad in made):
         made = _paced(_backward, _Call(inputs, guarded=True), *given)
     return [
         grad.to(like.dtype).reshape(like.shape) if need and grad is not None and like is not None else None
@@ -419,8 +428,7 @@ def _backward(
         if more is not None:
             g += more if hidden is None else more.masked_fill(hidden, 0)
         if dbias is not None:
-            axes = zip(dbias.shape, (t.b, t.h, t.rows, t.cols), strict=True)
-            part = dbias[tuple(slice(None) if size == 1 else at for size, at in axes)]
+            part = t.of(dbias)
             part += g.sum_to_size(part.shape)
         if not (need_q or need_k or need_v):
             continue

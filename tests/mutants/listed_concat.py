@@ -124,9 +124,9 @@ CONCAT: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/concat_bwd_packed.py",
-        "                add_rows(grads.value + before * size.DV + at * size.DV, new, k_keep, d, size.DV)",
+        "                add_rows(grads.value + before * size.DV + at * size.DV, new, k_inside, d, size.DV)",
         "                ptrs = (grads.value + before * size.DV + at * size.DV)[:, None] + d[None, :]\n"
-        "                tl.store(ptrs, new, mask=k_keep[:, None] & (d < size.DV)[None, :])",
+        "                tl.store(ptrs, new, mask=k_inside[:, None] & (d < size.DV)[None, :])",
         ("tests/test_pairs.py", "-k", "any_segments"),
         "dvalue of earlier tiles is overwritten",
     ),
