@@ -387,7 +387,8 @@ class _Forward(torch.autograd.Function):
         for i, option in op.optional.items():
             starts[i] = starts[i] if ctx.options[option] else None
         if op.exact is not None and (wide := starts[op.exact]) is not None:
-            starts[0], starts[op.exact] = starts[0] + wide.to(saved[op.tensors].dtype), None
+            wide, starts[op.exact] = wide.to(saved[op.tensors].dtype), None
+            starts[0] = wide if starts[0] is None else starts[0] + wide
         grads = op._backward(op.name, *starts, *saved, *ctx.options, needs)
         none = [None] * (len(ctx.needs_input_grad) - 1 - op.gradients)
         return (None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *none)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_flag
-from .states import state_of
+from .states import State, numbers_of
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
@@ -54,27 +54,38 @@ def returned(
 
     lse: (m, l), ``(*rows, 2)`` of an output ``(*rows, Dv)``. dtype: of the output and the weights.
     """
-    results: list[Any] = [out.to(dtype)] if not wanted.state else []
-    if wanted.normaliser:
+    first: Any = out.to(dtype) if not wanted.state else None
+    if wanted.state:
         assert lse is not None
-        state = state_of(out, lse)
-        results = results or [state]
+        first = State(out.to(lse.dtype), *numbers_of(lse))
+    more = beside(wanted, dtype, lse, weights, scores)
+    return (first, *more) if more else first
+
+
+def beside(
+    wanted: Wanted, dtype: torch.dtype, lse: Tensor | None, weights: Tensor | None, scores: Tensor | None
+) -> list[Tensor]:
+    """What is wanted beside the output, in the order that all families have."""
+    results = []
     if wanted.weights:
         assert weights is not None
         results.append(weights.to(dtype))
     if wanted.scores:
+        assert scores is not None
         results.append(scores)
     if wanted.lse:
-        results.append(state.lse)
-    return results[0] if len(results) == 1 else tuple(results)
+        assert lse is not None
+        m, log_l = numbers_of(lse)
+        results.append(m + log_l)
+    return results
 
 
 def by_formula(
     formula: Callable[..., tuple[Tensor, ...]], inputs: Inputs, wanted: Wanted, **options: Any
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(out, lse, scores, weights) of a formula, the textbook in plain PyTorch; the first in float32 for a state.
+) -> tuple[Any, ...]:
+    """(out, lse, scores, weights) by a formula, the textbook in plain PyTorch; None for what nobody wants.
 
-    Weights alone come of the formula: see `reference._attend`.
+    For a state all is in float32. Weights alone come of the formula: see `reference._attend`.
     """
     if not (wanted.scores or wanted.normaliser):
         out, weights = formula(inputs, weights_only=True, **options)
@@ -91,4 +102,4 @@ def widened(inputs: Inputs) -> Inputs:
         x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) and x.is_floating_point() else x
         for x in inputs
     )
-    return type(inputs)(*made) if hasattr(inputs, "_fields") else type(inputs)(made)  # type: ignore[arg-type]
+    return type(inputs)(*made) if hasattr(inputs, "_fields") else type(inputs)(made)

@@ -220,7 +220,7 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     return inputs._replace(query=score(query), key=score(key), v=v.new_ones(v.shape[0], 1, dtype=wide))
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ...]:
     """(out, lse, scores, weights) of one query and one head a sequence, by the location family.
 
     Its keys are projected already, and the query is their context.

@@ -19,7 +19,6 @@ from ._checks import (
     check_activation,
     check_count,
     check_dropout,
-    check_flag,
     check_indices,
     check_number,
     check_offsets,
@@ -31,6 +30,7 @@ from ._dropout import draw_seed
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
+from ._results import by_formula, check_wanted, returned
 from ._tracing import can_look
 from .kernels.inputs import GraphInputs
 
@@ -380,8 +380,11 @@ def graph_attention(
     dropout_p: float = 0.0,
     transposed: Transposed | None = None,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     r"""Graph attention (GATv2) of projected nodes over their neighbours, given in CSR.
 
     .. math:: s_e = v \cdot act(q_i + k_j + edge_e), \quad o_i = \sum_e softmax_e(s_e) \, value_j
@@ -421,15 +424,17 @@ def graph_attention(
         better to make it once.
     return_weights
         Return the weights too, as they are before dropout. They are differentiable.
+    return_scores, return_lse, return_state
+        See `location_attention`: scores of edges, the others of nodes. `merge` joins states over disjoint edges.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), elsewhere the reference, which stores
         E·H·A. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights ``(E,)`` or ``(E, H)``, in the order of `indices`, or
-        of the list of edges.
+    Tensor, State or tuple
+        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights and scores ``(E,)`` or ``(E, H)``, in the order of
+        `indices`, or of the list of edges; m, log_l and lse ``(Nq,)`` or ``(Nq, H)``.
 
     Raises
     ------
@@ -447,7 +452,7 @@ def graph_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
     negative_slope = check_slope(negative_slope)
     indptr, indices, graph, edges = csr_of(indptr, indices, transposed, query, key)
     if graph is not None and graph.num_keys != key.shape[0]:
@@ -468,18 +473,28 @@ def graph_attention(
     structure = (indptr, indices, *(transposed or (None, None, None)))
     max_degree = None if graph is None else graph.max_degree
     inputs = GraphInputs(*rows, v, *more, *structure, seed, activation, float(dropout_p), max_degree)
+    weights: Tensor | None = None
     if kernel:
-        out, lse, scores, _ = _GRAPH(inputs, keeps_exact(*inputs[:5]))
-        weights = weights_from(scores, lse, offsets=indptr) if return_weights else None
+        out, lse, scores, exact = _GRAPH(inputs, keeps_exact(*inputs[:5], state=wanted.state))
+        out = exact_of(out, exact) if wanted.state else out
     else:
-        out, weights = _GRAPH.formula(inputs, weights_only=True)
-    out = out.to(key.dtype)
-    out = out if heads else out.squeeze(1)
-    if weights is None or not return_weights:
-        return out
-    weights = weights.to(out.dtype)
-    weights = weights if edges is None else weights[edges.place]
-    return out, weights if heads else weights.squeeze(1)
+        out, lse, scores, weights = by_formula(_GRAPH.formula, inputs, wanted)
+    if wanted.weights and weights is None:
+        weights = weights_from(scores, lse, offsets=indptr)
+
+    def in_order(x: Tensor) -> Tensor:
+        """A number an edge and head, in the order of the edges that were given."""
+        x = x if edges is None else x[edges.place]
+        return x if heads else x.squeeze(1)
+
+    return returned(
+        wanted,
+        key.dtype,
+        out if heads else out.squeeze(1),
+        lse if lse is None or heads else lse.squeeze(1),
+        in_order(weights) if wanted.weights and weights is not None else None,
+        in_order(scores) if wanted.scores else None,
+    )
 
 
 def check_slope(value: float) -> float:

@@ -262,7 +262,7 @@ def location_attention(
         both = _row_scores(inputs, kernel), h if value is None else value
         windowed = WindowInputs(*both, cu_seqlens, seed, left, right, inputs.dropout_p)
         return _windowed(windowed, h.dtype, impl, kernel, hop_axis, wanted, offsets)
-    weights = None
+    weights: Tensor | None = None
     if kernel:
         out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=wanted.state))
         out = exact_of(out, exact) if wanted.state else out
@@ -282,7 +282,7 @@ def location_attention(
         h.dtype,
         out if hop_axis else out.squeeze(1),
         lse if lse is None or hop_axis else lse.squeeze(1),
-        keys(weights) if wanted.weights else None,
+        keys(weights) if wanted.weights and weights is not None else None,
         keys(scores) if wanted.scores else None,
     )
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ._checks import show
 from ._softmax import pivot_of, softmax
@@ -36,6 +37,9 @@ class State(NamedTuple):
     def lse(self) -> Tensor:
         """The logarithm of the sum of the exponentials of all scores, m + log_l; -inf of no key."""
         return self.m + self.log_l
+
+
+pytree._register_namedtuple(State, serialized_type_name="fused_attn.State")  # for `torch.export.save`
 
 
 def merge(states: State | Iterable[State]) -> State:
@@ -97,10 +101,10 @@ def log_of(total: Tensor) -> Tensor:
     return torch.log(total.masked_fill(blind, 1)).masked_fill(blind, -torch.inf)
 
 
-def state_of(out: Tensor, lse: Tensor) -> State:
-    """The state of an output and its normaliser ``(*rows, 2)``, see `_softmax.normaliser`."""
+def numbers_of(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, log_l) of a normaliser ``(*rows, 2)``, see `_softmax.normaliser`."""
     top, total = lse.unbind(-1)
-    return State(out.to(lse.dtype), top.detach(), log_of(total))
+    return top.detach(), log_of(total)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

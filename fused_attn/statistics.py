@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Checker, argument, check_activation, check_flag, check_number
+from ._checks import Checker, argument, check_activation, check_number
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, weights_of_rows
+from ._results import PLAIN, beside, check_wanted
 from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_context, check_score, check_sequences
@@ -87,8 +88,10 @@ def statistics_pooling(
     cu_seqlens: Offsets | None = None,
     floor: float = 1e-12,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""Mean and standard deviation of the frames of each sequence, weighted by an attention over the frames.
 
     .. math:: u_j = act(h_j W + b + ctx_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c), \quad
@@ -127,15 +130,18 @@ def statistics_pooling(
         Least variance, in the squared unit of the values; at least 0.
     return_weights
         Return the weights too; they are differentiable. One a frame and channel are of the size of the values.
+    return_scores, return_lse
+        See `location_attention`. There is no state to return: a deviation does not merge with others.
     impl
         ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere and for float64. ``"triton"`` and ``"reference"``
         never fall back.
 
     Returns
     -------
-    (Tensor, Tensor) or (Tensor, Tensor, Tensor)
+    tuple of Tensor
         Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values.
-        Weights ``(B, T)`` or ``(N,)``, with ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`.
+        What is asked for follows, in the order weights, scores, lse. Weights and scores ``(B, T)`` or ``(N,)``, with
+        ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse ``(B,)``, with ``v (A, C)`` ``(B, C)``.
 
     Raises
     ------
@@ -151,7 +157,7 @@ def statistics_pooling(
     cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse)
     offsets = None
     if h.is_nested:
         h, offsets, context, value, _, cu_seqlens = _unpack_jagged(h, context, value, None, mask, cu_seqlens)
@@ -164,25 +170,36 @@ def statistics_pooling(
         context = context.reshape(*(h.shape[:-1] if context_per_row else (seqs,)), w.shape[1])
     inputs = StatisticsInputs(h, w, b, v, context, value, mask, cu_seqlens, activation, context_per_row, float(floor))
     per_channel = v is not None and v.dim() == 2
-    weights = None
+    weights: Tensor | None = None
+    lse: Tensor | None = None
+    scores: Tensor | None = None
     if kernel:
         asked = may_ask(h, w, b, v, context, value)
-        mean, std, lse, scores, *_ = _STATISTICS(inputs, return_weights and per_channel, asked)
-        if return_weights:
-            if w is None:
-                scores = h.new_zeros(*h.shape[:-1], 1, dtype=torch.float32)
-                scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
-            weights = weights_of_rows(scores, lse, cu_seqlens)
+        mean, std, lse, scores, *_ = _STATISTICS(inputs, wanted.pairs and per_channel, asked)
+    elif wanted.scores or wanted.lse:
+        mean, std, lse, scores = _STATISTICS.formula(inputs)
     else:
         mean, std, weights = _STATISTICS.formula(inputs, weights_only=True)
-    if weights is None or not return_weights:
+    if wanted == PLAIN:
         return mean, std
 
-    weights = weights.to(h.dtype)
-    weights = weights if per_channel else weights.squeeze(-1)
-    if offsets is not None:
-        weights = torch.nested.nested_tensor_from_jagged(weights, offsets)
-    return mean, std, weights
+    if w is None and lse is not None and wanted.pairs:
+        scores = lse.new_zeros(*h.shape[:-1], 1)
+        scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
+    if wanted.weights and weights is None:
+        assert scores is not None
+        assert lse is not None
+        weights = weights_of_rows(scores, lse, cu_seqlens)
+
+    def frames(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x if per_channel else x.squeeze(-1)
+        return x if offsets is None else torch.nested.nested_tensor_from_jagged(x, offsets)
+
+    lse = lse if lse is None or per_channel else lse.squeeze(1)
+    given = frames(weights if wanted.weights else None), frames(scores if wanted.scores else None)
+    return mean, std, *beside(wanted, h.dtype, lse, *given)
 
 
 def _validate_statistics(

@@ -218,4 +218,4 @@ def test_a_bad_device_or_dtype_is_named(make, bad):
 def test_every_module_is_in_the_table():
     made = {type(make()).__name__ for make in MODULES.values()}
     public = {name for name in fused_attn.__all__ if isinstance(getattr(fused_attn, name), type)}
-    assert public - made == {"Graph", "HierarchicalOutput", "RaggedRNN", "Score", "Segments"}
+    assert public - made == {"Graph", "HierarchicalOutput", "RaggedRNN", "Score", "Segments", "State"}

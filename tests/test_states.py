@@ -6,7 +6,9 @@ import re
 
 import _concat
 import _general
+import _graph
 import _location
+import _statistics_pooling
 import pytest
 import torch
 from _compare import assert_as_exact, evaluate, in_double, rough_runs
@@ -14,9 +16,9 @@ from _concat import every_impl
 from _marks import each_dtype
 from torch import Tensor, func
 
-from fused_attn import State, merge
+from fused_attn import State, location_attention, merge, statistics_pooling
 
-KEYS = ("key", "value", "h", "mask", "score_bias", "context")  # of these the parts have their own
+KEYS = ("key", "value", "h", "mask", "score_bias", "context", "edge", "indices")  # of these the parts have their own
 PAIRS = {
     "concat": _concat.Case(queries=5, keys=37, mask="pairs", score_bias="bqk"),
     "concat, heads": _concat.Case(queries=19, keys=21, heads=2, mask="keys", score_bias="bh1k", layout="transposed"),
@@ -38,6 +40,14 @@ PAIRS = {
     "location, gated": _location.Case(rows=300, score="gated", context="sequence"),
     "location, ragged": _location.Case(rows=43, ragged=True, mask="random", context="row", score_bias=True),
     "location, ragged hops": _location.Case(rows=43, ragged=True, score="projected_hops", context="sequence"),
+    "graph": _graph.Case(queries=6, edges=40),
+    "graph, a hub": _graph.Case(edges=300, graph="hub", heads=4, value_dim=None, edge=False),
+    "graph, no heads": _graph.Case(queries=6, edges=40, heads=None, value_dim=None),
+}
+STATISTICS = {
+    "statistics": _statistics_pooling.Case(per_channel=False, mask="empty", context="row"),
+    "statistics, channels": _statistics_pooling.Case(mask="random", dim=9),
+    "statistics, ragged": _statistics_pooling.Case(ragged=True, rows=43, dim=9, value=5),
 }
 each_case = pytest.mark.parametrize("case", PAIRS.values(), ids=PAIRS.keys())
 
@@ -45,6 +55,10 @@ each_case = pytest.mark.parametrize("case", PAIRS.values(), ids=PAIRS.keys())
 def returning(case, **flags):
     """The call of a case with these flags; (output, lse), with zeros for the lse of what sees nothing."""
     options = {"return_weights": False, **flags}
+    if isinstance(case, _statistics_pooling.Case):
+        return _statistics_pooling.operator(activation=case.activation, floor=case.floor, **options)
+    if isinstance(case, _graph.Case):
+        return _graph.operator(activation=case.activation, **options)
     if isinstance(case, _location.Case):
         return _location.operator(activation=case.activation, dropout_p=case.dropout_p, **options)
     options["window"] = case.window
@@ -76,7 +90,7 @@ def cuts(rows: int, count: int = 2) -> list[int]:
 
 def parts_of(case, tensors):
     """The arguments of a call for each part of the keys, and the window that is the whole one there."""
-    packed = next((name for name in ("cu_seqlens_k", "cu_seqlens") if name in tensors), None)
+    packed = next((name for name in ("cu_seqlens_k", "cu_seqlens", "indptr") if name in tensors), None)
     if packed is None:
         length = (tensors["key"] if "key" in tensors else tensors["h"]).shape[-2]
         for lo, hi in itertools.pairwise(cuts(length)):
@@ -90,7 +104,8 @@ def parts_of(case, tensors):
         rows = torch.cat([torch.arange(int(a) + c[i], int(a) + c[i + 1]) for a, c in zip(cu[:-1], at, strict=True)])
         rows = rows.to(cu.device)
         lengths = torch.tensor([c[i + 1] - c[i] for c in at], device=cu.device)
-        made = {name: part_of(name, x, rows, int(cu[-1])) for name, x in tensors.items()}
+        of_edges = ("edge", "indices") if packed == "indptr" else tensors
+        made = {n: part_of(n, x, rows, int(cu[-1])) if n in of_edges else x for n, x in tensors.items()}
         made[packed] = torch.cat([cu[:1], lengths.cumsum(0).to(cu.dtype)])
         yield made, (None, None)
 
@@ -148,7 +163,7 @@ def test_parts_have_keys_of_their_own(device):
     """The splits of the tests above: every key is in one part, and some parts are empty."""
     for case in PAIRS.values():
         tensors = {n: x for n, x in case.tensors(device).items() if n != "cu_seqlens_q"}
-        name = "h" if "h" in tensors else "key"
+        name = next(name for name in ("indices", "h", "key") if name in tensors)
         sizes = [part[name].numel() for part, _ in parts_of(case, tensors)]
         assert sum(sizes) == tensors[name].numel()
         assert 0 in sizes
@@ -156,10 +171,12 @@ def test_parts_have_keys_of_their_own(device):
 
 @every_impl
 @each_dtype
-@pytest.mark.parametrize("name", [n for n in PAIRS if "ragged" not in n or "location" in n])
+@pytest.mark.parametrize(
+    "name", [n for n in PAIRS | STATISTICS if "ragged" not in n or "location" in n or "stat" in n]
+)
 def test_scores_are_those_that_the_softmax_is_of(name, dtype, impl, device):
     """As the reference has them, in float32; their gradients too, also from what comes back to a hidden one."""
-    case = dataclasses.replace(PAIRS[name], dtype=dtype)
+    case = dataclasses.replace((PAIRS | STATISTICS)[name], dtype=dtype)
     tensors = case.tensors(device)
     call = returning(case, return_scores=True)
 
@@ -182,6 +199,101 @@ class Reveal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad
+
+
+@every_impl
+@pytest.mark.parametrize("case", STATISTICS.values(), ids=STATISTICS.keys())
+def test_statistics_have_the_lse_of_their_weights(case, impl, device):
+    tensors = case.tensors(device)
+    exact = evaluate(whole(case), in_double(tensors), "reference")
+    assert_as_exact(evaluate(whole(case), tensors, impl), rough_runs(whole(case), tensors), exact)
+    _, scores, lse = returning(case, return_scores=True, return_lse=True)(impl=impl, **tensors)
+    if not case.ragged:
+        torch.testing.assert_close(lse, torch.logsumexp(scores, 1))
+
+
+@every_impl
+def test_frames_that_weigh_the_same_have_scores_of_0(impl, device):
+    h, mask = torch.randn(2, 5, 3, device=device), torch.tensor([[1, 1, 0, 1, 0], [0] * 5], device=device).bool()
+    *_, weights, scores, lse = statistics_pooling(
+        h, mask=mask, return_weights=True, return_scores=True, return_lse=True, impl=impl
+    )
+    assert torch.equal(scores, torch.zeros_like(scores).masked_fill(~mask, -torch.inf))
+    torch.testing.assert_close(lse, torch.tensor([3.0, 0.0], device=device).log())
+    torch.testing.assert_close(weights, mask / 3)
+
+
+WINDOWED = {
+    "hops": _location.Case(batch=2, rows=70, score="mlp_hops", mask="empty", value=5),
+    "one": _location.Case(batch=2, rows=70, score="linear", dim=9),
+    "ragged": _location.Case(rows=43, ragged=True, score="linear_hops", mask="random", dim=9),
+}
+
+
+@every_impl
+@each_dtype
+@pytest.mark.parametrize("case", WINDOWED.values(), ids=WINDOWED.keys())
+def test_disjoint_windows_merge(case, dtype, impl, device):
+    """Of location attention, which has a state a position: what is left of it, and the rest."""
+    case = dataclasses.replace(case, dtype=dtype)
+    tensors = case.tensors(device)
+
+    def op(*, windows=((None, None),), **arguments):
+        made = [returning(case, window=window, return_state=True)(**arguments) for window in windows]
+        state = merge(made)
+        return state.out.to(dtype if arguments["h"].dtype == dtype else torch.float64), finite(state.lse)
+
+    exact = evaluate(op, in_double(tensors), "reference")
+    got = evaluate(lambda **x: op(windows=((None, -9), (8, 0), (-1, None)), **x), tensors, impl)
+    assert_as_exact(got, rough_runs(op, tensors), exact, dtype=dtype)
+
+
+@every_impl
+def test_scores_of_a_window_are_one_a_key(impl, device):
+    case = WINDOWED["hops"]
+    tensors = case.tensors(device)
+    _, scores, lse = returning(case, window=(None, 0), return_scores=True, return_lse=True)(impl=impl, **tensors)
+    _, want = returning(case, return_scores=True)(impl=impl, **tensors)
+    torch.testing.assert_close(scores, want)
+    torch.testing.assert_close(lse.mT, torch.logcumsumexp(scores.double(), -1).float())
+
+
+ORDER = {"return_weights": True, "return_scores": True, "return_lse": True, "return_state": True}
+
+
+@pytest.mark.parametrize("name", ["concat", "general, heads", "distance", "location", "location, linear", "graph"])
+def test_results_come_in_one_order(name, device):
+    """Whatever is asked for comes as if it alone were, in one order; one thing alone is no tuple of it."""
+    case = PAIRS[name]
+    tensors = case.tensors(device)
+
+    def asked(*flags: str):
+        return returning(case, **dict.fromkeys(flags, True))(impl="auto", **tensors)
+
+    alone = {flag: asked(flag)[1] for flag in list(ORDER)[:3]}
+    state = asked("return_state")
+    assert isinstance(state, State)
+    torch.testing.assert_close(state.out, asked())
+    for count in range(1, 4):
+        for flags in itertools.combinations(alone, count):
+            for first, got in ((asked(), asked(*flags)), (state, asked(*flags, "return_state"))):
+                assert type(got[0]) is type(first)
+                for x, y in zip(got, (first, *(alone[flag] for flag in flags)), strict=True):
+                    torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("window", [None, (None, 0)])
+def test_scores_of_a_jagged_batch_are_jagged(window, device):
+    h, w = torch.randn(7, 3, device=device), torch.randn(3, device=device)
+    cu = torch.tensor([0, 3, 3, 7], device=device, dtype=torch.int32)
+    jagged = torch.nested.nested_tensor_from_jagged(h, cu.long())
+    options = {"window": window, "return_scores": True, "return_lse": True}
+    want = location_attention(h, w, cu_seqlens=cu, **options)
+    got = location_attention(jagged, w, **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.values() if x.is_nested else x, y)
+    assert got[1].is_nested
+    assert all(x.is_nested == (window is not None) for x in (got[0], got[2]))
 
 
 # --- The merge itself -----------------------------------------------------------------------------------------------

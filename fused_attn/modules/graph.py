@@ -146,8 +146,10 @@ class GraphAttention(Attention):
         edge: Tensor | None = None,
         transposed: Transposed | None = None,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Attend from each node to its neighbours.
 
         Parameters
@@ -155,16 +157,17 @@ class GraphAttention(Attention):
         x
             Nodes ``(N, query_dim)``; or a pair, the query nodes ``(Nq, query_dim)`` and the key nodes
             ``(Nk, key_dim)``. Those without edges may be NaN, but with a residual; it costs a copy of the nodes.
-        indptr, indices, transposed, return_weights, impl
-            As in `graph_attention`.
+        indptr, indices, transposed, return_weights, return_scores, return_lse, impl
+            As in `graph_attention`. A state is returned there alone: what follows the heads here is of a whole.
         edge
             Edge features ``(E, edge_dim)`` in the order of `indices` or of the list of edges, where there is an
             `edge_dim`.
 
         Returns
         -------
-        Tensor or (Tensor, Tensor)
-            Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights ``(E, H)``.
+        Tensor or tuple
+            Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights and scores ``(E, H)``; lse
+            ``(Nq, H)``.
 
         Raises
         ------
@@ -212,13 +215,15 @@ class GraphAttention(Attention):
             dropout_p=self._dropout_p,
             transposed=transposed,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
             impl=impl,
         )
-        out, weights = results if isinstance(results, tuple) else (results, None)
+        out, *more = results if isinstance(results, tuple) else (results,)
         out = out.flatten(1) if self.concat else out.mean(1)
         out = out if self.residual_proj is None else out + self.residual_proj(nodes)
         out = out if self.bias is None else out + self.bias.to(out.dtype)
-        return out if weights is None else (out, weights)
+        return (out, *more) if more else out
 
     def extra_repr(self) -> str:
         """What the layers do not show."""

@@ -79,9 +79,11 @@ class StatisticsPooling(Attention):
         mask: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Pool `h` to ``[mean; std]``, ``(B, 2D)``; shapes, weights and errors are those of `statistics_pooling`."""
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Pool `h` to ``[mean; std]``, ``(B, 2D)``; the rest, shapes and errors are as in `statistics_pooling`."""
         cu_seqlens = as_offsets(cu_seqlens)
         check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
         context = None
@@ -91,7 +93,7 @@ class StatisticsPooling(Attention):
             if cu_seqlens is not None:
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
         proj, score = read("proj", self.proj), read("score", self.score).weight
-        mean, std, *weights = statistics_pooling(
+        mean, std, *more = statistics_pooling(
             h,
             proj.weight.t(),
             proj.bias,
@@ -101,7 +103,9 @@ class StatisticsPooling(Attention):
             mask=mask,
             cu_seqlens=cu_seqlens,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
             impl=impl,
         )
         pooled = torch.cat([mean, std], dim=-1)
-        return (pooled, weights[0]) if weights else pooled
+        return (pooled, *more) if more else pooled
