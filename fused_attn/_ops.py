@@ -194,8 +194,10 @@ def _cast(x: Any, device: str, dtype: torch.dtype) -> Any:
     return function
 
 
-def weights_from(scores: Tensor, lse: Tensor, *, dim: int = 0, offsets: Tensor | None = None) -> Tensor:
-    """Softmax weights ``exp(scores - m) / l``, 0 where no key is visible.
+def weights_from(
+    scores: Tensor, lse: Tensor, *, dim: int = 0, offsets: Tensor | None = None, log: bool = False
+) -> Tensor:
+    """Softmax weights ``exp(scores - m) / l``, 0 where no key is visible; or their logarithms, -inf there.
 
     Parameters
     ----------
@@ -208,25 +210,28 @@ def weights_from(scores: Tensor, lse: Tensor, *, dim: int = 0, offsets: Tensor |
         The axis of the keys.
     offsets
         Of packed keys, which are along the first axis.
+    log
+        ``scores - m - log l``, which is exact where a weight is too small for its dtype.
 
     """
     index = None if offsets is None else segment_ids(offsets, scores.shape[0])
     if forward_mode():
-        return _weights(scores, lse, index)
-    return cast("Tensor", _weights_of(scores, lse, index, dim))
+        return _weights(scores, lse, index, log)
+    return cast("Tensor", _weights_of(scores, lse, index, dim, log))
 
 
-def weights_of_rows(scores: Tensor, lse: Tensor, offsets: Tensor | None) -> Tensor:
+def weights_of_rows(scores: Tensor, lse: Tensor, offsets: Tensor | None, *, log: bool = False) -> Tensor:
     """`weights_from` of ``scores (B, T, R)`` and ``lse (B, R, 2)``, or packed ``(N, R)`` and ``(S, R, 2)``."""
-    return (
-        weights_from(scores, lse[:, None], dim=1) if offsets is None else weights_from(scores, lse, offsets=offsets)
-    )
+    if offsets is None:
+        return weights_from(scores, lse[:, None], dim=1, log=log)
+    return weights_from(scores, lse, offsets=offsets, log=log)
 
 
-def _weights(scores: Tensor, lse: Tensor, index: Tensor | None) -> Tensor:
+def _weights(scores: Tensor, lse: Tensor, index: Tensor | None, log: bool) -> Tensor:
     top, total = (lse if index is None else lse[index]).unbind(-1)
     ends = torch.finfo(top.dtype)  # a row that sees nothing has (-inf, 0)
-    return torch.exp(scores - top.detach().clamp(min=ends.min)) / total.clamp(min=ends.tiny)
+    apart, total = scores - top.detach().clamp(min=ends.min), total.clamp(min=ends.tiny)
+    return apart - total.log() if log else torch.exp(apart) / total
 
 
 class _Weights(torch.autograd.Function):
@@ -234,17 +239,20 @@ class _Weights(torch.autograd.Function):
 
     By the formula's own derivative the weight times its cotangent would go to the scores, and their sum to l. Where
     one key has all the weight these are equal and large, and what is left of them is their rounding.
+
+    That of a logarithm is its cotangent less the weight times the sum of all of them; what comes back to -inf is
+    dropped.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Tensor, lse: Tensor, index: Tensor | None, dim: int) -> Tensor:
-        return _weights(scores, lse, index)
+    def forward(scores: Tensor, lse: Tensor, index: Tensor | None, dim: int, log: bool) -> Tensor:
+        return _weights(scores, lse, index, log)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, lse, index, ctx.dim = inputs
+        _, lse, index, ctx.dim, ctx.log = inputs
         ctx.save_for_backward(lse, index, output)
 
     @staticmethod
@@ -257,11 +265,16 @@ class _Weights(torch.autograd.Function):
                 return x.sum(ctx.dim, keepdim=True)
             return torch.zeros_like(of_row, dtype=x.dtype).index_put((index,), x, accumulate=True)
 
-        mean = total(weights * grad)
-        d_scores = weights * (grad - (mean if index is None else mean[index]))
+        if ctx.log:
+            grad = grad.masked_fill(weights == -torch.inf, 0)
+            of_all = total(grad)
+            d_scores = grad - weights.exp() * (of_all if index is None else of_all[index])
+        else:
+            mean = total(weights * grad)
+            d_scores = weights * (grad - (mean if index is None else mean[index]))
         # 0 but for rounding: l is the sum of what the weights are of.
         d_total = -total(d_scores) / of_row.clamp(min=torch.finfo(of_row.dtype).tiny)
-        return d_scores, torch.stack([torch.zeros_like(d_total), d_total], -1), None, None
+        return d_scores, torch.stack([torch.zeros_like(d_total), d_total], -1), None, None, None
 
 
 _weights_of = left_to_autograd(_Weights)

@@ -26,7 +26,7 @@ from ._checks import (
 )
 from ._dropout import draw_seed
 from ._ops import weights_from
-from ._results import Wanted, returned
+from ._results import Wanted, returned, stand_in
 from .kernels.inputs import ConcatInputs, GeneralInputs
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
@@ -85,11 +85,12 @@ def check_pairs(
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     both = given.cu_seqlens_q, given.cu_seqlens_k
     padded = {"score_bias": given.score_bias}
-    padded |= {"return_weights": wanted.weights, "return_scores": wanted.scores}
+    padded |= {f"return_{name}": getattr(wanted, name) for name in ("weights", "log_weights", "scores")}
     packed = check_packed(padded, *both)
     check = Checker(tables[packed, has_heads(given)])
     for name, x in {"query": query, "key": key, "value": given.value, **parameters}.items():
-        check(name, x)
+        if name != "value" or wanted.output:
+            check(name, x)
     check_activation("activation", given.activation)
     p = check_dropout("dropout_p", given.dropout_p)
     if packed:
@@ -101,7 +102,8 @@ def check_pairs(
         check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
         check_score_bias(check, given.score_bias, scores)
     left, right = check_window(window)
-    return given._replace(left=left, right=right, dropout_p=p)
+    given = given._replace(left=left, right=right, dropout_p=p)
+    return given if wanted.output else given._replace(value=stand_in(key))
 
 
 def canonical(given: P) -> P:
@@ -155,16 +157,20 @@ def shaped(
         x = x[0].transpose(0, 1) if packed else x
         return x if heads else x.squeeze(1)
 
-    if wanted.weights and weights is None:
+    def of_pairs(log: bool) -> Tensor:
         assert scores is not None
         assert lse is not None
-        weights = weights_from(scores, lse[..., None, :], dim=-1)
-    lse = lse if wanted.normaliser else None
+        return weights_from(scores, lse[..., None, :], dim=-1, log=log)
+
+    if wanted.weights and weights is None:
+        weights = of_pairs(False)
+    log_weights = of_pairs(True) if wanted.log_weights else None
     return returned(
         wanted,
         given.key.dtype,
         cast("Tensor", rows(out)),
-        rows(lse),
+        rows(lse) if wanted.normaliser else None,
         rows(weights) if wanted.weights else None,
         rows(scores) if wanted.scores else None,
+        rows(log_weights),
     )

@@ -15,17 +15,19 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
 
 class Wanted(NamedTuple):
-    """What is to be returned beside the output, or with a state in place of it; the order is that of the results."""
+    """What is to be returned beside the output, or with a state in place of it, or without it."""
 
     weights: bool = False
     scores: bool = False
     lse: bool = False
     state: bool = False
+    log_weights: bool = False
+    output: bool = True
 
     @property
     def pairs(self) -> bool:
         """Whether a number a score is."""
-        return self.weights or self.scores
+        return self.weights or self.log_weights or self.scores
 
     @property
     def normaliser(self) -> bool:
@@ -36,10 +38,23 @@ class Wanted(NamedTuple):
 PLAIN = Wanted()
 
 
-def check_wanted(*flags: Any) -> Wanted:
-    """The flags ``return_weights, return_scores, return_lse, return_state``, or the first of them, checked."""
+def check_wanted(*flags: Any, value: Any = None) -> Wanted:
+    """The flags of `Wanted` in its order, or the first of them, checked, and whether `value` is False."""
     pairs = zip(Wanted._fields, flags, strict=False)
-    return Wanted(*[check_flag(f"return_{name}", x) for name, x in pairs])
+    wanted = Wanted(*[check_flag(f"return_{name}", x) for name, x in pairs])
+    if value is not False:
+        return wanted
+    if wanted.state:
+        raise ValueError("return_state: expected False with value=False, a state has an output; got True")
+    if wanted == PLAIN:
+        more = "return_weights, return_log_weights, return_scores or return_lse"
+        raise ValueError(f"value: expected False only with {more}, there is nothing else to return; got False")
+    return wanted._replace(output=False)
+
+
+def stand_in(key: Tensor) -> Tensor:
+    """Values for ``value=False``: nobody reads their sum, so they are few, there already, and ask for no gradient."""
+    return key.detach()[..., :16]
 
 
 def returned(
@@ -49,6 +64,7 @@ def returned(
     lse: Tensor | None,
     weights: Tensor | None,
     scores: Tensor | None,
+    log_weights: Tensor | None = None,
 ) -> Any:
     """The output, or its state, alone; or a tuple of it and what is wanted beside it. None: what nobody wants.
 
@@ -58,18 +74,27 @@ def returned(
     if wanted.state:
         assert lse is not None
         first = State(out.to(lse.dtype), *numbers_of(lse))
-    more = beside(wanted, dtype, lse, weights, scores)
-    return (first, *more) if more else first
+    results = [first] if wanted.output else []
+    results += beside(wanted, dtype, lse, weights, scores, log_weights)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def beside(
-    wanted: Wanted, dtype: torch.dtype, lse: Tensor | None, weights: Tensor | None, scores: Tensor | None
+    wanted: Wanted,
+    dtype: torch.dtype,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    scores: Tensor | None,
+    log_weights: Tensor | None = None,
 ) -> list[Tensor]:
     """What is wanted beside the output, in the order that all families have."""
     results = []
     if wanted.weights:
         assert weights is not None
         results.append(weights.to(dtype))
+    if wanted.log_weights:
+        assert log_weights is not None
+        results.append(log_weights)
     if wanted.scores:
         assert scores is not None
         results.append(scores)
@@ -87,7 +112,7 @@ def by_formula(
 
     For a state all is in float32. Weights alone come of the formula: see `reference._attend`.
     """
-    if not (wanted.scores or wanted.normaliser):
+    if not (wanted.log_weights or wanted.scores or wanted.normaliser):
         out, weights = formula(inputs, weights_only=True, **options)
         return out, None, None, weights
     if wanted.state:

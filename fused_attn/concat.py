@@ -5,7 +5,7 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ _CONCAT = Operator(
 def concat_attention(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | Literal[False],
     v: Tensor,
     *,
     activation: str = "tanh",
@@ -81,6 +81,7 @@ def concat_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     return_state: bool = False,
@@ -99,7 +100,8 @@ def concat_attention(
         and ``(B, H, Tk, A)``; packed ``(N, A)`` or ``(N, H, A)`` with both ``cu_seqlens``. Biases and further
         contexts are added to them beforehand. float16, bfloat16, float32; float64 on a CPU or by the reference.
     value
-        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``.
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no output, see
+        `location_attention`.
     v
         ``(A,)``, or ``(H, A)``.
     activation
@@ -123,8 +125,9 @@ def concat_attention(
     return_weights
         Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
         of size Tq·Tk.
-    return_scores, return_lse, return_state
-        See `location_attention`. Scores, with the bias, are of size Tq·Tk, and of padded batches only.
+    return_log_weights, return_scores, return_lse, return_state
+        See `location_attention`. Log weights, and scores, with the bias, are of size Tq·Tk, and of padded batches
+        only.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), a blocked PyTorch path with the same
         identities and linear memory elsewhere. ``"triton"`` and ``"reference"`` never fall back.
@@ -132,8 +135,8 @@ def concat_attention(
     Returns
     -------
     Tensor, State or tuple
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
-        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights, log weights
+        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -148,10 +151,10 @@ def concat_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     options = (activation, None, None, dropout_p)
-    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     given = check_pairs(
         _TABLES,
-        ConcatInputs(query, key, value, v, score_bias, mask, *offsets, None, *options),
+        ConcatInputs(query, key, cast("Tensor", value), v, score_bias, mask, *offsets, None, *options),
         {"v": v},
         window,
         wanted,

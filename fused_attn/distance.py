@@ -8,7 +8,7 @@ lose what near rows differ in.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ _FEATURES = {1.0: "abs", 2.0: "square"}
 def distance_attention(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | Literal[False],
     v: Tensor | None = None,
     *,
     p: float = 1,
@@ -42,6 +42,7 @@ def distance_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     return_state: bool = False,
@@ -61,7 +62,8 @@ def distance_attention(
         ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)`` and ``(B, H, Tk, A)``; packed ``(N, A)`` or
         ``(N, H, A)`` with both ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the reference.
     value
-        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``.
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no output, see
+        `location_attention`.
     v
         ``(A,)``, or ``(H, A)``: what a difference in a feature counts. None: 1. Of a Laplace kernel with the scale b,
         1 / b.
@@ -69,14 +71,14 @@ def distance_attention(
         1 or 2.
     mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, dropout_p, impl
         As in `concat_attention`.
-    return_weights, return_scores, return_lse, return_state
+    return_weights, return_log_weights, return_scores, return_lse, return_state
         As in `concat_attention`.
 
     Returns
     -------
     Tensor, State or tuple
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
-        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights, log weights
+        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -90,8 +92,9 @@ def distance_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     structure = (score_bias, mask, *offsets, None)
-    inputs = ConcatInputs(query, key, value, cast("Tensor", v), *structure, "identity", None, None, dropout_p)
-    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    rows = query, key, cast("Tensor", value)
+    inputs = ConcatInputs(*rows, cast("Tensor", v), *structure, "identity", None, None, dropout_p)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     inputs = check_pairs(_TABLES, inputs, {"v": v}, window, wanted)
     features = check_power("p", p)
     v = query.new_full(query.shape[-1:], -1.0) if v is None else -v

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ _GENERAL = Operator(
 def general_attention(
     query: Tensor,
     key: Tensor,
-    value: Tensor | None = None,
+    value: Tensor | Literal[False] | None = None,
     weight: Tensor | None = None,
     *,
     scale: float = 1.0,
@@ -151,6 +151,7 @@ def general_attention(
     cu_seqlens_k: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     return_state: bool = False,
@@ -170,7 +171,7 @@ def general_attention(
         float32; float64 on a CPU or by the reference.
     value
         ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. None: the keys, of which the kernel
-        then loads a tile once for both products (up to a width of 256).
+        then loads a tile once for both products (up to a width of 256). False: no output, see `location_attention`.
     weight
         W, ``(Dq, Dk)``, or with heads ``(H, Dq, Dk)``. It meets the queries before the kernel, in one product. None:
         the identity, and Dq = Dk.
@@ -197,8 +198,9 @@ def general_attention(
     return_weights
         Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
         of size Tq·Tk.
-    return_scores, return_lse, return_state
-        See `location_attention`. Scores, with the bias, are of size Tq·Tk, and of padded batches only.
+    return_log_weights, return_scores, return_lse, return_state
+        See `location_attention`. Log weights, and scores, with the bias, are of size Tq·Tk, and of padded batches
+        only.
     impl
         ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
         `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
@@ -211,8 +213,8 @@ def general_attention(
     Returns
     -------
     Tensor, State or tuple
-        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights and scores
-        ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
+        Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights, log weights
+        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
 
     Raises
     ------
@@ -226,10 +228,10 @@ def general_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     options = (activation, scale, None, None, dropout_p)
-    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     given = check_pairs(
         _TABLES[weight is not None],
-        GeneralInputs(query, key, value, score_bias, mask, *offsets, None, *options),
+        GeneralInputs(query, key, cast("Tensor | None", value), score_bias, mask, *offsets, None, *options),
         {} if weight is None else {"weight": weight},
         window,
         wanted,

@@ -5,7 +5,7 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from ._ops import (
     weights_from,
     weights_of_rows,
 )
-from ._results import PLAIN, Wanted, by_formula, check_wanted, returned, widened
+from ._results import Wanted, by_formula, check_wanted, returned, stand_in, widened
 from .kernels.inputs import LocationInputs, WindowInputs
 from .segments import Offsets, as_offsets
 
@@ -112,7 +112,7 @@ def location_attention(
     *,
     gate: tuple[Tensor, Tensor | None] | None = None,
     context: Tensor | None = None,
-    value: Tensor | None = None,
+    value: Tensor | Literal[False] | None = None,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     mask: Tensor | None = None,
@@ -121,6 +121,7 @@ def location_attention(
     cu_seqlens: Offsets | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     return_state: bool = False,
@@ -159,7 +160,8 @@ def location_attention(
         Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)`` a row, or with the
         choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
     value
-        What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None.
+        What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None. False: nothing is, and there is no output;
+        what else is asked for is returned, alone or as a tuple. (The kernels sum 16 features of the keys.)
     activation, gate_activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
@@ -178,6 +180,9 @@ def location_attention(
     return_weights
         Return the weights too, as they are before dropout. They are differentiable. With a window they are of size
         T·T, and padded only.
+    return_log_weights
+        Return the logarithms of the weights too, in the dtype of the scores, -inf of a key that is not visible, to
+        which no gradient goes. They are exact where a weight is too small to be more than 0: for a loss.
     return_scores
         Return the scores too, in float32 (float64 where the inputs are), -inf where the mask hides: what the softmax
         is of, the bias within. With a window too they are one a key, for they do not depend on the position.
@@ -194,13 +199,14 @@ def location_attention(
     Returns
     -------
     Tensor, State or tuple
-        The output or the state alone, or a tuple of it and what is asked for, in the order weights, scores, lse; so
-        in every family.
+        The output or the state alone, or a tuple of it and what is asked for, in the order weights, log weights,
+        scores, lse; so in every family.
         Output ``(B, Dv)``, or ``(B, R, Dv)`` where `v` (`w` without `v`) has a hop axis; S for B where ragged.
-        Weights and scores ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a jagged `h`.
+        Weights, log weights and scores ``(B, T)`` or ``(B, R, T)``; packed ``(N,)`` or ``(N, R)``; jagged for a
+        jagged `h`.
         m, log_l and lse as the output, without Dv.
         With a window: output ``(B, T, Dv)``, ``(B, T, R, Dv)``; packed ``(N, Dv)``, ``(N, R, Dv)``; jagged for a
-        jagged `h`; weights ``(B, T, T)``, ``(B, R, T, T)``.
+        jagged `h`; weights and log weights ``(B, T, T)``, ``(B, R, T, T)``.
 
     Raises
     ------
@@ -217,7 +223,8 @@ def location_attention(
     cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
-    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
+    value = None if value is False else value
     offsets = None
     if h.is_nested:
         h, offsets, context, value, score_bias, cu_seqlens = _unpack_jagged(
@@ -229,10 +236,9 @@ def location_attention(
         activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
     left, right = check_window(window)
-    if window is not None and wanted.weights and cu_seqlens is not None:
-        raise ValueError(
-            "return_weights: expected False with a window and packed rows, pad the batch to see them; got True"
-        )
+    if window is not None and (wanted.weights or wanted.log_weights) and cu_seqlens is not None:
+        name = "return_weights" if wanted.weights else "return_log_weights"
+        raise ValueError(f"{name}: expected False with a window and packed rows, pad the batch to see them; got True")
     if window is not None and wanted.state and offsets is not None:
         raise ValueError(
             "return_state: expected False with a window and a jagged h, pass its rows with cu_seqlens; got True"
@@ -244,6 +250,7 @@ def location_attention(
         rows = h.shape[:-1] if context_per_row else (_num_sequences(h, cu_seqlens),)
         context = context.reshape(*rows, width)
     seed = draw_seed(dropout_p, h.device)
+    value = value if wanted.output else stand_in(h)
     inputs = LocationInputs(
         h,
         w if w is None or w.dim() == 2 else w[:, None],
@@ -270,6 +277,7 @@ def location_attention(
         out, lse, scores, weights = by_formula(LOCATION.formula, inputs, wanted)
     if wanted.weights and weights is None:
         weights = weights_of_rows(scores, lse, cu_seqlens)
+    log_weights = weights_of_rows(scores, lse, cu_seqlens, log=True) if wanted.log_weights else None
 
     def keys(x: Tensor) -> Tensor:
         """A number a key and hop, in the form of the keys."""
@@ -284,6 +292,7 @@ def location_attention(
         lse if lse is None or hop_axis else lse.squeeze(1),
         keys(weights) if wanted.weights and weights is not None else None,
         keys(scores) if wanted.scores else None,
+        None if log_weights is None else keys(log_weights),
     )
 
 
@@ -322,22 +331,24 @@ def _windowed(
         asked = kernel and keeps_exact(inputs.value, inputs.scores, state=wanted.state)
         out, lse, exact = WINDOW(inputs, not kernel, asked)
         out = exact_of(out, exact) if wanted.state else out
-    weights = _window_weights(inputs, lse) if wanted.weights else None
+    weights = _window_weights(inputs, lse, log=False) if wanted.weights else None
+    log_weights = _window_weights(inputs, lse, log=True) if wanted.log_weights else None
 
-    def rows(x: Tensor, hop: int) -> Tensor:
-        return x if hop_axis else x.squeeze(hop)
+    def rows(x: Tensor | None, hop: int) -> Any:
+        return x if hop_axis or x is None else x.squeeze(hop)
 
-    weights = weights if weights is None else rows(weights, 1)
     scores = inputs.scores if inputs.cu_seqlens is not None else inputs.scores.mT
-    results = returned(wanted, dtype, rows(out, -2), rows(lse, -2), weights, rows(scores, 1))
+    pairs = rows(weights, 1), rows(scores, 1), rows(log_weights, 1)
+    results = returned(wanted, dtype, rows(out, -2), rows(lse, -2), *pairs)
     if offsets is None:
         return results
-    jagged = [torch.nested.nested_tensor_from_jagged(x, offsets) for x in (results if wanted != PLAIN else [results])]
-    return tuple(jagged) if wanted != PLAIN else jagged[0]
+    if isinstance(results, Tensor):
+        return torch.nested.nested_tensor_from_jagged(results, offsets)
+    return tuple(torch.nested.nested_tensor_from_jagged(x, offsets) for x in results)
 
 
-def _window_weights(inputs: WindowInputs, lse: Tensor) -> Tensor:
-    """The weights ``(B, R, T, T)`` of all positions and keys."""
+def _window_weights(inputs: WindowInputs, lse: Tensor, *, log: bool) -> Tensor:
+    """The weights ``(B, R, T, T)`` of all positions and keys, or their logarithms."""
     scores = inputs.scores
     j = torch.arange(scores.shape[1], device=scores.device)
     shown = reference.in_window(j[:, None], j, inputs.left, inputs.right, torch.ones_like(j, dtype=torch.bool))
@@ -346,7 +357,7 @@ def _window_weights(inputs: WindowInputs, lse: Tensor) -> Tensor:
     spoilt = lse[..., 1].isnan()
     pairs = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).mT[:, :, None]
     pairs = pairs.masked_fill(spoilt | ~shown, -torch.inf)  # (B, R, T, T), of positions and keys
-    weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1), dim=-1)
+    weights = weights_from(pairs, lse.masked_fill(spoilt[..., None], 1), dim=-1, log=log)
     return reference.spoil(weights, spoilt & shown)
 
 

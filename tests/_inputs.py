@@ -334,7 +334,8 @@ BAD_OPTIONS: dict[str, dict[type[Exception], list[Any]]] = {
 BAD_OPTIONS |= {
     "gate_activation": BAD_OPTIONS["activation"],
     **dict.fromkeys(
-        ("return_segments", "return_scores", "return_lse", "return_state"), BAD_OPTIONS["return_weights"]
+        ("return_segments", "return_log_weights", "return_scores", "return_lse", "return_state"),
+        BAD_OPTIONS["return_weights"],
     ),
     "num_keys": BAD_OPTIONS["num_queries"],
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class HeadsAttention(Attention):
 class PairsAttention(HeadsAttention):
     """The forward of a family whose module takes padded or packed rows: the family says what it does with them."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Any:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
         """The family's function on checked rows; values have heads, where there are more than one."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class PairsAttention(HeadsAttention):
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor | None = None,
+        value: Tensor | Literal[False] | None = None,
         *,
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
@@ -76,6 +76,7 @@ class PairsAttention(HeadsAttention):
         cu_seqlens_q: Offsets | None = None,
         cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
         return_scores: bool = False,
         return_lse: bool = False,
         return_state: bool = False,
@@ -89,17 +90,17 @@ class PairsAttention(HeadsAttention):
             Without heads: each head scores the same rows.
         value
             The keys as they are given, where None. ``(B, Tk, Dv)`` for every head, or with more than one
-            ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or ``(N, H, Dv)``.
+            ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or ``(N, H, Dv)``. False: no output, as in the function.
         mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, impl
             As in the function that the module is of.
-        return_weights, return_scores, return_lse, return_state
+        return_weights, return_log_weights, return_scores, return_lse, return_state
             As in the function.
 
         Returns
         -------
         Tensor, State or tuple
             As the function returns them, with heads where there are more than one: ``(B, [H,] Tq, Dv)``, packed
-            ``(N, [H,] Dv)``; weights and scores ``(B, [H,] Tq, Tk)``.
+            ``(N, [H,] Dv)``; weights, log weights and scores ``(B, [H,] Tq, Tk)``.
 
         Raises
         ------
@@ -108,8 +109,8 @@ class PairsAttention(HeadsAttention):
             parameters'.
 
         """
-        self._check(INPUTS[cu_seqlens_q is not None], query, key, value)
-        if value is not None and value.dim() == query.dim():
+        self._check(INPUTS[cu_seqlens_q is not None], query, key, None if value is False else value)
+        if isinstance(value, Tensor) and value.dim() == query.dim():
             value = self._repeat(value)
         out: Tensor | tuple[Any, ...] = self._attend(
             query,
@@ -122,6 +123,7 @@ class PairsAttention(HeadsAttention):
             cu_seqlens_k=cu_seqlens_k,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
             return_scores=return_scores,
             return_lse=return_lse,
             return_state=return_state,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class ConcatAttention(HeadsAttention):
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor | None = None,
+        value: Tensor | Literal[False] | None = None,
         *,
         contexts: Sequence[Tensor | tuple[str, Tensor]] = (),
         projected: Tensor | None = None,
@@ -114,6 +114,7 @@ class ConcatAttention(HeadsAttention):
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
         return_scores: bool = False,
         return_lse: bool = False,
         return_state: bool = False,
@@ -127,6 +128,7 @@ class ConcatAttention(HeadsAttention):
             Before projection.
         value
             ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; the keys, before projection, where None.
+            False: no output, as in `concat_attention`.
         contexts
             One for each of `context_dims`: a sequence ``(B, C)``, a key ``(B, Tk, C)`` or a query ``(B, Tq, C)``.
             Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
@@ -135,14 +137,14 @@ class ConcatAttention(HeadsAttention):
             What `project_keys` made of `key`; None: it is made here.
         mask, window, score_bias, impl
             As in `concat_attention`.
-        return_weights, return_scores, return_lse, return_state
+        return_weights, return_log_weights, return_scores, return_lse, return_state
             As in `concat_attention`.
 
         Returns
         -------
         Tensor, State or tuple
-            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head; weights and scores
-            ``(B, [H,] Tq, Tk)``.
+            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head; weights, log
+            weights and scores ``(B, [H,] Tq, Tk)``.
 
         Raises
         ------
@@ -151,7 +153,7 @@ class ConcatAttention(HeadsAttention):
             where contexts do not match `context_dims`, or are ambiguous.
 
         """
-        check = self._check(_INPUTS, query, key, value)
+        check = self._check(_INPUTS, query, key, None if value is False else value)
         if not isinstance(contexts, (tuple, list)):
             raise TypeError(
                 f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
@@ -183,7 +185,7 @@ class ConcatAttention(HeadsAttention):
         return concat_attention(
             self._split(q),
             self._split(k),
-            self._repeat(value) if value.dim() == 3 else value,
+            self._repeat(value) if isinstance(value, Tensor) and value.dim() == 3 else value,
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
             mask=mask,
@@ -191,6 +193,7 @@ class ConcatAttention(HeadsAttention):
             score_bias=score_bias,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
             return_scores=return_scores,
             return_lse=return_lse,
             return_state=return_state,

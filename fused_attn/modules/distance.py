@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class DistanceAttention(PairsAttention):
         super().reset_parameters()
         nn.init.zeros_(self.log_v)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Any:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
         q, k, v = project(self.query_proj, query), project(self.key_proj, key), self.log_v.exp()
         value = self._repeat(key) if value is None else value
         v = v if self.num_heads > 1 else v[0]

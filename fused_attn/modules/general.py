@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class GeneralAttention(PairsAttention):
         *_, query_dim, key_dim = self.weight.shape
         return module_checker(table, self.weight, query_dim=query_dim, key_dim=key_dim, num_heads=self.num_heads)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | None, **options: Any) -> Any:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
         q, k, w = self._repeat(query), self._repeat(key), self.weight
         return general_attention(q, k, value, w, scale=self.scale, activation=self.activation, **options)
 

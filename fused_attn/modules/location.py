@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,13 @@ class LocationAttention(Attention):
         h: Tensor,
         *,
         context: Tensor | None = None,
-        value: Tensor | None = None,
+        value: Tensor | Literal[False] | None = None,
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
         return_scores: bool = False,
         return_lse: bool = False,
         return_state: bool = False,
@@ -163,6 +164,7 @@ class LocationAttention(Attention):
             cu_seqlens=cu_seqlens,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
             return_scores=return_scores,
             return_lse=return_lse,
             return_state=return_state,

@@ -131,10 +131,31 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/_ops.py",
-        "    return torch.exp(scores - top.detach().clamp(min=ends.min)) / total.clamp(min=ends.tiny)",
-        "    return torch.exp(scores - top.detach().clamp(min=ends.min))",
+        "    return apart - total.log() if log else torch.exp(apart) / total",
+        "    return apart - total.log() if log else torch.exp(apart)",
         ("tests/test_pairs_weights.py",),
         "returned weights are not divided by their sum",
+    ),
+    Mutant(
+        "fused_attn/_ops.py",
+        "    return apart - total.log() if log else torch.exp(apart) / total",
+        "    return (torch.exp(apart) / total).log() if log else torch.exp(apart) / total",
+        ("tests/test_log_weights.py", "-k", "underflow"),
+        "log weights are the logarithms of what underflows",
+    ),
+    Mutant(
+        "fused_attn/_ops.py",
+        "            grad = grad.masked_fill(weights == -torch.inf, 0)",
+        "            grad = grad.clone()",
+        ("tests/test_log_weights.py", "-k", "logarithms"),
+        "what comes back to the log weight of a hidden key goes on",
+    ),
+    Mutant(
+        "fused_attn/_results.py",
+        "    return key.detach()[..., :16]",
+        "    return torch.full_like(key, torch.nan)[..., :16]",
+        ("tests/test_log_weights.py", "-k", "underflow"),
+        "what stands in for the values reaches what is returned",
     ),
     Mutant(
         "fused_attn/_operators.py",
