@@ -5,6 +5,7 @@ Both levels are location attention; the kernel runs both in one launch. Known fr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +18,11 @@ from ._checks import Checker, argument, check_flag, check_offsets, check_tensor,
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
+from ._results import Wanted, beside, check_wanted, returned, widened
 from .kernels.inputs import HierarchicalInputs, LocationInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
+from .states import State
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -60,10 +63,14 @@ class Score(NamedTuple):
 class HierarchicalOutput(NamedTuple):
     """What `hierarchical_attention` returns where more than the output was asked for; the rest is None."""
 
-    out: Tensor
+    out: Any
+    """The output, a tensor; or its `State`."""
     segments: Tensor | None
     inner_weights: Tensor | None
     outer_weights: Tensor | None
+    inner_scores: Tensor | None = None
+    outer_scores: Tensor | None = None
+    lse: Tensor | None = None
 
 
 def _fake(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tensor, ...]:
@@ -118,8 +125,11 @@ def hierarchical_attention(
     mask: Tensor | None = None,
     return_segments: bool = False,
     return_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
-) -> Tensor | HierarchicalOutput:
+) -> Tensor | State | HierarchicalOutput:
     r"""Two levels of attention pooling over ragged segments, with parameters of their own.
 
     .. math:: x_i = \sum_{j \in i} softmax_j(s(h_j)) \, h_j, \quad y = between(x), \quad
@@ -150,6 +160,9 @@ def hierarchical_attention(
         Return the segments x too, as they are before `between`.
     return_weights
         Return the weights of both levels too, which are differentiable.
+    return_scores, return_lse, return_state
+        See `location_attention`: scores of both levels, -inf of a segment that sees nothing; lse and state of the
+        outer one. `merge` joins states of groups over disjoint segments.
     impl
         ``"auto"``: Triton kernels on a GPU, PyTorch elsewhere and for float64. Without `between` the kernels are one
         launch where documents fit: D at most 256 (128 where a width is no multiple of 16), and as many groups as the
@@ -158,9 +171,10 @@ def hierarchical_attention(
 
     Returns
     -------
-    Tensor or HierarchicalOutput
-        Output ``(G, D')``. With `return_segments` or `return_weights` a named tuple ``(out, segments (S, D),
-        inner_weights (N,), outer_weights (S,))``, with None for what was not asked for.
+    Tensor, State or HierarchicalOutput
+        Output ``(G, D')``, or its state, whose m and log_l are ``(G,)``. With `return_segments`, weights, scores or
+        lse a named tuple ``(out, segments (S, D), inner_weights (N,), outer_weights (S,), inner_scores (N,),
+        outer_scores (S,), lse (G,))``, with None for what was not asked for.
 
     Raises
     ------
@@ -176,7 +190,7 @@ def hierarchical_attention(
     """
     inner_offsets, outer_offsets = as_offsets(inner_offsets), as_offsets(outer_offsets)
     return_segments = check_flag("return_segments", return_segments)
-    return_weights = check_flag("return_weights", return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
     Checker(_TABLE)("h", h)
     scores = [*_tensors_of("inner", inner), *_tensors_of("outer", outer)]
     check = Checker(_TABLE)
@@ -212,26 +226,30 @@ def hierarchical_attention(
     tensors = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
     inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
-        results = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE]))[:-2]
+        *results, exact, _ = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE], state=wanted.state))
+        results[0] = exact_of(results[0], exact) if wanted.state else results[0]
     else:
         results = reference.hierarchical_attention(
             inputs,
             between=None if between is None else checked,
-            attend=_attend if kernel else reference.location_attention,
+            attend=functools.partial(_attend if kernel else _by_formula, wanted.state),
         )
     out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
-    out = out.squeeze(1).to(h.dtype)
-    if not (return_segments or return_weights):
-        return out
+    first = returned(Wanted(state=wanted.state), h.dtype, out.squeeze(1), outer_lse.squeeze(1), None, None)
+    if not (return_segments or wanted.pairs or wanted.lse):
+        return cast("Tensor | State", first)
 
     def weights(raw: Tensor, lse: Tensor, offsets: Tensor) -> Tensor | None:
-        return weights_from(raw, lse, offsets=offsets).squeeze(1).to(out.dtype) if return_weights else None
+        return weights_from(raw, lse, offsets=offsets).squeeze(1).to(h.dtype) if wanted.weights else None
 
     return HierarchicalOutput(
-        out,
+        first,
         segments if return_segments else None,
         weights(inner_scores, inner_lse, inner_offsets),
         weights(outer_scores, outer_lse, outer_offsets),
+        inner_scores.squeeze(1) if wanted.scores else None,
+        outer_scores.squeeze(1) if wanted.scores else None,
+        beside(Wanted(lse=True), h.dtype, outer_lse.squeeze(1), None, None)[0] if wanted.lse else None,
     )
 
 
@@ -239,9 +257,15 @@ for _class in (Score, HierarchicalOutput):  # so that `torch.export.save` knows 
     pytree._register_namedtuple(_class, serialized_type_name=f"fused_attn.{_class.__name__}")
 
 
-def _attend(inputs: LocationInputs) -> tuple[Tensor, ...]:
-    """One level by the kernel."""
-    return LOCATION(inputs, True, keeps_exact(*inputs[:9]))[:3]
+def _attend(state: bool, inputs: LocationInputs) -> tuple[Tensor, ...]:
+    """One level by the kernel; for a state its output is in float32."""
+    out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=state))
+    return exact_of(out, exact) if state else out, lse, scores
+
+
+def _by_formula(state: bool, inputs: LocationInputs) -> tuple[Tensor, ...]:
+    """One level by the reference, likewise."""
+    return reference.location_attention(widened(inputs) if state else inputs)
 
 
 def _tensors_of(name: str, score: Score) -> list[Tensor | None]:

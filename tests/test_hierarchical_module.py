@@ -77,7 +77,7 @@ def test_forward_is_the_levels_one_after_the_other(impl, device):
     out, outer_weights = module.outer(
         segments, cu_seqlens=documents, mask=sentences.diff() > 0, context=contexts[1], return_weights=True, impl=impl
     )
-    for x, y in zip(got, (out, segments, inner_weights, outer_weights), strict=True):
+    for x, y in zip(got[:4], (out, segments, inner_weights, outer_weights), strict=True):
         torch.testing.assert_close(x, y)
     got.out.square().sum().backward()
     assert all(x.grad.count_nonzero() > 0 for x in module.parameters())

@@ -16,6 +16,7 @@ from _concat import every_impl
 from _marks import each_dtype
 from torch import Tensor, func
 
+import fused_attn as f
 from fused_attn import State, location_attention, merge, statistics_pooling
 
 KEYS = ("key", "value", "h", "mask", "score_bias", "context", "edge", "indices")  # of these the parts have their own
@@ -221,6 +222,56 @@ def test_frames_that_weigh_the_same_have_scores_of_0(impl, device):
     assert torch.equal(scores, torch.zeros_like(scores).masked_fill(~mask, -torch.inf))
     torch.testing.assert_close(lse, torch.tensor([3.0, 0.0], device=device).log())
     torch.testing.assert_close(weights, mask / 3)
+
+
+DOCUMENTS = [[3, 0, 4], [], [2], [1, 5, 2, 6]]  # rows of each segment of each group
+
+
+@every_impl
+@each_dtype
+@pytest.mark.parametrize("between", [None, lambda segments, offsets: segments * 2], ids=["alone", "between"])
+def test_groups_merge_over_disjoint_segments(between, dtype, impl, device):
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.repeat_interleave(torch.tensor([len(d) for d in DOCUMENTS]))
+    segments = torch.repeat_interleave(torch.tensor([n for d in DOCUMENTS for n in d]))
+    shapes = {"h": (len(segments), 16), "w": (16, 8), "v": (8,), "outer_w": (16,)}
+    tensors = {n: torch.randn(shape, generator=rng).to(device, dtype) for n, shape in shapes.items()}
+    some = torch.rand(len(groups), generator=rng) < 0.5
+
+    def op(*, parts=(some | True,), impl, h, w, v, outer_w):
+        states = []
+        for part in parts:
+            inner = (segments[:, None] == torch.arange(len(groups))[part]).sum(0)
+            outer = (groups[part][:, None] == torch.arange(len(DOCUMENTS))).sum(0)
+            levels = (torch.cat([n.new_zeros(1), n.cumsum(0)]).int().to(device) for n in (inner, outer))
+            score, outer_score = f.Score(w, v=v), f.Score(outer_w, activation="identity")
+            rows = h[part[segments].to(device)]
+            options = {"between": between, "return_state": True, "impl": impl}
+            states.append(f.hierarchical_attention(rows, *levels, score, outer_score, **options))
+        state = merge(states)
+        assert state.out.dtype == torch.promote_types(h.dtype, torch.float32)
+        return state.out.to(h.dtype), finite(state.lse)
+
+    exact = evaluate(op, in_double(tensors), "reference")
+    got = evaluate(lambda **x: op(parts=(some, ~some, some & False), **x), tensors, impl)
+    assert_as_exact(got, rough_runs(op, tensors), exact, dtype=dtype)
+
+
+@every_impl
+def test_scores_of_both_levels_and_the_lse_of_groups(impl, device):
+    h = torch.randn(12, 16, device=device)
+    sentences, documents = (torch.tensor(x, device=device).int() for x in ([0, 5, 5, 9, 12], [0, 3, 4, 4]))
+    args = (h, sentences, documents, f.Score(h[0], activation="tanh"), f.Score(h[1], activation="tanh"))
+    names = ("return_segments", "return_weights", "return_scores", "return_lse", "return_state")
+    got = f.hierarchical_attention(*args, **dict.fromkeys(names, True), impl=impl)
+    torch.testing.assert_close(got.inner_scores, torch.tanh(h @ h[0]))
+    outer = torch.tanh(got.segments @ h[1])
+    outer[1] = -torch.inf
+    torch.testing.assert_close(got.outer_scores, outer)
+    torch.testing.assert_close(got.lse, torch.stack([outer[:3].logsumexp(0), outer[3], outer.new_tensor(-torch.inf)]))
+    torch.testing.assert_close(got.out.lse, got.lse)
+    torch.testing.assert_close(got.out.out, f.hierarchical_attention(*args, impl=impl))
+    torch.testing.assert_close(torch.exp(outer[:3] - got.lse[0]), got.outer_weights[:3])
 
 
 WINDOWED = {

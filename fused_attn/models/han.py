@@ -86,6 +86,6 @@ class HAN(nn.Module):
         check_indices("words", words, "(N,)", (None,))
         check_cu_seqlens("sentences", sentences, len(words), words.device)
         h = self.words(self.embedding(words), sentences)
-        v, _, of_words, of_sentences = self.pooling(h, sentences, documents, return_weights=True, impl=self.impl)
+        v, _, of_words, of_sentences, *_ = self.pooling(h, sentences, documents, return_weights=True, impl=self.impl)
         logits = self.head(v)
         return (logits, of_words, of_sentences) if return_weights else logits

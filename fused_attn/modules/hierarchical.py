@@ -23,6 +23,7 @@ from .._ragged_rnn import pack, ragged_rnn, run_packed
 from ..hierarchical import HierarchicalOutput, Score, hierarchical_attention
 from ..location import check_context
 from ..segments import Offsets, as_offsets
+from ..states import State
 from ._layers import Attention, counts, factory, optional_counts, project, read
 from .location import LocationAttention, gate_of
 
@@ -180,8 +181,11 @@ class HierarchicalAttention(Attention):
         outer_context: Tensor | None = None,
         return_segments: bool = False,
         return_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
+        return_state: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | HierarchicalOutput:
+    ) -> Tensor | State | HierarchicalOutput:
         """Pool `h`; shapes, results and errors are those of `hierarchical_attention`.
 
         Raises
@@ -215,6 +219,9 @@ class HierarchicalAttention(Attention):
             mask=mask,
             return_segments=return_segments,
             return_weights=return_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
+            return_state=return_state,
             impl=impl,
         )
 
