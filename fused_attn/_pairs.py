@@ -102,8 +102,8 @@ def check_pairs(
         check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
         check_score_bias(check, given.score_bias, scores)
     left, right = check_window(window)
-    given = given._replace(left=left, right=right, dropout_p=p)
-    return given if wanted.output else given._replace(value=stand_in(key))
+    checked = given._replace(left=left, right=right, dropout_p=p)
+    return checked if wanted.output else checked._replace(value=stand_in(key))
 
 
 def canonical(given: P) -> P:
