@@ -563,15 +563,18 @@ def check_mask(check: Checker, mask: Tensor | None, full: tuple[int, int, int, i
     if mask is None:
         return
     batch, heads, queries, keys = full
-    shape, of_batch, of_heads, of_queries = mask.shape, (1, batch), (1, heads), (1, queries)
-    allowed = {2: [(*of_batch, queries)], 3: [of_batch, of_queries], 4: [of_batch, of_heads, of_queries]}
-    sizes = allowed.get(len(shape), [])
-    if not sizes or shape[-1] != keys or any(n not in some for n, some in zip(shape, sizes, strict=False)):
+    *shape, last = tuple(mask.shape) or (-1,)
+    fits = last == keys and (
+        (len(shape) == 1 and shape[0] in (1, batch, queries))
+        or (len(shape) == 2 and shape[0] in (1, batch) and shape[1] in (1, queries))
+        or (len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, queries))
+    )
+    if not fits:
         words = [word for word in ("B", "H", "Tq", "Tk") if word in check.sizes]
         having = ", ".join(f"{word} = {check.sizes[word]} from {check.sources[word]}" for word in words)
         raise ValueError(
             "mask: expected shape (B, Tk), (Tq, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with "
-            f"{having}; got {tuple(shape)}; {TRUE_IS_VISIBLE}"
+            f"{having}; got {tuple(mask.shape)}; {TRUE_IS_VISIBLE}"
         )
 
 

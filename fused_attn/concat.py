@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._habits import explicit
+from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
@@ -65,6 +66,7 @@ _CONCAT = Operator(
 
 
 @explicit
+@jagged_pairs
 @exports_from_one
 @under_autocast("query", "key", "value", "v")
 def concat_attention(
@@ -119,7 +121,8 @@ def concat_attention(
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
     cu_seqlens_q, cu_seqlens_k
-        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s.
+        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s. Or none with queries, keys
+        and values that are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)``; then so are the results.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import check_number, show
 from ._habits import explicit
+from ._jagged import jagged_pairs
 from ._ops import Impl, exports_from_one, under_autocast
 from ._pairs import check_pairs, pairs_tables
 from ._results import check_wanted
@@ -26,6 +27,7 @@ _FEATURES = {1.0: "abs", 2.0: "square"}
 
 
 @explicit
+@jagged_pairs
 @exports_from_one
 @under_autocast("query", "key", "value", "v")
 def distance_attention(

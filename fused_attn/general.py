@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from ._checks import check_number
 from ._habits import explicit
+from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
 from ._pairs import canonical, check_pairs, pairs_tables, shaped
@@ -134,6 +135,7 @@ _GENERAL = Operator(
 
 
 @explicit
+@jagged_pairs
 @exports_from_one
 @under_autocast("query", "key", "value", "weight")
 def general_attention(
@@ -192,7 +194,8 @@ def general_attention(
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
     cu_seqlens_q, cu_seqlens_k
-        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s.
+        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s. Or none with queries, keys
+        and values that are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)``; then so are the results.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights

@@ -26,6 +26,7 @@ from ._checks import (
 )
 from ._dropout import draw_seed
 from ._habits import explicit
+from ._jagged import jagged_offsets
 from ._location_windowed import WINDOW
 from ._operators import Operator, exact_of, launcher
 from ._ops import (
@@ -376,7 +377,7 @@ def _unpack_jagged(
         raise ValueError("mask: expected None with a jagged h, which holds only visible rows; got a tensor")
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: expected None with a jagged h, which has offsets; got a tensor")
-    offsets = _jagged_offsets("h", h)
+    offsets = jagged_offsets("h", h)
     rows = cast("Any", h).values()  # a NestedTensor, whose methods Tensor's type does not have
 
     def packed(name: str, x: Tensor) -> Tensor:
@@ -384,7 +385,7 @@ def _unpack_jagged(
             raise TypeError(f"{name}: expected a jagged tensor with the offsets of h; got {type(x).__name__}")
         if not (x.is_nested and x.layout == torch.jagged):
             raise ValueError(f"{name}: expected a jagged tensor with the offsets of h; got {tuple(x.shape)}")
-        theirs, data = _jagged_offsets(name, x), cast("Any", x).values()
+        theirs, data = jagged_offsets(name, x), cast("Any", x).values()
         if theirs is not offsets:
             if theirs.shape != offsets.shape or data.shape[0] != rows.shape[0] or theirs.device != offsets.device:
                 raise ValueError(
@@ -412,18 +413,6 @@ def _a_sequence(context: Tensor, offsets: Tensor) -> Tensor:
             f"got {tuple(context.shape)}"
         )
     return context[:, None]
-
-
-def _jagged_offsets(name: str, x: Tensor) -> Tensor:
-    """The offsets of a jagged tensor that is packed, its ragged axis after the batch."""
-    jagged = cast("Any", x)
-    if jagged.lengths() is not None:
-        raise ValueError(f"{name}: expected a jagged tensor without holes; got one with lengths; rebuild it packed")
-    if getattr(jagged, "_ragged_idx", 1) != 1:
-        raise ValueError(
-            f"{name}: expected a jagged tensor whose second axis is the ragged one; got a transposed one"
-        )
-    return cast("Tensor", jagged.offsets())
 
 
 def _split_gate(

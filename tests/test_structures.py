@@ -47,6 +47,12 @@ PACKED = {
         ("cu_seqlens",),
     ),
     "GeneralAttention": (lambda **cu: module("GeneralAttention", 4)(**PAIRS, **cu), BOTH),
+    "ConcatAttention": (
+        lambda **cu: module("ConcatAttention", 4, 4, 3, context_dims=(2, 2, 2), num_heads=2)(
+            **PAIRS, contexts=[r(3, 2), ("query", r(N, 2)), ("key", r(M, 2))], **cu
+        ),
+        BOTH,
+    ),
     "DistanceAttention": (lambda **cu: module("DistanceAttention", 4, 4, 3, num_heads=2)(**PAIRS, **cu), BOTH),
     "WordByWordAttention": (
         lambda **cu: module("WordByWordAttention", 4, 4, 3)(r(M, 4), r(N, 4), **cu),
@@ -287,3 +293,71 @@ def test_what_a_graph_stands_for_is_not_given_beside_it():
         f.graph_attention(x, x[:4], v, made)
     with pytest.raises(ValueError, match=r"^indptr: expected shape \(Nq \+ 1,\)"):
         f.graph_attention(x[:4], x, v, made)
+
+
+def nested(rows: torch.Tensor, lengths) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(rows, offsets(lengths).long())
+
+
+JAGGED = {
+    "concat": lambda q, k, x, **o: f.concat_attention(q, k, x, r(4), **o),
+    "distance": lambda q, k, x, **o: f.distance_attention(q, k, value=x, **o),
+    "general": lambda q, k, x, **o: f.general_attention(query=q, key=k, value=x, **o),
+    "ConcatAttention": lambda q, k, x, **o: module("ConcatAttention", 4, 4, 3, context_dims=(2, 2))(
+        q, k, x, contexts=[r(3, 2), ("key", r(M, 2))], **o
+    ),
+    "GeneralAttention": lambda q, k, x, **o: module("GeneralAttention", 4)(q, k, x, **o),
+    "DistanceAttention": lambda q, k, x, **o: module("DistanceAttention", 4, 4, 3)(q, k, x, **o),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize(("name", "call"), JAGGED.items(), ids=JAGGED.keys())
+def test_jagged_queries_and_keys_give_what_packed_ones_give(name, call, heads, compiled):
+    """Two jagged tensors of keys of the same lengths need not be of the same offsets."""
+    if heads is not None and name.endswith("Attention"):
+        return
+    h = () if heads is None else (heads,)
+    query, key, value = (r(n, *h, d).requires_grad_() for n, d in ((N, 4), (M, 4), (M, 5)))
+    mask = torch.tensor([True, False, True, True, False, True, True])
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    out = run(nested(query, LENGTHS), nested(key, OTHER), nested(value, OTHER), mask=mask)
+    assert out.is_nested
+    assert out.offsets().tolist() == offsets(LENGTHS).tolist()
+    both = {"cu_seqlens_q": offsets(LENGTHS), "cu_seqlens_k": offsets(OTHER)}
+    expected = call(query, key, value, mask=mask, **both)
+    torch.testing.assert_close(out.values(), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.values().square().sum(), (query, key, value)),
+        torch.autograd.grad(expected.square().sum(), (query, key, value)),
+    )
+    lse = call(nested(query, LENGTHS), nested(key, OTHER), nested(value, OTHER), return_lse=True)[1]
+    torch.testing.assert_close(lse.values(), call(query, key, value, **both, return_lse=True)[1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        ({"key": r(M, 4)}, ValueError, "key: expected a jagged tensor, as query is; got (7, 4)"),
+        ({"value": r(M, 5)}, ValueError, "value: expected a jagged tensor, as query is; got (7, 5)"),
+        ({"value": nested(r(M, 5), [2, 4, 1])}, ValueError, "value: expected a jagged tensor with the offsets"),
+        ({"value": nested(r(M, 5), [2, 5])}, ValueError, "value: expected a jagged tensor with the offsets"),
+        (
+            {"key": nested(r(M, 4), [2, 5]), "value": None},
+            ValueError,
+            "key: expected as many sequences as query has, 3; got 2",
+        ),
+        ({"query": r(N, 4)}, ValueError, "query: expected shape"),
+        ({"cu_seqlens_k": offsets(OTHER)}, ValueError, "cu_seqlens_k: expected None with a jagged query"),
+        ({"return_state": True}, ValueError, "return_state: expected False with a jagged query"),
+        ({"return_weights": True}, ValueError, "return_weights: expected False with packed rows"),
+        ({"score_bias": r(1)}, ValueError, "score_bias: expected None with packed rows"),
+        ({"key": [r(M, 4)]}, TypeError, "key: expected a jagged tensor, as query is; got list"),
+    ],
+)
+def test_jagged_tensors_that_do_not_fit_are_refused_by_name(changed, error, text):
+    given = {"query": nested(r(N, 4), LENGTHS), "key": nested(r(M, 4), OTHER), "value": nested(r(M, 5), OTHER)}
+    with pytest.raises(error) as raised:
+        f.general_attention(**given | changed)
+    assert str(raised.value).startswith(text)

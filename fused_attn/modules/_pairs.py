@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._checks import Checker, Table, argument, check_dropout, module_checker, weight_of, width_of
 from .._habits import explicit
+from .._jagged import jagged_pairs
 from .._ops import Impl
 from ..segments import Offsets
 from ._layers import Attention, counts
@@ -64,6 +65,7 @@ class PairsAttention(HeadsAttention):
         raise NotImplementedError
 
     @explicit
+    @jagged_pairs
     def forward(
         self,
         query: Tensor,

@@ -9,25 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    Table,
     argument,
     check_activation,
     check_count,
+    check_cu_seqlens,
     check_flag,
     show,
     width_of,
 )
 from .._habits import explicit
+from .._jagged import jagged_pairs
 from .._ops import Impl
 from ..concat import concat_attention
+from ..reference import segment_ids
+from ..segments import Offsets, as_offsets
 from ._layers import counts, factory, project, read
 from ._pairs import INPUTS, HeadsAttention
 
-_INPUTS = {
-    **INPUTS[False],
-    "context": argument("B C | B Tq C | B Tk C"),
-    "query context": argument("B Tq C"),
-    "key context": argument("B Tk C"),
-    "projected": argument("B Tk width", optional=True, hint="what project_keys made of key"),
+_INPUTS: dict[bool, Table] = {
+    packed: {
+        **INPUTS[packed],
+        "context": argument("S C" if packed else "B C | B Tq C | B Tk C"),
+        "query context": argument("N C" if packed else "B Tq C"),
+        "key context": argument("M C" if packed else "B Tk C"),
+        "projected": argument(
+            "M width" if packed else "B Tk width", optional=True, hint="what project_keys made of key"
+        ),
+    }
+    for packed in (False, True)
 }
 
 
@@ -96,12 +106,15 @@ class ConcatAttention(HeadsAttention):
     def project_keys(self, key: Tensor) -> Tensor:
         """W_k of the keys, ``(B, Tk, key_dim)`` to ``(B, Tk, H attn_dim)``: a decoder does it once for all its steps.
 
+        Packed ``(M, key_dim)`` to ``(M, H attn_dim)``.
+
         Keys that are not finite give NaN, which a mask or window may hide, and add nothing to the gradient of W_k.
         """
-        self._checker(_INPUTS)("key", key)
+        self._checker(_INPUTS[isinstance(key, Tensor) and key.dim() == 2])("key", key)
         return project(self.key_proj, key)
 
     @explicit
+    @jagged_pairs
     def forward(
         self,
         query: Tensor,
@@ -113,6 +126,8 @@ class ConcatAttention(HeadsAttention):
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_k: Offsets | None = None,
         return_weights: bool = False,
         return_log_weights: bool = False,
         return_scores: bool = False,
@@ -120,22 +135,23 @@ class ConcatAttention(HeadsAttention):
         return_state: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Any, ...]:
-        """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``.
+        """Attend from ``query (B, Tq, query_dim)`` to ``key (B, Tk, key_dim)``, or packed, ``(N, query_dim)``.
 
         Parameters
         ----------
         query, key
             Before projection.
         value
-            ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; the keys, before projection, where None.
-            False: no output, as in `concat_attention`.
+            ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; packed ``(M, Dv)`` or ``(M, H, Dv)``; the keys,
+            before projection, where None. False: no output, as in `concat_attention`.
         contexts
             One for each of `context_dims`: a sequence ``(B, C)``, a key ``(B, Tk, C)`` or a query ``(B, Tq, C)``.
             Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
-            say one a row.
+            say one a row. Where rows are packed or jagged a tensor is one a sequence, ``(S, C)``, and those of rows
+            are ``("key", x)`` with ``(M, C)`` or ``("query", x)`` with ``(N, C)``.
         projected
             What `project_keys` made of `key`; None: it is made here.
-        mask, window, score_bias, impl
+        mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, impl
             As in `concat_attention`.
         return_weights, return_log_weights, return_scores, return_lse, return_state
             As in `concat_attention`.
@@ -143,7 +159,7 @@ class ConcatAttention(HeadsAttention):
         Returns
         -------
         Tensor, State or tuple
-            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head; weights, log
+            ``(B, Tq, Dv)``, or ``(B, H, Tq, Dv)`` with more than one head, packed ``(N, [H,] Dv)``; weights, log
             weights and scores ``(B, [H,] Tq, Tk)``.
 
         Raises
@@ -153,7 +169,12 @@ class ConcatAttention(HeadsAttention):
             where contexts do not match `context_dims`, or are ambiguous.
 
         """
-        check = self._check(_INPUTS, query, key, None if value is False else value)
+        offsets = as_offsets(cu_seqlens_q)
+        packed = offsets is not None
+        check = self._check(_INPUTS[packed], query, key, None if value is False else value)
+        if offsets is not None and contexts:  # which a sequence may have one of
+            check_cu_seqlens("cu_seqlens_q", offsets, query.shape[0], query.device)
+            check.bind_sequences("S", offsets, "cu_seqlens_q")
         if not isinstance(contexts, (tuple, list)):
             raise TypeError(
                 f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
@@ -173,7 +194,10 @@ class ConcatAttention(HeadsAttention):
             side, x = _side_of(f"contexts[{i}]", given)
             check.bind("C", width_of(layer) or x.shape[-1], f"context_dims[{i}]")
             check(f"contexts[{i}]", x, f"{side or ''} context".strip())
-            if x.dim() == 2:
+            if side is None and offsets is not None:
+                q = q + of(layer, x).index_select(0, segment_ids(offsets, query.shape[0]))
+                continue
+            if x.dim() == 2 and not packed:
                 q = q + of(layer, x)[:, None]
                 continue
             if (side or _side_by_length(f"contexts[{i}]", x, query.shape[1], key.shape[1])) == "query":
@@ -185,12 +209,14 @@ class ConcatAttention(HeadsAttention):
         return concat_attention(
             self._split(q),
             self._split(k),
-            self._repeat(value) if isinstance(value, Tensor) and value.dim() == 3 else value,
+            self._repeat(value) if isinstance(value, Tensor) and value.dim() == query.dim() else value,
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
             mask=mask,
             window=window,
             score_bias=score_bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
             dropout_p=self._dropout_p,
             return_weights=return_weights,
             return_log_weights=return_log_weights,
