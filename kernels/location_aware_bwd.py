@@ -129,18 +129,11 @@ def gradient_of_scores(given, row, Tk, t, parts, keep, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_places(e, group, num_seqs, seq, channel, k, T, size, flags):
-    """Rows of e of a channel of the history, [BLOCK_K]; group: of blocks of A and C."""
-    row = (group.to(tl.int64) * size.K + k) * num_seqs + seq
-    return e + (row * flags.P + channel) * T
-
-
-@triton.jit
-def _store_edges(ptrs, part, parts, k, T, size, blocks):
-    """Zeros of e where no key stands, by the first item and the last; ptrs: rows of e."""
+def _store_edges(e_ptr, part, parts, k, k_stride, T, size, blocks):
+    """Zeros of e where no key stands, by the first item and the last; e_ptr: (K, B, P, Tk) at [0, seq, channel]."""
     half = size.K // 2
     zero = tl.zeros([blocks.K, blocks.K], tl.float32)
-    ptrs = ptrs[:, None]
+    ptrs = e_ptr + k[:, None] * k_stride
     for r0 in range(0, half, blocks.K):
         r = (r0 + tl.arange(0, blocks.K))[None, :]
         there = (k < size.K)[:, None] & (r < T)
@@ -240,11 +233,11 @@ def _aware_bwd_scores_kernel(
                     if made.e is not None:
                         w = load_filter(filters, channel, c, place, size)
                         e = tl.where(there, tile_product(df, w, tl.float32, flags.PRECISION), 0.0)
-                        group = block_c * tl.num_programs(1) + block_a
-                        rows = _rows_of_places(made.e, group, num_seqs, seq, channel, place, Tk, size, flags)
+                        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
+                        row = ((group + place) * num_seqs + seq) * flags.P + channel
                         n = t[:, None] + (place - size.K // 2)[None, :]
                         write = inside[:, None] & (n >= 0) & (n < Tk) & (place < size.K)[None, :]
-                        tl.store(rows[None, :] + n, e, mask=write)
+                        tl.store(made.e + row[None, :] * Tk + n, e, mask=write)
         if made.dk is not None:
             store_rows(made.dk + (seq * Tk + t) * size.A, dk, inside & first, a, size.A)
         if made.dbias is not None:
@@ -257,11 +250,12 @@ def _aware_bwd_scores_kernel(
     if made.du is not None:
         store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
     if made.e is not None:
-        group = block_c * tl.num_programs(1) + block_a
+        group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
         for n0 in range(0, all_places(size, flags, blocks), blocks.K):
             channel, place = channel_and_places(n0, size, flags, blocks)
-            rows = _rows_of_places(made.e, group, num_seqs, seq, channel, place, Tk, size, flags)
-            _store_edges(rows, part, per_seq, place, Tk, size, blocks)
+            e_ptr = made.e + ((group * num_seqs + seq) * flags.P + channel) * Tk
+            stride = num_seqs.to(tl.int64) * (Tk * flags.P)
+            _store_edges(e_ptr, part, per_seq, place.to(tl.int64), stride, Tk, size, blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------

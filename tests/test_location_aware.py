@@ -260,8 +260,9 @@ def test_nothing_to_see_gives_zeros(impl, device):
                 assert largest(x) == 0, name
 
 
-def test_gradcheck_and_gradgradcheck_pass(device):
-    t = in_double(tensors_for(device, bias=False))
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
+def test_gradcheck_and_gradgradcheck_pass(history, device):
+    t = in_double(tensors_for(device, bias=False, history=history))
     mask = t.pop("mask")
     live = [x.requires_grad_() for x in t.values()]
 
@@ -280,10 +281,11 @@ def test_compiles_as_one_graph(impl, device):
     assert_close(evaluate(compiled, t, impl), evaluate(decode, t, impl))
 
 
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
 @every_impl
-def test_vmap_is_a_loop(impl, device):
-    t = tensors_for(device)
-    many = torch.rand(3, B, TK, device=device)
+def test_vmap_is_a_loop(impl, history, device):
+    t = tensors_for(device, history=history)
+    many = torch.rand(3, B, *history, TK, device=device)
 
     def one(previous):
         return op(impl=impl, **t | {"previous": previous})

@@ -208,8 +208,9 @@ def test_of_nothing_every_gradient_is_zero(impl, empty, device):
             assert largest(x) == 0, name
 
 
-def test_gradcheck_and_gradgradcheck_pass(device):
-    t = in_double(tensors_for(device, bias=False, queries=2))
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
+def test_gradcheck_and_gradgradcheck_pass(history, device):
+    t = in_double(tensors_for(device, bias=False, queries=2, history=history))
     mask = t.pop("mask")
     live = [x.requires_grad_() for x in t.values()]
 
@@ -221,28 +222,31 @@ def test_gradcheck_and_gradgradcheck_pass(device):
 
 
 @pytest.mark.kernel
-def test_second_derivatives_are_those_of_the_formula(device):
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
+def test_second_derivatives_are_those_of_the_formula(history, device):
     def first_derivatives(*, impl, **tensors):
         leaves = [x for x in tensors.values() if x.is_floating_point()]
         results = op(impl=impl, **tensors)
         starts = [projection(x, i) for i, x in enumerate(results)]
         return torch.cat([g.flatten() for g in torch.autograd.grad(results, leaves, starts, create_graph=True)])
 
-    assert_matches_reference(first_derivatives, tensors_for(device, queries=2))
+    assert_matches_reference(first_derivatives, tensors_for(device, queries=2, history=history))
 
 
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
 @every_impl
-def test_compiles_as_one_graph(impl, device):
+def test_compiles_as_one_graph(impl, history, device):
     torch.compiler.reset()
-    t = tensors_for(device)
+    t = tensors_for(device, history=history)
     compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
     assert_close(evaluate(compiled, t, impl), evaluate(op, t, impl))
 
 
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
 @every_impl
-def test_vmap_is_a_loop(impl, device):
-    t = tensors_for(device)
-    many = torch.rand(2, B, TK, device=device)
+def test_vmap_is_a_loop(impl, history, device):
+    t = tensors_for(device, history=history)
+    many = torch.rand(2, B, *history, TK, device=device)
 
     def one(previous):
         return op(impl=impl, **t | {"previous": previous})
