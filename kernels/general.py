@@ -29,7 +29,21 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs, pitch, whole_pitch, width
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, unit, unpressed
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    even,
+    matmul_flags,
+    pow2,
+    rule,
+    unit,
+    unpressed,
+    vectors,
+)
 from .inputs import GeneralInputs
 from .location import load_rows, store_both, store_rows
 from .masks import (
@@ -313,14 +327,25 @@ def widths(D: int, DV: int) -> tuple[int, int]:
     return pow2(D, 16, 256) if D <= 256 else 64, pow2(DV, 16, 256 if max(D, DV) <= 256 else 64)
 
 
+def whole_rows(chip: Chip, Tq: int, D: int, DV: int, simple: bool) -> bool:
+    """Whether rows have the tiles of whole vectors. Those of vectors of 4 have, where registers suffice.
+
+    That is on sm_90, where rows are padded and a score is the product alone (`simple`).
+    """
+    room = chip.hopper and simple and Tq != LONG and min(D, DV) > 32 and max(D, DV) <= 128
+    return even(D, DV) or (room and vectors(D, DV))
+
+
 @rule
-def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: int, parts: bool) -> Blocks:
+def fwd_blocks(
+    chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: int, parts: bool, active: bool
+) -> Blocks:
     """Tiles of the forward: a decoder's step, few queries or many, so that lengths make three variants.
 
     Many queries, so that a tile of keys serves them all; fewer where not all is `plain`, and where a pair has `busy`
-    terms of its own: what it loads and draws needs registers, and so do rows that are no whole vectors. Chosen by the
-    compile report (no spills; wgmma on sm_90 from 64 queries on); for sm_90 timed on an H200, but for those that are
-    busy.
+    terms of its own: what it loads and draws needs registers, and so do rows that are no whole vectors, above all
+    where an activation makes the scores (`active`). Chosen by the compile report (no spills; wgmma on sm_90 from 64
+    queries on); for sm_90 timed on an H200, but for those that are busy.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, pow2(D, 16, 32), pow2(DV, 16, 32), 4, 2)
@@ -331,7 +356,8 @@ def fwd_blocks(chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool,
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
     size = max(width, value_width)
-    if (max(D, DV) <= 256 or width > 64) and not (hip or even(D, DV)):
+    whole = whole_rows(chip, Tq, D, DV, plain and not active)
+    if (max(D, DV) <= 256 or width > 64) and not (hip or whole):
         few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
         return Blocks(pow2(Tq, 16, max(few, 32)), max(16, few // 2) if busy else few, width, value_width, 8, 1)
     if hip and not plain and (busy or not narrow):  # a thread of 4 waves has up to 512 registers
@@ -511,7 +537,8 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_ex
         return out.zero_(), no_key(lse), scores, exact.zero_()
     busy = call.busy + need_scores
     length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
-    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS)
+    active = call.flags.ACT != "identity"
+    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS, active)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)
     dv_blocks = cdiv(DV, blocks.DV)
     splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), cdiv(Tk, 2 * blocks.N)))

@@ -40,6 +40,7 @@ from .general import (
     product,
     tile_scores,
     tile_start,
+    whole_rows,
     whole_tiles,
     widths,
     with_scores,
@@ -435,9 +436,19 @@ def _general_bwd_dkv_kernel(
 
 @rule
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, D: int, DV: int, plain: bool, busy: int, parts: bool, shared: bool
+    chip: Chip,
+    itemsize: int,
+    Tq: int,
+    Tk: int,
+    D: int,
+    DV: int,
+    plain: bool,
+    busy: int,
+    parts: bool,
+    active: bool,
+    shared: bool,
 ) -> tuple[Blocks, Blocks]:
-    """Tiles of the kernel for dq, and of that for dk and dvalue; `plain` and `busy` as in the forward.
+    """Tiles of the kernel for dq, and of that for dk and dvalue; `plain`, `busy` and `active` as in the forward.
 
     parts: a key may be hidden from some queries only, which costs registers too; shared: values are the keys, whose
     gradient is two products.
@@ -466,7 +477,7 @@ def bwd_blocks(
         for_k = Blocks(few_m, n if roomy and not busy and chip.arch != 100 else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
-    if not even(D, DV):
+    if not whole_rows(chip, Tq, D, DV, plain and not active):
         few = max(16, 4096 // (max(size, 64) * (2 if busy else 1)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         for_k = for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
@@ -549,9 +560,8 @@ def general_bwd(
 
         lengths = (LONG, LONG) if packed else (Tq, Tk)
         plain = not (busy or call.flags.MASKED)
-        for_q, for_k = bwd_blocks(
-            call.chip, key.element_size(), *lengths, D, DV, plain, busy, parts, call.flags.SHARED
-        )
+        terms = plain, busy, parts, call.flags.ACT != "identity"
+        for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, *terms, call.flags.SHARED)
         # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
         fine = exact and (need_q or need_k or need_bias)
         items = partition(call.seqs, Tq, for_q.M, cu_seqlens_q)
