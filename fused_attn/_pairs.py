@@ -98,7 +98,7 @@ def check_pairs(
         check_both(check, ("cu_seqlens_q", "cu_seqlens_k"), offsets, (query.shape[0], key.shape[0]))
     check("mask", given.mask)
     if not packed:
-        scores: Any = (*query.shape[:-1], key.shape[-2])
+        scores: Any = (*given.query.shape[:-1], key.shape[-2])
         check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
         check_score_bias(check, given.score_bias, scores)
     left, right = check_window(window)
