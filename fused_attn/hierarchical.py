@@ -226,15 +226,15 @@ def hierarchical_attention(
     tensors = (*inner_level[:_SCORE], *outer_level[:_SCORE], mask, inner_offsets, outer_offsets)
     inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
-        *results, exact, _ = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE], state=wanted.state))
-        results[0] = exact_of(results[0], exact) if wanted.state else results[0]
+        out, *results, exact, _ = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE], state=wanted.state))
+        out = exact_of(out, exact) if wanted.state else out
     else:
-        results = reference.hierarchical_attention(
+        out, *results = reference.hierarchical_attention(
             inputs,
             between=None if between is None else checked,
             attend=functools.partial(_attend if kernel else _by_formula, wanted.state),
         )
-    out, outer_lse, outer_scores, segments, inner_lse, inner_scores = results
+    outer_lse, outer_scores, segments, inner_lse, inner_scores = results
     first = returned(Wanted(state=wanted.state), h.dtype, out.squeeze(1), outer_lse.squeeze(1), None, None)
     if not (return_segments or wanted.pairs or wanted.lse):
         return cast("Tensor | State", first)

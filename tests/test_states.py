@@ -347,6 +347,37 @@ def test_scores_of_a_jagged_batch_are_jagged(window, device):
     assert all(x.is_nested == (window is not None) for x in (got[0], got[2]))
 
 
+COMPOSED = ("concat", "concat, one query", "distance", "general", "general, ragged", "location", "graph")
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_state_composes(name, dtype, impl, device):
+    """Compiled in one graph, and under `func.grad`, a state has the gradients that it has; they have theirs."""
+    torch.compiler.reset()  # all of these are one function to Dynamo
+    case = dataclasses.replace(PAIRS[name], dtype=dtype)
+    tensors = case.tensors(device)
+    first = next(iter(tensors))
+    call = returning(case, return_state=True)
+
+    def loss(x: Tensor, impl: str = impl) -> Tensor:
+        state = call(impl=impl, **{**tensors, first: x})
+        return state.out.sin().sum() + finite(state.lse).sin().sum()
+
+    x = tensors[first].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    assert want.any()
+    (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.01}
+    for got in (compiled, func.grad(loss)(x.detach())):
+        torch.testing.assert_close(got, want, **tolerance)
+    if dtype == torch.float32:
+        (reference,) = torch.autograd.grad(loss(x, "reference"), x, create_graph=True)
+        (got,) = torch.autograd.grad(want.square().sum(), x)
+        torch.testing.assert_close(got, torch.autograd.grad(reference.square().sum(), x)[0], **tolerance)
+
+
 # --- The merge itself -----------------------------------------------------------------------------------------------
 
 

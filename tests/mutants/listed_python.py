@@ -186,6 +186,20 @@ PYTHON: tuple[Mutant, ...] = (
         "a module drops in evaluation too",
     ),
     Mutant(
+        "fused_attn/_operators.py",
+        "            starts[0] = wide if starts[0] is None else starts[0] + wide\n",
+        "",
+        ("tests/test_states.py", "-k", "merged and concat and float16"),
+        "what comes back to the float32 output of a state is lost",
+    ),
+    Mutant(
+        "fused_attn/states.py",
+        "    blind = total == 0\n",
+        "    blind = total < 0\n",
+        ("tests/test_states.py", "-k", "textbook"),
+        "the gradient of a row that saw no key is NaN",
+    ),
+    Mutant(
         "fused_attn/location.py",
         "        keys(weights) if wanted.weights and",
         "        keys(weights.detach() if hop_axis else weights) if wanted.weights and",
