@@ -375,8 +375,12 @@ def _general_bwd_dkv_kernel(
                 )
             else:
                 dp = product(values, val_ptrs, k_keep, do, do_ptrs, q_good, size.DV, flags.WIDE_V, flags, blocks.DV)
-            # Of queries past the end inv is 0; what hidden keys get is not kept.
-            inside = q_keep[None, :] & k_keep[:, None] if flags.PAIRS else tl.full([1, 1], True, tl.int1)
+            # Of queries past the end inv is 0; what hidden keys get is not kept. But 0 · NaN, of a value, is NaN.
+            inside = tl.full([1, 1], True, tl.int1)
+            if flags.PAIRS:
+                inside = q_keep[None, :] & k_keep[:, None]
+            elif EDGE and flags.PARTS:
+                inside = q_keep[None, :]
             top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
             inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
             delta = tl.load(given.delta + row0 + q_rows, mask=q_good, other=0.0)[None, :]

@@ -117,7 +117,7 @@ class GeneralCase(PairCase):
         )
         inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
         exact = self.dtype.itemsize == 2
-        out, lse, scores, more = general.general_fwd(inputs, self.weights, exact)
+        out, lse, scores, more = general.general_fwd(inputs, self.weights, self.weights, exact)
         needs = [True, True, self.DV is not None, self.bias]
         dscores = scores if self.weights else None
         general_bwd.general_bwd(inputs, more if exact else out, lse, out, None, dscores, self.weights, needs)
