@@ -379,7 +379,7 @@ def _general_bwd_dkv_kernel(
             inside = tl.full([1, 1], True, tl.int1)
             if flags.PAIRS:
                 inside = q_keep[None, :] & k_keep[:, None]
-            elif EDGE and flags.PARTS:
+            elif EDGE and flags.PARTS and not flags.SHARED:  # such keys are not read
                 inside = q_keep[None, :]
             top = tl.load(given.top + row0 + q_rows, mask=q_keep, other=0.0)[None, :]
             inv = tl.load(given.inv + row0 + q_rows, mask=q_good, other=0.0)[None, :]
