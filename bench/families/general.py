@@ -89,6 +89,7 @@ class GeneralCase(PairCase):
     DV: int | None = None  # None: the values are the keys
     activation: str = "identity"
     weights: bool = False  # whether they are returned, and have a gradient
+    state: bool = False  # likewise the state
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -99,6 +100,7 @@ class GeneralCase(PairCase):
             "bias" * self.bias,
             "window" * (self.window != (None, None)),
             "weights" * self.weights,
+            "state" * self.state,
             "ragged" * self.ragged,
             "dropout" * (self.dropout > 0),
             "tf32" * self.tf32,
@@ -117,10 +119,12 @@ class GeneralCase(PairCase):
         )
         inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
         exact = self.dtype.itemsize == 2
-        out, lse, scores, more = general.general_fwd(inputs, self.weights, self.weights, exact)
+        natural = self.weights or self.state
+        out, lse, scores, more = general.general_fwd(inputs, self.weights, natural, exact)
         needs = [True, True, self.DV is not None, self.bias]
         dscores = scores if self.weights else None
-        general_bwd.general_bwd(inputs, more if exact else out, lse, out, None, dscores, self.weights, needs)
+        dlse = lse if self.state else None
+        general_bwd.general_bwd(inputs, more if exact else out, lse, out, dlse, dscores, natural, needs)
 
 
 _ALL = {"mask": 3, "window": (100, 0), "bias": True, "weights": True, "dropout": 0.1}
@@ -152,6 +156,10 @@ COMPILED = [
     GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, bias=True),
     GeneralCase(BF16, 4, 8, 1024, 1024, 64, 64, mask=3),
     GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, weights=True),
+    # a state, whose maximum is in natural units
+    GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, state=True),
+    GeneralCase(F16, 4, 8, 1024, 1024, 64, mask=2, state=True),
+    GeneralCase(BF16, 4, 4, 512, 512, 256, window=(None, 0), state=True),
     # everything at once, and ragged
     GeneralCase(BF16, 4, 8, 512, 512, 128, 128, "tanh", **_ALL),
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", **_ALL),
