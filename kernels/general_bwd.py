@@ -481,7 +481,7 @@ def bwd_blocks(
         for_k = Blocks(few_m, n if roomy and not busy and chip.arch != 100 else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
-    if not whole_rows(chip, Tq, D, DV, plain and not active):
+    if not whole_rows(chip, Tq, D, DV, not busy and not active):
         few = max(16, 4096 // (max(size, 64) * (2 if busy else 1)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         for_k = for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
@@ -522,7 +522,8 @@ def bwd_blocks(
     large = size > 64
     n_k = few_n if large and parts and not roomy else n
     warps = 8 if large or (parts and not roomy) else 4
-    for_k = Blocks(few_m if large or not roomy else m, n_k, width, value_width, warps, 2)
+    short = large or not roomy or not (plain or even(D, DV))  # rows of vectors of 4 spilled under a mask
+    for_k = Blocks(few_m if short else m, n_k, width, value_width, warps, 2)
     n_q = 64 if large and chip.hopper else n  # few variants: more than 64 queries have two lengths of keys above
     return Blocks(m, n_q, width, value_width, 8 if large and not roomy else 4, 2), for_k
 
