@@ -565,16 +565,18 @@ def check_mask(check: Checker, mask: Tensor | None, full: tuple[int, int, int, i
     batch, heads, queries, keys = full
     *shape, last = tuple(mask.shape) or (-1,)
     fits = last == keys and (
-        (len(shape) == 1 and shape[0] in (1, batch, queries))
+        (len(shape) == 1 and shape[0] in (1, batch))
         or (len(shape) == 2 and shape[0] in (1, batch) and shape[1] in (1, queries))
         or (len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, queries))
     )
     if not fits:
         words = [word for word in ("B", "H", "Tq", "Tk") if word in check.sizes]
         having = ", ".join(f"{word} = {check.sizes[word]} from {check.sources[word]}" for word in words)
+        # Not taken: where B = Tq it would be one of keys, and nobody would notice.
+        hint = ", pass (Tq, Tk) as mask[None]" if (*shape, last) == (queries, keys) else ""
         raise ValueError(
-            "mask: expected shape (B, Tk), (Tq, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with "
-            f"{having}; got {tuple(mask.shape)}; {TRUE_IS_VISIBLE}"
+            "mask: expected shape (B, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with "
+            f"{having}; got {tuple(mask.shape)}{hint}; {TRUE_IS_VISIBLE}"
         )
 
 

@@ -128,14 +128,12 @@ def canonical(given: P) -> P:
 def _of_keys_or_pairs(mask: Tensor, batch: int) -> Tensor:
     """A mask as a view ``(B, Tk)`` where all queries of a sequence see the same, else broadcastable to the scores.
 
-    Of two axes the first is the batch where it has that size, and the queries where not. Of one the keys are packed.
+    Of two axes the first is the batch, or 1. Of one the keys are packed.
     """
     if mask.dim() == 1:
         return mask[None]
     if mask.dim() == 2:
-        if mask.shape[0] in (1, batch):
-            return mask.expand(batch, -1)
-        return mask[None, None]
+        return mask.expand(batch, -1)
     mask = mask[:, None] if mask.dim() == 3 else mask
     return mask[:, 0, 0].expand(batch, -1) if mask.shape[1] == 1 and mask.shape[2] == 1 else mask
 

@@ -182,10 +182,9 @@ def general_attention(
     activation
         Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
-        bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(Tq, Tk)``, ``(B, Tq, Tk)`` or with heads
-        ``(B, H, Tq, Tk)``, where any but Tk may be 1; it is not expanded. Two axes are ``(B, Tk)`` where the first is
-        B, so where B = Tq pass ``mask[None]`` of ``(Tq, Tk)``. Of packed keys ``(M,)``. Rows that it lets no query
-        or key use are never read: they may be NaN.
+        bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
+        where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed keys ``(M,)``.
+        Rows that it lets no query or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
         Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the

@@ -203,7 +203,7 @@ STATISTICS_PACKED = {
 
 # Queries and keys: concat and general.
 MASK = (
-    "mask: expected shape (B, Tk), (Tq, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with B = 2 from query, "
+    "mask: expected shape (B, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with B = 2 from query, "
     "{heads}Tq = 3 from query, Tk = 5 from key; got {came}; True = may be attended"
 )
 PAIRS = {
@@ -215,6 +215,9 @@ PAIRS = {
     "value without features": value_error("value", value=floats(B, TK, 0)),
     "mask of other queries": value_error("mask", mask=bools(B, TQ + 1, TK)),
     "mask of the queries": value_error("mask", mask=bools(B, TQ)),
+    "mask of pairs alone": value_error(
+        MASK.format(heads="", came="(3, 5), pass (Tq, Tk) as mask[None]"), mask=bools(TQ, TK)
+    ),
     "mask of other keys": value_error(MASK.format(heads="", came=(2, 6)), mask=bools(B, TK + 1)),
     "mask of one key": value_error(MASK.format(heads="", came=(2, 3, 1)), mask=bools(B, TQ, 1)),
     "mask of heads": value_error(MASK.format(heads="", came=(2, 2, 3, 5)), mask=bools(B, H, TQ, TK)),

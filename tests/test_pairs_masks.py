@@ -15,7 +15,6 @@ import fused_attn as f
 B, H, TQ, TK = 2, 3, 7, 21
 SIZES = {"batch": B, "heads": H, "queries": TQ, "keys": TK, "attn_dim": 4, "value_dim": 6}
 FORMS = {
-    "queries, keys": (TQ, TK),
     "keys of the batch": (1, TK),
     "pairs of the batch": (1, TQ, TK),
     "keys of a sequence": (B, 1, TK),
@@ -90,7 +89,7 @@ def test_a_mask_that_broadcasts_is_that_of_all_pairs(case, form, impl, device):
 
 @every_impl
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("form", ["queries, keys", "SDPA: keys", "heads", "heads, keys of the batch"])
+@pytest.mark.parametrize("form", ["pairs of the batch", "SDPA: keys", "heads", "heads, keys of the batch"])
 @each_case
 def test_rows_that_a_head_may_not_use_may_hold_anything_there(case, form, value, impl, device):
     tensors = case.tensors(device) | {"mask": mask_of(form, device)}
