@@ -481,7 +481,7 @@ def bwd_blocks(
         for_k = Blocks(few_m, n if roomy and not busy and chip.arch != 100 else few_n, width, value_width, 8, stages)
         return Blocks(few_m if busy else m, few_n, width, value_width, 8, stages), for_k
     cut = width > D or value_width > DV  # columns past the end, of which a thread has predicates
-    if not whole_rows(chip, Tq, D, DV, not busy and not active):
+    if not whole_rows(chip, Tq, D, DV, not (busy or active or (parts and not plain))):  # mask and window spilled
         few = max(16, 4096 // (max(size, 64) * (2 if busy else 1)))  # a busy pair needs registers as a wide row does
         for_q = Blocks(min(m, few), min(n, few), width, value_width, 8, 1)
         for_k = for_q._replace(N=min(n, few if plain and not parts else max(16, few // 2)))
