@@ -518,7 +518,7 @@ def bwd_blocks(
         return for_q, for_k
     if size > 128:
         for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
-        return for_q, Blocks(few_m, 16 if cut and parts else few_n, width, value_width, 8, 2)
+        return for_q, Blocks(few_m, 16 if parts and (cut or shared) else few_n, width, value_width, 8, 2)
     large = size > 64
     n_k = few_n if large and parts and not roomy else n
     warps = 8 if large or (parts and not roomy) else 4
