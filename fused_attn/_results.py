@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_flag
-from .states import State, numbers_of
+from ._operators import exact_of
+from .states import State, lse_of, numbers_of
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
@@ -33,6 +34,10 @@ class Wanted(NamedTuple):
     def normaliser(self) -> bool:
         """Whether what the normaliser tells is."""
         return self.lse or self.state
+
+    def output_of(self, out: Tensor, exact: Tensor) -> Tensor:
+        """The output of an operator that leaves it in float32 too, which a state is in."""
+        return exact_of(out, exact) if self.state else out
 
 
 PLAIN = Wanted()
@@ -70,10 +75,12 @@ def returned(
 
     lse: (m, l), ``(*rows, 2)`` of an output ``(*rows, Dv)``. dtype: of the output and the weights.
     """
-    first: Any = out.to(dtype) if not wanted.state else None
+    first: Any
     if wanted.state:
         assert lse is not None
         first = State(out.to(lse.dtype), *numbers_of(lse))
+    else:
+        first = out.to(dtype)
     results = [first] if wanted.output else []
     results += beside(wanted, dtype, lse, weights, scores, log_weights)
     return tuple(results) if len(results) > 1 else results[0]
@@ -100,8 +107,7 @@ def beside(
         results.append(scores)
     if wanted.lse:
         assert lse is not None
-        m, log_l = numbers_of(lse)
-        results.append(m + log_l)
+        results.append(lse_of(lse))
     return results
 
 

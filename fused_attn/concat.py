@@ -184,7 +184,7 @@ def attend(given: ConcatInputs, wanted: Wanted, impl: Impl) -> Any:
         return shaped(given, wanted, *_pooled(inputs, kernel, wanted))
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
     out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, exact, in_blocks)
-    return shaped(given, wanted, exact_of(out, wide) if wanted.state else out, lse, scores)
+    return shaped(given, wanted, wanted.output_of(out, wide), lse, scores)
 
 
 _FEW = 2**17
@@ -247,6 +247,6 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ..
         out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)
     else:
         out, lse, scores, exact = LOCATION(pooled, True, keeps_exact(*pooled[:9], state=wanted.state))
-        out, weights = exact_of(out, exact) if wanted.state else out, None
+        out, weights = wanted.output_of(out, exact), None
     scores, weights = (x if x is None else x.mT[:, None] for x in (scores, weights))
     return out[:, None], lse if lse is None else lse[:, None], scores, weights

@@ -250,7 +250,7 @@ def general_attention(
         inputs = _projected(inputs, weight, sdpa)
     exact = kernel and not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
     out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)
-    return shaped(given, wanted, exact_of(out, wide) if wanted.state else out, lse, scores)
+    return shaped(given, wanted, wanted.output_of(out, wide), lse, scores)
 
 
 def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInputs:

@@ -476,7 +476,7 @@ def graph_attention(
     weights: Tensor | None = None
     if kernel:
         out, lse, scores, exact = _GRAPH(inputs, keeps_exact(*inputs[:5], state=wanted.state))
-        out = exact_of(out, exact) if wanted.state else out
+        out = wanted.output_of(out, exact)
     else:
         out, lse, scores, weights = by_formula(_GRAPH.formula, inputs, wanted)
     if wanted.weights and weights is None:

@@ -18,11 +18,11 @@ from ._checks import Checker, argument, check_flag, check_offsets, check_tensor,
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
-from ._results import Wanted, beside, check_wanted, returned, widened
+from ._results import Wanted, check_wanted, returned, widened
 from .kernels.inputs import HierarchicalInputs, LocationInputs
 from .location import LOCATION, _split_gate, _table, check_context, check_score
 from .segments import Offsets, as_offsets
-from .states import State
+from .states import State, lse_of
 
 _TABLE = {
     "h": argument("N D", "first", hint="pack the rows of all segments, one after the other"),
@@ -227,12 +227,12 @@ def hierarchical_attention(
     inputs = HierarchicalInputs(h, *tensors, *inner_level[_SCORE:], *outer_level[_SCORE:])
     if kernel and between is None:
         out, *results, exact, _ = HIERARCHICAL(inputs, keeps_exact(*inputs[: 1 + 2 * _SCORE], state=wanted.state))
-        out = exact_of(out, exact) if wanted.state else out
+        out = wanted.output_of(out, exact)
     else:
         out, *results = reference.hierarchical_attention(
             inputs,
             between=None if between is None else checked,
-            attend=functools.partial(_attend if kernel else _by_formula, wanted.state),
+            attend=functools.partial(_attend if kernel else _by_formula, wanted),
         )
     outer_lse, outer_scores, segments, inner_lse, inner_scores = results
     first = returned(Wanted(state=wanted.state), h.dtype, out.squeeze(1), outer_lse.squeeze(1), None, None)
@@ -249,7 +249,7 @@ def hierarchical_attention(
         weights(outer_scores, outer_lse, outer_offsets),
         inner_scores.squeeze(1) if wanted.scores else None,
         outer_scores.squeeze(1) if wanted.scores else None,
-        beside(Wanted(lse=True), h.dtype, outer_lse.squeeze(1), None, None)[0] if wanted.lse else None,
+        lse_of(outer_lse.squeeze(1)) if wanted.lse else None,
     )
 
 
@@ -257,15 +257,15 @@ for _class in (Score, HierarchicalOutput):  # so that `torch.export.save` knows 
     pytree._register_namedtuple(_class, serialized_type_name=f"fused_attn.{_class.__name__}")
 
 
-def _attend(state: bool, inputs: LocationInputs) -> tuple[Tensor, ...]:
+def _attend(wanted: Wanted, inputs: LocationInputs) -> tuple[Tensor, ...]:
     """One level by the kernel; for a state its output is in float32."""
-    out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=state))
-    return exact_of(out, exact) if state else out, lse, scores
+    out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=wanted.state))
+    return wanted.output_of(out, exact), lse, scores
 
 
-def _by_formula(state: bool, inputs: LocationInputs) -> tuple[Tensor, ...]:
+def _by_formula(wanted: Wanted, inputs: LocationInputs) -> tuple[Tensor, ...]:
     """One level by the reference, likewise."""
-    return reference.location_attention(widened(inputs) if state else inputs)
+    return reference.location_attention(widened(inputs) if wanted.state else inputs)
 
 
 def _tensors_of(name: str, score: Score) -> list[Tensor | None]:

@@ -273,7 +273,7 @@ def location_attention(
     weights: Tensor | None = None
     if kernel:
         out, lse, scores, exact = LOCATION(inputs, True, keeps_exact(*inputs[:9], state=wanted.state))
-        out = exact_of(out, exact) if wanted.state else out
+        out = wanted.output_of(out, exact)
     else:
         out, lse, scores, weights = by_formula(LOCATION.formula, inputs, wanted)
     if wanted.weights and weights is None:
@@ -331,7 +331,7 @@ def _windowed(
     else:
         asked = kernel and keeps_exact(inputs.value, inputs.scores, state=wanted.state)
         out, lse, exact = WINDOW(inputs, not kernel, asked)
-        out = exact_of(out, exact) if wanted.state else out
+        out = wanted.output_of(out, exact)
     weights = _window_weights(inputs, lse, log=False) if wanted.weights else None
     log_weights = _window_weights(inputs, lse, log=True) if wanted.log_weights else None
 

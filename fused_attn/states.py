@@ -79,12 +79,12 @@ def merge(states: State | Iterable[State]) -> State:
             raise ValueError("states: expected one State or more; got none")
         for i, part in enumerate(parts):
             _check(f"states[{i}]", part, parts=False)
-            if part.out.shape != parts[0].out.shape:
-                expected = f"out of shape {tuple(parts[0].out.shape)}, from states[0]"
-                raise ValueError(f"states[{i}]: expected {expected}; got {tuple(part.out.shape)}")
-            device = parts[0].out.device
-            if part.out.device != device:
-                raise ValueError(f"states[{i}]: expected {device}, from states[0]; got {part.out.device}")
+            out, first = part[0], parts[0][0]  # a tuple will do
+            if out.shape != first.shape:
+                expected = f"out of shape {tuple(first.shape)}, from states[0]"
+                raise ValueError(f"states[{i}]: expected {expected}; got {tuple(out.shape)}")
+            if out.device != first.device:
+                raise ValueError(f"states[{i}]: expected {first.device}, from states[0]; got {out.device}")
         out, m, log_l = (_stacked([part[i] for part in parts]) for i in range(3))
     wide = functools.reduce(torch.promote_types, (out.dtype, m.dtype, log_l.dtype), torch.float32)
     out, m, log_l = out.to(wide), m.to(wide), log_l.to(wide)
@@ -105,6 +105,12 @@ def numbers_of(lse: Tensor) -> tuple[Tensor, Tensor]:
     """(m, log_l) of a normaliser ``(*rows, 2)``, see `_softmax.normaliser`."""
     top, total = lse.unbind(-1)
     return top.detach(), log_of(total)
+
+
+def lse_of(lse: Tensor) -> Tensor:
+    """m + log l of a normaliser, in one number: `State.lse`."""
+    m, log_l = numbers_of(lse)
+    return m + log_l
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

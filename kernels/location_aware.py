@@ -39,19 +39,7 @@ from .arguments import (
     sequence_ptr,
     sequences,
 )
-from .chip import (
-    LENGTHS,
-    Chip,
-    all_registers,
-    cdiv,
-    chip_of,
-    even,
-    matmul_flags,
-    pow2,
-    rule,
-    tile_rows,
-    unit,
-)
+from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
 from .location import load_rows, load_weight, near
 from .masks import dropout, dropout_scale, unmasked

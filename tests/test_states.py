@@ -419,6 +419,7 @@ def test_order_and_steps_of_a_merge_do_not_matter(order):
         merge([a, b, c, d]),
         merge([merge([a, b]), merge(iter((c, d)))]),
         merge([merge([merge([a]), b, c]), d]),
+        merge([tuple(a), b, tuple(c), d]),
     ):
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y)
