@@ -55,7 +55,6 @@ from .chip import (
 )
 from .concat_factors import FACTOR, bound_at, factors, rows_before, rows_of, tile_at
 from .inputs import ConcatInputs
-from .location import load_rows, store_both, store_rows
 from .masks import (
     Items,
     dropout,
@@ -70,6 +69,7 @@ from .masks import (
 )
 from .products import add_product
 from .softmax import finish, merge, new_lse, no_key, online_softmax, store_lse
+from .tiles import load_rows, store_both, store_rows
 
 SAFE, SAFE_EXACT = 42.0, 80.0
 """Largest |exponent of αβ| for which (1 + α0 β0)(1 + α1 β1), or with `EXACT` αβ, is a float32 (under e^88.7)."""

@@ -48,10 +48,10 @@ from .concat_walk import (
     walk_tile,
 )
 from .inputs import ConcatInputs
-from .location import add_later, load_rows, store_rows
 from .masks import mirrored, split_tiles, unmasked, window_range, window_tiles
 from .products import add_product
 from .sums import sums
+from .tiles import add_later, load_rows, store_rows
 
 WORKSPACE_BYTES = 64 * 2**20
 

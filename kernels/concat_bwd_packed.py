@@ -22,10 +22,10 @@ from .concat import Call
 from .concat_bwd import WORKSPACE_BYTES, Blocks, compute_dtype
 from .concat_factors import Factors, bound_at, rows_before, rows_of, tile_at
 from .concat_walk import Gradients, Workspace, features_gradient, gradient_tile, staying, tiles_meet, walk_tile
-from .location import add_rows, load_rows
 from .masks import mirrored, unmasked, window_range, window_tiles
 from .products import tile_product
 from .sums import sums
+from .tiles import add_rows, load_rows
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .arguments import Heads, constants, head_ptr, launch, pitch, untold
 from .chip import LENGTHS, chip_of, pow2
-from .location import load_rows
 from .masks import finite, first_item, locate, partition, sequence_of, unmasked
 from .softmax import exp, load_dlse
+from .tiles import load_rows
 
 FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 """The exponents of the activations that factor: α = e^{FACTOR q}."""

@@ -10,10 +10,10 @@ from .activations import activate, activate_grad
 from .arguments import entry_ptr, head_ptr, pitch
 from .concat import add_bias, concat_scores, reciprocal
 from .concat_factors import rows_before
-from .location import load_rows
 from .masks import dropout_scale, unmasked, window_range
 from .products import add_product
 from .softmax import exp, load_lse
+from .tiles import load_rows
 
 
 class Workspace(NamedTuple):

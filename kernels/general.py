@@ -45,7 +45,6 @@ from .chip import (
     vectors,
 )
 from .inputs import GeneralInputs
-from .location import load_rows, store_both, store_rows
 from .masks import (
     Items,
     Spans,
@@ -63,6 +62,7 @@ from .masks import (
 )
 from .products import add_product, tile_product
 from .softmax import LOG2E, finish, merge, new_lse, no_key, online_softmax, store_lse
+from .tiles import load_rows, store_both, store_rows
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -46,10 +46,10 @@ from .general import (
     with_scores,
 )
 from .inputs import GeneralInputs
-from .location import load_rows, store_rows
 from .masks import dropout_tile, locate, mirrored, partition, sequence_of, window_tiles
 from .products import add_product
 from .softmax import load_dlse, load_lse, power
+from .tiles import load_rows, store_rows
 
 
 class Given(NamedTuple):

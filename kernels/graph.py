@@ -29,9 +29,9 @@ from .arguments import constants, launch, rows
 from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
 from .inputs import GraphInputs
-from .location import store_rows
 from .masks import dropout, dropout_scale
 from .softmax import finish, new_lse, no_key, online_softmax, rounded_product, store_lse
+from .tiles import store_rows
 
 
 @triton.jit

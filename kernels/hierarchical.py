@@ -27,11 +27,12 @@ from torch import Tensor
 from .arguments import constants, launch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, rule, unit, unpressed
 from .inputs import HierarchicalInputs
-from .location import Blocks, _weighted_sum, fwd_blocks, gated, load_rows, location_fwd, matmul, prepare, project
+from .location import Blocks, _weighted_sum, fwd_blocks, gated, location_fwd, matmul, prepare, project
 from .location_bwd import location_bwd
 from .masks import unmasked
 from .softmax import finish, new_lse, online_softmax, store_lse
 from .sums import Pending
+from .tiles import load_rows
 
 SEGMENTS = 16
 """Segments of a block: the smallest side of a matrix product."""

@@ -41,10 +41,11 @@ from .arguments import (
 )
 from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
-from .location import load_rows, load_weight, near
+from .location import near
 from .masks import dropout, dropout_scale, unmasked
 from .products import add_product
 from .softmax import exp, finish, join_states, made_once, online_softmax, pivot, rounded_product
+from .tiles import load_rows, load_weight
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers

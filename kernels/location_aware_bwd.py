@@ -28,7 +28,6 @@ from .activations import activate, activate_grad
 from .arguments import constants, entries, entry_ptr, first_row, launch, pitch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .inputs import LocationAwareInputs
-from .location import load_rows, store_rows
 from .location_aware import (
     Blocks,
     Call,
@@ -47,6 +46,7 @@ from .masks import unmasked
 from .products import add_product, tile_product
 from .softmax import rounded_product
 from .sums import sums
+from .tiles import load_rows, store_rows
 
 
 class Given(NamedTuple):

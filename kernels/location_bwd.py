@@ -32,25 +32,13 @@ from .activations import activate, activate_grad
 from .arguments import constants, launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed
 from .inputs import LocationInputs
-from .location import (
-    WORKSPACE_BYTES,
-    Blocks,
-    Call,
-    Result,
-    Size,
-    add_later,
-    hop_block,
-    load_part,
-    load_rows,
-    prepare,
-    project,
-    store_rows,
-)
+from .location import WORKSPACE_BYTES, Blocks, Call, Result, Size, hop_block, prepare, project
 from .location_gap import left_of_gaps, weights_and_gaps
 from .masks import follow, item_rows, locate, place, sequence_at
 from .products import add_product, tile_product
 from .softmax import load_dlse
 from .sums import Pending, add_items, sums
+from .tiles import add_later, load_part, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=LENGTHS)

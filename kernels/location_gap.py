@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .arguments import launch, sequence_ptr
 from .chip import LENGTHS
-from .location import Blocks, Call, load_rows, matmul
+from .location import Blocks, Call, matmul
 from .masks import Items, dropout_scale, item_rows, sequence_at
 from .softmax import load_lse
 from .sums import add_items
+from .tiles import load_rows
 
 
 @triton.jit

@@ -26,7 +26,6 @@ from torch import Tensor
 from .arguments import constants, head_ptr, heads, launch, pitch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import WindowInputs
-from .location import load_rows, store_both
 from .masks import (
     Items,
     Spans,
@@ -43,6 +42,7 @@ from .masks import (
 )
 from .products import add_product
 from .softmax import exp, finish, new_lse, online_softmax, pivot, store_lse
+from .tiles import load_rows, store_both
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers

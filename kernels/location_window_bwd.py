@@ -28,11 +28,11 @@ from torch import Tensor
 from .arguments import sequence_ptr
 from .chip import LENGTHS, cdiv, pow2
 from .inputs import WindowInputs
-from .location import load_rows, store_rows
 from .location_window import State, band, prepare
 from .masks import dropout_scale, first_item, in_window, locate, mirrored, sequence_of
 from .products import add_product
 from .softmax import exp, finish, load_dlse, load_lse, pivot, store_lse
+from .tiles import load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -33,9 +33,9 @@ from .activations import tanh
 from .arguments import constants, entries, launch, matrix, pitch, sequence_ptr, sequences
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, pow2, unit
 from .inputs import WordByWordInputs
-from .location import load_rows
 from .masks import Spans, sequence_of, unmasked
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
+from .tiles import load_rows
 
 
 @triton.jit

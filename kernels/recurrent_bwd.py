@@ -28,12 +28,12 @@ from .activations import tanh
 from .arguments import pitch, sequence_ptr, sequences
 from .chip import LENGTHS, unit
 from .inputs import WordByWordInputs
-from .location import add_rows, load_rows, store_rows
 from .masks import sequence_of
 from .recurrent import forms, launch_forms, premise_keys, prepare, score_tile
 from .recurrent_weights import weight_parts
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 from .sums import sums
+from .tiles import add_rows, load_rows, store_rows
 
 
 class Given(NamedTuple):

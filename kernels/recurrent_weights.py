@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .arguments import Entries, Sequences, constants, launch, sequence_ptr, untold
 from .chip import Chip, all_registers, cdiv, even, matmul_flags, pow2
-from .location import load_rows, store_rows
 from .masks import unmasked
 from .products import add_product
+from .tiles import load_rows, store_rows
 
 _WHOLE = tl.constexpr(16)
 

@@ -62,10 +62,11 @@ from .chip import (
     unpressed,
 )
 from .inputs import StatisticsInputs, features_dtype
-from .location import features_flags, load_rows, location_fwd, store_rows
+from .location import features_flags, location_fwd
 from .masks import Items, Spans, items_of, locate, partition, unmasked
 from .products import add_product
 from .softmax import finish, made_once, new_lse, no_key, pivot, power, store_lse
+from .tiles import load_rows, store_rows
 
 PIECE = tl.constexpr(1024)
 """Scores that are looked at in one step for their maximum, of one weight a frame."""

@@ -27,13 +27,13 @@ from torch import Tensor
 from .arguments import launch, sequence_ptr
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, tile_rows, unpressed
 from .inputs import StatisticsInputs
-from .location import load_rows, store_rows
 from .location_bwd import location_bwd
 from .masks import Items, follow, item_rows, sequence_at
 from .products import add_product
 from .softmax import exp, load_dlse, pivot, power
 from .statistics import Blocks, Call, channel_scores, frame_scores, hide, load_channels, prepare, product_warps
 from .sums import Pending
+from .tiles import load_rows, store_rows
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 from listed_concat import CONCAT
 from listed_kernels import KERNELS
+from listed_location import LOCATION
 from listed_location_aware import LOCATION_AWARE
 from listed_python import PYTHON
 
-LISTED = (*KERNELS, *CONCAT, *LOCATION_AWARE, *PYTHON)
+LISTED = (*KERNELS, *CONCAT, *LOCATION, *LOCATION_AWARE, *PYTHON)
