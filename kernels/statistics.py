@@ -65,7 +65,7 @@ from .inputs import StatisticsInputs, features_dtype
 from .location import features_flags, location_fwd
 from .masks import Items, Spans, items_of, locate, partition, unmasked
 from .products import add_product
-from .softmax import finish, made_once, new_lse, no_key, pivot, power, store_lse
+from .softmax import finish, made_once, new_lse, no_key, pivot, power, rounded_product, store_lse
 from .tiles import load_rows, store_rows
 
 PIECE = tl.constexpr(1024)
@@ -127,15 +127,16 @@ def load_channels(v, a, c, size):
 
 
 @triton.jit
-def _moments(p, x):
+def _moments(p, x, FINE: tl.constexpr):
     """(l, mean, M) over the second axis of x [BLOCK_C, BLOCK, ...] with the weights p, which broadcast to it.
 
-    + 0: a product alone the compiler would contract with the difference that is taken of it. e would be about a mean
-    that is not the one kept, and r would not be its rounding.
+    The mean must be one number wherever it is used, for r is its rounding and no other's. + 0: a product alone the
+    compiler would contract with the difference that is taken of it. FINE: p x is rounded before it is summed. Lanes
+    would have means of different last bits: too much only for values of float32, those of 16 bits have none so fine.
     """
     l = tl.sum(p, axis=1)
     inv = 1.0 / tl.where(l > 0, l, 1.0)
-    mean = tl.sum(p * x, axis=1) * inv + 0.0
+    mean = tl.sum(rounded_product(p, x) if FINE else p * x, axis=1) * inv + 0.0
     e = x - tl.expand_dims(mean, 1)
     r = tl.sum(p * e, axis=1) * inv
     e -= tl.expand_dims(r, 1)
@@ -167,7 +168,7 @@ def _join_pivots(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
 @triton.jit
 def _join_all(l, mean, sq):
     """(l, mean, M) of the frames of many states with one pivot, which are the second axis."""
-    l, mean, between = _moments(l, mean)
+    l, mean, between = _moments(l, mean, False)
     return l, mean, between + tl.sum(sq, axis=1)
 
 
@@ -179,6 +180,7 @@ def _join_all(l, mean, sq):
 @triton.jit
 def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks):
     """A weight a channel: the state of the channels c after the frames [lo, hi)."""
+    fine: tl.constexpr = values.ptr.dtype.element_ty == tl.float32
     a = tl.arange(0, blocks.A)
     v_tile = load_channels(v, a, c, size)  # stays on chip where it is WHOLE, else it is not loaded
     m = tl.full([blocks.C], float("-inf"), tl.float32)
@@ -197,7 +199,7 @@ def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, siz
         if scores_ptr is not None:
             store_rows(scores_ptr + (seq * T + rows) * size.C, tl.trans(s), t < hi, c, size.C)
         m_tile = tl.max(s, axis=1)
-        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y)
+        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y, fine)
         m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
     return m, l, mean, sq
 
@@ -209,6 +211,7 @@ def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks):
     The scores are few: their maximum comes first, and no sum is ever scaled. `walks` threads share the frames of a
     channel. Each has a state of its own, and these are joined at the end.
     """
+    fine: tl.constexpr = values.ptr.dtype.element_ty == tl.float32
     m = tl.full([1], float("-inf"), tl.float32)
     for t0 in range(lo, hi, PIECE):
         t = t0 + tl.arange(0, PIECE)
@@ -224,7 +227,7 @@ def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks):
         y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
         p = made_once(tl.max(power(frame_scores(x, seq, rows, keep) - pivot(m)[:, None], True, False), axis=0))
         p = tl.reshape(tl.broadcast_to(p[None, :], y.shape), [blocks.C, blocks.T // blocks.walks, blocks.walks])
-        l_tile, mean_tile, sq_tile = _moments(p, tl.reshape(y, p.shape))
+        l_tile, mean_tile, sq_tile = _moments(p, tl.reshape(y, p.shape), fine)
         l, mean, sq = _join(l, mean, sq, l_tile, mean_tile, sq_tile)
     l = tl.where(sq < 0, 0.0, l)  # as it is. Without a look at sq, it was made in another layout too.
     l, mean, sq = _join_all(l, mean, sq)

@@ -431,7 +431,8 @@ def test_scores_so_large_that_their_sum_has_no_room_beside_them():
     got = merge(State(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), m, torch.tensor([[0.5, 1.0], [0.0, 1.0]])))
     shares = torch.softmax(torch.tensor([0.5, 0.0]), 0)
     torch.testing.assert_close(got.out, torch.stack([shares[0] + 3 * shares[1], torch.tensor(4.0)])[:, None])
-    torch.testing.assert_close(got.log_l, torch.tensor([torch.logsumexp(torch.tensor([0.5, 0.0]), 0), 1.0]))
+    log_l = torch.logsumexp(torch.tensor([[0.5, 0.0], [1.0, -torch.inf]]), -1)
+    torch.testing.assert_close(got.log_l, log_l)
 
 
 def results(out: Tensor, m: Tensor, log_l: Tensor) -> tuple[Tensor, Tensor]:
