@@ -5,6 +5,8 @@ Also known as self-attentive pooling, attention-based MIL pooling, HAN's word an
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -46,7 +48,8 @@ from .segments import Offsets, as_offsets
 
 def _table(rows: str, seq: str, inner: str) -> Table:
     """Rows are ``"B T"`` or ``"N"``, sequences ``"B"`` or ``"S"``; inner: the axis of the projection, or none."""
-    packed = f"| {seq} 1 {inner} | 1 {rows} {inner}" if seq != "B" else ""
+    packed = seq != "B"
+    explicit = f"{seq} 1 {inner} | 1 {rows} {inner}" if packed else f"{seq} 1 {inner}"
     return {
         "h": argument(f"{rows} D", "first", hint="" if packed else "packed rows go with cu_seqlens"),
         "w": argument("D A" if inner == "A" else "D | D R", linear=True),
@@ -54,7 +57,7 @@ def _table(rows: str, seq: str, inner: str) -> Table:
         "v": argument("A | A R", optional=True, linear=True),
         "gate[0]": argument("D A", optional=True, linear=True),
         "gate[1]": argument("A", optional=True),
-        "context": argument(f"{seq} {inner} | {rows} {inner} {packed}", optional=True),
+        "context": argument(f"{seq} {inner} | {rows} {inner} | {explicit}", optional=True),
         "value": argument(f"{rows} Dv", optional=True, empty=True),  # a window has weights all the same
         "mask": mask_of(rows),
         "score_bias": argument(rows, "bias", optional=True),
@@ -112,7 +115,7 @@ def location_attention(
     v: Tensor | None = None,
     *,
     gate: tuple[Tensor, Tensor | None] | None = None,
-    context: Tensor | None = None,
+    context: Tensor | Sequence[Tensor] | None = None,
     value: Tensor | Literal[False] | None = None,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
@@ -158,8 +161,10 @@ def location_attention(
         ``(G (D, A), g (A,) or None)``; needs `v`.
     context
         Added before the activation; its width is that of the projection (A, R, or none for ``w (D,)``).
-        Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)`` a row, or with the
-        choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
+        Padded: ``(B, A)`` or ``(B, 1, A)`` a sequence, ``(B, T, A)`` a row. Packed: ``(S, A)`` a sequence or
+        ``(N, A)`` a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where
+        S = N. A list or tuple of contexts, of either kind, is their sum: those of sequences are expanded where
+        there are some of rows too, and not else.
     value
         What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None. False: nothing is, and there is no output;
         what else is asked for is returned, alone or as a tuple. (The kernels sum 16 features of the keys.)
@@ -232,7 +237,7 @@ def location_attention(
             h, context, value, score_bias, mask, cu_seqlens
         )
     gate_w, gate_b = _split_gate(gate)
-    context_per_row = _validate_location(
+    context, context_per_row = _validate_location(
         h, w, b, v, gate_w, gate_b, context, value, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
@@ -246,10 +251,6 @@ def location_attention(
         )
     last = cast("Tensor", w if v is None else v)
     hop_axis = last.dim() == 2
-    if context is not None:
-        width = h.shape[-1] if w is None else w.shape[1] if w.dim() == 2 else 1
-        rows = h.shape[:-1] if context_per_row else (_num_sequences(h, cu_seqlens),)
-        context = context.reshape(*rows, width)
     seed = draw_seed(dropout_p, h.device)
     value = value if wanted.output else stand_in(h)
     inputs = LocationInputs(
@@ -367,9 +368,9 @@ def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _unpack_jagged(
-    h: Tensor, context: Tensor | None, value: Tensor | None, score_bias: Tensor | None,
+    h: Tensor, context: Tensor | Sequence[Tensor] | None, value: Tensor | None, score_bias: Tensor | None,
     mask: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | Sequence[Tensor] | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
     if h.layout != torch.jagged:
         raise ValueError("h: expected layout=torch.jagged for a nested tensor; got the strided layout")
@@ -394,22 +395,27 @@ def _unpack_jagged(
             check_values(name, theirs, (theirs == offsets).all(), "a jagged tensor with the offsets of h")
         return data
 
-    if context is not None:
+    def of_kind(name: str, context: Tensor) -> Tensor:
         is_jagged = isinstance(context, Tensor) and context.is_nested
-        context = packed("context", context)[None] if is_jagged else _a_sequence(context, offsets)
+        return packed(name, context)[None] if is_jagged else _a_sequence(name, context, offsets)
+
+    if isinstance(context, (tuple, list)):
+        context = [of_kind(f"context[{i}]", x) for i, x in enumerate(context)]
+    elif context is not None:
+        context = of_kind("context", cast("Tensor", context))
     value = None if value is None else packed("value", value)
     score_bias = None if score_bias is None else packed("score_bias", score_bias)
     return rows, offsets, context, value, score_bias, offsets.to(torch.int32)
 
 
-def _a_sequence(context: Tensor, offsets: Tensor) -> Tensor:
+def _a_sequence(name: str, context: Tensor, offsets: Tensor) -> Tensor:
     """The form that says one vector a sequence of a jagged h; what is no tensor is left to the checks."""
     if not isinstance(context, Tensor) or context.layout != torch.strided:
         return context
     seqs = offsets.shape[0] - 1
     if context.dim() not in (1, 2) or context.shape[0] != seqs:
         raise ValueError(
-            f"context: expected a vector a sequence, S = {seqs} from h, or a jagged tensor of one a row; "
+            f"{name}: expected a vector a sequence, S = {seqs} from h, or a jagged tensor of one a row; "
             f"got {tuple(context.shape)}"
         )
     return context[:, None]
@@ -431,10 +437,10 @@ def _split_gate(
 
 def _validate_location(
     h: Tensor, w: Tensor | None, b: Tensor | None, v: Tensor | None, gate_w: Tensor | None, gate_b: Tensor | None,
-    context: Tensor | None, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
+    context: Tensor | Sequence[Tensor] | None, value: Tensor | None, score_bias: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *, jagged: bool = False,
-) -> bool:  # fmt: skip
-    """Check every argument; return whether the context has one entry a row."""
+) -> tuple[Tensor | None, bool]:  # fmt: skip
+    """Check every argument; return what `one_context` makes of the context."""
     inner = "A" if v is not None else "" if isinstance(w, Tensor) and w.dim() == 1 else "R"
     check = Checker(_TABLES[cu_seqlens is not None, inner])
     check("h", h)
@@ -445,7 +451,7 @@ def _validate_location(
         if x is not None:
             check(name, x)
     check_dropout("dropout_p", dropout_p)
-    return context is not None and check_context(check, "context", context)
+    return one_context(check, context, h, cu_seqlens)
 
 
 def check_sequences(check: Checker, cu_seqlens: Tensor, h: Tensor, *, jagged: bool = False) -> None:
@@ -486,12 +492,47 @@ def check_score(
     check_activation(f"{check.prefix}gate_activation", gate_activation)
 
 
-def check_context(check: Checker, name: str, context: Tensor) -> bool:
-    """Check a context by its row of the table; return whether it has one entry a row. Where packed, S is bound."""
-    check(name, context)
-    forms, shape = check.table[name].forms, context.shape
-    if len(forms) == 2:  # padded
-        return len(shape) == len(forms[1])
+def one_context(
+    check: Checker, context: Tensor | Sequence[Tensor] | None, h: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, bool]:
+    """Check a context of the rows `h`, or each of several; return their sum, and whether that has one entry a row.
+
+    ``(B, T, A)`` or ``(N, A)`` where it has, else ``(B, A)`` or ``(S, A)``.
+    """
+    if context is None:
+        return None, False
+    several = isinstance(context, (tuple, list))
+    of_rows: list[Tensor] = []
+    of_sequences: list[Tensor] = []
+    for i, x in enumerate(context if several else (cast("Tensor", context),)):
+        per_row = check_context(check, "context", x, f"context[{i}]" if several else "context")
+        width = x.shape[-1] if len(check.table["context"].forms[0]) == 2 else 1
+        if per_row:
+            of_rows.append(x.reshape(*h.shape[:-1], width))
+        else:
+            of_sequences.append(x.reshape(_num_sequences(h, cu_seqlens), width))
+    if not (of_rows or of_sequences):
+        raise ValueError("context: expected a tensor, or one or more of them; got none")
+    if not of_rows:
+        return functools.reduce(torch.add, of_sequences), False
+    total = functools.reduce(torch.add, of_rows)
+    if of_sequences:
+        x = functools.reduce(torch.add, of_sequences)
+        segment = None if cu_seqlens is None else reference.segment_ids(cu_seqlens, h.shape[0])
+        total = total + (x[:, None] if segment is None else x.index_select(0, segment))
+    return total, True
+
+
+def check_context(check: Checker, row: str, context: Tensor, name: str = "") -> bool:
+    """Check a context by its row of the table; return whether it has one entry a row. Where packed, S is bound.
+
+    name: of the argument, where it is not that of the row.
+    """
+    name = name or row
+    check(name, context, row)
+    forms, shape = check.table[row].forms, context.shape
+    if len(forms) == 3:  # padded: of one row both kinds are the same
+        return len(shape) == len(forms[1]) and shape[1] == check.sizes[forms[1][1]]
     (seq, *tail), (row, *_) = forms[:2]
     seqs, rows = check.sizes[seq], check.sizes[row]
     if len(shape) == len(forms[0]):

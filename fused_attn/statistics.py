@@ -7,6 +7,7 @@ they are narrow beside the values. The operator makes the softmax and both momen
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, w
 from ._results import PLAIN, beside, check_wanted
 from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
-from .location import _unpack_jagged, check_context, check_score, check_sequences
+from .location import _unpack_jagged, check_score, check_sequences, one_context
 from .segments import Offsets, as_offsets
 
 _TABLES = {
@@ -81,7 +82,7 @@ def statistics_pooling(
     b: Tensor | None = None,
     v: Tensor | None = None,
     *,
-    context: Tensor | None = None,
+    context: Tensor | Sequence[Tensor] | None = None,
     value: Tensor | None = None,
     activation: str = "tanh",
     mask: Tensor | None = None,
@@ -116,8 +117,9 @@ def statistics_pooling(
     v
         ``(A,)``: one weight a frame; ``(A, C)``, C the width of the values: one a frame and channel.
     context
-        Added before the activation. Padded: ``(B, A)`` or ``(B, T, A)``. Packed: ``(S, A)`` a sequence or ``(N, A)``
-        a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where S = N.
+        Added before the activation. Padded: ``(B, A)`` or ``(B, 1, A)`` a sequence, ``(B, T, A)`` a row. Packed:
+        ``(S, A)`` a sequence or ``(N, A)`` a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``,
+        which is needed where S = N. Or several of these, see `location_attention`.
     value
         What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
     activation
@@ -161,13 +163,10 @@ def statistics_pooling(
     offsets = None
     if h.is_nested:
         h, offsets, context, value, _, cu_seqlens = _unpack_jagged(h, context, value, None, mask, cu_seqlens)
-    context_per_row = _validate_statistics(
+    context, context_per_row = _validate_statistics(
         h, w, b, v, context, value, mask, cu_seqlens, activation, floor, jagged=offsets is not None
     )
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    if w is not None and context is not None:
-        seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        context = context.reshape(*(h.shape[:-1] if context_per_row else (seqs,)), w.shape[1])
     inputs = StatisticsInputs(h, w, b, v, context, value, mask, cu_seqlens, activation, context_per_row, float(floor))
     per_channel = v is not None and v.dim() == 2
     weights: Tensor | None = None
@@ -207,7 +206,7 @@ def _validate_statistics(
     w: Tensor | None,
     b: Tensor | None,
     v: Tensor | None,
-    context: Tensor | None,
+    context: Tensor | Sequence[Tensor] | None,
     value: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -215,8 +214,8 @@ def _validate_statistics(
     floor: float,
     *,
     jagged: bool,
-) -> bool:
-    """Check every argument; return whether the context has one entry a row."""
+) -> tuple[Tensor | None, bool]:
+    """Check every argument; return what `one_context` makes of the context."""
     if (w is None) != (v is None):
         name = "w" if w is None else "v"
         raise ValueError(f"{name}: expected a tensor, w and v go together; got None")
@@ -239,4 +238,4 @@ def _validate_statistics(
     least = check_number("floor", floor, "a finite number of at least 0", 0.0, math.inf)
     if math.sqrt(least) > torch.finfo(h.dtype).max:
         raise ValueError(f"floor: expected a number whose root {h.dtype} holds; got {floor}")
-    return context is not None and check_context(check, "context", context)
+    return one_context(check, context, h, cu_seqlens)

@@ -116,7 +116,9 @@ def _location() -> None:
     )
     add(
         "location padded, all options",
-        lambda i, gw, gb, **t: location_attention(**t, gate=(gw, gb), return_weights=True, impl=i),
+        lambda i, gw, gb, c_row, c_seq, **t: location_attention(
+            **t, gate=(gw, gb), context=(c_row, c_seq), return_weights=True, impl=i
+        ),
         lambda B, T: {
             "h": r(B, T, 4),
             "w": r(4, 3),
@@ -124,7 +126,8 @@ def _location() -> None:
             "v": r(3, 2),
             "gw": r(4, 3),
             "gb": r(3),
-            "context": r(B, T, 3),
+            "c_row": r(B, T, 3),
+            "c_seq": r(B, 1, 3),
             "value": r(B, T, 2),
             "score_bias": r(B, T),
             "mask": seen(B, T),

@@ -80,6 +80,12 @@ LOCATION = {
     "gate bias of another dtype": type_error("gate[1]", gate=(floats(D, A), floats(A).half())),
     "context of other rows": value_error("context", context=floats(B, TK + 1, A)),
     "context of rank 1": value_error("context", context=floats(A)),
+    "the second context of other rows": value_error(
+        "context[1]: expected shape (B, A) or (B, T, A) or (B, 1, A) with B = 2 from h, A = 4 from w, T = 5 from h; "
+        "got (2, 2, 4)",
+        context=[floats(B, A), floats(B, 2, A)],
+    ),
+    "no context in a list": value_error("context: expected a tensor, or one or more of them; got none", context=[]),
     "values of rank 2": value_error("value", value=floats(B, TK)),
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of rank 3": value_error("score_bias", score_bias=floats(B, TK, 1)),
@@ -165,7 +171,8 @@ STATISTICS = {
     ),
     "v is a number": type_error("v: expected a torch.Tensor; got float", v=1.0),
     "context of another width": value_error(
-        "context: expected shape (B, A) or (B, T, A) with B = 2 from h, A = 4 from w, T = 5 from h; got (2, 5)",
+        "context: expected shape (B, A) or (B, T, A) or (B, 1, A) with B = 2 from h, A = 4 from w, T = 5 from h; "
+        "got (2, 5)",
         context=floats(B, A + 1),
     ),
     "values of other rows": value_error(
@@ -297,7 +304,7 @@ CONCAT_MODULE = {
     "context of other rows": value_error("contexts[0]", contexts=[floats(B, TQ + 9, R)]),
     "context of rank 4": value_error("contexts[0]", contexts=[floats(B, 1, TQ, R)]),
     "context of batch 1": value_error(
-        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) with B = 2 from query, "
+        "contexts[0]: expected shape (B, C) or (B, Tq, C) or (B, Tk, C) or (B, 1, C) with B = 2 from query, "
         "C = 2 from context_dims[0], Tq = 3 from query, Tk = 5 from key; got (1, 2): B is 1",
         contexts=[floats(1, R)],
     ),

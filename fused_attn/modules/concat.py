@@ -30,7 +30,7 @@ from ._pairs import INPUTS, HeadsAttention
 _INPUTS: dict[bool, Table] = {
     packed: {
         **INPUTS[packed],
-        "context": argument("S C" if packed else "B C | B Tq C | B Tk C"),
+        "context": argument("S C" if packed else "B C | B Tq C | B Tk C | B 1 C"),
         "query context": argument("N C" if packed else "B Tq C"),
         "key context": argument("M C" if packed else "B Tk C"),
         "projected": argument(
@@ -145,7 +145,8 @@ class ConcatAttention(HeadsAttention):
             ``(B, Tk, Dv)`` for every head, or ``(B, H, Tk, Dv)``; packed ``(M, Dv)`` or ``(M, H, Dv)``; the keys,
             before projection, where None. False: no output, as in `concat_attention`.
         contexts
-            One for each of `context_dims`: a sequence ``(B, C)``, a key ``(B, Tk, C)`` or a query ``(B, Tq, C)``.
+            One for each of `context_dims`: a sequence ``(B, C)`` or ``(B, 1, C)``, a key ``(B, Tk, C)`` or a query
+            ``(B, Tq, C)``.
             Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
             say one a row. Where rows are packed or jagged a tensor is one a sequence, ``(S, C)``, and those of rows
             are ``("key", x)`` with ``(M, C)`` or ``("query", x)`` with ``(N, C)``.
@@ -197,8 +198,8 @@ class ConcatAttention(HeadsAttention):
             if side is None and offsets is not None:
                 q = q + of(layer, x).index_select(0, segment_ids(offsets, query.shape[0]))
                 continue
-            if x.dim() == 2 and not packed:
-                q = q + of(layer, x)[:, None]
+            if side is None and (x.dim() == 2 or x.shape[1] == 1):  # one query or one key: it is the same
+                q = q + of(layer, x if x.dim() == 3 else x[:, None])
                 continue
             if (side or _side_by_length(f"contexts[{i}]", x, query.shape[1], key.shape[1])) == "query":
                 q = q + of(layer, x)

@@ -29,7 +29,7 @@ _INPUTS = {
         "context": argument(
             "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim"
             if packed
-            else "B context_dim | B T context_dim"
+            else "B context_dim | B T context_dim | B 1 context_dim"
         ),
         "cu_seqlens": offsets_of("S"),
     }
@@ -209,5 +209,7 @@ def check_module_inputs(
             check("cu_seqlens", offsets)
         check.bind_sequences("S", offsets, "h" if jagged else "cu_seqlens")
         if jagged and isinstance(context, Tensor):
-            context = cast("Any", context).values()[None] if context.is_nested else _a_sequence(context, offsets)
+            context = (
+                cast("Any", context).values()[None] if context.is_nested else _a_sequence("context", context, offsets)
+            )
     check_context(check, "context", context)
