@@ -380,6 +380,7 @@ def graph_attention(
     dropout_p: float = 0.0,
     transposed: Transposed | None = None,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     return_state: bool = False,
@@ -424,8 +425,9 @@ def graph_attention(
         better to make it once.
     return_weights
         Return the weights too, as they are before dropout. They are differentiable.
-    return_scores, return_lse, return_state
-        See `location_attention`: scores of edges, the others of nodes. `merge` joins states over disjoint edges.
+    return_log_weights, return_scores, return_lse, return_state
+        See `location_attention`: the first two of edges, the others of nodes. `merge` joins states over disjoint
+        edges.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), elsewhere the reference, which stores
         E·H·A. ``"triton"`` and ``"reference"`` never fall back.
@@ -433,8 +435,8 @@ def graph_attention(
     Returns
     -------
     Tensor, State or tuple
-        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights and scores ``(E,)`` or ``(E, H)``, in the order of
-        `indices`, or of the list of edges; m, log_l and lse ``(Nq,)`` or ``(Nq, H)``.
+        Output ``(Nq, Dv)`` or ``(Nq, H, Dv)``; weights, log weights and scores ``(E,)`` or ``(E, H)``, in the order
+        of `indices`, or of the list of edges; m, log_l and lse ``(Nq,)`` or ``(Nq, H)``.
 
     Raises
     ------
@@ -452,7 +454,7 @@ def graph_attention(
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    wanted = check_wanted(return_weights, return_scores, return_lse, return_state)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights)
     negative_slope = check_slope(negative_slope)
     indptr, indices, graph, edges = csr_of(indptr, indices, transposed, query, key)
     if graph is not None and graph.num_keys != key.shape[0]:
@@ -481,6 +483,7 @@ def graph_attention(
         out, lse, scores, weights = by_formula(_GRAPH.formula, inputs, wanted)
     if wanted.weights and weights is None:
         weights = weights_from(scores, lse, offsets=indptr)
+    log_weights = weights_from(scores, lse, offsets=indptr, log=True) if wanted.log_weights else None
 
     def in_order(x: Tensor) -> Tensor:
         """A number an edge and head, in the order of the edges that were given."""
@@ -494,6 +497,7 @@ def graph_attention(
         lse if lse is None or heads else lse.squeeze(1),
         in_order(weights) if wanted.weights and weights is not None else None,
         in_order(scores) if wanted.scores else None,
+        None if log_weights is None else in_order(log_weights),
     )
 
 

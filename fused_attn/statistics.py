@@ -89,6 +89,7 @@ def statistics_pooling(
     cu_seqlens: Offsets | None = None,
     floor: float = 1e-12,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     impl: Impl = "auto",
@@ -132,7 +133,7 @@ def statistics_pooling(
         Least variance, in the squared unit of the values; at least 0.
     return_weights
         Return the weights too; they are differentiable. One a frame and channel are of the size of the values.
-    return_scores, return_lse
+    return_log_weights, return_scores, return_lse
         See `location_attention`. There is no state to return: a deviation does not merge with others.
     impl
         ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere and for float64. ``"triton"`` and ``"reference"``
@@ -142,8 +143,9 @@ def statistics_pooling(
     -------
     tuple of Tensor
         Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values.
-        What is asked for follows, in the order weights, scores, lse. Weights and scores ``(B, T)`` or ``(N,)``, with
-        ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse ``(B,)``, with ``v (A, C)`` ``(B, C)``.
+        What is asked for follows, in the order weights, log weights, scores, lse. All but the last ``(B, T)`` or
+        ``(N,)``, with ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse
+        ``(B,)``, with ``v (A, C)`` ``(B, C)``.
 
     Raises
     ------
@@ -159,7 +161,7 @@ def statistics_pooling(
     cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
-    wanted = check_wanted(return_weights, return_scores, return_lse)
+    wanted = check_wanted(return_weights, return_scores, return_lse, False, return_log_weights)
     offsets = None
     if h.is_nested:
         h, offsets, context, value, _, cu_seqlens = _unpack_jagged(h, context, value, None, mask, cu_seqlens)
@@ -175,7 +177,7 @@ def statistics_pooling(
     if kernel:
         asked = may_ask(h, w, b, v, context, value)
         mean, std, lse, scores, *_ = _STATISTICS(inputs, wanted.pairs and per_channel, asked)
-    elif wanted.scores or wanted.lse:
+    elif wanted.log_weights or wanted.scores or wanted.lse:
         mean, std, lse, scores = _STATISTICS.formula(inputs)
     else:
         mean, std, weights = _STATISTICS.formula(inputs, weights_only=True)
@@ -185,10 +187,12 @@ def statistics_pooling(
     if w is None and lse is not None and wanted.pairs:
         scores = lse.new_zeros(*h.shape[:-1], 1)
         scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
-    if wanted.weights and weights is None:
-        assert scores is not None
-        assert lse is not None
-        weights = weights_of_rows(scores, lse, cu_seqlens)
+    log_weights: Tensor | None = None
+    if scores is not None and lse is not None:
+        if wanted.weights:
+            weights = weights_of_rows(scores, lse, cu_seqlens)
+        if wanted.log_weights:
+            log_weights = weights_of_rows(scores, lse, cu_seqlens, log=True)
 
     def frames(x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -197,8 +201,8 @@ def statistics_pooling(
         return x if offsets is None else torch.nested.nested_tensor_from_jagged(x, offsets)
 
     lse = lse if lse is None or per_channel else lse.squeeze(1)
-    given = frames(weights if wanted.weights else None), frames(scores if wanted.scores else None)
-    return mean, std, *beside(wanted, h.dtype, lse, *given)
+    pairs = weights if wanted.weights else None, scores if wanted.scores else None, log_weights
+    return mean, std, *beside(wanted, h.dtype, lse, *map(frames, pairs))
 
 
 def _validate_statistics(

@@ -262,7 +262,7 @@ def _statistics_and_graph() -> None:
     )
     add(
         "statistics packed",
-        lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, impl=i),
+        lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},
     )
     add(
@@ -272,7 +272,7 @@ def _statistics_and_graph() -> None:
     )
     add(
         "graph, all options",
-        lambda i, **t: graph_attention(**t, return_weights=True, impl=i),
+        lambda i, **t: graph_attention(**t, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {
             "query": r(T, 2, 4),
             "key": r(T, 2, 4),

@@ -7,12 +7,13 @@ import torch
 from _compare import assert_as_exact, evaluate, in_double, rough_runs
 from _concat import every_impl
 from _marks import each_dtype
-from test_states import PAIRS, Reveal, returning
+from test_states import PAIRS, STATISTICS, Reveal, returning
 from torch import Tensor, func, nn
 
 import fused_attn as f
 
-NAMES = [name for name in PAIRS if "graph" not in name and ("ragged" not in name or "location" in name)]
+CASES = PAIRS | STATISTICS
+NAMES = [n for n in CASES if "ragged" not in n or "location" in n or "stat" in n]
 LOG = {"return_log_weights": True}
 B, T, D = 3, 7, 5
 
@@ -86,7 +87,7 @@ def test_a_loss_of_weights_that_underflow(family, impl, device):
 @pytest.mark.parametrize("name", NAMES)
 def test_log_weights_are_the_logarithms(name, dtype, impl, device):
     """In float32, as PyTorch's log_softmax; gradients too, none from what comes back to a hidden one."""
-    case = dataclasses.replace(PAIRS[name], dtype=dtype)
+    case = dataclasses.replace(CASES[name], dtype=dtype)
     tensors = case.tensors(device)
     call = returning(case, return_log_weights=True)
 
@@ -99,11 +100,12 @@ def test_log_weights_are_the_logarithms(name, dtype, impl, device):
         out, scores = returning(case, return_scores=True)(**arguments)
         hidden = scores == -torch.inf
         scores = scores.masked_fill(hidden, -1e9)
-        if "cu_seqlens" in arguments:
-            parts = scores.split(arguments["cu_seqlens"].diff().tolist())
+        offsets = arguments.get("cu_seqlens", arguments.get("indptr"))
+        if offsets is not None:
+            parts = scores.split(offsets.diff().tolist())
             logs = torch.cat([x.log_softmax(0) for x in parts])
         else:
-            logs = scores.log_softmax(-1)
+            logs = scores.log_softmax(1 if name in STATISTICS else -1)
         return out, logs.masked_fill(hidden, 0)
 
     exact = evaluate(by_scores, in_double(tensors), "reference")
@@ -175,6 +177,34 @@ def test_of_packed_and_jagged_rows(impl, device):
     torch.testing.assert_close(lse, f.concat_attention(q, k, k, v, return_lse=True, **offsets)[1])
 
 
+@every_impl
+@pytest.mark.parametrize("family", ["graph", "graph by a list of edges", "statistics", "statistics of equal weights"])
+def test_log_weights_of_edges_and_frames_that_underflow(family, impl, device):
+    h = torch.tensor([[0.0], [300.0], [1.0]], device=device, requires_grad=True)
+    one = torch.ones(1, device=device)
+    options = {"activation": "identity", "impl": impl, "return_log_weights": True, "return_weights": True}
+    expected = torch.tensor([-300.0, 0.0, -299.0], device=device)
+    if family == "graph":
+        args = torch.tensor([0, 0, 3], device=device), torch.arange(3, device=device)
+        *_, weights, logs = f.graph_attention(torch.zeros(2, 1, device=device), h, one, *args, **options)
+    elif family == "graph by a list of edges":
+        edges = torch.tensor([[2, 0, 1, 0], [1, 1, 1, 0]], device=device)
+        *_, weights, logs = f.graph_attention(torch.zeros(2, 1, device=device), h, one, edges, **options)
+        expected = torch.tensor([-299.0, -300.0, 0.0, 0.0], device=device)
+    elif family == "statistics":
+        *_, weights, logs = f.statistics_pooling(h[None], one[:, None], v=one, **options)
+        expected = expected[None]
+    else:
+        shown = torch.tensor([[True, False, True]], device=device)
+        *_, weights, logs = f.statistics_pooling(h[None], mask=shown, **options)
+        expected = torch.where(shown, -torch.tensor(2.0).log(), -torch.inf)
+    assert torch.equal(weights, expected.exp())
+    torch.testing.assert_close(logs, expected)
+    if "equal" not in family:
+        (grad,) = torch.autograd.grad(logs.min(), h)
+        torch.testing.assert_close(grad[:, 0], torch.tensor([1.0, -1.0, 0.0], device=device))
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -193,6 +223,18 @@ def test_modules(module: nn.Module):
     torch.testing.assert_close(logs.exp(), weights)
     torch.testing.assert_close(module(*rows, value=False, mask=mask(), **LOG), logs)
     assert out.shape[-1] == D
+
+
+@pytest.mark.parametrize("family", ["GraphAttention", "StatisticsPooling"])
+def test_modules_without_values_of_their_own(family):
+    if family == "GraphAttention":
+        args = torch.randn(T, D), torch.tensor([[0, 1, 2, 3], [1, 1, 1, 0]])
+        module: nn.Module = f.GraphAttention(D, 4, num_heads=2)
+    else:
+        args, module = (torch.randn(B, T, D),), f.StatisticsPooling(D, 4, per_channel=True)
+    out, weights, logs = module(*args, return_weights=True, **LOG)
+    torch.testing.assert_close(logs.exp(), weights)
+    torch.testing.assert_close(module(*args), out)
 
 
 @each_family

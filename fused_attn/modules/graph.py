@@ -146,6 +146,7 @@ class GraphAttention(Attention):
         edge: Tensor | None = None,
         transposed: Transposed | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
         return_scores: bool = False,
         return_lse: bool = False,
         impl: Impl = "auto",
@@ -157,7 +158,7 @@ class GraphAttention(Attention):
         x
             Nodes ``(N, query_dim)``; or a pair, the query nodes ``(Nq, query_dim)`` and the key nodes
             ``(Nk, key_dim)``. Those without edges may be NaN, but with a residual; it costs a copy of the nodes.
-        indptr, indices, transposed, return_weights, return_scores, return_lse, impl
+        indptr, indices, transposed, return_weights, return_log_weights, return_scores, return_lse, impl
             As in `graph_attention`. A state is returned there alone: what follows the heads here is of a whole.
         edge
             Edge features ``(E, edge_dim)`` in the order of `indices` or of the list of edges, where there is an
@@ -166,8 +167,8 @@ class GraphAttention(Attention):
         Returns
         -------
         Tensor or tuple
-            Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights and scores ``(E, H)``; lse
-            ``(Nq, H)``.
+            Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights, log weights and scores
+            ``(E, H)``; lse ``(Nq, H)``.
 
         Raises
         ------
@@ -215,6 +216,7 @@ class GraphAttention(Attention):
             dropout_p=self._dropout_p,
             transposed=transposed,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
             return_scores=return_scores,
             return_lse=return_lse,
             impl=impl,
