@@ -533,14 +533,14 @@ def statistics_pooling(
 
     Returns ``mean (S, C)`` and ``std (S, C)`` in the dtype of the values, ``lse (S, C, 2)``, with one weight a frame
     ``(S, 1, 2)``, and in at least float32 the scores ``(B, T, C)`` or ``(N, C)``, or one a frame, ``-inf`` where the
-    mask is False; those of channels with `need_scores`, else, and without w, an empty tensor. With `weights_only`
+    mask is False; those of channels with `need_scores`, else, and without v, an empty tensor. With `weights_only`
     mean, std and the weights.
     """
-    h, w, _, v, _, value, mask, cu_seqlens, _, _, floor = inputs
+    h, _, _, v, _, value, mask, cu_seqlens, _, _, floor = inputs
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, h.shape[0])
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = (h if value is None else value).dtype
-    if w is None:
+    if v is None:
         scores = h.new_zeros(*h.shape[:-1], 1, dtype=torch.promote_types(dtype, torch.float32))
         value = (h if value is None else value).to(scores.dtype)
         if mask is not None:
@@ -573,5 +573,5 @@ def statistics_pooling(
     mean, std = (near + rest).to(dtype), std.to(dtype)
     if weights_only:
         return mean, std, weights
-    made = w is not None and (need_scores or (v is not None and v.dim() == 1))
+    made = v is not None and (need_scores or v.dim() == 1)
     return mean, std, sums_of_rows(scores, top, segment), scores if made else scores.new_empty(0)

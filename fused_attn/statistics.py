@@ -35,19 +35,19 @@ _TABLES = {
 
 
 def _fake(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
-    h, w, _, v, _, value, _, cu_seqlens, *_ = inputs
+    h, _, _, v, _, value, _, cu_seqlens, *_ = inputs
     rows, (A, per_channel) = h.shape[:-1], (0, False) if v is None else (v.shape[0], v.dim() == 2)
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     channels = (h if value is None else value).shape[-1]
     hops = channels if per_channel else 1
-    made = w is not None and (need_scores or not per_channel)
+    made = v is not None and (need_scores or not per_channel)
     features = features_dtype(h.dtype, inputs.activation) if per_channel else h.dtype
     return (
         h.new_empty(seqs, channels),
         h.new_empty(seqs, channels),
         h.new_empty(seqs, hops, 2, dtype=torch.float32),
         h.new_empty((*rows, hops) if made else 0, dtype=torch.float32),
-        h.new_empty((*rows, A) if per_channel else 0, dtype=features),
+        h.new_empty((*rows, A) if per_channel and not inputs.bare() else 0, dtype=features),
         h.new_empty((5, seqs, channels) if need_exact else 0, dtype=torch.float32),
     )
 
@@ -102,7 +102,9 @@ def statistics_pooling(
 
     One :math:`v` weights the frames for all channels alike (attentive statistics pooling); a :math:`v_c` a channel
     weights them for each (ECAPA-TDNN). A bias of the score, after :math:`v`, would cancel in the softmax: there is
-    none. Without `w` and `v` all frames weigh the same (statistics pooling, as in x-vectors).
+    none. Without `w` the features are act(h + b + ctx), of frames that were projected before, as where there is a
+    batch norm between: `value` says then what is pooled. Without `v` too all frames weigh the same (statistics
+    pooling, as in x-vectors).
 
     The variance is taken about the mean, not as a difference of squares: channels far from 0 lose nothing. Where it
     is at most `floor`, :math:`\sigma = \sqrt{floor}` is a constant and sends no gradient. A sequence without a
@@ -114,7 +116,7 @@ def statistics_pooling(
         Frames: ``(B, T, D)``; packed ``(N, D)`` with `cu_seqlens`; or a jagged ``torch.nested`` tensor.
         float16, bfloat16 or float32; float64 by the reference only.
     w, b
-        ``(D, A)`` and ``(A,)`` or None.
+        ``(D, A)`` and ``(A,)``, or None: `w`, which goes with `v`, leaves the product out, and A = D.
     v
         ``(A,)``: one weight a frame; ``(A, C)``, C the width of the values: one a frame and channel.
     context
@@ -184,7 +186,7 @@ def statistics_pooling(
     if wanted == PLAIN:
         return mean, std
 
-    if w is None and lse is not None and wanted.pairs:
+    if v is None and lse is not None and wanted.pairs:
         scores = lse.new_zeros(*h.shape[:-1], 1)
         scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
     log_weights: Tensor | None = None
@@ -220,9 +222,8 @@ def _validate_statistics(
     jagged: bool,
 ) -> tuple[Tensor | None, bool]:
     """Check every argument; return what `one_context` makes of the context."""
-    if (w is None) != (v is None):
-        name = "w" if w is None else "v"
-        raise ValueError(f"{name}: expected a tensor, w and v go together; got None")
+    if w is not None and v is None:
+        raise ValueError("v: expected a tensor with w; got None")
     check = Checker(_TABLES[cu_seqlens is not None])
     check("h", h)
     if cu_seqlens is not None:
@@ -231,10 +232,10 @@ def _validate_statistics(
         check.bind("C", h.shape[-1], "h")
     else:
         check("value", value)
-    if w is None:
+    if v is None:
         for name, given in (("b", b), ("context", context)):
             if given is not None:
-                raise ValueError(f"{name}: expected None without w, all frames weigh the same; got a tensor")
+                raise ValueError(f"{name}: expected None without v, all frames weigh the same; got a tensor")
         check_activation("activation", activation)
     else:
         check_score(check, h, w, b, v, None, None, activation, "identity")

@@ -156,9 +156,9 @@ class StatisticsInputs(NamedTuple):
     """Of statistics pooling."""
 
     h: Tensor  # (B, T, D) or (N, D)
-    w: Tensor | None  # (D, A), or None, and then no b, v and context: all frames weigh the same
+    w: Tensor | None  # (D, A); None leaves the product out
     b: Tensor | None  # (A,)
-    v: Tensor | None  # (A,): one weight a frame; (A, C): one a channel
+    v: Tensor | None  # (A,): one weight a frame; (A, C): one a channel; None, and then no w, b and context: all alike
     context: Tensor | None  # (S, A), or a vector a row: see context_per_row
     value: Tensor | None  # (B, T, C) or (N, C); None: h
     mask: Tensor | None  # bool (B, T) or (N,)
@@ -172,6 +172,10 @@ class StatisticsInputs(NamedTuple):
         v = self.v if self.v is None or self.v.dim() == 2 else self.v[:, None]
         structure = self.mask, self.cu_seqlens, None, self.activation, "identity", 0.0, self.context_per_row
         return LocationInputs(self.h, self.w, self.b, v, None, None, self.context, None, None, *structure)
+
+    def bare(self) -> bool:
+        """Whether the features of a score a channel are h as it is."""
+        return self.activation == "identity" and self.w is self.b is self.context is None
 
 
 class HierarchicalInputs(NamedTuple):

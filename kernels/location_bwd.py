@@ -452,7 +452,7 @@ def location_bwd(
         _like(values, need_values),
         _like(score_bias, need_bias),
     )
-    direct = dh if ww is None and (values is not None or dout is None) else None
+    direct = dh if ww is None and onto is None and (values is not None or dout is None) else None
     work, parts = _workspace(call, h, blocks, items.count, K, wanted, dout is not None, direct)
     chunk = len(work.live)
     products = product_blocks(call.chip, h.element_size(), blocks, call.size, K)

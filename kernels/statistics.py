@@ -447,10 +447,9 @@ def prepare(inputs: StatisticsInputs, x: Tensor | None) -> Call:
     values, cu_seqlens = unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     size = Size(0 if v is None else v.shape[0], values.shape[-1])
     seqs, length = (cu_seqlens.numel() - 1, values.shape[0]) if packed else values.shape[:2]
-    flags = Flags(
-        v is not None, chip.backend != "interpreter", *features_flags(chip, values.dtype, inputs.activation)
-    )
-    frame = None if x is None else x.squeeze(-1)
+    activations = () if inputs.bare() else (inputs.activation,)
+    flags = Flags(v is not None, chip.backend != "interpreter", *features_flags(chip, values.dtype, *activations))
+    frame = None if x is None or v is not None else x.squeeze(-1)
     args = {
         "x": entries(frame, packed=packed) if v is None else sequences(x, packed=packed),
         "v": Matrix(v, 0 if v is None else v.stride(0)),
@@ -463,6 +462,11 @@ def prepare(inputs: StatisticsInputs, x: Tensor | None) -> Call:
     return Call(seqs, length, size, chip, flags, cu_seqlens, args)
 
 
+def features_of(inputs: StatisticsInputs, x: Tensor | None) -> Tensor:
+    """The features of a score a channel, `x` where they were made."""
+    return unit(inputs.h) if x is None or inputs.bare() else x
+
+
 def floors(floor: float) -> tuple[float, float]:
     """The least variance and its root, which float32 may hold where it does not hold the variance."""
     return floor if floor <= torch.finfo(torch.float32).max else math.inf, math.sqrt(floor)
@@ -471,17 +475,17 @@ def floors(floor: float) -> tuple[float, float]:
 def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
     """(mean, std, lse, scores) as `fused_attn.reference.statistics_pooling` has them, features u and `Result.exact`.
 
-    The scores of one weight a frame are always there, of one a channel where they are needed, and then the features
-    are. What is not there is empty.
+    The scores of one weight a frame are always there, of one a channel where they are needed; the features of these
+    where they are not h. What is not there is empty.
     """
     values = inputs.h if inputs.value is None else inputs.value
     score, per_channel = inputs.score(), inputs.v is not None and inputs.v.dim() == 2
     scores = x = None
-    if inputs.w is not None and per_channel:
+    if per_channel and not inputs.bare():
         x = location_fwd(score._replace(v=None), False, False, features_dtype(values.dtype, inputs.activation))[2]
-    elif inputs.w is not None:
+    elif inputs.v is not None and not per_channel:
         scores = location_fwd(score, False, False)[2]
-    call = prepare(inputs, x if per_channel else scores)
+    call = prepare(inputs, features_of(inputs, x) if per_channel else scores)
     seqs, (A, C) = call.seqs, call.size
     R = C if per_channel else 1
     if per_channel:

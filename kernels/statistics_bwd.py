@@ -31,7 +31,17 @@ from .location_bwd import location_bwd
 from .masks import Items, follow, item_rows, sequence_at
 from .products import add_product
 from .softmax import exp, load_dlse, pivot, power
-from .statistics import Blocks, Call, channel_scores, frame_scores, hide, load_channels, prepare, product_warps
+from .statistics import (
+    Blocks,
+    Call,
+    channel_scores,
+    features_of,
+    frame_scores,
+    hide,
+    load_channels,
+    prepare,
+    product_warps,
+)
 from .sums import Pending
 from .tiles import load_rows, store_rows
 
@@ -304,18 +314,18 @@ def statistics_bwd(
     need_h, need_w, need_b, need_v, need_context, need_values = needs
     h, values, v = inputs.h, inputs.h if inputs.value is None else inputs.value, inputs.v
     per_channel = v is not None and v.dim() == 2
-    made = None if v is None else x if per_channel else scores
+    made = None if v is None else features_of(inputs, x) if per_channel else scores
     need_x = v is not None and (need_h or need_w or need_b or need_context or (need_v and not per_channel))
     call = prepare(inputs, made)
     A, C = call.size
     wanted = need_h if inputs.value is None else need_values
     # Where the values are H, the gradient of the scores is added to this one.
     dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if wanted else None
-    dx = torch.empty_like(made) if need_x and made is not None else None
+    dx = None if made is None or not need_x else torch.empty_like(made, memory_format=torch.contiguous_format)
     parts = None
     if call.seqs and call.length:
         longest = call.length if inputs.cu_seqlens is None else LONG
-        itemsize = (x if per_channel else values).element_size()
+        itemsize = (made if made is not None and per_channel else values).element_size()
         blocks = bwd_blocks(call.chip, itemsize, longest, C, A)
         items = call.items(blocks.T, blocks)
         dmean, dstd, dlse, dscores = (y if y is None else y.contiguous() for y in (dmean, dstd, dlse, dscores))

@@ -261,6 +261,11 @@ def _statistics_and_graph() -> None:
         },
     )
     add(
+        "statistics of projected frames",
+        lambda i, **t: statistics_pooling(**t, activation="identity", return_weights=True, impl=i),
+        lambda B, T: {"h": r(B, T, 4), "v": r(4, 2), "value": r(B, T, 2)},
+    )
+    add(
         "statistics packed",
         lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},

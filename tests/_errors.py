@@ -149,10 +149,12 @@ STATISTICS = {
     "h without features": value_error("h: expected at least one feature", h=floats(B, TK, 0), w=floats(0, A)),
     "w of another width": value_error("w: expected shape (D, A)", w=floats(D + 1, A)),
     "w of rank 1": value_error("w: expected shape (D, A)", w=floats(D)),
-    "w alone is missing": value_error("w: expected a tensor, w and v go together; got None", w=None),
-    "v alone is missing": value_error("v: expected a tensor, w and v go together; got None", v=None),
-    "b without w": value_error("b: expected None without w", w=None, v=None),
-    "context without w": value_error("context: expected None without w", **EQUAL | {"context": floats(B, A)}),
+    "v of projected frames of another width": value_error(
+        "v: expected shape (A,) or (A, C) with A = 6 from h, C = 7 from value; got (4,): A is 4", w=None, b=None
+    ),
+    "v alone is missing": value_error("v: expected a tensor with w; got None", v=None),
+    "b without v": value_error("b: expected None without v", w=None, v=None),
+    "context without v": value_error("context: expected None without v", **EQUAL | {"context": floats(B, A)}),
     "w of another dtype": type_error("w: expected dtype float32; got float16", w=floats(D, A).half()),
     "b of another width": value_error("b: expected shape (A,) with A = 4 from w; got (5,): A is 5", b=floats(A + 1)),
     "v of another width": value_error(

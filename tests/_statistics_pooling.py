@@ -33,6 +33,7 @@ class Case(_location.Case):
     """One call: the values of the factors that the tests vary."""
 
     per_channel: bool = True
+    weight: bool = True  # w
     floor: float = 1e-12
 
     @property
@@ -41,14 +42,15 @@ class Case(_location.Case):
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         channels = self.dim if self.value is None else self.value
-        like = dataclasses.replace(self, score="mlp_hops" if self.per_channel else "mlp", hops=channels)
+        score = ("mlp" if self.weight else "projected") + "_hops" * self.per_channel
+        like = dataclasses.replace(self, score=score, hops=channels)
         return super(Case, like).tensors(device)
 
 
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
 
-def formula(*, impl, h, w, v, b=None, context=None, value=None, mask=None, cu_seqlens=None, act=torch.tanh):
+def formula(*, impl, h, v, w=None, b=None, context=None, value=None, mask=None, cu_seqlens=None, act=torch.tanh):
     """What `operator` gives, sequence by sequence: the oracle, which calls nothing of the package."""
     value = h if value is None else value
     if cu_seqlens is None:
@@ -62,7 +64,8 @@ def formula(*, impl, h, w, v, b=None, context=None, value=None, mask=None, cu_se
         if not len(rows):
             pooled.append((value * 0).flatten(0, -2).sum(0).repeat(2))
             continue
-        z = rows @ w if b is None else rows @ w + b
+        z = rows if w is None else rows @ w
+        z = z if b is None else z + b
         if context is not None and (cu_seqlens is not None or context.dim() == 2):
             z = z + context.flatten(0, -2)[s]
         elif context is not None:

@@ -31,6 +31,7 @@ FACTORS = {
     "dim": (1, 9, 33),
     "attn_dim": (1, 5, 17),
     "per_channel": (True, False),
+    "weight": (True, False),
     "activation": ("tanh", "relu"),
     "ragged": (False, True),
     "mask": ("none", "random", "padding", "empty", "expanded"),
@@ -119,6 +120,36 @@ def test_features_of_one_block_alone_send_a_gradient(device):
 def test_one_gradient_alone_is_that_of_the_reference(name, per_channel, device):
     case = Case(rows=21, dim=9, context="row", value=7, mask="random", per_channel=per_channel)
     check(case, device, wrt=[name])
+
+
+@pytest.mark.kernel
+@both_forms
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"activation": "identity", "bias": False, "value": 9},  # the features are the frames as they are
+        {"activation": "identity", "bias": False},
+        {"context": "row"},
+        {"context": "sequence", "per_channel": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("names", [["v"], ["h"], None], ids=str)
+def test_frames_that_were_projected_match_the_reference(names, kind, ragged, device):
+    check(
+        Case(rows=40, dim=21, mask="random", weight=False, ragged=ragged, layout="strided", **kind), device, wrt=names
+    )
+
+
+@each_impl
+@both_kinds
+def test_frames_that_were_projected_are_those_of_an_identity_matrix(per_channel, impl, device):
+    case = Case(rows=20, dim=7, value=5, per_channel=per_channel, weight=False, mask="random")
+    tensors = case.tensors(device)
+    got = evaluate(case.op, tensors, impl)
+    want = evaluate(case.op, tensors | {"w": torch.eye(7, device=device)}, impl)
+    want.gradients.pop("w")
+    assert_close(got, want)
 
 
 @pytest.mark.kernel
@@ -413,6 +444,46 @@ def test_jagged_tensors_are_ragged_batches(per_channel, device):
         return pooled, weights.values()
 
     assert_identical(evaluate(op, tensors, "triton"), packed)
+
+
+# --- Layers of others --------------------------------------------------------------------------------------------
+
+
+@each_impl
+def test_the_pooling_of_ecapa_with_its_batch_norm(impl, device):
+    """SpeechBrain's ``AttentiveStatisticsPooling``: frames, mean and deviation to conv, relu, norm, tanh and conv."""
+    torch.manual_seed(0)
+    wide = torch.float32 if impl == "triton" else torch.float64
+    x = torch.randn(3, 6, 10, dtype=wide, device=device, requires_grad=True)
+    tdnn, norm, conv = torch.nn.Conv1d(18, 4, 1), torch.nn.BatchNorm1d(4), torch.nn.Conv1d(4, 6, 1)
+    layers = torch.nn.ModuleList([tdnn, norm, conv]).to(device, wide)
+    mask = torch.arange(10, device=device) < torch.tensor([[10], [7], [1]], device=device)
+    names = dict(layers.named_parameters(), x=x)
+
+    def statistics(x, m):
+        mean = (m * x).sum(2)
+        return mean, (m * (x - mean.unsqueeze(2)).pow(2)).sum(2).clamp(1e-12).sqrt()
+
+    def theirs():
+        shown = mask.unsqueeze(1)
+        both = statistics(x, shown / shown.sum(2, keepdim=True))
+        attn = torch.cat([x, *(y.unsqueeze(2).expand_as(x) for y in both)], dim=1)
+        attn = conv(torch.tanh(norm(torch.relu(tdnn(attn)))))
+        return torch.cat(statistics(x, attn.masked_fill(~shown, -torch.inf).softmax(2)), dim=1)
+
+    def ours():
+        frames = x.mT
+        both = torch.cat(statistics_pooling(frames, mask=mask, impl=impl), dim=-1)
+        w = tdnn.weight[..., 0].T
+        z = frames @ w[:6] + tdnn.bias + (both @ w[6:])[:, None]
+        u = norm(torch.relu(z).mT).mT
+        return torch.cat(statistics_pooling(u, v=conv.weight[..., 0].T, value=frames, mask=mask, impl=impl), dim=-1)
+
+    (got, want), cotangent = (ours(), theirs()), torch.randn(3, 12, dtype=wide, device=device)
+    torch.testing.assert_close(got, want)
+    grads = (torch.autograd.grad(y, names.values(), cotangent, materialize_grads=True) for y in (got, want))
+    for name, a, b in zip(names, *grads, strict=True):  # the last bias cancels
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-5)
 
 
 # --- Modules -----------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class StatisticsCase(SequenceCase):
     A: int | None = None  # None: one weight a frame
     mask: bool = True
     weights: bool = False  # whether they are returned, and have a gradient
+    bare: bool = False  # whether the features are given
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -79,6 +80,7 @@ class StatisticsCase(SequenceCase):
             "mask" * self.mask,
             "ragged" * self.ragged,
             "weights" * self.weights,
+            "bare" * self.bare,
             "tf32" * self.tf32,
         )
 
@@ -88,14 +90,15 @@ class StatisticsCase(SequenceCase):
 
         rows, A = self._rows, 64 if self.A is None else self.A
         inputs = StatisticsInputs(
-            self._empty(*rows, self.D),
-            self._empty(self.D, A),
-            self._empty(A),
+            self._empty(*rows, A if self.bare else self.D),
+            None if self.bare else self._empty(self.D, A),
+            None if self.bare else self._empty(A),
             self._empty(A) if self.A is None else self._empty(A, self.D),
-            *(None, None),
+            None,
+            self._empty(*rows, self.D) if self.bare else None,
             self._empty(*rows, dtype=torch.bool) if self.mask else None,
             self._offsets,
-            *("tanh", False, 1e-12),
+            *("identity" if self.bare else "tanh", False, 1e-12),
         )
         returned = self.weights and self.A is not None
         mean, std, lse, scores, *more = statistics.statistics_fwd(inputs, returned, True)
@@ -116,6 +119,7 @@ COMPILED = [
     StatisticsCase(BF16, 1, 60_000, 1536, 128, mask=False),
     StatisticsCase(F16, 64, 300, 3072, 64, ragged=True, weights=True),
     StatisticsCase(BF16, 64, 300, 1500, 100, mask=False),
+    StatisticsCase(F16, 64, 300, 1536, 128, bare=True),
     StatisticsCase(BF16, 16, 300, 1536, 1024),  # V in parts
     StatisticsCase(BF16, 8, 100, 100, 50, weights=True),
     StatisticsCase(BF16, 4, 16, 1, 1),

@@ -32,7 +32,7 @@ class StatisticsPooling(Attention):
         frames of a sequence, so their product with U is made once a sequence and added to that of every frame.
     activation
         identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu. ECAPA-TDNN's published code has more here, a
-        relu and a batch norm before the tanh: that is not in this module.
+        relu and a batch norm before the tanh: that is not in this module, `statistics_pooling` without `w` takes it.
     bias
         The bias b.
     device, dtype
