@@ -34,12 +34,19 @@ Tables = dict[tuple[bool, bool], Table]  # by: packed rows, heads
 
 
 def pairs_tables(
-    query: str, key: str, *, keys_are_values: bool = False, linear: bool = False, **parameters: str
+    query: str,
+    key: str,
+    *,
+    keys_are_values: bool = False,
+    shared: bool = False,
+    linear: bool = False,
+    **parameters: str,
 ) -> Tables:
     """The tables of a family of queries and keys, whose widths have these names.
 
     A score's `parameters` have these forms, with heads also one a head; a ``?`` behind says that it may be None.
-    keys_are_values: where there are none. linear: the parameters multiply as the transpose of `nn.Linear.weight`.
+    keys_are_values: where there are none. shared: padded keys and values may have one head for all. linear: the
+    parameters multiply as the transpose of `nn.Linear.weight`.
     """
 
     def table(packed: bool, heads: bool) -> Table:
@@ -52,10 +59,14 @@ def pairs_tables(
             forms = f"{forms} | H {forms}" if heads else forms
             return argument(forms, linear=linear, optional=form.endswith("?"))
 
+        def of_keys(width: str) -> str:
+            one = f" | {k[:at]}1 {k[at:]}{width}" if shared and heads and not packed else ""
+            return f"{k[:at]}{h}{k[at:]}{width}{one}"
+
         return {
             "query": argument(f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first"),
-            "key": argument(f"{k[:at]}{h}{k[at:]}{key}"),
-            "value": argument(f"{k[:at]}{h}{k[at:]}Dv", optional=keys_are_values),
+            "key": argument(of_keys(key)),
+            "value": argument(of_keys("Dv"), optional=keys_are_values),
             **{name: parameter(form) for name, form in parameters.items()},
             "mask": mask_of("M") if packed else Argument((), "bool", True, False, TRUE_IS_VISIBLE),
             "score_bias": Argument((), "bias", True, False, ""),

@@ -15,20 +15,26 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_number
+from ._checks import argument, check_number
 from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
-from ._pairs import canonical, check_pairs, pairs_tables, shaped
+from ._pairs import Tables, canonical, check_pairs, pairs_tables, shaped
 from ._results import PLAIN, by_formula, check_wanted
 from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
 
-_TABLES = {
-    False: pairs_tables("D", "D", keys_are_values=True),
-    True: pairs_tables("Dq", "Dk", keys_are_values=True, linear=True, weight="Dq Dk"),
-}
+
+def _tables(*widths: str, **parameters: str) -> Tables:
+    tables = pairs_tables(*widths, keys_are_values=True, shared=True, linear=True, **parameters)
+    return {
+        (packed, heads): table | {"scale": argument("| H" if heads else "", "bias")}
+        for (packed, heads), table in tables.items()
+    }
+
+
+_TABLES = {False: _tables("D", "D"), True: _tables("Dq", "Dk", weight="Dq Dk")}  # by whether there is a weight
 
 
 def _sdpa(
@@ -144,7 +150,7 @@ def general_attention(
     value: Tensor | Literal[False] | None = None,
     weight: Tensor | None = None,
     *,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     activation: str = "identity",
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -170,15 +176,19 @@ def general_attention(
     query, key
         ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; with both
         ``cu_seqlens`` packed: ``(N, Dq)`` and ``(M, Dk)``, or ``(N, H, Dq)`` and ``(M, H, Dk)``. float16, bfloat16,
-        float32; float64 on a CPU or by the reference.
+        float32; float64 on a CPU or by the reference. Keys that are the same for all heads may be
+        ``(B, 1, Tk, Dk)``: with one query, no window and values of one head too, they are read once for all heads.
     value
-        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. None: the keys, of which the kernel
-        then loads a tile once for both products (up to a width of 256). False: no output, see `location_attention`.
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)`` or ``(B, 1, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. None: the keys,
+        of which the kernel then loads a tile once for both products (up to a width of 256). False: no output, see
+        `location_attention`.
     weight
         W, ``(Dq, Dk)``, or with heads ``(H, Dq, Dk)``. It meets the queries before the kernel, in one product. None:
         the identity, and Dq = Dk.
     scale
-        Factor on the product; 1 by default, as the classical papers have it.
+        Factor on the product; 1 by default, as the classical papers have it. Or a tensor, ``()`` or with heads
+        ``(H,)``, in the dtype of `query` or float32, which has a gradient: it is not read on the host. Where a kernel
+        runs, the queries are multiplied by it before, and rounded to their dtype.
     activation
         Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
@@ -229,41 +239,80 @@ def general_attention(
 
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
-    options = (activation, scale, None, None, dropout_p)
+    factor = scale if isinstance(scale, Tensor) else None
+    options = (activation, 1.0, None, None, dropout_p)
     wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     given = check_pairs(
         _TABLES[weight is not None],
         GeneralInputs(query, key, cast("Tensor | None", value), score_bias, mask, *offsets, None, *options),
-        {} if weight is None else {"weight": weight},
+        {name: x for name, x in {"weight": weight, "scale": factor}.items() if x is not None},
         window,
         wanted,
     )
-    # What the scores are made in holds it: float32, or float64 for float64.
-    most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
-    scale = check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
-    inputs = canonical(given)._replace(scale=scale)
+    inputs = canonical(given)
+    if factor is None:  # what the scores are made in holds it: float32, or float64 for float64
+        most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
+        scale = check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
+        inputs = inputs._replace(scale=scale)
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, weight, kernel)
+    sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
+    folds = _heads_fold(inputs)
+    if (folds or kernel or sdpa) and (weight is not None or factor is not None):
+        inputs, weight, factor = _projected(inputs, weight, factor, sdpa or not kernel), None, None
+    inputs = _folded(inputs) if folds else _of_all_heads(inputs)
     if not (kernel or sdpa):
-        return shaped(given, wanted, *by_formula(_GENERAL.formula, inputs, wanted, weight=weight))
-    if weight is not None:
-        inputs = _projected(inputs, weight, sdpa)
-    exact = kernel and not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
-    out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)
-    return shaped(given, wanted, wanted.output_of(out, wide), lse, scores)
+        results = by_formula(_GENERAL.formula, inputs, wanted, weight=weight, factor=factor)
+    else:
+        exact = not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
+        out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)
+        results = wanted.output_of(out, wide), lse, scores, None
+    if folds:  # what nobody wants is None, or empty
+        results = tuple(x if x is None or x.dim() == 1 else x.transpose(1, 2) for x in results)
+    return shaped(given, wanted, *results)
 
 
-def _projected(inputs: GeneralInputs, weight: Tensor, sdpa: bool) -> GeneralInputs:
-    """With the queries multiplied by the weight."""
+def _heads_fold(inputs: GeneralInputs) -> bool:
+    """Whether heads are the queries of one: of one query each, over the same keys and values.
+
+    Then a tile of queries has a head in each row, and keys are read once, not once a head.
+    """
+    query, key, value, *_ = inputs
+    shared = query.shape[1] > 1 and key.shape[1] == 1 and (value is None or value.shape[1] == 1)
+    return shared and query.shape[2] == 1 and inputs.left is None and inputs.right is None
+
+
+def _folded(inputs: GeneralInputs) -> GeneralInputs:
+    """Heads of one query each as the queries of one head, and what is of pairs likewise."""
+    query, _, _, bias, mask, *_ = inputs
+    inputs = inputs._replace(query=query.transpose(1, 2), score_bias=None if bias is None else bias.transpose(1, 2))
+    return inputs._replace(mask=mask.transpose(1, 2)) if mask is not None and mask.dim() == 4 else inputs
+
+
+def _of_all_heads(inputs: GeneralInputs) -> GeneralInputs:
+    """Keys and values of one head given to all."""
+    query, key, value, *_ = inputs
+    heads = query.shape[1]
+
+    def every(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == heads else x.expand(-1, heads, -1, -1)
+
+    return inputs._replace(key=every(key), value=every(value))
+
+
+def _projected(inputs: GeneralInputs, weight: Tensor | None, factor: Tensor | None, wide: bool) -> GeneralInputs:
+    """With the queries multiplied by the weight and the factor; wide: on a CPU in float32."""
     query, key, value, _, mask, cu_seqlens, *_ = inputs
     if mask is not None:  # rows that may be NaN, before they meet a number
         query = query.masked_fill(~reference.used_rows(mask)[0][..., None], 0)
     bad = None
     if reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right):
         query, bad = reference.sound(query)
-    if sdpa:
+    if wide:
         query, key, value, weight = reference.widened(query, key, value, weight)
-    query = query @ weight
+    query = query if weight is None else query @ weight
+    if factor is not None:  # its gradient is a sum over all queries
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query = (query.to(exact) * factor.to(exact)[..., None, None]).to(query.dtype)
     query = query if bad is None else query.masked_fill(bad, torch.nan)
     return inputs._replace(query=query, key=key, value=value)
 
@@ -272,11 +321,11 @@ _FEW = 2**18
 """Pairs that on a CPU the reference is faster on than `scaled_dot_product_attention`, whose backward begins anew."""
 
 
-def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> bool:
+def _sdpa_serves(inputs: GeneralInputs, factors: tuple[Tensor | None, ...], kernel: bool) -> bool:
     """Whether `impl="auto"` calls `scaled_dot_product_attention`: the rule that `general_attention` documents.
 
-    `kernel`: whether the Triton kernel would take the call. On a CPU it would not, and the choice is between this and
-    a reference that makes all the scores.
+    `factors`: what the queries are multiplied by before. `kernel`: whether the Triton kernel would take the call. On
+    a CPU it would not, and the choice is between this and a reference that makes all the scores.
     """
     if forward_mode():
         return False
@@ -289,5 +338,5 @@ def _sdpa_serves(inputs: GeneralInputs, weight: Tensor | None, kernel: bool) -> 
     if not kernel:
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         return query.device.type == "cpu" and (right == 0 or pairs > _FEW)
-    gradient = reference.asks_gradient(query, key, value, weight)
+    gradient = reference.asks_gradient(query, key, value, *factors)
     return value is not None and mask is None and right is None and not gradient

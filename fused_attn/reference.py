@@ -273,14 +273,18 @@ def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tup
 
 @looked_at_after
 def general_attention(
-    inputs: GeneralInputs, *, weight: Tensor | None = None, weights_only: bool = False
+    inputs: GeneralInputs,
+    *,
+    weight: Tensor | None = None,
+    factor: Tensor | None = None,
+    weights_only: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
 
-    `weight`: W, ``(Dq, Dk)`` or ``(H, Dq, Dk)``, for queries ``(B, H, Tq, Dq)``; None: the identity. The results are
-    those of `concat_attention`.
+    `weight`: W, ``(Dq, Dk)`` or ``(H, Dq, Dk)``, for queries ``(B, H, Tq, Dq)``; None: the identity. `factor`: a
+    further scale, ``()`` or ``(H,)``. The results are those of `concat_attention`.
     """
     query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p = inputs
     query, key, value = readable(mask, query, key, key if value is None else value)
@@ -289,7 +293,9 @@ def general_attention(
     if in_parts(mask, offsets[0], left, right):
         (query, bad_q), (key, bad_k) = sound(query), sound(key)
         bad = bad_q | bad_k.mT
-    scores = activate(activation, scale * ((query if weight is None else query @ weight) @ key.mT))
+    scores = (query if weight is None else query @ weight) @ key.mT
+    scores = scale * (scores if factor is None else factor[..., None, None] * scores)
+    scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
     return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
 

@@ -234,7 +234,19 @@ def _pairs() -> None:
             "key": r(B, 2, T, 4),
             "value": r(B, 2, T, 3),
             "weight": r(2, 3, 4),
+            "scale": r(2),
             "score_bias": r(2, T, T),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "general padded, one query, keys of one head",
+        lambda i, **t: general_attention(**t, return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 2, 1, 3),
+            "key": r(B, 1, T, 4),
+            "weight": r(2, 3, 4),
+            "score_bias": r(2, 1, T),
             "mask": seen(B, T),
         },
     )
@@ -446,7 +458,7 @@ def _modules() -> None:
         lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
         m,
     )
-    m = GeneralAttention(4, num_heads=2)
+    m = GeneralAttention(4, num_heads=2, learn_scale=True)
     add(
         "GeneralAttention",
         lambda i, m=m, **t: m(**t, impl=i),

@@ -288,6 +288,19 @@ GENERAL = PAIRS | {
     "key without features": value_error("key", key=floats(B, TK, 0)),
     "weight with heads alone": value_error("weight", weight=floats(H, A, A)),
     "weight of rank 1": value_error("weight", weight=floats(A)),
+    "scale a head without heads": value_error("scale: expected shape (); got (2,)", scale=floats(H)),
+    "scale of another dtype": type_error("scale", scale=floats().half()),
+}
+GENERAL_HEADS = PAIRS_HEADS | {
+    "key of other heads": value_error(
+        "key: expected shape (B, H, Tk, Dk) or (B, 1, Tk, Dk) with B = 2 from query, H = 2 from query; "
+        "got (2, 3, 5, 4)",
+        key=floats(B, H + 1, TK, A),
+    ),
+    "scale of other heads": value_error(
+        "scale: expected shape () or (H,) with H = 2 from query; got (3,)", scale=floats(H + 1)
+    ),
+    "scale a query": value_error("scale", scale=floats(B, H, TQ)),
 }
 GENERAL_DOT = {
     "query without features": value_error("query", query=floats(B, TQ, 0), key=floats(B, TK, 0)),
@@ -459,7 +472,7 @@ BAD = {
         "ConcatAttention": CONCAT_MODULE,
         "general": GENERAL,
         "general, dot": GENERAL_DOT,
-        "general, heads": PAIRS_HEADS,
+        "general, heads": GENERAL_HEADS,
         "general, packed": PAIRS_PACKED,
         "GeneralAttention": GENERAL_MODULE,
         "graph": GRAPH,

@@ -7,10 +7,11 @@ from pathlib import Path
 import _recipes
 import pytest
 import torch
+from _compare import IMPLS
 from _recipes import assert_alike, draw
 from torch import Tensor
 
-from fused_attn import LocationAwareAttention, location_aware_attention
+from fused_attn import ConcatAttention, GeneralAttention, LocationAwareAttention, location_aware_attention
 
 B, TK, A, DV, C, K = 2, 7, 3, 4, 2, 3
 recipe = functools.partial(_recipes.recipe, "decoder_recipes")
@@ -28,6 +29,33 @@ def first_key() -> Tensor:
 
 def summed(weights: Tensor, value: Tensor) -> Tensor:
     return torch.stack([sum(weights[b, j] * value[b, j] for j in range(value.shape[1])) for b in range(len(value))])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("family", ["concat", "general"])
+def test_a_buffer_that_fills_up(family, heads, impl, device):
+    """Its results are those of the rows that are there alone; sequences begin at other lengths."""
+    torch.manual_seed(0)
+    append, filled = recipe("A buffer of keys that fills up", "append", "filled")
+    make = {"concat": lambda **o: ConcatAttention(5, 6, A, **o), "general": lambda **o: GeneralAttention(5, 6, **o)}
+    attend = make[family](num_heads=heads).requires_grad_(False).to(device)
+    rows, queries = torch.randn(B, TK, 6, device=device), torch.randn(TK, B, 1, 5, device=device)
+    start = torch.tensor([0, 2], device=device)
+    keys, lengths = torch.full((B, TK, 6), torch.nan, device=device), start.clone()
+    keys[1, :2] = rows[1, :2]
+    projected = attend.project_keys(keys)
+    for t in range(TK - 2):
+        row = rows[torch.arange(B, device=device), lengths]
+        append(keys, lengths, row)
+        append(projected, lengths, attend.project_keys(row[:, None])[:, 0])
+        lengths += 1
+        mask = filled(keys, lengths)
+        assert mask.sum(1).tolist() == (start + t + 1).tolist()
+        for options in ({}, {"projected": projected}):
+            got = attend(queries[t], keys, mask=mask, **options, impl=impl)
+            want = [attend(queries[t, b : b + 1], rows[b : b + 1, : start[b] + t + 1]) for b in range(B)]
+            torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
 
 
 def test_tacotron_step():

@@ -54,4 +54,4 @@ def test_module_dropout_is_for_training_only(device):
 
 def test_repr_shows_the_options():
     shown = repr(GeneralAttention(3, 5, num_heads=2, scale=0.5, activation="relu", dropout=0.25))
-    assert "query_dim=3, key_dim=5, num_heads=2, scale=0.5, activation='relu', dropout=0.25" in shown
+    assert "query_dim=3, key_dim=5, scale=0.5, num_heads=2, activation='relu', dropout=0.25" in shown

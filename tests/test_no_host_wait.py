@@ -1,4 +1,4 @@
-"""Packed batches are worked on without a wait for the device: no number of a tensor is read on the host.
+"""Packed batches, and a decoder's steps, have no wait for the device: no number of a tensor is read on the host.
 
 So they can be captured in a CUDA graph.
 On the CPU reading a number is no wait; here it raises.
@@ -113,6 +113,17 @@ def graph(transposed: bool = False, **options) -> Call:
     return partial(graph_attention, rows(5, 2, 4), rows(5, 2, 4), rows(2, 4), *csr, **options)
 
 
+def step(op, *heads: int, scale: bool = False) -> Call:
+    """One query a sequence, over a buffer of keys of which `lengths` are there."""
+    lengths = torch.tensor([3, 0, 17])
+    mask = torch.arange(20) < lengths[:, None]
+    v = [] if op is general_attention else [rows(8)]
+    options = {"scale": rows(*heads)} if scale else {}
+    shared = (1,) if heads and op is general_attention else heads
+    keys = rows(3, *shared, 20, 8), rows(3, *shared, 20, 6)
+    return partial(op, rows(3, *heads, 1, 8), *keys, *v, mask=mask, **options)
+
+
 def words() -> Call:
     return partial(
         word_by_word_attention,
@@ -149,6 +160,10 @@ CALLS = {
         value=rows(5, 2, 3), edge=rows(7, 2, 4), dropout_p=0.5, return_weights=True
     ),
     "word by word": words,
+    "a step of concat": lambda: step(concat_attention),
+    "a step of concat, heads": lambda: step(concat_attention, 2),
+    "a step of general": lambda: step(general_attention),
+    "a step of general, heads and a scale": lambda: step(general_attention, 2, scale=True),
 }
 
 

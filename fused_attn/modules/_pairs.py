@@ -11,12 +11,15 @@ from .._habits import explicit
 from .._jagged import jagged_pairs
 from .._ops import Impl
 from ..segments import Offsets
-from ._layers import Attention, counts
+from ._layers import Attention, counts, project
 
 INPUTS: dict[bool, Table] = {
     packed: {
         "query": argument("N query_dim" if packed else "B Tq query_dim"),
         "key": argument("M key_dim" if packed else "B Tk key_dim"),
+        "projected": argument(
+            "M width" if packed else "B Tk width", optional=True, hint="what project_keys made of key"
+        ),
         "value": argument("M Dv" if packed else "B Tk Dv", optional=True),
         "value of heads": argument(
             "M Dv | M num_heads Dv" if packed else "B Tk Dv | B num_heads Tk Dv", optional=True
@@ -40,13 +43,38 @@ class HeadsAttention(Attention):
         widths = {"query_dim": width_of(self.query_proj), "key_dim": width_of(self.key_proj)}
         return module_checker(table, weight_of(self.query_proj), **widths, num_heads=self.num_heads)
 
-    def _check(self, table: Table, query: Tensor, key: Tensor, value: Tensor | None) -> Checker:
+    def _width(self) -> tuple[int | None, str]:
+        """Of a score of one head, None where a layer does not tell; and the constructor's name of it."""
+        raise NotImplementedError
+
+    def _check(
+        self, table: Table, query: Tensor, key: Tensor, value: Tensor | None, projected: Tensor | None
+    ) -> Checker:
         """Check the rows by the module's own names; the rest is left to the function, whose names are the same."""
         check = self._checker(table)
         check("query", query)
         check("key", key)
         check("value", value, "value of heads" if self.num_heads > 1 else "value")
+        width, name = self._width()
+        if width is not None:
+            check.bind("width", self.num_heads * width, f"num_heads times {name}")
+        check("projected", projected)
         return check
+
+    def project_keys(self, key: Tensor) -> Tensor:
+        """The keys times their weight, ``(B, Tk, key_dim)`` to ``(B, Tk, H width)``, the width that they score at.
+
+        Packed ``(M, key_dim)`` to ``(M, H width)``. A decoder does it once for all its steps, and passes the result
+        as `projected`.
+
+        Keys that are not finite give NaN, which a mask or window may hide, and add nothing to the gradient of the
+        weight.
+        """
+        self._checker(INPUTS[isinstance(key, Tensor) and key.dim() == 2])("key", key)
+        return self._project_keys(key)
+
+    def _project_keys(self, key: Tensor) -> Tensor:
+        return project(self.key_proj, key)
 
     def _split(self, x: Tensor) -> Tensor:
         """Give projected rows the axis of heads, where functions have it: after the batch, or after packed rows."""
@@ -60,8 +88,15 @@ class HeadsAttention(Attention):
 class PairsAttention(HeadsAttention):
     """The forward of a family whose module takes padded or packed rows: the family says what it does with them."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
-        """The family's function on checked rows; values have heads, where there are more than one."""
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | Literal[False] | None,
+        projected: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """The family's function on checked rows."""
         raise NotImplementedError
 
     @explicit
@@ -72,6 +107,7 @@ class PairsAttention(HeadsAttention):
         key: Tensor,
         value: Tensor | Literal[False] | None = None,
         *,
+        projected: Tensor | None = None,
         mask: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
         score_bias: Tensor | None = None,
@@ -93,6 +129,8 @@ class PairsAttention(HeadsAttention):
         value
             The keys as they are given, where None. ``(B, Tk, Dv)`` for every head, or with more than one
             ``(B, H, Tk, Dv)``; packed ``(N, Dv)`` or ``(N, H, Dv)``. False: no output, as in the function.
+        projected
+            What `project_keys` made of `key`; None: it is made here.
         mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, impl
             As in the function that the module is of.
         return_weights, return_log_weights, return_scores, return_lse, return_state
@@ -111,13 +149,12 @@ class PairsAttention(HeadsAttention):
             parameters'.
 
         """
-        self._check(INPUTS[cu_seqlens_q is not None], query, key, None if value is False else value)
-        if isinstance(value, Tensor) and value.dim() == query.dim():
-            value = self._repeat(value)
+        self._check(INPUTS[cu_seqlens_q is not None], query, key, None if value is False else value, projected)
         out: Tensor | tuple[Any, ...] = self._attend(
             query,
             key,
             value,
+            projected,
             mask=mask,
             window=window,
             score_bias=score_bias,

@@ -33,9 +33,6 @@ _INPUTS: dict[bool, Table] = {
         "context": argument("S C" if packed else "B C | B Tq C | B Tk C | B 1 C"),
         "query context": argument("N C" if packed else "B Tq C"),
         "key context": argument("M C" if packed else "B Tk C"),
-        "projected": argument(
-            "M width" if packed else "B Tk width", optional=True, hint="what project_keys made of key"
-        ),
     }
     for packed in (False, True)
 }
@@ -103,15 +100,8 @@ class ConcatAttention(HeadsAttention):
         self.context_projs = nn.ModuleList(nn.Linear(n, width, bias=False, **made) for n in context_dims)
         self.score = nn.Linear(attn_dim, self.num_heads, bias=False, **made)
 
-    def project_keys(self, key: Tensor) -> Tensor:
-        """W_k of the keys, ``(B, Tk, key_dim)`` to ``(B, Tk, H attn_dim)``: a decoder does it once for all its steps.
-
-        Packed ``(M, key_dim)`` to ``(M, H attn_dim)``.
-
-        Keys that are not finite give NaN, which a mask or window may hide, and add nothing to the gradient of W_k.
-        """
-        self._checker(_INPUTS[isinstance(key, Tensor) and key.dim() == 2])("key", key)
-        return project(self.key_proj, key)
+    def _width(self) -> tuple[int | None, str]:
+        return width_of(self.score), "attn_dim"
 
     @explicit
     @jagged_pairs
@@ -172,7 +162,7 @@ class ConcatAttention(HeadsAttention):
         """
         offsets = as_offsets(cu_seqlens_q)
         packed = offsets is not None
-        check = self._check(_INPUTS[packed], query, key, None if value is False else value)
+        check = self._check(_INPUTS[packed], query, key, None if value is False else value, projected)
         if offsets is not None and contexts:  # which a sequence may have one of
             check_cu_seqlens("cu_seqlens_q", offsets, query.shape[0], query.device)
             check.bind_sequences("S", offsets, "cu_seqlens_q")
@@ -187,9 +177,6 @@ class ConcatAttention(HeadsAttention):
             """Only where rows are hidden may they be other than finite."""
             return cast("Tensor", layer(x)) if mask is None and window is None else project(layer, x)
 
-        if (attn_dim := width_of(self.score)) is not None:
-            check.bind("width", self.num_heads * attn_dim, "num_heads times attn_dim")
-        check("projected", projected)
         q, k = of(self.query_proj, query), of(self.key_proj, key) if projected is None else projected
         for i, (given, layer) in enumerate(zip(contexts, self.context_projs, strict=True)):
             side, x = _side_of(f"contexts[{i}]", given)

@@ -70,8 +70,21 @@ class DistanceAttention(PairsAttention):
         super().reset_parameters()
         nn.init.zeros_(self.log_v)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
-        q, k, v = project(self.query_proj, query), project(self.key_proj, key), self.log_v.exp()
-        value = self._repeat(key) if value is None else value
+    def _width(self) -> tuple[int | None, str]:
+        return self.log_v.shape[1], "attn_dim"
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | Literal[False] | None,
+        projected: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        q, v = project(self.query_proj, query), self.log_v.exp()
+        k = self._project_keys(key) if projected is None else projected
+        value = key if value is None else value
+        if isinstance(value, Tensor) and value.dim() == key.dim():
+            value = self._repeat(value)
         v = v if self.num_heads > 1 else v[0]
         return distance_attention(self._split(q), self._split(k), value, v, p=self.p, **options)

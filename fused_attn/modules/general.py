@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import FINITE, Checker, Table, check_activation, check_number, module_checker
+from .._checks import FINITE, Checker, Table, check_activation, check_flag, check_number, module_checker
 from ..general import general_attention
+from ..reference import sound
 from ._layers import counts, factory
 from ._pairs import PairsAttention
 
@@ -19,7 +20,11 @@ class GeneralAttention(PairsAttention):
 
     .. math:: s_{ij} = act(scale \, q_i^T W k_j)
 
-    With more than one head, all score the same queries and keys, each with a W of its own.
+    With more than one head, all score the same queries and keys, each with a W of its own; of one query a sequence
+    they are the queries of one head, which reads keys and values once.
+
+    The weight meets the queries. `project_keys` lets it meet the keys instead, once for all steps of a decoder: for
+    values of their own, and queries that are no wider than the keys. Else a step then reads more than it saves.
 
     Parameters
     ----------
@@ -29,6 +34,8 @@ class GeneralAttention(PairsAttention):
         Number H of heads.
     scale
         Factor on the product.
+    learn_scale
+        Whether the scale is a parameter, ``()``, or ``(H,)`` with more than one head, which begins as `scale`.
     activation, dropout, device, dtype
         As in `ConcatAttention`.
 
@@ -45,7 +52,7 @@ class GeneralAttention(PairsAttention):
 
     """
 
-    _shown = ("num_heads", "scale", "activation", "dropout")
+    _shown = ("num_heads", "activation", "dropout")
 
     def __init__(
         self,
@@ -54,6 +61,7 @@ class GeneralAttention(PairsAttention):
         *,
         num_heads: int = 1,
         scale: float = 1.0,
+        learn_scale: bool = False,
         activation: str = "identity",
         dropout: float = 0.0,
         device: torch.device | str | int | None = None,
@@ -64,25 +72,54 @@ class GeneralAttention(PairsAttention):
         check_activation("activation", activation)
         super().__init__(num_heads, dropout)
         self.activation = activation
-        self.scale = check_number("scale", scale, "a finite number", *FINITE)
-        heads = (self.num_heads,) if self.num_heads > 1 else ()
-        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim, **factory(device, dtype)))
+        heads, made = (self.num_heads,) if self.num_heads > 1 else (), factory(device, dtype)
+        self._first_scale = check_number("scale", scale, "a finite number", *FINITE)
+        learned = check_flag("learn_scale", learn_scale)
+        self.scale: float | nn.Parameter = nn.Parameter(torch.empty(heads, **made)) if learned else self._first_scale
+        self.weight = nn.Parameter(torch.empty(*heads, query_dim, key_dim, **made))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight anew, as the constructor does."""
         bound = 1 / math.sqrt(self.weight.shape[-2])
         nn.init.uniform_(self.weight, -bound, bound)
+        if isinstance(self.scale, Tensor):
+            nn.init.constant_(self.scale, self._first_scale)
 
     def _checker(self, table: Table) -> Checker:
         *_, query_dim, key_dim = self.weight.shape
         return module_checker(table, self.weight, query_dim=query_dim, key_dim=key_dim, num_heads=self.num_heads)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor | Literal[False] | None, **options: Any) -> Any:
-        q, k, w = self._repeat(query), self._repeat(key), self.weight
-        return general_attention(q, k, value, w, scale=self.scale, activation=self.activation, **options)
+    def _width(self) -> tuple[int | None, str]:
+        return self.weight.shape[-2], "query_dim"
+
+    def _project_keys(self, key: Tensor) -> Tensor:
+        rows, bad = sound(key)
+        return nn.functional.linear(rows, self.weight.flatten(0, -2)).masked_fill(bad, torch.nan)
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Rows that are the same for all heads: where padded one head of them."""
+        return self._repeat(x) if x.dim() == 2 or self.num_heads == 1 else x.unsqueeze(1)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | Literal[False] | None,
+        projected: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        if isinstance(value, Tensor) and value.dim() == key.dim():
+            value = self._of_heads(value)
+        elif value is None and projected is not None:
+            value = self._of_heads(key)
+        k = self._of_heads(key) if projected is None else self._split(projected)
+        w = self.weight if projected is None else None
+        options |= {"scale": self.scale, "activation": self.activation}
+        return general_attention(self._repeat(query), k, value, w, **options)
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""
         *_, query_dim, key_dim = self.weight.shape
-        return f"query_dim={query_dim}, key_dim={key_dim}, {super().extra_repr()}"
+        scale = f"scale={self._first_scale}" + (", learn_scale=True" if isinstance(self.scale, Tensor) else "")
+        return f"query_dim={query_dim}, key_dim={key_dim}, {scale}, {super().extra_repr()}"
