@@ -115,8 +115,8 @@ class GeneralAttention(PairsAttention):
             value = self._of_heads(key)
         k = self._of_heads(key) if projected is None else self._split(projected)
         w = self.weight if projected is None else None
-        options |= {"scale": self.scale, "activation": self.activation}
-        return general_attention(self._repeat(query), k, value, w, **options)
+        q = self._repeat(query)
+        return general_attention(q, k, value, w, scale=self.scale, activation=self.activation, **options)
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""

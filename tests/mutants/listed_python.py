@@ -354,6 +354,20 @@ PYTHON: tuple[Mutant, ...] = (
         "the bias is not added",
     ),
     Mutant(
+        "fused_attn/general.py",
+        "mask=mask.transpose(1, 2)",
+        "mask=mask[:, :1]",
+        ("tests/test_general_shared.py", "-k", "queries_of_one_head"),
+        "folded heads have the mask of the first",
+    ),
+    Mutant(
+        "fused_attn/location.py",
+        "total = total + (x[:, None] if segment is None else x.index_select(0, segment))",
+        "pass",
+        ("tests/test_contexts.py",),
+        "contexts of sequences are lost beside those of rows",
+    ),
+    Mutant(
         "fused_attn/modules/hierarchical.py",
         '_score_of("outer", self.outer, outer_context),',
         '_score_of("outer", self.inner, outer_context),',
