@@ -17,12 +17,14 @@ from .modules import (
     LocationAwareAttention,
     RaggedRNN,
     StatisticsPooling,
+    TargetAttention,
     WordByWordAttention,
 )
 from .recurrent import word_by_word_attention
 from .segments import Segments
 from .states import State, merge
 from .statistics import statistics_pooling
+from .target import target_attention
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "Segments",
     "State",
     "StatisticsPooling",
+    "TargetAttention",
     "WordByWordAttention",
     "__version__",
     "add_self_loops",
@@ -55,6 +58,7 @@ __all__ = [
     "location_aware_sequence",
     "merge",
     "statistics_pooling",
+    "target_attention",
     "transpose_csr",
     "word_by_word_attention",
 ]

@@ -380,6 +380,12 @@ def check_number(name: str, value: Any, expected: str, low: float, high: float) 
     return number
 
 
+def check_scale(value: Any, dtype: torch.dtype) -> float:
+    """The factor on scores as a float, which what they are made in holds: float32, or float64 for float64."""
+    most = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    return check_number("scale", value, f"a finite number, of at most {most:.3g}", -most, most)
+
+
 def check_dropout(name: str, value: float) -> float:
     """The probability as a float; ValueError unless 0 <= value < 1, and TypeError for what is no number."""
     return check_number(name, value, f"0 <= {name} < 1", 0.0, 1.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import argument, check_number
+from ._checks import argument, check_scale
 from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
@@ -250,10 +250,8 @@ def general_attention(
         wanted,
     )
     inputs = canonical(given)
-    if factor is None:  # what the scores are made in holds it: float32, or float64 for float64
-        most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
-        scale = check_number("scale", scale, f"a finite number, of at most {most:.3g}", -most, most)
-        inputs = inputs._replace(scale=scale)
+    if factor is None:
+        inputs = inputs._replace(scale=check_scale(scale, query.dtype))
     kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
     sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
     folds = _heads_fold(inputs)

@@ -26,6 +26,7 @@ from .kernels.inputs import (
     HierarchicalInputs,
     LocationInputs,
     StatisticsInputs,
+    TargetInputs,
     WindowInputs,
     WordByWordInputs,
 )
@@ -243,6 +244,58 @@ def in_window(i: Tensor, j: Tensor, left: int | None, right: int | None, among: 
     if right is not None:
         among = among & (j <= i + right)
     return among
+
+
+@looked_at_after
+def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
+    r"""Target attention on canonical arguments, as `fused_attn.target` passes them.
+
+    .. math:: u_j = act(k_j W_k + (q \odot k_j) W_p + c), \quad u'_j = act(u_j W_2 + b_2), \quad
+        s_j = scale \, (u'_j \cdot v + b_3), \quad o = \sum_j a_j \, value_j
+
+    with :math:`a = softmax(s)`, or without a softmax :math:`a = s`, which is 0 where the mask is False.
+
+    Returns ``out (S, 1, Dv)`` in the dtype of ``value``, ``lse (S, 1, 2)`` as `normaliser` has it, (0, 1) without a
+    softmax, and in at least float32 ``scores (B, T, 1)`` or ``(N, 1)``, ``-inf`` where the mask is False; with
+    `weights_only` out and, of the shape of the scores, the weights.
+    """
+    *tensors, value, mask, cu_seqlens, activation, normalised, scale = inputs
+    dtype, rows = (inputs.key if value is None else value).dtype, inputs.key.shape[:-1]
+    wide = torch.promote_types(inputs.key.dtype, torch.float32)
+    query, key, w_key, w_product, context, w2, b2, v, b3 = (x if x is None else x.to(wide) for x in tensors)
+    value = key if value is None else value.to(wide)
+    segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
+    seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if mask is not None:
+        key, value = hide(mask[..., None], key, value)
+
+    def of_keys(x: Tensor) -> Tensor:
+        """What a sequence has, at its keys."""
+        return x[:, None] if segment is None else x.index_select(0, segment)
+
+    z = key @ w_key + (of_keys(query) * key) @ w_product + of_keys(context)
+    u = activate(activation, z)
+    if w2 is not None:
+        u = activate(activation, _affine(u, w2, b2))
+    scores = u @ v[:, None]
+    scores = scale * (scores if b3 is None else scores + b3)
+    weights = scores
+    if mask is not None:
+        weights, scores = scores.masked_fill(~mask[..., None], 0), scores.masked_fill(~mask[..., None], -torch.inf)
+    top = None
+    if normalised:
+        weights, top = softmax_of_rows(scores, segment, seqs)
+    if segment is None:
+        out = weights.mT @ value
+    else:
+        out = value.new_zeros(seqs, 1, value.shape[-1])
+        out = out.index_add(0, segment, (weights * value)[:, None])
+    if weights_only:
+        return out.to(dtype), weights
+    if normalised:
+        return out.to(dtype), sums_of_rows(scores, top, segment), scores
+    one = torch.ones(seqs, 1, dtype=wide, device=key.device)
+    return out.to(dtype), normaliser(torch.zeros_like(one), one), scores
 
 
 @looked_at_after

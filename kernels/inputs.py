@@ -178,6 +178,26 @@ class StatisticsInputs(NamedTuple):
         return self.activation == "identity" and self.w is self.b is self.context is None
 
 
+class TargetInputs(NamedTuple):
+    """Of target attention, whose first layer has met the query: what of it is left for a key."""
+
+    query: Tensor  # (S, D)
+    key: Tensor  # (B, T, D) or (N, D)
+    w_key: Tensor  # (D, A): of the key itself, W_k - W_d
+    w_product: Tensor  # (D, A): of its product with the query
+    context: Tensor  # (S, A): of the query, (W_q + W_d) q + b1
+    w2: Tensor | None  # (A, K); None: one layer, K = A
+    b2: Tensor | None  # (K,)
+    v: Tensor  # (K,)
+    b3: Tensor | None  # (1,)
+    value: Tensor | None  # (B, T, Dv) or (N, Dv); None: the keys
+    mask: Tensor | None  # bool (B, T) or (N,)
+    cu_seqlens: Tensor | None  # (S + 1,)
+    activation: str
+    softmax: bool
+    scale: float
+
+
 class HierarchicalInputs(NamedTuple):
     """Of hierarchical attention: N rows in S segments in G groups; the outer level's score has the longer names."""
 

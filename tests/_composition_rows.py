@@ -17,6 +17,7 @@ from fused_attn import (
     RaggedRNN,
     Score,
     StatisticsPooling,
+    TargetAttention,
     WordByWordAttention,
     concat_attention,
     distance_attention,
@@ -27,6 +28,7 @@ from fused_attn import (
     location_aware_attention,
     location_aware_sequence,
     statistics_pooling,
+    target_attention,
     word_by_word_attention,
 )
 
@@ -282,6 +284,29 @@ def _statistics_and_graph() -> None:
         lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},
     )
+    mlp = {"w1": r(16, 3), "w2": r(3, 2), "v": r(2)}
+    add(
+        "target padded",
+        lambda i, **t: target_attention(**t, impl=i),
+        lambda B, T: {"query": r(B, 4), "key": r(B, T, 4), **mlp},
+    )
+    add(
+        "target padded, all options",
+        lambda i, **t: target_attention(**t, softmax=True, scale=0.5, return_weights=True, impl=i),
+        lambda B, T: {
+            "query": r(B, 4),
+            "key": r(B, T, 4),
+            **mlp,
+            **{"b1": r(3), "b2": r(2), "b3": r()},
+            "value": r(B, T, 2),
+            "mask": seen(B, T),
+        },
+    )
+    add(
+        "target packed",
+        lambda i, c, **t: target_attention(**t, w2=None, cu_seqlens=c, return_weights=True, impl=i),
+        lambda B, T: {"query": r(B, 4), "key": r(B * T, 4), "w1": r(16, 3), "v": r(3), "c": offsets(B * T, B)},
+    )
     add(
         "graph",
         lambda i, **t: graph_attention(**t, impl=i),
@@ -470,6 +495,13 @@ def _modules() -> None:
         "StatisticsPooling",
         lambda i, c, m=m, **t: m(**t, cu_seqlens=c, impl=i),
         lambda B, T: {"h": r(B * T, 4), "c": offsets(B * T, B)},
+        m,
+    )
+    m = TargetAttention(4, 3, 2, softmax=True)
+    add(
+        "TargetAttention",
+        lambda i, c, m=m, **t: m(**t, cu_seqlens=c, impl=i),
+        lambda B, T: {"query": r(B, 4), "key": r(B * T, 4), "c": offsets(B * T, B)},
         m,
     )
     m = GraphAttention(4, 3, num_heads=2, share_weights=True, edge_dim=2)

@@ -80,6 +80,14 @@ STEP = {
     "mask": bools(B, TK),
     "score_bias": floats(B, TK),
 }
+MLP_OF_FOUR = {
+    "w1": floats(4 * D, A),
+    "w2": floats(A, C),
+    "v": floats(C),
+    "b1": floats(A),
+    "b2": floats(C),
+    "b3": floats(),
+}
 HEADS_PACKED = PACKED | {"query": floats(N, H, A), "key": floats(M, H, A)}
 NODES = {"query": floats(4, A), "key": floats(4, A), "v": floats(A), "indptr": INDPTR, "indices": INDICES}
 
@@ -130,6 +138,27 @@ ROWS: dict[str, Row] = {
     "statistics, packed": Row(
         _function("statistics_pooling"),
         {"h": floats(N, D), "w": floats(D, A), "b": floats(A), "v": floats(A, D), "cu_seqlens": CU_N},
+    ),
+    "target": Row(
+        _function("target_attention"),
+        {
+            "query": floats(B, D),
+            "key": floats(B, TK, D),
+            **MLP_OF_FOUR,
+            "value": floats(B, TK, DV),
+            "mask": bools(B, TK),
+        },
+    ),
+    "target, packed": Row(
+        _function("target_attention"),
+        {
+            "query": floats(S, D),
+            "key": floats(N, D),
+            **MLP_OF_FOUR,
+            "value": floats(N, DV),
+            "mask": bools(N),
+            "cu_seqlens": CU_N,
+        },
     ),
     "concat": Row(_function("concat_attention"), {**PAIRS, "v": floats(A), **MASKED}),
     "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED}),
@@ -220,6 +249,14 @@ ROWS: dict[str, Row] = {
     "StatisticsPooling": Row(
         _module("StatisticsPooling", D, A, per_channel=True, global_context=True),
         {"h": floats(N, D), "mask": bools(N), "cu_seqlens": CU_N},
+    ),
+    "TargetAttention": Row(
+        _module("TargetAttention", D, A, C),
+        {"query": floats(B, D), "key": floats(B, TK, D), "value": floats(B, TK, DV), "mask": bools(B, TK)},
+    ),
+    "TargetAttention, packed": Row(
+        _module("TargetAttention", D, A, None, softmax=True),
+        {"query": floats(S, D), "key": floats(N, D), "mask": bools(N), "cu_seqlens": CU_N},
     ),
     "DistanceAttention": Row(
         _module("DistanceAttention", D, C, A, num_heads=H),
@@ -334,7 +371,7 @@ BAD_OPTIONS: dict[str, dict[type[Exception], list[Any]]] = {
 BAD_OPTIONS |= {
     "gate_activation": BAD_OPTIONS["activation"],
     **dict.fromkeys(
-        ("return_segments", "return_log_weights", "return_scores", "return_lse", "return_state"),
+        ("return_segments", "softmax", "return_log_weights", "return_scores", "return_lse", "return_state"),
         BAD_OPTIONS["return_weights"],
     ),
     "num_keys": BAD_OPTIONS["num_queries"],

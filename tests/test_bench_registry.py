@@ -21,7 +21,7 @@ from fused_attn import concat_attention, location_attention
 
 Console = pytest.importorskip("rich.console").Console
 
-LOCATION, CONCAT, DISTANCE, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS, AWARE = REGISTRY
+LOCATION, CONCAT, DISTANCE, GENERAL, GRAPH, HIERARCHICAL, RECURRENT, STATISTICS, AWARE, TARGET = REGISTRY
 CASES = [pytest.param(op, case, id=run.label(op, case)) for op in REGISTRY for case in op.cases]
 CPU = torch.device("cpu")
 TINY = Case("tiny", {"B": 2, "T": 8, "D": 4, "A": 3, "gates": 1}, torch.float32, "cpu")
@@ -197,6 +197,22 @@ def test_padded_peer_of_hierarchical_says_the_same_and_has_gradients() -> None:
 )
 def test_statistics_cost_by_hand(sizes, forward, backward) -> None:
     assert STATISTICS.cost({"D": 5, "A": 7, **sizes}, 2) == (Cost(*forward), Cost(*backward))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        # Queries 2·5, keys 6·5, W1 20·7, b1 7, v 7, b3: 195; out 2·5. A user: 5·7 products; a key: 5·7 + 7 + 5.
+        ({"B": 2, "T": 3}, (2 * (2 * 35 + 6 * 47), 205 * 2), (4 * (2 * 35 + 6 * 47), 400 * 2)),
+        # W2 7·3, b2 and v 3 each, and no v of 7.
+        ({"B": 2, "T": 3, "K": 3}, (2 * (2 * 35 + 6 * 64), 225 * 2), (4 * (2 * 35 + 6 * 64), 440 * 2)),
+        # Two users of one key, and three int32 offsets.
+        ({"S": 2, "T": 1}, (2 * (2 * 35 + 2 * 47), 185 * 2 + 12), (4 * (2 * 35 + 2 * 47), 360 * 2 + 12)),
+    ],
+    ids=["one layer", "two", "ragged"],
+)
+def test_target_cost_by_hand(sizes, forward, backward) -> None:
+    assert TARGET.cost({"D": 5, "A": 7, **sizes}, 2) == (Cost(*forward), Cost(*backward))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

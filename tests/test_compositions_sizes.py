@@ -82,6 +82,10 @@ NO_KEYS = {
     "general": lambda x: f.general_attention(x.new_ones(2, 3, 4), x),
     "general, weights": lambda x: f.general_attention(x.new_ones(2, 3, 4), x, return_weights=True)[0],
     "statistics": lambda x: torch.cat(f.statistics_pooling(x)),
+    "target": lambda x: f.target_attention(x.new_ones(2, 4), x, x.new_ones(16, 3), None, x.new_ones(3)),
+    "target, softmax": lambda x: f.target_attention(
+        x.new_ones(2, 4), x, x.new_ones(16, 3), None, x.new_ones(3), softmax=True
+    ),
     "words": lambda x: f.word_by_word_attention(
         x, x.new_ones(2, 3, 4), *x.new_ones(3, 4, 4), x.new_ones(4), x.new_ones(4, 4)
     ),
@@ -203,6 +207,11 @@ NOTHING = {
         (lambda: f.StatisticsPooling(4, 3, per_channel=True, global_context=True), lambda m, x: m(x), [h(0, 3)]),
         (lambda: f.StatisticsPooling(4, 3, global_context=True), lambda m, x: m(x), [h(2, 0)]),
         (lambda: f.StatisticsPooling(4, 3), lambda m, x: m(x, cu_seqlens=no_offsets(1)), [h(0)]),
+    ],
+    "TargetAttention": [
+        (lambda: f.TargetAttention(4, 3, 2), lambda m, q, k: m(q, k), [h(0), h(0, 3)]),
+        (lambda: f.TargetAttention(4, 3, None, softmax=True), lambda m, q, k: m(q, k), [h(2), h(2, 0)]),
+        (lambda: f.TargetAttention(4), lambda m, q, k: m(q, k, cu_seqlens=no_offsets(3)), [h(2), h(0)]),
     ],
     "GraphAttention": [
         (lambda: f.GraphAttention(4, 3), lambda m, x: m(x, torch.zeros(1).long(), torch.zeros(0).long()), [h(0)]),
@@ -359,6 +368,10 @@ VARYING = {
     "concat": (lambda x, cu, **o: f.concat_attention(x, x, x, x[0], cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
     "general": (lambda x, cu, **o: f.general_attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, **o), CU),
     "statistics": (lambda x, cu, **o: torch.cat(f.statistics_pooling(x, cu_seqlens=cu, **o)), CU),
+    "target": (
+        lambda x, cu, **o: f.target_attention(x[:2], x, x.repeat(3, 1)[:16], None, x[0], cu_seqlens=cu, **o),
+        CU,
+    ),
     "hierarchical": (
         lambda x, cu, **o: f.hierarchical_attention(x, cu, ONE.to(x.device), f.Score(x[0]), f.Score(x[1]), **o),
         CU,

@@ -4,7 +4,18 @@ import re
 
 import pytest
 
-from fused_attn import concat, distance, general, graph, hierarchical, location, location_aware, recurrent, statistics
+from fused_attn import (
+    concat,
+    distance,
+    general,
+    graph,
+    hierarchical,
+    location,
+    location_aware,
+    recurrent,
+    statistics,
+    target,
+)
 
 FUNCTIONS = {
     concat.concat_attention: concat._TABLES.values(),
@@ -23,6 +34,7 @@ FUNCTIONS = {
         for table in location_aware._SEQUENCE_TABLES.values()
     ],
     statistics.statistics_pooling: statistics._TABLES.values(),
+    target.target_attention: target._TABLES.values(),
 }
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fused_attn import concat_attention, general_attention, location_attention, reference, statistics_pooling
+from fused_attn import (
+    concat_attention,
+    general_attention,
+    location_attention,
+    reference,
+    statistics_pooling,
+    target_attention,
+)
 
 FILLS = (torch.nan, torch.inf, -torch.inf, 1e30, -3e38)
 MASK = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
@@ -39,6 +46,12 @@ CALLS = {
     ),
     "concat": lambda x, mask: concat_attention(
         rows(5), x, x, numbers(5), mask=mask, return_weights=True, impl="reference"
+    ),
+    "target": lambda x, mask: target_attention(
+        numbers(3, 5), x, numbers(20, 3), None, V, mask=mask, return_weights=True
+    ),
+    "target, softmax": lambda x, mask: target_attention(
+        numbers(3, 5), rows(5), numbers(20, 3), None, V, value=x, softmax=True, mask=mask, return_weights=True
     ),
     "statistics": lambda x, mask: statistics_pooling(x, W, B, V, mask=mask, return_weights=True),
     "statistics, a channel": lambda x, mask: statistics_pooling(

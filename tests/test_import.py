@@ -80,6 +80,8 @@ calls = {
     "location-aware": step,
     "statistics": lambda: sum(f.statistics_pooling(h, w, None, v)),
     "statistics packed": lambda: sum(f.statistics_pooling(rows, w, None, v, cu_seqlens=cu)),
+    "target": lambda: f.TargetAttention(8)(q[:, 0], h),
+    "target packed": lambda: f.TargetAttention(8, softmax=True)(q[:, 0], rows, cu_seqlens=cu),
     "graph": graph,
 }
 for name, call in calls.items():

@@ -49,6 +49,7 @@ LATER = {  # axes whose size an argument is the first to say, or says alone, in 
     *(("", name, -2) for name in ("key", "hypothesis", "conv_weight", "outer_context")),
     *((row, "key", -3) for row in ("concat, packed heads", "general, packed heads", "graph, heads")),
     *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
+    *(("target", name, -1) for name in ("w1", "w2")),
     *(("location, packed hops", "v", -1), ("general", "key", -1), ("LocationAttention", "cu_seqlens", -1)),
     *(("HierarchicalAttention", f"{level}_offsets", -1) for level in ("inner", "outer")),
     ("GeneralAttention", "mask", -2),  # one more than B is Tq
@@ -242,6 +243,7 @@ OPTIONS = {"dropout": "dropout_p"} | {n: n for n in ("activation", "gate_activat
     [
         ("LocationAttention", ["dim", "attn_dim", "hops", "context_dim"], ["gated", "bias"]),
         ("StatisticsPooling", ["dim", "attn_dim"], ["per_channel", "global_context", "bias"]),
+        ("TargetAttention", ["dim", "attn_dim", "second_dim"], ["softmax", "bias"]),
         ("ConcatAttention", ["query_dim", "key_dim", "attn_dim", "num_heads"], ["bias"]),
         ("GeneralAttention", ["query_dim", "key_dim", "num_heads"], []),
         (

@@ -32,6 +32,7 @@ def test_every_layer_of_every_module_is_here():
     assert {name.split(",")[0] for name, _ in LAYERS} == {
         "LocationAttention",
         "StatisticsPooling",
+        "TargetAttention",
         "ConcatAttention",
         "DistanceAttention",
         "GraphAttention",

@@ -177,6 +177,7 @@ MODULES = {
     "word by word": lambda **made: fused_attn.WordByWordAttention(4, 5, 3, **made),
     "location-aware": lambda **made: fused_attn.LocationAwareAttention(4, 5, 3, channels=2, width=3, **made),
     "statistics": lambda **made: fused_attn.StatisticsPooling(4, 3, global_context=True, **made),
+    "target": lambda **made: fused_attn.TargetAttention(4, 3, 2, **made),
     "graph": lambda **made: fused_attn.GraphAttention(4, 3, edge_dim=2, **made),
     "graph, shared": lambda **made: fused_attn.GraphAttention(4, 3, share_weights=True, bias=False, **made),
 }

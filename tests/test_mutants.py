@@ -33,6 +33,7 @@ def test_every_kernel_and_every_python_path_has_a_listed_mutant():
     assert kernels <= mutated
     modules = {f"fused_attn/modules/{p.name}" for p in (ROOT / "fused_attn" / "modules").glob("[!_]*.py")}
     paths = ["location", "location_aware", "general", "hierarchical", "recurrent", "statistics", "graph", "reference"]
+    paths += ["target"]
     paths += ["blocked/location", "blocked/concat", "_location_windowed", "_ragged_rnn"]
     paths += ["_ops", "_operators", "_checks"]
     assert modules | {f"fused_attn/{name}.py" for name in paths} <= mutated

@@ -22,6 +22,7 @@ from fused_attn import (
     hierarchical_attention,
     location_attention,
     statistics_pooling,
+    target_attention,
     transpose_csr,
     word_by_word_attention,
 )
@@ -101,6 +102,12 @@ def statistics(**weights: Tensor) -> Call:
     return partial(statistics_pooling, rows(N, 8), rows(8, 4), **weights, cu_seqlens=offsets(20, 0, 23, 3))
 
 
+def target(second: int | None, **options) -> Call:
+    w2 = None if second is None else rows(4, second)
+    w = rows(32, 4), w2, rows(4 if second is None else second)
+    return partial(target_attention, rows(4, 8), rows(N, 8), *w, cu_seqlens=offsets(20, 0, 23, 3), **options)
+
+
 def hierarchical(width: int) -> Call:
     scores = (Score(rows(width, 4), **score()) for _ in range(2))
     return partial(hierarchical_attention, rows(N, width), offsets(20, 0, 23, 3), offsets(3, 0, 1), *scores)
@@ -152,6 +159,8 @@ CALLS = {
     "general, window and dropout": lambda: pairs(general_attention, window=(4, 0), dropout_p=0.5),
     "statistics, one weight a frame": lambda: statistics(**score()),
     "statistics, one weight a channel": lambda: statistics(b=rows(4), v=rows(4, 8)),
+    "target": lambda: target(3),
+    "target, softmax": lambda: target(None, softmax=True, mask=torch.rand(N) > 0.5),
     "hierarchical": lambda: hierarchical(8),
     "hierarchical, wide": lambda: hierarchical(300),
     "graph": graph,

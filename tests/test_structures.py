@@ -34,6 +34,10 @@ PACKED = {
     "location": (lambda **cu: f.location_attention(r(N, 4), r(4, 3), v=r(3), **cu), ("cu_seqlens",)),
     "location, window": (lambda **cu: f.location_attention(r(N, 4), r(4, 3), window=(1, 1), **cu), ("cu_seqlens",)),
     "statistics": (lambda **cu: f.statistics_pooling(r(N, 4), r(4, 3), v=r(3), **cu)[1], ("cu_seqlens",)),
+    "target": (
+        lambda **cu: f.target_attention(r(3, 4), r(N, 4), r(16, 3), None, r(3), **cu),
+        ("cu_seqlens",),
+    ),
     "concat": (lambda **cu: f.concat_attention(**PAIRS, v=r(4), **cu), BOTH),
     "distance": (lambda **cu: f.distance_attention(**PAIRS, **cu), BOTH),
     "general": (lambda **cu: f.general_attention(**PAIRS, **cu), BOTH),
@@ -46,6 +50,7 @@ PACKED = {
         lambda **cu: module("StatisticsPooling", 4, 3, global_context=True)(r(N, 4), **cu),
         ("cu_seqlens",),
     ),
+    "TargetAttention": (lambda **cu: module("TargetAttention", 4)(r(3, 4), r(N, 4), **cu), ("cu_seqlens",)),
     "GeneralAttention": (lambda **cu: module("GeneralAttention", 4)(**PAIRS, **cu), BOTH),
     "ConcatAttention": (
         lambda **cu: module("ConcatAttention", 4, 4, 3, context_dims=(2, 2, 2), num_heads=2)(

@@ -1,4 +1,4 @@
-"""Statistics, graphs, words and the location-aware step: tables of what all of them have to hold.
+"""Statistics, target attention, graphs, words and the location-aware step: tables of what all of them have to hold.
 
 Oracles are the formulas beside the cases: float64, plain PyTorch, nothing of the package.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import _graph
 import _recurrent
 import _statistics_pooling
+import _target
 import pytest
 import torch
 from _compare import IMPLS, Operator, assert_as_exact, assert_close, evaluate, in_double, largest, rough_runs
@@ -20,6 +21,7 @@ from fused_attn import (
     GraphAttention,
     LocationAwareAttention,
     StatisticsPooling,
+    TargetAttention,
     WordByWordAttention,
     location_aware_attention,
 )
@@ -67,10 +69,14 @@ def _location_aware_tensors(device, dtype=torch.float32, batch=3, keys=9, width=
 
 
 _frames = _statistics_pooling.Case(rows=21, dim=9, attn_dim=6, value=7, context="sequence")
+_users = _target.Case(rows=21, attn_dim=6, value=7, mask="padding")
+_ragged = replace(_users, ragged=True, second=None, mask="none")
 FAMILIES = {
     "frame": _of(replace(_frames, per_channel=False, mask="padding"), _statistics_pooling.formula),
     "channel": _of(replace(_frames, mask="random", context="row"), _statistics_pooling.formula),
     "ragged": _of(replace(_frames, ragged=True), _statistics_pooling.formula),
+    "target": _of(_users, _users.formula),
+    "history": _of(_ragged, _ragged.formula),
     "graph": _of(_graph.Case(edges=11), _graph.formula),
     "shared": _of(_graph.Case(edges=11, value_dim=None, edge=False, attn_dim=20), _graph.formula),
     "words": _of(_recurrent.Case(state=True, mask="some"), _recurrent.formula, "w"),
@@ -142,7 +148,7 @@ def test_every_argument_may_have_strides_of_its_own(layout, name, impl, device):
     family = FAMILIES[name]
     tensors = family.tensors(device)
     numbers = layout not in (_expanded, _repeated)  # offsets and indices keep theirs
-    laid_out = {n: layout(x) if numbers or x.is_floating_point() else x for n, x in tensors.items()}
+    laid_out = {n: layout(x) if x.dim() and (numbers or x.is_floating_point()) else x for n, x in tensors.items()}
     plain = {n: x.contiguous() for n, x in laid_out.items()}
     assert any(not x.is_contiguous() for x in laid_out.values())
     assert_close(evaluate(family.op, laid_out, impl), evaluate(family.op, plain, impl))
@@ -156,6 +162,9 @@ FAR = [
         "frames": {"h": 1, "value": 1, "context": 1, "mask": 1},
         "features": {"h": 2, "w": 1, "b": 0, "v": 0},
         "channels": {"value": 2, "v": 1},
+        "target": {"query": 0, "key": 0, "value": 0, "mask": 0},
+        "keys of a user": {"key": 1, "value": 1, "mask": 1},
+        "units": {"query": 1, "key": 2, "w2": 1, "v": 0, "b2": 0},
         "graph": {"query": 0, "key": 0, "value": 0, "edge": 0},
         "heads": {"query": 1, "key": 1, "value": 1, "edge": 1, "v": 0},
         "words": {"premise": 0, "hypothesis": 0, "state": 0, "mask": 0},
@@ -172,6 +181,9 @@ _SHORT = {
     "frames": _of(replace(_frames, rows=3, context="row", mask="random"), _statistics_pooling.formula),
     "features": _of(replace(_frames, rows=5, dim=3, attn_dim=3), _statistics_pooling.formula),
     "channels": _of(replace(_frames, rows=5, value=3), _statistics_pooling.formula),
+    "target": _of(replace(_users, rows=5), _users.formula),
+    "keys of a user": _of(replace(_users, rows=3), _users.formula),
+    "units": _of(replace(_users, rows=5, dim=3, second=3), _users.formula),
     "graph": _of(_graph.Case(queries=3, keys=3, edges=3, index=torch.int32), _graph.formula),
     "heads": _of(_graph.Case(heads=3), _graph.formula),
     "words": _of(_recurrent.Case(batch=3, hypothesis=2, state=True, mask="some"), _recurrent.formula),
@@ -214,6 +226,8 @@ MODULES = {
     "statistics": lambda: StatisticsPooling(4, 3),
     "statistics, a weight a channel": lambda: StatisticsPooling(4, 3, per_channel=True),
     "statistics, global context": lambda: StatisticsPooling(4, 3, per_channel=True, global_context=True),
+    "target": lambda: TargetAttention(4, 3, 2),
+    "target, softmax": lambda: TargetAttention(4, 3, None, softmax=True),
     "words": lambda: WordByWordAttention(4, 5, 3),
     "step": lambda: LocationAwareAttention(5, 4, 3, channels=2, width=3),
     "step, projected before": lambda: LocationAwareAttention(5, 4, 3, channels=2, width=3),
@@ -261,6 +275,8 @@ def test_hidden_rows_change_no_gradient_of_a_module(name, filling, impl, device)
             live.requires_grad_()
             if name == "words":
                 out = module(live, words, mask=mask, impl=impl)
+            elif name.startswith("target"):
+                out = module(targets[:3, :4], live, mask=mask, impl=impl)
             elif name.startswith("step"):
                 projected = module.project_keys(live, mask) if name.endswith("before") else None
                 more = [previous.requires_grad_()]
@@ -280,7 +296,7 @@ def test_hidden_rows_change_no_gradient_of_a_module(name, filling, impl, device)
 
 @each_impl
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["frame", "channel", "graph", "words", "step"])
+@pytest.mark.parametrize("name", ["frame", "channel", "target", "graph", "words", "step"])
 def test_no_sum_overflows_that_float32_holds(name, dtype, impl, device):
     """Scores of hundreds of thousands: NaN if they were float16 anywhere. `impl` and the weights change nothing."""
     family = FAMILIES[name]
@@ -404,8 +420,10 @@ def test_one_visible_key_has_the_weight_one(size, name, impl, device):
         if "edge" in tensors:
             tensors["edge"] = tensors["edge"][:4].contiguous()
     elif "cu_seqlens" in tensors:
-        tensors["cu_seqlens"] = torch.arange(len(tensors["h"]) + 1, dtype=torch.int32, device=device)
-        tensors["context"] = tensors["context"][:1].expand(len(tensors["h"]), 1, -1).contiguous()
+        rows, of_sequence = ("h", "context") if "h" in tensors else ("key", "query")
+        count, one = len(tensors[rows]), tensors[of_sequence][:1]
+        tensors["cu_seqlens"] = torch.arange(count + 1, dtype=torch.int32, device=device)
+        tensors[of_sequence] = one.expand(count, *one.shape[1:]).contiguous()
     else:
         rows = next(tensors[n] for n in ("h", "premise", "key") if n in tensors)
         tensors["mask"] = torch.zeros(rows.shape[:2], dtype=torch.bool, device=device)

@@ -25,8 +25,9 @@ FAMILIES = {
     "graph",
     "recurrent",
     "aware",
+    "target",
 }
-KERNELS = 36  # at least: a family whose kernels are not met counts nothing
+KERNELS = 39  # at least: a family whose kernels are not met counts nothing
 
 
 def run(script: list[str]) -> str:

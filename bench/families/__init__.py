@@ -24,6 +24,7 @@ FAMILIES = (
     "recurrent",
     "statistics",
     "aware",
+    "target",
 )
 
 _files = {family: import_module(f".{family}", __name__) for family in FAMILIES}

@@ -8,6 +8,7 @@ from .hierarchical import HierarchicalAttention, RaggedRNN
 from .location import LocationAttention
 from .recurrent import LocationAwareAttention, WordByWordAttention
 from .statistics import StatisticsPooling
+from .target import TargetAttention
 
 __all__ = [
     "ConcatAttention",
@@ -19,5 +20,6 @@ __all__ = [
     "LocationAwareAttention",
     "RaggedRNN",
     "StatisticsPooling",
+    "TargetAttention",
     "WordByWordAttention",
 ]

@@ -48,6 +48,7 @@ TESTS = {
     ),
     "recurrent": _tests(f"word_by_word three_families {_LAST}"),
     "statistics": _tests(f"statistics three_families errors {_LAST}"),
+    "target": _tests(f"target three_families errors {_LAST}"),
     "graph": _tests(f"graph three_families errors {_LAST}"),
     "": _tests(
         "softmax location concat_structure general graph statistics location_dropout location_window "
