@@ -27,6 +27,7 @@ from fused_attn import (
     location_attention,
     location_aware_attention,
     location_aware_sequence,
+    merge,
     statistics_pooling,
     target_attention,
     word_by_word_attention,
@@ -409,6 +410,79 @@ def _two_levels_and_steps() -> None:
     )
 
 
+def _scores_and_states() -> None:
+    asked = {"value": False, "return_log_weights": True, "return_scores": True, "return_lse": True}
+
+    def joined(attend: Callable, T: int) -> tuple[Tensor, ...]:
+        """By the states of two parts of the keys. m is a constant of its gradient, m + log_l is not."""
+        state = merge([attend(slice(0, T // 2)), attend(slice(T // 2, T))])
+        return state.out, state.lse
+
+    add(
+        "location padded, scores alone",
+        lambda i, **t: location_attention(**t, **asked, impl=i),
+        lambda B, T: {"h": r(B, T, 4), "w": r(4, 3), "b": r(3), "v": r(3, 2), "score_bias": r(B, T)},
+    )
+    add(
+        "location padded, states",
+        lambda i, h, w: joined(
+            lambda part: location_attention(h[..., part, :], w, return_state=True, impl=i), h.shape[-2]
+        ),
+        lambda B, T: {"h": r(B, T, 4), "w": r(4, 2)},
+    )
+    pairs: tuple[tuple[str, Callable, dict[str, Tensor]], ...] = (
+        ("concat", concat_attention, {"v": r(4)}),
+        ("general", general_attention, {}),
+    )
+    for name, op, more in pairs:
+        add(
+            f"{name} padded, scores alone",
+            lambda i, op=op, **t: op(**t, **asked, impl=i),
+            lambda B, T, more=more: {"query": r(B, 2, T, 4), "key": r(B, 2, T, 4), **more},
+        )
+        add(
+            f"{name} padded, states",
+            lambda i, key, value, op=op, **t: joined(
+                lambda part: op(key=key[..., part, :], value=value[..., part, :], **t, return_state=True, impl=i),
+                key.shape[-2],
+            ),
+            lambda B, T, more=more: {"query": r(B, T, 4), "key": r(B, T, 4), "value": r(B, T, 3), **more},
+        )
+        add(
+            f"{name} padded, a mask a head",
+            lambda i, op=op, **t: op(**t, return_weights=True, impl=i),
+            lambda B, T, more=more: {
+                "query": r(B, 2, T, 4),
+                "key": r(B, 2, T, 4),
+                "value": r(B, 2, T, 3),
+                "mask": seen(2 * T, T).view(1, 2, T, T),
+                **more,
+            },
+        )
+    add(
+        "graph, scores",
+        lambda i, **t: graph_attention(**t, return_scores=True, return_lse=True, impl=i),
+        lambda B, T: {"query": r(T, 4), "key": r(T, 4), "v": r(4), **two_neighbours(T)},
+    )
+    for name, op, steps in (
+        ("location-aware", location_aware_attention, ()),
+        ("location-aware sequence", location_aware_sequence, (2,)),
+    ):
+        add(
+            f"{name}, several histories",
+            lambda i, op=op, **t: op(**t, impl=i),
+            lambda B, T, steps=steps: {
+                "query": r(B, *steps, 4),
+                "key": r(B, T, 4),
+                "value": r(B, T, 4),
+                "v": r(4),
+                "previous": r(B, 2, T),
+                "conv_weight": r(2, 2, 3),
+                "u": r(2, 4),
+            },
+        )
+
+
 def _dropout_and_jagged() -> None:
     drops = (
         "compile",
@@ -538,5 +612,13 @@ def _modules() -> None:
     )
 
 
-for _rows in (_location, _pairs, _statistics_and_graph, _two_levels_and_steps, _dropout_and_jagged, _modules):
+for _rows in (
+    _location,
+    _pairs,
+    _statistics_and_graph,
+    _two_levels_and_steps,
+    _scores_and_states,
+    _dropout_and_jagged,
+    _modules,
+):
     _rows()

@@ -193,3 +193,20 @@ def test_which_instance():
 
 def test_every_recipe_was_tested():
     assert _recipes.named_in(Path(__file__)) == set(_recipes.sections("recipes"))
+
+
+def test_a_bias_that_the_softmax_cancels(tmp_path):
+    layer = recipe("A bias that the softmax cancels", "AdditivePooling")(4, 3)
+    h, mask = torch.randn(2, 7, 4), first(7, (7, 3))
+    scores = layer.score(torch.tanh(layer.project(h))).masked_fill(~mask[..., None], -torch.inf)
+    torch.testing.assert_close(layer(h, mask), (scores.softmax(1) * h).sum(1))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        for _ in range(2):  # the second waits for what had no gradient in the first
+            parallel(h, mask).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    gradient = layer.score.bias.grad
+    assert gradient is not None
+    assert gradient.abs() < 1e-6 * layer.score.weight.grad.abs().max() + 1e-7
