@@ -16,6 +16,7 @@ from fused_attn import (
     LocationAwareAttention,
     RaggedRNN,
     Score,
+    State,
     StatisticsPooling,
     TargetAttention,
     WordByWordAttention,
@@ -413,9 +414,9 @@ def _two_levels_and_steps() -> None:
 def _scores_and_states() -> None:
     asked = {"value": False, "return_log_weights": True, "return_scores": True, "return_lse": True}
 
-    def joined(attend: Callable, T: int) -> tuple[Tensor, ...]:
-        """By the states of two parts of the keys. m is a constant of its gradient, m + log_l is not."""
-        state = merge([attend(slice(0, T // 2)), attend(slice(T // 2, T))])
+    def sunk(state: State) -> tuple[Tensor, ...]:
+        """Beside one more key, of score and value 0. m is a constant of the gradient, m + log_l is not."""
+        state = merge([state, State(*map(torch.zeros_like, state))])
         return state.out, state.lse
 
     add(
@@ -425,9 +426,7 @@ def _scores_and_states() -> None:
     )
     add(
         "location padded, states",
-        lambda i, h, w: joined(
-            lambda part: location_attention(h[..., part, :], w, return_state=True, impl=i), h.shape[-2]
-        ),
+        lambda i, **t: sunk(location_attention(**t, return_state=True, impl=i)),
         lambda B, T: {"h": r(B, T, 4), "w": r(4, 2)},
     )
     pairs: tuple[tuple[str, Callable, dict[str, Tensor]], ...] = (
@@ -442,10 +441,7 @@ def _scores_and_states() -> None:
         )
         add(
             f"{name} padded, states",
-            lambda i, key, value, op=op, **t: joined(
-                lambda part: op(key=key[..., part, :], value=value[..., part, :], **t, return_state=True, impl=i),
-                key.shape[-2],
-            ),
+            lambda i, op=op, **t: sunk(op(**t, return_state=True, impl=i)),
             lambda B, T, more=more: {"query": r(B, T, 4), "key": r(B, T, 4), "value": r(B, T, 3), **more},
         )
         add(
