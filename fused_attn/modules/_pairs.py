@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import Checker, Table, argument, check_dropout, module_checker, weight_of, width_of
 from .._habits import explicit
@@ -74,7 +74,7 @@ class HeadsAttention(Attention):
         return self._project_keys(key)
 
     def _project_keys(self, key: Tensor) -> Tensor:
-        return project(self.key_proj, key)
+        return project(cast("nn.Module", self.key_proj), key)
 
     def _split(self, x: Tensor) -> Tensor:
         """Give projected rows the axis of heads, where functions have it: after the batch, or after packed rows."""
