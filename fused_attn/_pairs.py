@@ -136,6 +136,16 @@ def canonical(given: P) -> P:
     return made if given.mask is None else made._replace(mask=_of_keys_or_pairs(given.mask, made.query.shape[0]))
 
 
+def of_all_heads(inputs: P) -> P:
+    """Keys and values of one head given to all."""
+    heads = inputs.query.shape[1]
+
+    def every(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == heads else x.expand(-1, heads, -1, -1)
+
+    return inputs._replace(key=every(inputs.key), value=every(inputs.value))
+
+
 def _of_keys_or_pairs(mask: Tensor, batch: int) -> Tensor:
     """A mask as a view ``(B, Tk)`` where all queries of a sequence see the same, else broadcastable to the scores.
 

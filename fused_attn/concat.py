@@ -15,14 +15,14 @@ from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
-from ._pairs import canonical, check_pairs, pairs_tables, shaped
+from ._pairs import canonical, check_pairs, of_all_heads, pairs_tables, shaped
 from ._results import Wanted, by_formula, check_wanted
 from .blocked import concat as blocked
 from .kernels.inputs import ConcatInputs, LocationInputs
 from .location import LOCATION
 from .segments import Offsets, as_offsets
 
-_TABLES = pairs_tables("A", "A", linear=True, v="A")
+_TABLES = pairs_tables("A", "A", shared=True, linear=True, v="A")
 
 
 def _fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool, in_blocks: bool) -> tuple[Tensor, ...]:
@@ -99,11 +99,12 @@ def concat_attention(
     ----------
     query, key
         Projected to the width A of the score: ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)``
-        and ``(B, H, Tk, A)``; packed ``(N, A)`` or ``(N, H, A)`` with both ``cu_seqlens``. Biases and further
-        contexts are added to them beforehand. float16, bfloat16, float32; float64 on a CPU or by the reference.
+        and ``(B, H, Tk, A)``, or ``(B, 1, Tk, A)`` for all heads; packed ``(N, A)`` or ``(N, H, A)`` with both
+        ``cu_seqlens``. Biases and further contexts are added to them beforehand. float16, bfloat16, float32; float64
+        on a CPU or by the reference.
     value
-        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no output, see
-        `location_attention`.
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)`` or ``(B, 1, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no
+        output, see `location_attention`.
     v
         ``(A,)``, or ``(H, A)``.
     activation
@@ -179,9 +180,9 @@ def attend(given: ConcatInputs, wanted: Wanted, impl: Impl) -> Any:
         return shaped(given, wanted, *by_formula(_CONCAT.formula, inputs, wanted))
     if inputs.activation == "identity":
         inputs = _summed(inputs)
-    everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
-    if query.shape[1:3] == (1, 1) and everywhere:
+    if _pools(inputs, kernel):
         return shaped(given, wanted, *_pooled(inputs, kernel, wanted))
+    inputs = of_all_heads(inputs)
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
     out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, exact, in_blocks)
     return shaped(given, wanted, wanted.output_of(out, wide), lse, scores)
@@ -225,28 +226,56 @@ def _summed(inputs: ConcatInputs) -> ConcatInputs:
     return inputs._replace(query=score(query), key=score(key), v=v.new_ones(v.shape[0], 1, dtype=wide))
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ...]:
-    """(out, lse, scores, weights) of one query and one head a sequence, by the location family.
+def _pools(inputs: ConcatInputs, kernel: bool) -> bool:
+    """Whether each sequence has one query, which the location family answers.
 
-    Its keys are projected already, and the query is their context.
+    For several heads that family has one mask and one bias, and dropout would draw other numbers than elsewhere. On a
+    CPU their products would be with zeros.
+    """
+    _, heads, queries, _ = inputs.query.shape
+    everywhere = inputs.left is None and inputs.right is None and inputs.cu_seqlens_q is None
+    if queries != 1 or not everywhere or heads == 1:
+        return queries == 1 and everywhere
+    alike = all(x is None or x.dim() == 2 or x.shape[1] == 1 for x in (inputs.mask, inputs.score_bias))
+    return kernel and alike and inputs.dropout_p == 0 and heads <= 128
+
+
+def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ...]:
+    """(out, lse, scores, weights) of one query a sequence, by the location family.
+
+    Its keys are projected already, and the query is their context. Heads are its hops: features of all heads side by
+    side, as a projection makes them, of which v has a column a head. Where a key holds a NaN in one head, all heads
+    see it. Where the values differ between heads each hop sums those of all, and the others' sums are left: a tile of
+    a product has 16 columns, for one hop or for 16.
 
     Its tile is of keys alone. That of the concat kernel has at least 16 queries, so 15 of 16 scores would be made for
     nothing: by the compile report (sm_90, bfloat16) 67 instructions a feature of a key, where this has 11, and no
     factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
-    query, key, value, v, score_bias, keys, _, _, seed, activation, _, _, dropout_p = inputs
-    bias = None if score_bias is None else score_bias.expand(*query.shape[:3], key.shape[2]).squeeze(2).squeeze(1)
+    query, key, value, v, score_bias, mask, _, _, seed, activation, _, _, dropout_p = inputs
+    heads, Tk = query.shape[1], key.shape[2]
+    bias = None if score_bias is None else score_bias.expand(query.shape[0], 1, 1, Tk)
     if not kernel:
         query, key, v = reference.widened(query, key, v)
-    # Squeezed, not indexed: the gradient of an index is a copy.
-    score = (key.squeeze(1), None, None, v.mT, None, None, query.squeeze(2).squeeze(1))
+
+    def side_by_side(x: Tensor) -> Tensor:
+        """``(B, H, T, D)`` as ``(B, T, H D)``. Of one head squeezed, for the gradient of an index is a copy."""
+        return x.squeeze(1) if x.shape[1] == 1 else x.transpose(1, 2).flatten(2)
+
+    of_head = value.shape[1] > 1
+    columns = v.mT if heads == 1 else torch.diag_embed(v.mT).transpose(0, 1).flatten(0, 1)  # (H A, H)
+    keys = side_by_side(key if key.shape[1] == heads else key.expand(-1, heads, -1, -1))
+    score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
     options = (activation, "sigmoid", dropout_p, False)
-    pooled = LocationInputs(*score, value.squeeze(1), bias, keys, None, seed, *options)
+    bias = None if bias is None else bias.squeeze(2).squeeze(1)
+    pooled = LocationInputs(*score, side_by_side(value), bias, mask, None, seed, *options)
     if not kernel:
         out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)
     else:
         out, lse, scores, exact = LOCATION(pooled, True, keeps_exact(*pooled[:9], state=wanted.state))
         out, weights = wanted.output_of(out, exact), None
-    scores, weights = (x if x is None else x.mT[:, None] for x in (scores, weights))
-    return out[:, None], lse if lse is None else lse[:, None], scores, weights
+    if of_head:
+        out = out.unflatten(2, (heads, -1)).diagonal(dim1=1, dim2=2).mT
+    scores, weights = (x if x is None else x.mT[:, :, None] for x in (scores, weights))
+    return out[:, :, None], lse if lse is None else lse[:, :, None], scores, weights

@@ -22,7 +22,7 @@ from .concat import attend
 from .kernels.inputs import ConcatInputs
 from .segments import Offsets, as_offsets
 
-_TABLES = pairs_tables("A", "A", v="A?")
+_TABLES = pairs_tables("A", "A", shared=True, v="A?")
 _FEATURES = {1.0: "abs", 2.0: "square"}
 
 
@@ -62,10 +62,11 @@ def distance_attention(
     ----------
     query, key
         ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)`` and ``(B, H, Tk, A)``; packed ``(N, A)`` or
-        ``(N, H, A)`` with both ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the reference.
+        ``(N, H, A)`` with both ``cu_seqlens``. Keys ``(B, 1, Tk, A)`` are those of all heads. float16, bfloat16,
+        float32; float64 on a CPU or by the reference.
     value
-        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no output, see
-        `location_attention`.
+        ``(B, Tk, Dv)``, ``(B, H, Tk, Dv)`` or ``(B, 1, Tk, Dv)``; packed ``(N, Dv)``, ``(N, H, Dv)``. False: no
+        output, see `location_attention`.
     v
         ``(A,)``, or ``(H, A)``: what a difference in a feature counts. None: 1. Of a Laplace kernel with the scale b,
         1 / b.

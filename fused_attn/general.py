@@ -20,7 +20,7 @@ from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
-from ._pairs import Tables, canonical, check_pairs, pairs_tables, shaped
+from ._pairs import Tables, canonical, check_pairs, of_all_heads, pairs_tables, shaped
 from ._results import PLAIN, by_formula, check_wanted
 from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
@@ -257,7 +257,7 @@ def general_attention(
     folds = _heads_fold(inputs)
     if (folds or kernel or sdpa) and (weight is not None or factor is not None):
         inputs, weight, factor = _projected(inputs, weight, factor, sdpa or not kernel), None, None
-    inputs = _folded(inputs) if folds else _of_all_heads(inputs)
+    inputs = _folded(inputs) if folds else of_all_heads(inputs)
     if not (kernel or sdpa):
         results = by_formula(_GENERAL.formula, inputs, wanted, weight=weight, factor=factor)
     else:
@@ -284,17 +284,6 @@ def _folded(inputs: GeneralInputs) -> GeneralInputs:
     query, _, _, bias, mask, *_ = inputs
     inputs = inputs._replace(query=query.transpose(1, 2), score_bias=None if bias is None else bias.transpose(1, 2))
     return inputs._replace(mask=mask.transpose(1, 2)) if mask is not None and mask.dim() == 4 else inputs
-
-
-def _of_all_heads(inputs: GeneralInputs) -> GeneralInputs:
-    """Keys and values of one head given to all."""
-    query, key, value, *_ = inputs
-    heads = query.shape[1]
-
-    def every(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == heads else x.expand(-1, heads, -1, -1)
-
-    return inputs._replace(key=every(key), value=every(value))
 
 
 def _projected(inputs: GeneralInputs, weight: Tensor | None, factor: Tensor | None, wide: bool) -> GeneralInputs:

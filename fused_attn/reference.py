@@ -458,7 +458,11 @@ def _attend(
         value, lost = sound(value)
         weights = weights.masked_fill(lost.mT, torch.nan)
         weights = weights if shown is None else weights.masked_fill(~shown, 0)
-    out = (weights.to(value.dtype) @ value).to(dtype)
+    weights = weights.to(value.dtype)
+    if value.shape[1] == 1 and H > 1:  # for all heads: a product of their weights would copy it for each
+        out = (weights.flatten(1, 2) @ value.squeeze(1)).unflatten(1, (H, Tq)).to(dtype)
+    else:
+        out = (weights @ value).to(dtype)
     if weights_only:
         return out, shares
     top = highest(scores, -1) if top is None else top

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from _compare import assert_as_exact, evaluate, in_double, rough_runs
-from _concat import ACTIVATIONS, Case, check
+from _concat import ACTIVATIONS, Case, check, compare
 from _location import offsets
 
 from fused_attn import ConcatAttention, concat, concat_attention, location_attention
@@ -69,13 +69,53 @@ def test_a_query_that_sees_nothing_may_be_nan(impl, pooled, device):
     assert pooled
 
 
+HEADS = [
+    Case(**ONE, heads=3, v_heads=True),
+    *(Case(**ONE, heads=2, v_heads=True, activation=name, dtype=torch.bfloat16) for name in ACTIVATIONS),
+    Case(**ONE, heads=3, mask="padding", score_bias="bHqk", layout="transposed"),
+    Case(**ONE, heads=5, mask="empty", score_bias="k", through=("weights",), dtype=torch.float16),
+    Case(**ONE, heads=2, layout="strided", v_heads=True, return_weights=False),
+    Case(**ONE, heads=17, v_heads=True, value_dim=40),
+]
+
+
+@each_impl
+@pytest.mark.parametrize("shared", ["value", "key", ""])
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_heads_are_hops(case, shared, impl, pooled, device):
+    """By the kernel."""
+    tensors = case.tensors(device)
+    if shared:
+        tensors[shared] = tensors[shared][:, :1]
+    compare(case.op, tensors, impl, dtype=case.dtype, through=case.through)
+    assert bool(pooled) == (impl == "triton" or device.type != "cpu")
+
+
+@each_impl
+def test_a_module_with_heads_pools(impl, pooled, device):
+    module = ConcatAttention(7, 9, 8, num_heads=3).to(device)
+    query, key = torch.randn(4, 1, 7, device=device), torch.randn(4, 60, 9, device=device)
+    mask = torch.rand(4, 60, device=device) < 0.8
+    want = module(query, key, mask=mask, return_weights=True, return_lse=True, impl="reference")
+    got = module(query, key, mask=mask, return_weights=True, return_lse=True, impl=impl)
+    assert bool(pooled) == (impl == "triton" or device.type != "cpu")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 @each_impl
 @pytest.mark.parametrize(
     "case",
-    [Case(**ONE, heads=2), Case(**ONE, window=(0, 20)), Case(**{**ONE, "queries": 7}, ragged=True)],
+    [
+        Case(**ONE, heads=2, dropout_p=0.3),
+        Case(**ONE, heads=2, score_bias="bhqk"),
+        Case(**ONE, heads=2, window=(0, 20)),
+        Case(**ONE, window=(0, 20)),
+        Case(**{**ONE, "queries": 7}, ragged=True),
+    ],
     ids=str,
 )
-def test_heads_windows_and_packed_rows_go_the_usual_way(case, impl, pooled, device):
+def test_windows_packed_rows_and_what_differs_between_heads_go_the_usual_way(case, impl, pooled, device):
     check(case, device, impl)
     assert not pooled
 

@@ -206,6 +206,9 @@ _MLP = [
     # one query a sequence of the concat family
     LocationCase(BF16, 32, 512, 256, 256, value=512, context="sequence", projected=True),
     LocationCase(F32, 80, 50, 1000, 1000, value=1000, context="sequence", dropout=0.1, projected=True),
+    # and of four heads, with values of their own
+    LocationCase(BF16, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),
+    LocationCase(F32, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),
 ]
 _WINDOWS = [
     WindowCase(BF16, 16, 4096, 256, (None, 0)),

@@ -80,6 +80,10 @@ class HeadsAttention(Attention):
         """Give projected rows the axis of heads, where functions have it: after the batch, or after packed rows."""
         return x.unflatten(-1, (self.num_heads, -1)).movedim(-2, 1) if self.num_heads > 1 else x
 
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Rows that are the same for all heads: where padded one head of them."""
+        return self._repeat(x) if x.dim() == 2 or self.num_heads == 1 else x.unsqueeze(1)
+
     def _repeat(self, x: Tensor) -> Tensor:
         """The same rows for every head."""
         return x.unsqueeze(1).expand(-1, self.num_heads, *x.shape[1:]) if self.num_heads > 1 else x

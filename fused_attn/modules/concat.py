@@ -197,7 +197,7 @@ class ConcatAttention(HeadsAttention):
         return concat_attention(
             self._split(q),
             self._split(k),
-            self._repeat(value) if isinstance(value, Tensor) and value.dim() == query.dim() else value,
+            self._of_heads(value) if isinstance(value, Tensor) and value.dim() == query.dim() else value,
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
             mask=mask,

@@ -97,10 +97,6 @@ class GeneralAttention(PairsAttention):
         rows, bad = sound(key)
         return nn.functional.linear(rows, self.weight.flatten(0, -2)).masked_fill(bad, torch.nan)
 
-    def _of_heads(self, x: Tensor) -> Tensor:
-        """Rows that are the same for all heads: where padded one head of them."""
-        return self._repeat(x) if x.dim() == 2 or self.num_heads == 1 else x.unsqueeze(1)
-
     def _attend(
         self,
         query: Tensor,

@@ -354,6 +354,13 @@ PYTHON: tuple[Mutant, ...] = (
         "the bias is not added",
     ),
     Mutant(
+        "fused_attn/concat.py",
+        "out = out.unflatten(2, (heads, -1)).diagonal(dim1=1, dim2=2).mT",
+        "out = out.unflatten(2, (heads, -1))[:, 0]",
+        ("tests/test_concat_one_query.py", "-k", "hops"),
+        "heads have the weights of the first",
+    ),
+    Mutant(
         "fused_attn/general.py",
         "mask=mask.transpose(1, 2)",
         "mask=mask[:, :1]",
