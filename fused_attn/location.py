@@ -369,7 +369,7 @@ def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _unpack_jagged(
     h: Tensor, context: Tensor | Sequence[Tensor] | None, value: Tensor | None, score_bias: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None,
+    mask: Tensor | None, cu_seqlens: Tensor | None, bias_name: str = "score_bias",
 ) -> tuple[Tensor, Tensor, Tensor | Sequence[Tensor] | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
     if h.layout != torch.jagged:
@@ -404,7 +404,7 @@ def _unpack_jagged(
     elif context is not None:
         context = of_kind("context", cast("Tensor", context))
     value = None if value is None else packed("value", value)
-    score_bias = None if score_bias is None else packed("score_bias", score_bias)
+    score_bias = None if score_bias is None else packed(bias_name, score_bias)
     return rows, offsets, context, value, score_bias, offsets.to(torch.int32)
 
 

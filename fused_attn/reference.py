@@ -20,6 +20,7 @@ from ._dropout import dropout_scale
 from ._softmax import highest, normaliser, pivot_of, softmax, softmax_of_rows, sums_of_rows
 from ._tracing import can_look, every_sample, in_graph, is_finite, is_tame
 from .kernels.inputs import (
+    SPREAD,
     ConcatInputs,
     GeneralInputs,
     GraphInputs,
@@ -586,55 +587,79 @@ def hierarchical_attention(
 
 @looked_at_after
 def statistics_pooling(
-    inputs: StatisticsInputs, need_scores: bool = True, *, weights_only: bool = False
+    inputs: StatisticsInputs, need_scores: bool = True, *, weights_only: bool = False, deviation: bool = True
 ) -> tuple[Tensor, ...]:
     r"""Mean and standard deviation of the frames, on canonical arguments, as `fused_attn.statistics` passes them.
 
-    .. math:: u_j = act(h_j W + b + c_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c), \quad
+    .. math:: u_j = act(h_j W + b + c_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c + \beta_{jc}), \quad
         mean_c = \sum_j \alpha_{jc} x_{jc}, \quad
-        std_c = \sqrt{\max\big(\sum_j \alpha_{jc} (x_{jc} - mean_c)^2, floor\big)}
+        var_c = \sum_j \alpha_{jc} (x_{jc} - mean_c)^2 \big/ \big(1 - correction \sum_j \alpha_{jc}^2\big), \quad
+        std_c = \sqrt{\min(\max(var_c, floor), ceiling) + eps}
+
+    and with `linear` :math:`\alpha_{jc} = \beta_{jc} / \sum_j \beta_{jc}`.
 
     Returns ``mean (S, C)`` and ``std (S, C)`` in the dtype of the values, ``lse (S, C, 2)``, with one weight a frame
     ``(S, 1, 2)``, and in at least float32 the scores ``(B, T, C)`` or ``(N, C)``, or one a frame, ``-inf`` where the
     mask is False; those of channels with `need_scores`, else, and without v, an empty tensor. With `weights_only`
-    mean, std and the weights.
+    mean, std and the weights. Without `deviation` std is empty.
     """
-    h, _, _, v, _, value, mask, cu_seqlens, _, _, floor = inputs
+    h, _, _, v, _, value, given, mask, cu_seqlens, _, _, floor, ceiling, eps, correction, linear = inputs
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, h.shape[0])
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = (h if value is None else value).dtype
     if v is None:
-        scores = h.new_zeros(*h.shape[:-1], 1, dtype=torch.promote_types(dtype, torch.float32))
-        value = (h if value is None else value).to(scores.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        scores = h.new_zeros(*h.shape[:-1], 1, dtype=wide) if given is None else given.to(wide)
+        scores = scores if scores.dim() == h.dim() else scores[..., None]
+        value = (h if value is None else value).to(wide)
         if mask is not None:
-            scores = scores.masked_fill(~mask[..., None], -torch.inf)
+            scores = scores.masked_fill(~mask[..., None], 0 if linear else -torch.inf)
             (value,) = hide(mask[..., None], value)
     else:
         scores, value = _location_scores(inputs.score()._replace(value=value), segment)
+        if given is not None and inputs.per_channel():
+            given = given if mask is None else given.masked_fill(~mask[..., None], 0)
+            scores = scores + given
 
     def to_frames(y: Tensor) -> Tensor:
         return y[:, None] if segment is None else y[segment]
 
-    def total(weights: Tensor, y: Tensor) -> Tensor:
-        if segment is not None:
-            return y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, weights * y)
-        return (weights.mT @ y).squeeze(1) if weights.shape[-1] == 1 else (weights * y).sum(1)
+    def over_frames(y: Tensor) -> Tensor:
+        return y.sum(1) if segment is None else y.new_zeros(seqs, y.shape[-1]).index_add(0, segment, y)
 
-    weights, top = softmax_of_rows(scores, segment, seqs)
+    def total(weights: Tensor, y: Tensor) -> Tensor:
+        if segment is None and weights.shape[-1] == 1:
+            return (weights.mT @ y).squeeze(1)
+        return over_frames(weights * y)
+
+    if linear:
+        sums = over_frames(scores)
+        blind = sums == 0
+        top = torch.zeros_like(sums).masked_fill(blind, -torch.inf)
+        weights = (scores / to_frames(sums.masked_fill(blind, 1))).masked_fill(to_frames(blind), 0)
+    else:
+        weights, top = softmax_of_rows(scores, segment, seqs)
     alone = can_look(value) and not asks_gradient(weights, value)  # what is made on the way can be made in its place
     # About a mean that is good enough for differences from it to be exact, and then the rounding that it has itself:
     # of a channel far from 0 the rounding of one float32 mean would be more than its deviation.
     near = total(weights.detach(), value.detach())
     apart = value - to_frames(near)
     rest = total(weights, apart)
-    apart = apart.sub_(to_frames(rest)).square_() if alone else (apart - to_frames(rest)).square()
-    var = total(weights, apart)
-    low = var <= floor  # then a constant; NaN stays NaN
-    std = var.masked_fill(low, 1).sqrt()  # finite slope, for a gradient that is then 0
-    std = std.masked_fill(low, math.sqrt(floor))
-    std = std if top is None else std.masked_fill(top == -torch.inf, 0)
-    mean, std = (near + rest).to(dtype), std.to(dtype)
+    mean, std = (near + rest).to(dtype), value.new_empty(0, dtype=dtype)
+    if deviation:
+        apart = apart.sub_(to_frames(rest)).square_() if alone else (apart - to_frames(rest)).square()
+        var = total(weights, apart)
+        if correction:
+            room = 1 - correction * over_frames(weights.square())
+            spread = room > SPREAD  # else a frame is alone
+            var = var * torch.where(spread, 1 / torch.where(spread, room, 1), 0)
+        low, high = var <= floor, var >= ceiling  # then a constant; NaN stays NaN
+        std = (var + eps).masked_fill(low | high, 1).sqrt()  # finite slope, for a gradient that is then 0
+        std = std.masked_fill(low, math.sqrt(floor + eps)).masked_fill(high & ~low, math.sqrt(ceiling + eps))
+        std = std if top is None else std.masked_fill(top == -torch.inf, 0)
+        std = std.to(dtype)
     if weights_only:
         return mean, std, weights
+    lse = normaliser(top, sums) if linear else sums_of_rows(scores, top, segment)
     made = v is not None and (need_scores or v.dim() == 1)
-    return mean, std, sums_of_rows(scores, top, segment), scores if made else scores.new_empty(0)
+    return mean, std, lse, scores if made else scores.new_empty(0)

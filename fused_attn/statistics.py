@@ -14,46 +14,53 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Checker, argument, check_activation, check_number
+from ._checks import Checker, Table, argument, check_activation, check_flag, check_number, check_values
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, weights_of_rows
-from ._results import PLAIN, beside, check_wanted
+from ._results import PLAIN, Wanted, beside, check_wanted
 from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
 from .location import _unpack_jagged, check_score, check_sequences, one_context
 from .segments import Offsets, as_offsets
 
-_TABLES = {
-    packed: {
-        **{name: row for name, row in _SCORES[packed, "A"].items() if name != "score_bias"},
+
+def _table(packed: bool) -> Table:
+    rows = "N" if packed else "B T"
+    return {
+        **_SCORES[packed, "A"],
         "v": argument("A | A C", linear=True),
-        "value": argument(f"{'N' if packed else 'B T'} C", optional=True),
+        "value": argument(f"{rows} C", optional=True),
+        "score_bias": argument(f"{rows} | {rows} C", "bias", optional=True),
+        "weight": argument(f"{rows} | {rows} C", "bias", optional=True),
     }
-    for packed in (False, True)
-}
 
 
-def _fake(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
-    h, _, _, v, _, value, _, cu_seqlens, *_ = inputs
-    rows, (A, per_channel) = h.shape[:-1], (0, False) if v is None else (v.shape[0], v.dim() == 2)
+_TABLES = {packed: _table(packed) for packed in (False, True)}
+
+
+def _fake(inputs: StatisticsInputs, need_scores: bool, need_exact: bool, deviation: bool) -> tuple[Tensor, ...]:
+    h, v, cu_seqlens = inputs.h, inputs.v, inputs.cu_seqlens
+    rows, per_channel = h.shape[:-1], inputs.per_channel()
     seqs = h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    channels = (h if value is None else value).shape[-1]
+    channels = (h if inputs.value is None else inputs.value).shape[-1]
     hops = channels if per_channel else 1
     made = v is not None and (need_scores or not per_channel)
     features = features_dtype(h.dtype, inputs.activation) if per_channel else h.dtype
+    kept = v is not None and per_channel and not inputs.bare()
+    planes = 3 if not deviation else 7 if inputs.correction else 5
     return (
         h.new_empty(seqs, channels),
-        h.new_empty(seqs, channels),
+        h.new_empty((seqs, channels) if deviation else 0),
         h.new_empty(seqs, hops, 2, dtype=torch.float32),
         h.new_empty((*rows, hops) if made else 0, dtype=torch.float32),
-        h.new_empty((*rows, A) if per_channel and not inputs.bare() else 0, dtype=features),
-        h.new_empty((5, seqs, channels) if need_exact else 0, dtype=torch.float32),
+        h.new_empty((*rows, v.shape[0]) if kept and v is not None else 0, dtype=features),
+        h.new_empty((planes, seqs, channels) if need_exact else 0, dtype=torch.float32),
     )
 
 
 def _bwd(inputs: StatisticsInputs, *args: Any) -> list[Tensor | None]:
-    _mean, _std, *saved, dmean, dstd, dlse, dscores, _dx, _dexact, _, _, needs = args
+    _mean, _std, *saved, dmean, dstd, dlse, dscores, _dx, _dexact, _, _, _, needs = args
     run = launcher("statistics_bwd.statistics_bwd")
     return cast("list[Tensor | None]", run(inputs, *saved, dmean, dstd, dlse, dscores, needs))
 
@@ -61,9 +68,9 @@ def _bwd(inputs: StatisticsInputs, *args: Any) -> list[Tensor | None]:
 _STATISTICS = Operator(
     "statistics",
     StatisticsInputs,
-    differentiable="h w b v context value",
-    choices="bool need_scores, bool need_exact",
-    results="mean std lse scores x exact?need_exact",
+    differentiable="h w b v context value score_bias",
+    choices="bool need_scores, bool need_exact, bool deviation",
+    results="mean std?deviation lse scores x exact?need_exact",
     saved="mean std lse scores x exact",
     dense=2,
     forward=launcher("statistics.statistics_fwd"),
@@ -84,31 +91,40 @@ def statistics_pooling(
     *,
     context: Tensor | Sequence[Tensor] | None = None,
     value: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     activation: str = "tanh",
     mask: Tensor | None = None,
     cu_seqlens: Offsets | None = None,
+    deviation: bool = True,
+    correction: float = 0.0,
     floor: float = 1e-12,
+    ceiling: float | None = None,
+    eps: float = 0.0,
     return_weights: bool = False,
     return_log_weights: bool = False,
     return_scores: bool = False,
     return_lse: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""Mean and standard deviation of the frames of each sequence, weighted by an attention over the frames.
 
-    .. math:: u_j = act(h_j W + b + ctx_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c), \quad
+    .. math:: u_j = act(h_j W + b + ctx_j), \quad \alpha_{jc} = softmax_j(u_j \cdot v_c + \beta_{jc}), \quad
         \mu_c = \sum_j \alpha_{jc} x_{jc}, \quad
         \sigma_c = \sqrt{\max\big(\sum_j \alpha_{jc} (x_{jc} - \mu_c)^2, floor\big)}
 
     One :math:`v` weights the frames for all channels alike (attentive statistics pooling); a :math:`v_c` a channel
     weights them for each (ECAPA-TDNN). A bias of the score, after :math:`v`, would cancel in the softmax: there is
     none. Without `w` the features are act(h + b + ctx), of frames that were projected before, as where there is a
-    batch norm between: `value` says then what is pooled. Without `v` too all frames weigh the same (statistics
-    pooling, as in x-vectors).
+    batch norm between: `value` says then what is pooled. Without `v` too the scores are `score_bias`, and without
+    that all frames weigh the same (statistics pooling, as in x-vectors). Or the weights themselves are given.
 
     The variance is taken about the mean, not as a difference of squares: channels far from 0 lose nothing. Where it
     is at most `floor`, :math:`\sigma = \sqrt{floor}` is a constant and sends no gradient. A sequence without a
-    visible frame gives zeros for both, zero weights and zero gradients.
+    visible frame gives zeros for both, zero weights and zero gradients. In full
+
+    .. math:: \sigma_c = \sqrt{\min\Big(\max\Big(\frac{\sum_j \alpha_{jc} (x_{jc} - \mu_c)^2}
+        {1 - correction \sum_j \alpha_{jc}^2}, floor\Big), ceiling\Big) + eps}
 
     Parameters
     ----------
@@ -125,14 +141,29 @@ def statistics_pooling(
         which is needed where S = N. Or several of these, see `location_attention`.
     value
         What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
+    score_bias
+        Added to the scores, or all of them without `v`: ``(B, T)`` or ``(N,)``, with ``v (A, C)`` a number a channel,
+        ``(B, T, C)`` or ``(N, C)``; without `v` either. In the dtype of `h` or float32.
+    weight
+        Weights of at least 0 in place of a softmax, which are divided by their sum: ``(B, T)``, ``(N,)``, or one a
+        channel, ``(B, T, C)`` or ``(N, C)``. Without `v` and `score_bias`. Their sum must be a float32. Gradients go
+        to a weight of 0 too; where all are 0 a sequence is as if nothing of it were visible.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     cu_seqlens
         int32 ``(S + 1,)``: sequence s is the rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of `h`.
-    floor
-        Least variance, in the squared unit of the values; at least 0.
+    deviation
+        False: the mean alone, for which the variance is not made.
+    correction
+        Of the variance, at least 0. 1: the unbiased one, n / (n - 1) times that of n frames of one weight, and
+        divided by :math:`1 - \sum_j \alpha_{jc}^2` for frames that count as much as they weigh ("reliability
+        weights", as pyannote has them). 0 is the deviation of a frame that has all the weight, to about 1e-6.
+    floor, ceiling
+        Least and largest variance, in the squared unit of the values; at least 0. None: no largest one.
+    eps
+        Added to the variance under the root, after `floor` and `ceiling`.
     return_weights
         Return the weights too; they are differentiable. One a frame and channel are of the size of the values.
     return_log_weights, return_scores, return_lse
@@ -143,11 +174,12 @@ def statistics_pooling(
 
     Returns
     -------
-    tuple of Tensor
-        Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values.
+    Tensor or tuple of Tensor
+        Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values. The mean alone
+        without `deviation`, in a tuple if more is asked for.
         What is asked for follows, in the order weights, log weights, scores, lse. All but the last ``(B, T)`` or
-        ``(N,)``, with ``v (A, C)`` ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse
-        ``(B,)``, with ``v (A, C)`` ``(B, C)``.
+        ``(N,)``, with one a channel ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse ``(B,)``, of channels
+        ``(B, C)``. Of a `weight` there are weights alone.
 
     Raises
     ------
@@ -164,33 +196,51 @@ def statistics_pooling(
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
     wanted = check_wanted(return_weights, return_scores, return_lse, False, return_log_weights)
+    deviation = check_flag("deviation", deviation)
+    if weight is not None:
+        _check_weight_alone(v, score_bias, wanted)
+    linear, given = weight is not None, score_bias if weight is None else weight
     offsets = None
     if h.is_nested:
-        h, offsets, context, value, _, cu_seqlens = _unpack_jagged(h, context, value, None, mask, cu_seqlens)
+        name = "weight" if linear else "score_bias"
+        h, offsets, context, value, given, cu_seqlens = _unpack_jagged(
+            h, context, value, given, mask, cu_seqlens, bias_name=name
+        )
     context, context_per_row = _validate_statistics(
-        h, w, b, v, context, value, mask, cu_seqlens, activation, floor, jagged=offsets is not None
+        h, w, b, v, context, value, given, mask, cu_seqlens, activation, linear=linear, jagged=offsets is not None
     )
+    limits = check_limits(floor, ceiling, eps, correction, h.dtype)
     kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
-    inputs = StatisticsInputs(h, w, b, v, context, value, mask, cu_seqlens, activation, context_per_row, float(floor))
-    per_channel = v is not None and v.dim() == 2
+    structure = mask, cu_seqlens, activation, context_per_row
+    inputs = StatisticsInputs(h, w, b, v, context, value, given, *structure, *limits, linear)
+    per_channel = inputs.per_channel()
     weights: Tensor | None = None
     lse: Tensor | None = None
     scores: Tensor | None = None
     if kernel:
-        asked = may_ask(h, w, b, v, context, value)
-        mean, std, lse, scores, *_ = _STATISTICS(inputs, wanted.pairs and per_channel, asked)
+        asked = may_ask(h, w, b, v, context, value, given)
+        made = wanted.pairs and per_channel and v is not None
+        mean, std, lse, scores, *_ = _STATISTICS(inputs, made, asked, deviation)
     elif wanted.log_weights or wanted.scores or wanted.lse:
-        mean, std, lse, scores = _STATISTICS.formula(inputs)
+        mean, std, lse, scores = _STATISTICS.formula(inputs, deviation=deviation)
     else:
-        mean, std, weights = _STATISTICS.formula(inputs, weights_only=True)
+        mean, std, weights = _STATISTICS.formula(inputs, weights_only=True, deviation=deviation)
+    statistics = (mean, std) if deviation else (mean,)
     if wanted == PLAIN:
-        return mean, std
+        return statistics if deviation else mean
 
     if v is None and lse is not None and wanted.pairs:
-        scores = lse.new_zeros(*h.shape[:-1], 1)
-        scores = scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)
+        scores = lse.new_zeros(*h.shape[:-1], 1) if given is None else given.to(lse.dtype)
+        scores = scores if scores.dim() == h.dim() else scores[..., None]
+        scores = scores if mask is None else scores.masked_fill(~mask[..., None], 0 if linear else -torch.inf)
     log_weights: Tensor | None = None
-    if scores is not None and lse is not None:
+    if linear and wanted.weights and weights is None:
+        assert scores is not None
+        assert lse is not None
+        total = lse[..., 1]
+        total = total[:, None] if cu_seqlens is None else total[reference.segment_ids(cu_seqlens, h.shape[0])]
+        weights = (scores / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0)
+    elif scores is not None and lse is not None:
         if wanted.weights:
             weights = weights_of_rows(scores, lse, cu_seqlens)
         if wanted.log_weights:
@@ -204,7 +254,33 @@ def statistics_pooling(
 
     lse = lse if lse is None or per_channel else lse.squeeze(1)
     pairs = weights if wanted.weights else None, scores if wanted.scores else None, log_weights
-    return mean, std, *beside(wanted, h.dtype, lse, *map(frames, pairs))
+    return *statistics, *beside(wanted, h.dtype, lse, *map(frames, pairs))
+
+
+def _check_weight_alone(v: Tensor | None, score_bias: Tensor | None, wanted: Wanted) -> None:
+    """Raise for what does not go with weights that are given."""
+    for name, x in (("v", v), ("score_bias", score_bias)):
+        if x is not None:
+            raise ValueError(f"{name}: expected None with weight, which is in place of a softmax; got a tensor")
+    for name in ("log_weights", "scores", "lse"):
+        if getattr(wanted, name):
+            raise ValueError(f"return_{name}: expected False with weight, which is in place of a softmax; got True")
+
+
+def check_limits(
+    floor: float, ceiling: float | None, eps: float, correction: float, dtype: torch.dtype
+) -> tuple[float, float, float, float]:
+    """(floor, ceiling, eps, correction), checked."""
+    anything = "a finite number of at least 0"
+    floor = check_number("floor", floor, anything, 0.0, math.inf)
+    eps = check_number("eps", eps, anything, 0.0, math.inf)
+    correction = check_number("correction", correction, anything, 0.0, math.inf)
+    if ceiling is not None:
+        ceiling = check_number("ceiling", ceiling, f"a finite number of at least the floor, {floor}", floor, math.inf)
+    for name, x in (("floor", floor), ("ceiling", ceiling), ("eps", eps)):
+        if x is not None and math.sqrt(x + eps) > torch.finfo(dtype).max:
+            raise ValueError(f"{name}: expected a number whose root {dtype} holds; got {x}")
+    return floor, math.inf if ceiling is None else ceiling, eps, correction
 
 
 def _validate_statistics(
@@ -214,14 +290,15 @@ def _validate_statistics(
     v: Tensor | None,
     context: Tensor | Sequence[Tensor] | None,
     value: Tensor | None,
+    given: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     activation: str,
-    floor: float,
     *,
+    linear: bool,
     jagged: bool,
 ) -> tuple[Tensor | None, bool]:
-    """Check every argument; return what `one_context` makes of the context."""
+    """Check every tensor, `given` as score_bias or weight; return what `one_context` makes of the context."""
     if w is not None and v is None:
         raise ValueError("v: expected a tensor with w; got None")
     check = Checker(_TABLES[cu_seqlens is not None])
@@ -233,14 +310,19 @@ def _validate_statistics(
     else:
         check("value", value)
     if v is None:
-        for name, given in (("b", b), ("context", context)):
-            if given is not None:
+        for name, x in (("b", b), ("context", context)):
+            if x is not None:
                 raise ValueError(f"{name}: expected None without v, all frames weigh the same; got a tensor")
         check_activation("activation", activation)
     else:
         check_score(check, h, w, b, v, None, None, activation, "identity")
     check("mask", mask)
-    least = check_number("floor", floor, "a finite number of at least 0", 0.0, math.inf)
-    if math.sqrt(least) > torch.finfo(h.dtype).max:
-        raise ValueError(f"floor: expected a number whose root {h.dtype} holds; got {floor}")
+    name = "weight" if linear else "score_bias"
+    check(name, given)
+    if given is not None and v is not None and (given.dim() == h.dim()) != (v.dim() == 2):
+        one = "channel, as v" if v.dim() == 2 else "frame, as v is one for all channels"
+        raise ValueError(f"{name}: expected one number a {one}; got shape {tuple(given.shape)}")
+    if given is not None and linear:
+        bad = given < 0 if mask is None else (given < 0) & (mask if given.dim() < h.dim() else mask[..., None])
+        check_values("weight", given, ~bad.any(), "no negative weight")
     return one_context(check, context, h, cu_seqlens)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SPREAD = 1e-6
+"""Of 1 - c Σα², by which a variance is divided: at most so much, but for its rounding a frame has all the weight."""
+
 
 def features_dtype(dtype: torch.dtype, *activations: str) -> torch.dtype:
     """What holds the features of a score: float16 has no room for them past 65,504."""
@@ -161,17 +164,28 @@ class StatisticsInputs(NamedTuple):
     v: Tensor | None  # (A,): one weight a frame; (A, C): one a channel; None, and then no w, b and context: all alike
     context: Tensor | None  # (S, A), or a vector a row: see context_per_row
     value: Tensor | None  # (B, T, C) or (N, C); None: h
+    score_bias: Tensor | None  # (B, T) or (N,), with v (A, C) and, if one is given, a channel: (B, T, C) or (N, C)
     mask: Tensor | None  # bool (B, T) or (N,)
     cu_seqlens: Tensor | None  # (S + 1,)
     activation: str
     context_per_row: bool
     floor: float
+    ceiling: float
+    eps: float
+    correction: float
+    linear: bool  # whether score_bias is the weights, but for their sum; then no v
+
+    def per_channel(self) -> bool:
+        """Whether there is a weight a frame and channel."""
+        last = self.score_bias if self.v is None else self.v
+        return last is not None and last.dim() == (self.h.dim() if self.v is None else 2)
 
     def score(self) -> LocationInputs:
         """What makes the scores of frames, a channel a hop."""
         v = self.v if self.v is None or self.v.dim() == 2 else self.v[:, None]
         structure = self.mask, self.cu_seqlens, None, self.activation, "identity", 0.0, self.context_per_row
-        return LocationInputs(self.h, self.w, self.b, v, None, None, self.context, None, None, *structure)
+        bias = None if self.per_channel() else self.score_bias
+        return LocationInputs(self.h, self.w, self.b, v, None, None, self.context, None, bias, *structure)
 
     def bare(self) -> bool:
         """Whether the features of a score a channel are h as it is."""

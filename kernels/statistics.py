@@ -61,7 +61,7 @@ from .chip import (
     unit,
     unpressed,
 )
-from .inputs import StatisticsInputs, features_dtype
+from .inputs import SPREAD, StatisticsInputs, features_dtype
 from .location import features_flags, location_fwd
 from .masks import Items, Spans, items_of, locate, partition, unmasked
 from .products import add_product
@@ -70,6 +70,7 @@ from .tiles import load_rows, store_rows
 
 PIECE = tl.constexpr(1024)
 """Scores that are looked at in one step for their maximum, of one weight a frame."""
+ALONE = tl.constexpr(SPREAD)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -102,22 +103,29 @@ def channel_scores(
 
 
 @triton.jit
-def hide(s, keep):
+def hide(s, keep, HIDDEN: tl.constexpr = float("-inf")):
     """Scores [BLOCK_C, BLOCK_T], -inf where a frame is not seen.
 
     Which frames are is loaded once, by few threads. Otherwise each thread would load it for all frames of its own.
     """
-    return tl.where((made_once(keep.to(tl.int32)) != 0)[None, :], s, float("-inf"))
+    return tl.where((made_once(keep.to(tl.int32)) != 0)[None, :], s, HIDDEN)
 
 
 @triton.jit
-def frame_scores(x, seq, rows, keep):
-    """s_j for a tile of frames, [1, BLOCK_T]; -inf where a frame is not seen."""
+def frame_scores(x, seq, rows, keep, LINEAR: tl.constexpr):
+    """s_j for a tile of frames, [1, BLOCK_T]; where a frame is not seen -inf, or 0 of LINEAR ones."""
+    hidden: tl.constexpr = 0.0 if LINEAR else float("-inf")
     if x.ptr is None:
-        s = tl.where(keep, 0.0, float("-inf"))
+        s = tl.where(keep, 0.0, hidden)
     else:
-        s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=float("-inf"))
+        s = tl.load(entry_ptr(x, seq, rows), mask=keep, other=hidden).to(tl.float32)
     return s[None, :]
+
+
+@triton.jit
+def given_scores(bias, seq, rows, keep, c, size):
+    """Tile [BLOCK_C, BLOCK_T] of scores that are given, or of a bias of them; 0 where a frame is not seen."""
+    return tl.trans(load_rows(sequence_ptr(bias, seq, rows), keep, c, size.C)).to(tl.float32)
 
 
 @triton.jit
@@ -127,7 +135,7 @@ def load_channels(v, a, c, size):
 
 
 @triton.jit
-def _moments(p, x, FINE: tl.constexpr):
+def _moments(p, x, FINE: tl.constexpr, DEVIATION: tl.constexpr):
     """(l, mean, M) over the second axis of x [BLOCK_C, BLOCK, ...] with the weights p, which broadcast to it.
 
     The mean must be one number wherever it is used, for r is its rounding and no other's. + 0: a product alone the
@@ -139,37 +147,56 @@ def _moments(p, x, FINE: tl.constexpr):
     mean = tl.sum(rounded_product(p, x) if FINE else p * x, axis=1) * inv + 0.0
     e = x - tl.expand_dims(mean, 1)
     r = tl.sum(p * e, axis=1) * inv
-    e -= tl.expand_dims(r, 1)
-    return l, mean.to(tl.float64) + r.to(tl.float64), tl.sum(p * e * e, axis=1).to(tl.float32)
+    if DEVIATION:
+        e -= tl.expand_dims(r, 1)
+        sq = tl.sum(p * e * e, axis=1).to(tl.float32)
+    else:
+        sq = tl.zeros(mean.shape, tl.float32)
+    return l, mean.to(tl.float64) + r.to(tl.float64), sq
 
 
 @triton.jit
-def _join(l_a, mean_a, sq_a, l_b, mean_b, sq_b):
+def _join(l_a, mean_a, sq_a, l_b, mean_b, sq_b, DEVIATION: tl.constexpr):
     """(l, mean, M) of the frames of both, which have one pivot; one of them, or both, may have seen none."""
     l = l_a + l_b
     # Exactly 1 where a has seen nothing, which l_b / l_b need not be: delta is then all of the mean.
     share = tl.where(l_a == 0, 1.0, l_b / tl.where(l > 0, l, 1.0))
     delta = mean_b - mean_a
     mean = mean_a + delta * share.to(tl.float64)
-    delta = delta.to(tl.float32)
-    return l, mean, sq_a + sq_b + delta * delta * l_a * share
+    if DEVIATION:
+        delta = delta.to(tl.float32)
+        sq_a = sq_a + sq_b + delta * delta * l_a * share
+    return l, mean, sq_a
 
 
 @triton.jit
-def _join_pivots(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b):
+def _join_pivots(m_a, l_a, mean_a, sq_a, m_b, l_b, mean_b, sq_b, DEVIATION: tl.constexpr):
     """The state of the frames of both."""
     m = tl.maximum(m_a, m_b)
     alpha = power(m_a - pivot(m), True, False)
     beta = power(m_b - pivot(m), True, False)
-    l, mean, sq = _join(l_a * alpha, mean_a, sq_a * alpha, l_b * beta, mean_b, sq_b * beta)
+    if DEVIATION:
+        sq_a = sq_a * alpha
+    l, mean, sq = _join(l_a * alpha, mean_a, sq_a, l_b * beta, mean_b, sq_b * beta, DEVIATION)
     return m, l, mean, sq
 
 
 @triton.jit
-def _join_all(l, mean, sq):
+def _join_all(l, mean, sq, DEVIATION: tl.constexpr):
     """(l, mean, M) of the frames of many states with one pivot, which are the second axis."""
-    l, mean, between = _moments(l, mean, False)
-    return l, mean, between + tl.sum(sq, axis=1)
+    l, mean, between = _moments(l, mean, False, DEVIATION)
+    if DEVIATION:
+        between += tl.sum(sq, axis=1)
+    return l, mean, between
+
+
+@triton.jit
+def _join_squares(m_a, squares_a, m_b, squares_b):
+    """Σ p² of the frames of both, which have pivots of their own."""
+    m = pivot(tl.maximum(m_a, m_b))
+    alpha = power(m_a - m, True, False)
+    beta = power(m_b - m, True, False)
+    return squares_a * alpha * alpha + squares_b * beta * beta
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +205,7 @@ def _join_all(l, mean, sq):
 
 
 @triton.jit
-def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks):
+def _walk_channels(x, v, bias, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks):
     """A weight a channel: the state of the channels c after the frames [lo, hi)."""
     fine: tl.constexpr = values.ptr.dtype.element_ty == tl.float32
     a = tl.arange(0, blocks.A)
@@ -187,6 +214,7 @@ def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, siz
     l = tl.zeros([blocks.C], tl.float32)
     mean = tl.zeros([blocks.C], tl.float64)
     sq = tl.zeros([blocks.C], tl.float32)
+    squares = tl.zeros([blocks.C], tl.float32)
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         rows = (start + t).to(tl.int64)
@@ -195,17 +223,59 @@ def _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, siz
         y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
         x_ptrs = sequence_ptr(x, seq, rows)
         u = load_rows(x_ptrs, keep, a, size.A)
-        s = hide(channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A), keep)
+        s = channel_scores(x_ptrs, keep, u, v_tile, v, c, size, flags, blocks.A)
+        if bias.ptr is not None:
+            s += given_scores(bias, seq, rows, keep, c, size)
+        s = hide(s, keep)
         if scores_ptr is not None:
             store_rows(scores_ptr + (seq * T + rows) * size.C, tl.trans(s), t < hi, c, size.C)
         m_tile = tl.max(s, axis=1)
-        l_tile, mean_tile, sq_tile = _moments(power(s - pivot(m_tile)[:, None], True, False), y, fine)
-        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
-    return m, l, mean, sq
+        p = power(s - pivot(m_tile)[:, None], True, False)
+        l_tile, mean_tile, sq_tile = _moments(p, y, fine, flags.DEVIATION)
+        if flags.CORRECTED:
+            squares = _join_squares(m, squares, m_tile, tl.sum(p * p, axis=1))
+        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile, flags.DEVIATION)
+    return m, l, mean, sq, squares
 
 
 @triton.jit
-def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks):
+def _walk_given(bias, values, mask, seq, start, lo, hi, c, size, flags, blocks):
+    """A weight a channel that is given: the state of the channels c after the frames [lo, hi).
+
+    `walks` threads share the frames of a channel, as in `_walk_frames`, with pivots of their own: 0 of LINEAR ones.
+    """
+    fine: tl.constexpr = values.ptr.dtype.element_ty == tl.float32
+    m = tl.full([blocks.C, blocks.walks], float("-inf"), tl.float32)
+    l = tl.zeros([blocks.C, blocks.walks], tl.float32)
+    mean = tl.zeros([blocks.C, blocks.walks], tl.float64)
+    sq = tl.zeros([blocks.C, blocks.walks], tl.float32)
+    squares = tl.zeros([blocks.C, blocks.walks], tl.float32)
+    for t0 in range(lo, hi, blocks.T):
+        t = t0 + tl.arange(0, blocks.T)
+        rows = (start + t).to(tl.int64)
+        keep = unmasked(mask, seq, rows, t < hi)
+        y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
+        y = tl.reshape(y, [blocks.C, blocks.T // blocks.walks, blocks.walks])
+        p = given_scores(bias, seq, rows, keep, c, size)
+        if flags.LINEAR:
+            p = tl.reshape(hide(p, keep, 0.0), y.shape)
+            m_tile = tl.where(tl.sum(p, axis=1) == 0, float("-inf"), 0.0)
+        else:
+            s = tl.reshape(hide(p, keep), y.shape)
+            m_tile = tl.max(s, axis=1)
+            p = power(s - tl.expand_dims(pivot(m_tile), 1), True, False)
+        l_tile, mean_tile, sq_tile = _moments(p, y, fine, flags.DEVIATION)
+        if flags.CORRECTED:
+            squares = _join_squares(m, squares, m_tile, tl.sum(p * p, axis=1))
+        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile, flags.DEVIATION)
+    top = tl.max(m, axis=1)
+    weight = power(m - pivot(top)[:, None], True, False)
+    l, mean, sq = _join_all(l * weight, mean, sq * weight, flags.DEVIATION)
+    return top, l, mean, sq, tl.sum(squares * weight * weight, axis=1)
+
+
+@triton.jit
+def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, flags, blocks):
     """One weight a frame: the state of the channels c after the frames [lo, hi), m and l of the shape [1].
 
     The scores are few: their maximum comes first, and no sum is ever scaled. `walks` threads share the frames of a
@@ -216,28 +286,37 @@ def _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks):
     for t0 in range(lo, hi, PIECE):
         t = t0 + tl.arange(0, PIECE)
         rows = (start + t).to(tl.int64)
-        m = tl.maximum(m, tl.max(frame_scores(x, seq, rows, unmasked(mask, seq, rows, t < hi)), axis=1))
+        s = frame_scores(x, seq, rows, unmasked(mask, seq, rows, t < hi), flags.LINEAR)
+        m = tl.maximum(m, tl.max(tl.where(s == 0, float("-inf"), 0.0) if flags.LINEAR else s, axis=1))
     l = tl.zeros([blocks.C, blocks.walks], tl.float32)  # of each channel the same, so that it is where the means are
     mean = tl.zeros([blocks.C, blocks.walks], tl.float64)
     sq = tl.zeros([blocks.C, blocks.walks], tl.float32)
+    squares = tl.zeros([blocks.C, blocks.walks], tl.float32)
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         rows = (start + t).to(tl.int64)
         keep = unmasked(mask, seq, rows, t < hi)
         y = tl.trans(load_rows(sequence_ptr(values, seq, rows), keep, c, size.C)).to(tl.float32)
-        p = made_once(tl.max(power(frame_scores(x, seq, rows, keep) - pivot(m)[:, None], True, False), axis=0))
+        p = frame_scores(x, seq, rows, keep, flags.LINEAR)
+        if not flags.LINEAR:
+            p = power(p - pivot(m)[:, None], True, False)
+        p = made_once(tl.max(p, axis=0))
         p = tl.reshape(tl.broadcast_to(p[None, :], y.shape), [blocks.C, blocks.T // blocks.walks, blocks.walks])
-        l_tile, mean_tile, sq_tile = _moments(p, tl.reshape(y, p.shape), fine)
-        l, mean, sq = _join(l, mean, sq, l_tile, mean_tile, sq_tile)
-    l = tl.where(sq < 0, 0.0, l)  # as it is. Without a look at sq, it was made in another layout too.
-    l, mean, sq = _join_all(l, mean, sq)
-    return m, tl.max(l[None, :], axis=1), mean, sq
+        l_tile, mean_tile, sq_tile = _moments(p, tl.reshape(y, p.shape), fine, flags.DEVIATION)
+        if flags.CORRECTED:
+            squares += tl.sum(p * p, axis=1)
+        l, mean, sq = _join(l, mean, sq, l_tile, mean_tile, sq_tile, flags.DEVIATION)
+    if flags.DEVIATION:
+        l = tl.where(sq < 0, 0.0, l)  # as it is. Without a look at sq, it was made in another layout too.
+    l, mean, sq = _join_all(l, mean, sq, flags.DEVIATION)
+    return m, tl.max(l[None, :], axis=1), mean, sq, tl.sum(squares, axis=1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_fwd_kernel(
     x,  # features u (B, T, A) or (N, A); without v scores (B, T) or (N,), or None: they are 0
-    v,  # (A, C), or None: one weight a frame
+    v,  # (A, C), or None
+    bias,  # (B, T, C) or (N, C), added to the scores of channels, or all there is of them; or None
     values,  # (B, T, C) or (N, C)
     mask,  # (B, T), (N,) or None
     spans,
@@ -261,43 +340,66 @@ def _statistics_fwd_kernel(
         r = c
         R = size.C
         own = c < R
-        m, l, mean, sq = _walk_channels(x, v, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks)
+        if v.ptr is None:
+            m, l, mean, sq, squares = _walk_given(bias, values, mask, seq, start, lo, hi, c, size, flags, blocks)
+        else:
+            m, l, mean, sq, squares = _walk_channels(
+                x, v, bias, values, mask, scores_ptr, seq, start, lo, hi, c, T, size, flags, blocks
+            )
     else:
         r = tl.arange(0, 1)
         R = 1
         own = (r < R) & (block == 0)
-        m, l, mean, sq = _walk_frames(x, values, mask, seq, start, lo, hi, c, size, blocks)
+        m, l, mean, sq, squares = _walk_frames(x, values, mask, seq, start, lo, hi, c, size, flags, blocks)
     if parts.m is None:
-        _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, own)
+        _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, squares, own, flags)
     else:
         at = item.to(tl.int64) * size.C + c
         tl.store(parts.mean + at, mean, mask=c < size.C)
-        tl.store(parts.sq + at, sq, mask=c < size.C)
+        if flags.DEVIATION:
+            tl.store(parts.sq + at, sq, mask=c < size.C)
+        if flags.CORRECTED:
+            tl.store(parts.squares + at, squares, mask=c < size.C)
         tl.store(parts.m + item.to(tl.int64) * R + r, m, mask=own)
         tl.store(parts.l + item.to(tl.int64) * R + r, l, mask=own)
 
 
 @triton.jit
-def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, own):
+def _store_statistics(result, seq, num_seqs, c, C, r, R, m, l, mean, sq, squares, own, flags):
     """The statistics of the channels c of a sequence, and its (m, l) where it is this program's `own`."""
     at = seq * C + c
     write = c < C
     inv = finish(l)
-    var = sq * inv
-    low = var <= result.floor  # then a constant; NaN stays NaN
-    root = tl.sqrt_rn(tl.where(low, 1.0, var))
-    std = tl.where(low, result.least, root)
-    std = tl.where(m == float("-inf"), 0.0, std)  # no frame is visible
     near = mean.to(tl.float32)
+    plane = num_seqs.to(tl.int64) * C
     tl.store(result.mean + at, near.to(result.mean.dtype.element_ty), mask=write)
-    tl.store(result.std + at, std.to(result.std.dtype.element_ty), mask=write)
     if result.exact is not None:
-        plane = num_seqs.to(tl.int64) * C
         tl.store(result.exact + at, near, mask=write)
         tl.store(result.exact + plane + at, (mean - near.to(tl.float64)).to(tl.float32), mask=write)
-        tl.store(result.exact + 2 * plane + at, var, mask=write)
-        tl.store(result.exact + 3 * plane + at, tl.where(low, 0.0, tl.div_rn(0.5, root)), mask=write)
-        tl.store(result.exact + 4 * plane + at, tl.broadcast_to(inv, at.shape), mask=write)
+        tl.store(result.exact + 2 * plane + at, tl.broadcast_to(inv, at.shape), mask=write)
+    if flags.DEVIATION:
+        biased = sq * inv
+        var = biased
+        if flags.CORRECTED:
+            share = squares * inv * inv
+            room = 1.0 - result.correction * share
+            alone = room <= ALONE
+            scale = tl.where(alone, 0.0, tl.div_rn(1.0, tl.where(alone, 1.0, room)))
+            var = biased * scale
+        low = var <= result.floor  # then a constant; NaN stays NaN
+        high = var >= result.ceiling
+        root = tl.sqrt_rn(tl.where(low | high, 1.0, var + result.eps))
+        std = tl.where(low, result.least, tl.where(high, result.most, root))
+        std = tl.where(m == float("-inf"), 0.0, std)  # no frame is visible
+        tl.store(result.std + at, std.to(result.std.dtype.element_ty), mask=write)
+        if result.exact is not None:
+            slope = tl.where(low | high, 0.0, tl.div_rn(0.5, root))
+            if flags.CORRECTED:
+                slope *= scale
+                tl.store(result.exact + 5 * plane + at, 2.0 * slope * var * result.correction, mask=write)
+                tl.store(result.exact + 6 * plane + at, share, mask=write)
+            tl.store(result.exact + 3 * plane + at, biased, mask=write)
+            tl.store(result.exact + 4 * plane + at, slope, mask=write)
     store_lse(result.lse + (seq * R + r) * 2, m, l, own)
 
 
@@ -323,6 +425,7 @@ def _statistics_merge_kernel(
     l = tl.zeros([r.shape[0]], tl.float32)
     mean = tl.zeros([blocks.C], tl.float64)
     sq = tl.zeros([blocks.C], tl.float32)
+    squares = tl.zeros([blocks.C], tl.float32)
     for i0 in range(lo, hi, blocks.T):
         item = i0 + tl.arange(0, blocks.T)
         m_i = tl.trans(load_rows(parts.m + item * R, item < hi, r, R))
@@ -331,13 +434,18 @@ def _statistics_merge_kernel(
         m_tile = tl.max(m_i, axis=1)
         weight = power(m_i - pivot(m_tile)[:, None], True, False)
         mean_i = tl.trans(load_rows(parts.mean + item * size.C, item < hi, c, size.C))
-        sq_i = tl.trans(load_rows(parts.sq + item * size.C, item < hi, c, size.C))
-        l_tile, mean_tile, sq_tile = _join_all(weight * l_i, mean_i, weight * sq_i)
-        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile)
+        sq_i = tl.zeros(mean_i.shape, tl.float32)
+        if flags.DEVIATION:
+            sq_i = tl.trans(load_rows(parts.sq + item * size.C, item < hi, c, size.C))
+        l_tile, mean_tile, sq_tile = _join_all(weight * l_i, mean_i, weight * sq_i, flags.DEVIATION)
+        if flags.CORRECTED:
+            squares_i = tl.trans(load_rows(parts.squares + item * size.C, item < hi, c, size.C))
+            squares = _join_squares(m, squares, m_tile, tl.sum(weight * weight * squares_i, axis=1))
+        m, l, mean, sq = _join_pivots(m, l, mean, sq, m_tile, l_tile, mean_tile, sq_tile, flags.DEVIATION)
     own = r < R
     if not flags.PER_CHANNEL:
         own = own & (tl.program_id(1) == 0)
-    _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, own)
+    _store_statistics(result, seq, num_seqs, c, size.C, r, R, m, l, mean, sq, squares, own, flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,9 +466,10 @@ class Blocks(NamedTuple):
 
 @rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
-    """Tiles of the forward; A is 0 for one weight a frame. 8192 elements a tile are 32 registers of 8 warps.
+    """Tiles of the forward; A is 0 for weights that no product makes.
 
-    Chosen by the compile report (no spills, shared memory within the chip).
+    8192 elements a tile are 32 registers of 8 warps. Chosen by the compile report (no spills, shared memory within
+    the chip).
     """
     if A == 0:  # a thread has a vector of channels, and eight frames or more
         vector = 16 // itemsize if even(C) else 1
@@ -387,11 +496,24 @@ class Result(NamedTuple):
     """What the forward leaves, R = C with a weight a channel and 1 with one a frame."""
 
     mean: Tensor  # (S, C), as the values
-    std: Tensor
+    std: Tensor | None
     lse: Tensor  # (S, R, 2) float32: (m, l), see softmax.py
-    exact: Tensor | None  # (5, S, C) float32, or none: mean in two parts, variance, dvar / dstd, 1 / l
+    exact: Tensor | None  # (planes, S, C) float32, or none: see `planes`
     floor: float  # of the variance
-    least: float  # its root
+    least: float  # the deviation there
+    ceiling: float
+    most: float
+    eps: float
+    correction: float
+
+
+def planes(inputs: StatisticsInputs, deviation: bool) -> int:
+    """Numbers a channel that the forward leaves the backward.
+
+    The mean in two parts and 1 / l; of a deviation the variance V and dstd / dV; of a corrected one also
+    2 dstd / dΣα² and Σα².
+    """
+    return 3 if not deviation else 7 if inputs.correction else 5
 
 
 class Parts(NamedTuple):
@@ -399,12 +521,13 @@ class Parts(NamedTuple):
 
     mean: Tensor | None = None  # (items, C) float64
     sq: Tensor | None = None  # M (items, C) float32
+    squares: Tensor | None = None  # Σ p² (items, C) float32, where the variance is corrected
     m: Tensor | None = None  # (items, R) float32
     l: Tensor | None = None
 
 
 class Size(NamedTuple):
-    """Features, or 0 for one weight a frame, and channels."""
+    """Features, or 0 for weights that no product makes, and channels."""
 
     A: int
     C: int
@@ -414,6 +537,9 @@ class Flags(NamedTuple):
     """What kernels are compiled for."""
 
     PER_CHANNEL: bool
+    DEVIATION: bool
+    CORRECTED: bool  # the variance, by Σα²
+    LINEAR: bool  # what is given are weights, not scores
     FMA: bool
     COMPUTE: object
     PRECISION: str
@@ -439,19 +565,24 @@ class Call(NamedTuple):
         return items
 
 
-def prepare(inputs: StatisticsInputs, x: Tensor | None) -> Call:
+def prepare(inputs: StatisticsInputs, x: Tensor | None, deviation: bool) -> Call:
     """x: features, scores of frames (B, T, 1) or (N, 1), or None."""
-    values, v, mask, cu_seqlens = inputs.h if inputs.value is None else inputs.value, inputs.v, *inputs[6:8]
+    values, v, bias = inputs.h if inputs.value is None else inputs.value, inputs.v, inputs.score_bias
+    mask, cu_seqlens, per_channel = inputs.mask, inputs.cu_seqlens, inputs.per_channel()
     chip, packed = chip_of(values.device), cu_seqlens is not None
     v = None if v is None or v.dim() == 1 else unit(v)
     values, cu_seqlens = unit(values), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     size = Size(0 if v is None else v.shape[0], values.shape[-1])
     seqs, length = (cu_seqlens.numel() - 1, values.shape[0]) if packed else values.shape[:2]
     activations = () if inputs.bare() else (inputs.activation,)
-    flags = Flags(v is not None, chip.backend != "interpreter", *features_flags(chip, values.dtype, *activations))
-    frame = None if x is None or v is not None else x.squeeze(-1)
+    flags = Flags(
+        per_channel, deviation, deviation and inputs.correction > 0, inputs.linear, chip.backend != "interpreter",
+        *features_flags(chip, values.dtype, *activations),
+    )  # fmt: skip
+    frame = bias if inputs.v is None else x if x is None or per_channel else x.squeeze(-1)
     args = {
-        "x": entries(frame, packed=packed) if v is None else sequences(x, packed=packed),
+        "x": sequences(x, packed=packed) if per_channel else entries(frame, packed=packed),
+        "bias": sequences(unit(bias) if per_channel else None, packed=packed),
         "v": Matrix(v, 0 if v is None else v.stride(0)),
         "values": sequences(values, packed=packed),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
@@ -462,55 +593,62 @@ def prepare(inputs: StatisticsInputs, x: Tensor | None) -> Call:
     return Call(seqs, length, size, chip, flags, cu_seqlens, args)
 
 
-def features_of(inputs: StatisticsInputs, x: Tensor | None) -> Tensor:
-    """The features of a score a channel, `x` where they were made."""
-    return unit(inputs.h) if x is None or inputs.bare() else x
+def features_of(inputs: StatisticsInputs, x: Tensor | None) -> Tensor | None:
+    """The features of a score a channel, `x` where they were made; None without v."""
+    return None if inputs.v is None else unit(inputs.h) if inputs.bare() else x
 
 
-def floors(floor: float) -> tuple[float, float]:
-    """The least variance and its root, which float32 may hold where it does not hold the variance."""
-    return floor if floor <= torch.finfo(torch.float32).max else math.inf, math.sqrt(floor)
+def limits(inputs: StatisticsInputs) -> tuple[float, ...]:
+    """The least and the largest variance, each with its deviation, which float32 may hold where not the variance."""
+    ends = inputs.floor, inputs.ceiling
+    pairs = ((x if x <= torch.finfo(torch.float32).max else math.inf, math.sqrt(x + inputs.eps)) for x in ends)
+    return (*(x for pair in pairs for x in pair), inputs.eps, inputs.correction)
 
 
-def statistics_fwd(inputs: StatisticsInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+def statistics_fwd(
+    inputs: StatisticsInputs, need_scores: bool, need_exact: bool, deviation: bool
+) -> tuple[Tensor, ...]:
     """(mean, std, lse, scores) as `fused_attn.reference.statistics_pooling` has them, features u and `Result.exact`.
 
     The scores of one weight a frame are always there, of one a channel where they are needed; the features of these
     where they are not h. What is not there is empty.
     """
     values = inputs.h if inputs.value is None else inputs.value
-    score, per_channel = inputs.score(), inputs.v is not None and inputs.v.dim() == 2
+    score, per_channel = inputs.score(), inputs.per_channel()
     scores = x = None
-    if per_channel and not inputs.bare():
+    if inputs.v is not None and per_channel and not inputs.bare():
         x = location_fwd(score._replace(v=None), False, False, features_dtype(values.dtype, inputs.activation))[2]
     elif inputs.v is not None and not per_channel:
         scores = location_fwd(score, False, False)[2]
-    call = prepare(inputs, features_of(inputs, x) if per_channel else scores)
+    call = prepare(inputs, features_of(inputs, x) if per_channel else scores, deviation)
     seqs, (A, C) = call.seqs, call.size
     R = C if per_channel else 1
-    if per_channel:
-        scores = values.new_empty(values.shape if need_scores else 0, dtype=torch.float32)
-    mean, std = (values.new_empty(seqs, C) for _ in range(2))
-    exact = values.new_empty((5, seqs, C) if need_exact else 0, dtype=torch.float32)
+    need_scores = need_scores and per_channel and inputs.v is not None
+    if need_scores:
+        scores = torch.empty_like(values, dtype=torch.float32, memory_format=torch.contiguous_format)
+    mean, std = values.new_empty(seqs, C), values.new_empty((seqs, C) if deviation else 0)
+    exact = values.new_empty((planes(inputs, deviation), seqs, C) if need_exact else 0, dtype=torch.float32)
     lse = new_lse(seqs, R, device=values.device)
     results = mean, std, lse, *(values.new_empty(0) if y is None else y for y in (scores, x)), exact
     if seqs == 0 or call.length == 0:
         return mean.zero_(), std.zero_(), no_key(lse), *results[3:5], exact.zero_()
 
     longest = call.length if inputs.cu_seqlens is None else LONG
-    blocks = fwd_blocks(call.chip, (values if x is None else x).element_size(), longest, C, A)
+    read = values if x is None else x, inputs.score_bias if per_channel and A == 0 else None
+    itemsize = max(y.element_size() for y in read if y is not None)
+    blocks = fwd_blocks(call.chip, itemsize, longest, C, A)
     channel_blocks = cdiv(C, blocks.C)
     rows = _rows_per_item(call, inputs.cu_seqlens is not None, channel_blocks, blocks.T)
     items = call.items(rows, blocks)
     parts, alone = Parts(), items.per_seq == 1
     if not alone:
         new = functools.partial(torch.empty, dtype=torch.float32, device=values.device)
-        of_channels = new(items.count, C, dtype=torch.float64), new(items.count, C)
-        parts = Parts(*of_channels, *(new(items.count, R) for _ in range(2)))
+        sums = (new(items.count, C) if asked else None for asked in (deviation, call.flags.CORRECTED))
+        parts = Parts(new(items.count, C, dtype=torch.float64), *sums, *(new(items.count, R) for _ in range(2)))
     args = call.args | {
-        "result": Result(mean, std, lse, exact if need_exact else None, *floors(inputs.floor)),
+        "result": Result(mean, std if deviation else None, lse, exact if need_exact else None, *limits(inputs)),
         "parts": parts,
-        "scores_ptr": scores if per_channel and need_scores else None,
+        "scores_ptr": scores if need_scores else None,
         "rows_per_item": rows,
         "rows": rows,
     }

@@ -282,6 +282,25 @@ def _statistics_and_graph() -> None:
         lambda B, T: {"h": r(B, T, 4), "v": r(4, 2), "value": r(B, T, 2)},
     )
     add(
+        "statistics of scores a channel, the mean",
+        lambda i, **t: statistics_pooling(**t, deviation=False, impl=i),
+        lambda B, T: {"h": r(B, T, 4), "score_bias": r(B, T, 4)},
+    )
+    add(
+        "statistics of weights, all options",
+        lambda i, c, weight, **t: statistics_pooling(
+            **t,
+            weight=weight.square(),
+            cu_seqlens=c,
+            correction=0.5,
+            ceiling=9.0,
+            eps=0.1,
+            return_weights=True,
+            impl=i,
+        ),
+        lambda B, T: {"h": r(B * T, 4), "weight": r(B * T), "c": offsets(B * T, B)},
+    )
+    add(
         "statistics packed",
         lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},

@@ -5,6 +5,7 @@ Sizes: B sequences of T frames, or S ragged ones of at most T; D, A; channel (0 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,9 @@ class StatisticsCase(SequenceCase):
     mask: bool = True
     weights: bool = False  # whether they are returned, and have a gradient
     bare: bool = False  # whether the features are given
+    given: str = ""  # "frame" or "channel": a score of each is given, "frame weight": a weight; or it is made
+    mean: bool = False  # alone
+    unbiased: bool = False
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -81,6 +85,9 @@ class StatisticsCase(SequenceCase):
             "ragged" * self.ragged,
             "weights" * self.weights,
             "bare" * self.bare,
+            f"given {self.given}" * bool(self.given),
+            "mean" * self.mean,
+            "unbiased" * self.unbiased,
             "tf32" * self.tf32,
         )
 
@@ -88,22 +95,27 @@ class StatisticsCase(SequenceCase):
         from fused_attn.kernels import statistics, statistics_bwd
         from fused_attn.kernels.inputs import StatisticsInputs
 
-        rows, A = self._rows, 64 if self.A is None else self.A
+        rows, A, given = self._rows, 64 if self.A is None else self.A, None
+        if self.given:
+            given = self._empty(*rows, self.D) if self.given == "channel" else self._empty(*rows)
         inputs = StatisticsInputs(
             self._empty(*rows, A if self.bare else self.D),
-            None if self.bare else self._empty(self.D, A),
-            None if self.bare else self._empty(A),
-            self._empty(A) if self.A is None else self._empty(A, self.D),
+            None if self.bare or self.given else self._empty(self.D, A),
+            None if self.bare or self.given else self._empty(A),
+            None if self.given else self._empty(A) if self.A is None else self._empty(A, self.D),
             None,
             self._empty(*rows, self.D) if self.bare else None,
+            given,
             self._empty(*rows, dtype=torch.bool) if self.mask else None,
             self._offsets,
-            *("identity" if self.bare else "tanh", False, 1e-12),
+            *("identity" if self.bare else "tanh", False, 1e-12, math.inf, 0.0),
+            *(float(self.unbiased), "weight" in self.given),
         )
         returned = self.weights and self.A is not None
-        mean, std, lse, scores, *more = statistics.statistics_fwd(inputs, returned, True)
-        cotangents = mean, std, lse if self.weights else None, scores if self.weights else None
-        needs = [x is not None for x in inputs[:6]]
+        mean, std, lse, scores, *more = statistics.statistics_fwd(inputs, returned, True, not self.mean)
+        of_weights = (lse, scores) if self.weights else (None, None)
+        cotangents = mean, None if self.mean else std, *of_weights
+        needs = [x is not None for x in inputs[:7]]
         statistics_bwd.statistics_bwd(inputs, lse, scores, *more, *cotangents, needs)
 
 
@@ -121,6 +133,15 @@ COMPILED = [
     StatisticsCase(BF16, 64, 300, 1500, 100, mask=False),
     StatisticsCase(F16, 64, 300, 1536, 128, bare=True),
     StatisticsCase(BF16, 16, 300, 1536, 1024),  # V in parts
+    # scores and weights that are given, the mean alone, an unbiased variance
+    StatisticsCase(BF16, 64, 300, 1536, given="channel", mean=True),
+    StatisticsCase(F32, 1, 60_000, 128, mask=False, ragged=True, given="channel", mean=True),
+    StatisticsCase(BF16, 64, 300, 1500, given="channel", unbiased=True),
+    StatisticsCase(BF16, 64, 300, 1536, given="frame weight", unbiased=True),
+    StatisticsCase(F32, 4, 20, 7, given="channel"),
+    StatisticsCase(F32, 64, 300, 1500, mean=True),
+    StatisticsCase(F16, 64, 300, 1536, 128, unbiased=True),
+    StatisticsCase(BF16, 64, 300, 1536, 128, mean=True),
     StatisticsCase(BF16, 8, 100, 100, 50, weights=True),
     StatisticsCase(BF16, 4, 16, 1, 1),
     StatisticsCase(F32, 64, 300, 1536, 128),

@@ -9,7 +9,7 @@ from .._checks import check_activation, check_flag, weight_of, width_of
 from .._habits import explicit
 from .._ops import Impl, exports_from_one
 from ..segments import Offsets, as_offsets
-from ..statistics import statistics_pooling
+from ..statistics import check_limits, statistics_pooling
 from ._layers import Attention, counts, factory, read
 from .location import check_module_inputs
 
@@ -35,17 +35,19 @@ class StatisticsPooling(Attention):
         relu and a batch norm before the tanh: that is not in this module, `statistics_pooling` without `w` takes it.
     bias
         The bias b.
+    deviation, correction, floor, ceiling, eps
+        As in `statistics_pooling`; of the global context too, which has both statistics.
     device, dtype
         Of the parameters, as `torch.nn.Linear` has them.
 
     Raises
     ------
     ValueError, TypeError
-        For a size under 1 and an unknown activation.
+        For a size under 1, an unknown activation, and limits that `statistics_pooling` refuses.
 
     """
 
-    _shown = ("per_channel", "activation")
+    _shown = ("per_channel", "activation", "deviation", "correction", "floor", "ceiling", "eps")
 
     def __init__(
         self,
@@ -56,6 +58,11 @@ class StatisticsPooling(Attention):
         global_context: bool = False,
         activation: str = "tanh",
         bias: bool = True,
+        deviation: bool = True,
+        correction: float = 0.0,
+        floor: float = 1e-12,
+        ceiling: float | None = None,
+        eps: float = 0.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,9 +70,12 @@ class StatisticsPooling(Attention):
         per_channel, bias = check_flag("per_channel", per_channel), check_flag("bias", bias)
         global_context = check_flag("global_context", global_context)
         check_activation("activation", activation)
+        deviation = check_flag("deviation", deviation)
+        check_limits(floor, ceiling, eps, correction, torch.float32)
         super().__init__()
         made = factory(device, dtype)
-        self.per_channel, self.activation = per_channel, activation
+        self.per_channel, self.activation, self.deviation = per_channel, activation, deviation
+        self.correction, self.floor, self.ceiling, self.eps = correction, floor, ceiling, eps
         self.proj = nn.Linear(dim, attn_dim, bias=bias, **made)
         self.context = nn.Linear(2 * dim, attn_dim, bias=False, **made) if global_context else None
         self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False, **made)
@@ -76,6 +86,7 @@ class StatisticsPooling(Attention):
         self,
         h: Tensor,
         *,
+        score_bias: Tensor | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
@@ -84,22 +95,24 @@ class StatisticsPooling(Attention):
         return_lse: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, ...]:
-        """Pool `h` to ``[mean; std]``, ``(B, 2D)``; the rest, shapes and errors are as in `statistics_pooling`."""
+        """Pool `h` to ``[mean; std]``, ``(B, 2D)``, or to the mean; the rest is as in `statistics_pooling`."""
         cu_seqlens = as_offsets(cu_seqlens)
         check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
+        limits = {name: getattr(self, name) for name in ("correction", "floor", "ceiling", "eps")}
         context = None
         if self.context is not None:
-            statistics = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
+            statistics = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, **limits, impl=impl)
             context = self.context(torch.cat(statistics, dim=-1))
             if cu_seqlens is not None:
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
         proj, score = read("proj", self.proj), read("score", self.score).weight
-        mean, std, *more = statistics_pooling(
+        results = statistics_pooling(
             h,
             proj.weight.t(),
             proj.bias,
             score.t() if self.per_channel else score[0],
             context=context,
+            score_bias=score_bias,
             activation=self.activation,
             mask=mask,
             cu_seqlens=cu_seqlens,
@@ -107,7 +120,12 @@ class StatisticsPooling(Attention):
             return_log_weights=return_log_weights,
             return_scores=return_scores,
             return_lse=return_lse,
+            deviation=self.deviation,
+            **limits,
             impl=impl,
         )
+        if not self.deviation:
+            return results
+        mean, std, *more = results
         pooled = torch.cat([mean, std], dim=-1)
         return (pooled, *more) if more else pooled

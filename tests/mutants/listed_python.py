@@ -61,15 +61,15 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/statistics.py",
-        "scores if mask is None else scores.masked_fill(~mask[..., None], -torch.inf)",
+        "scores if mask is None else scores.masked_fill(~mask[..., None], 0 if linear else -torch.inf)",
         "scores",
         ("tests/test_statistics.py", "-k", "equal_weights"),
         "of equal weights hidden frames have theirs too",
     ),
     Mutant(
         "fused_attn/reference.py",
-        "    std = std.masked_fill(low, math.sqrt(floor))",
-        "    std = std.masked_fill(low, floor)",
+        "std = std.masked_fill(low, math.sqrt(floor + eps))",
+        "std = std.masked_fill(low, floor + eps)",
         ("tests/test_statistics.py", "-k", "floor"),
         "the floor of the deviation is that of the variance",
     ),
