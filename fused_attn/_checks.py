@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._tracing import every_sample
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, SCORE_ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = (-sys.float_info.max, math.inf)  # from, and under
@@ -352,10 +352,20 @@ def check_tensor(
 
 def check_activation(name: str, value: str) -> None:
     """Raise unless `value` names an activation: TypeError for what is no string, ValueError for another."""
+    _check_name(name, value, ACTIVATIONS)
+
+
+def check_score_activation(name: str, value: str) -> None:
+    """Raise unless `value` names what a softmax may be of."""
+    _check_name(name, value, SCORE_ACTIVATIONS)
+
+
+def _check_name(name: str, value: str, names: Iterable[str]) -> None:
+    """TypeError for what is no string, ValueError for one that is not among `names`."""
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {show(value)}")
-    if value not in ACTIVATIONS:
-        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}; got {show(value)}")
+        raise TypeError(f"{name}: expected one of {', '.join(names)}; got {show(value)}")
+    if value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(names)}; got {show(value)}")
 
 
 def check_number(name: str, value: Any, expected: str, low: float, high: float) -> float:

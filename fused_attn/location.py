@@ -20,6 +20,7 @@ from ._checks import (
     check_activation,
     check_dropout,
     check_offsets,
+    check_score_activation,
     check_values,
     check_window,
     mask_of,
@@ -119,6 +120,7 @@ def location_attention(
     value: Tensor | Literal[False] | None = None,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
+    score_activation: str = "identity",
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
@@ -170,6 +172,10 @@ def location_attention(
         what else is asked for is returned, alone or as a tuple. (The kernels sum 16 features of the keys.)
     activation, gate_activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
+    score_activation
+        "logsigmoid": the softmax is of log σ(s), s the score with its bias, so that a weight is σ(s_j) / Σ σ(s)
+        (Chorowski et al. 2015, smoothing). Scores that are returned, lse and a state are of log σ(s) too. "identity":
+        of s itself.
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     window
@@ -241,6 +247,7 @@ def location_attention(
         h, w, b, v, gate_w, gate_b, context, value, score_bias, mask, cu_seqlens,
         activation, gate_activation, dropout_p, jagged=offsets is not None,
     )  # fmt: skip
+    check_score_activation("score_activation", score_activation)
     left, right = check_window(window)
     if window is not None and (wanted.weights or wanted.log_weights) and cu_seqlens is not None:
         name = "return_weights" if wanted.weights else "return_log_weights"
@@ -259,7 +266,7 @@ def location_attention(
         b if b is None or b.dim() == 1 else b[None],
         v if v is None or v.dim() == 2 else v[:, None],
         gate_w, gate_b, context, value, score_bias, mask, cu_seqlens, seed,
-        activation, gate_activation, float(dropout_p), context_per_row,
+        activation, gate_activation, float(dropout_p), context_per_row, score_activation,
     )  # fmt: skip
     unsupported = None
     if h.dtype == torch.float64:
@@ -313,7 +320,11 @@ def _row_scores(inputs: LocationInputs, kernel: bool) -> Tensor:
         bad = bad if mask is None else bad & mask[..., None]
         h = h.masked_fill(bad, 0)
     inputs = inputs._replace(h=h, context=context, value=None, seed=None, dropout_p=0.0)
-    scores = LOCATION(inputs, False, False)[2] if kernel else LOCATION.formula(inputs)[2]
+    if kernel:
+        scores = LOCATION(inputs._replace(score_activation="identity"), False, False)[2]
+        scores = reference.SCORE_ACTIVATIONS[inputs.score_activation](scores)
+    else:
+        scores = LOCATION.formula(inputs)[2]
     return scores if bad is None else scores.masked_fill(bad, torch.nan)
 
 

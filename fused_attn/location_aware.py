@@ -12,13 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import Checker, Table, argument, check_activation, check_dropout, check_flag, mask_of
+from ._checks import (
+    Checker,
+    Table,
+    argument,
+    check_activation,
+    check_dropout,
+    check_flag,
+    check_score_activation,
+    mask_of,
+)
 from ._dropout import draw_seed, dropout_scale
 from ._habits import explicit
 from ._operators import Operator, exact_of, launcher
-from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton
+from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton, weights_of_rows
 from ._softmax import softmax
 from .kernels.inputs import LocationAwareInputs, LocationAwareSequenceInputs, LocationInputs
+from .location import LOCATION
 
 _ONE: Table = {
     "query": argument("B A", "first"),
@@ -80,8 +90,8 @@ def _next_history(history: Tensor, weights: Tensor, cumulative: bool) -> Tensor:
     return torch.cat([*kept, history[:, recent:] + now] if cumulative else kept, 1)
 
 
-def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
-    """A step on canonical arguments, in plain PyTorch: out ``(B, Dv)`` and weights ``(B, Tk)``."""
+def _as_pooling(inputs: LocationAwareInputs, score_activation: str) -> LocationInputs:
+    """A step as location attention of keys with their features, which are made here."""
     query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
     wide = torch.promote_types(value.dtype, torch.float32)  # before sums of 16 bits overflow
     key, previous, conv_weight, u = (x.to(wide) for x in (key, previous, conv_weight, u))
@@ -90,12 +100,24 @@ def _formula(inputs: LocationAwareInputs) -> tuple[Tensor, Tensor]:
     key = _with_features(key, previous, conv_weight, u)
     score = key, None, None, v[:, None], None, None, query
     options = activation, "sigmoid", dropout_p, False
-    pooled = LocationInputs(*score, value, score_bias, mask, None, seed, *options)
-    out, weights = reference.location_attention(pooled, weights_only=True)
-    return out[:, 0], weights[..., 0].to(value.dtype)
+    return LocationInputs(*score, value, score_bias, mask, None, seed, *options, score_activation)
 
 
-def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
+def _formula(inputs: LocationAwareInputs, score_activation: str = "identity") -> tuple[Tensor, Tensor]:
+    """A step on canonical arguments, in plain PyTorch: out ``(B, Dv)`` and weights ``(B, Tk)``."""
+    out, weights = reference.location_attention(_as_pooling(inputs, score_activation), weights_only=True)
+    return out[:, 0], weights[..., 0].to(inputs.value.dtype)
+
+
+def _pooled(inputs: LocationAwareInputs, score_activation: str) -> tuple[Tensor, Tensor]:
+    """`_formula` by the kernel of location attention: that of a step has no activation of the score."""
+    pooled = _as_pooling(inputs, score_activation)
+    pooled = pooled._replace(h=pooled.h.to(inputs.key.dtype))
+    out, lse, scores, _ = LOCATION(pooled, True, keeps_exact(*pooled[:9]))
+    return out[:, 0], weights_of_rows(scores, lse, None)[..., 0].to(inputs.value.dtype)
+
+
+def _weights_of_steps(inputs: LocationAwareSequenceInputs, score_activation: str = "identity") -> tuple[Tensor]:
     """The weights of all steps on canonical arguments, ``(B, Tq, Tk)`` in at least float32: the loop."""
     query, key, v, previous, conv_weight, u, score_bias, mask, activation, cumulative = inputs
     wide = torch.promote_types(key.dtype, torch.float32)
@@ -113,6 +135,7 @@ def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
         z = _with_features(key + step[:, None], seen, conv_weight, u)
         scores = reference.activate(activation, z) @ v
         scores = scores if score_bias is None else scores + score_bias
+        scores = reference.SCORE_ACTIVATIONS[score_activation](scores)
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         weights, _ = softmax(scores, -1)
         seen = _next_history(seen, weights, cumulative)
@@ -191,6 +214,7 @@ def location_aware_attention(
     u: Tensor,
     *,
     activation: str = "tanh",
+    score_activation: str = "identity",
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -225,6 +249,10 @@ def location_aware_attention(
         U, ``(C, A)``.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
+    score_activation
+        "logsigmoid": a weight is σ(s_j) / Σ σ(s), s the score with its bias (smoothing). A bias of the score, which
+        then counts, comes in `score_bias`. On a GPU the keys of the step are then made as the reference makes them,
+        and the kernel of location attention does the rest.
     mask
         bool ``(B, Tk)``, True = may be attended. What it hides of keys, values and `previous` may be NaN; the
         convolution takes it as zero.
@@ -255,11 +283,14 @@ def location_aware_attention(
     """
     tables = _STEP_TABLES[isinstance(previous, Tensor) and previous.dim() == 3]
     _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    check_score_activation("score_activation", score_activation)
     seed = draw_seed(dropout_p, query.device)
     tensors = query, key, value, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareInputs(*tensors, mask, seed, activation, float(dropout_p))
     if not use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
-        return _formula(inputs)
+        return _formula(inputs, score_activation)
+    if score_activation != "identity":
+        return _pooled(inputs, score_activation)
     out, weights, _ = _STEP(inputs, keeps_exact(*tensors))
     return out, weights
 
@@ -277,6 +308,7 @@ def location_aware_sequence(
     previous: Tensor | None = None,
     cumulative: bool = False,
     activation: str = "tanh",
+    score_activation: str = "identity",
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -297,6 +329,9 @@ def location_aware_sequence(
         ``(B, Tq, A)``, projected to the width A of the score.
     key, value, v, conv_weight, u, activation, mask, score_bias, dropout_p, impl
         As in `location_aware_attention`. The bias is that of every step.
+    score_activation
+        As there. No kernel walks steps with "logsigmoid": ``impl="triton"`` raises, and ``"auto"`` is the loop of
+        PyTorch, or pass steps one after the other to `location_aware_attention`.
     previous
         What the first step sees, ``(B, Tk)``, or of P channels ``(B, P, Tk)``; zeros where None.
     cumulative
@@ -323,12 +358,16 @@ def location_aware_sequence(
     history = conv_weight if previous is None else previous
     tables = _SEQUENCE_TABLES[isinstance(history, Tensor) and history.dim() == 3]
     _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    check_score_activation("score_activation", score_activation)
     tensors = query, key, v, previous, conv_weight, u, score_bias
     inputs = LocationAwareSequenceInputs(*tensors, mask, activation, check_flag("cumulative", cumulative))
-    if use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
+    unsupported = "has no float64" if query.dtype == torch.float64 else None
+    if score_activation != "identity":
+        unsupported = f"has no score_activation of a sequence; got {score_activation!r}"
+    if use_triton(impl, query.device, unsupported):
         weights, _ = _WALK(inputs, may_ask(*tensors))
     else:
-        (weights,) = _weights_of_steps(inputs)
+        (weights,) = _weights_of_steps(inputs, score_activation)
     if mask is not None:
         value = value.masked_fill(~mask[..., None], 0)
     shares = weights

@@ -43,6 +43,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 """Those of the public functions."""
+SCORE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "logsigmoid": F.logsigmoid}
+"""Of what a softmax is of."""
 FEATURES = ACTIVATIONS | {"abs": torch.abs, "square": torch.square}
 """What may be made of a sum of query and key; of their difference, in distance attention."""
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,7 +120,7 @@ def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
 
 def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scores of location attention, and its values, with zeros where the mask is False: in at least float32."""
-    h, *score, value, score_bias, mask, _, _, activation, gate_activation, _, per_row = inputs
+    h, *score, value, score_bias, mask, _, _, activation, gate_activation, _, per_row, score_activation = inputs
     wide = torch.promote_types(h.dtype, torch.float32)  # float16 ends at 65,504: nothing on the way is rounded to it
     h, *score, value = (x if x is None or x.dtype == wide else x.to(wide) for x in (h, *score, value))
     w, b, v, gate_w, gate_b, context = score
@@ -143,6 +145,7 @@ def _location_scores(inputs: LocationInputs, segment: Tensor | None) -> tuple[Te
     scores = u if v is None else u @ v
     if score_bias is not None:
         scores = scores + score_bias[..., None]
+    scores = SCORE_ACTIVATIONS[score_activation](scores)
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
     return scores, value
@@ -162,11 +165,13 @@ def location_attention(inputs: LocationInputs, *, weights_only: bool = False) ->
     .. math:: u_j = act(h_j W + b + c_j) [\odot gate\_act(h_j G + g)], \quad s_{jr} = u_j \cdot v_r + \beta_j,
         \quad o_r = \sum_j softmax_j(s_{jr}) \, value_j
 
+    or with a `score_activation` the softmax of that of :math:`s_{jr}`.
+
     Returns ``out (S, R, Dv)`` in the dtype of ``value``, ``lse (S, R, 2)`` as `normaliser` has it, and in at
     least float32 ``scores (B, T, R)`` or ``(N, R)``, which are ``-inf`` where the mask is False; with `weights_only`
     out and, of the shape of the scores, the weights before dropout.
     """
-    *_, cu_seqlens, seed, _, _, dropout_p, _ = inputs
+    cu_seqlens, seed, dropout_p = inputs.cu_seqlens, inputs.seed, inputs.dropout_p
     dtype, rows = (inputs.h if inputs.value is None else inputs.value).dtype, inputs.h.shape[:-1]
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
     scores, value = _location_scores(inputs, segment)

@@ -48,6 +48,21 @@ def exp_less_one(x):
 
 
 @triton.jit
+def log_sigmoid(x):
+    """log(1 / (1 + e^-x)) = min(x, 0) - log(1 + e), e = e^-|x|, whose logarithm is 2 atanh(e / (2 + e)).
+
+    By the series of that, which ends at 1/3: a logarithm of 1 + e would have lost what of e is under float32's eps.
+    """
+    e = tl.exp(-tl.abs(x))
+    t = e / (2.0 + e)
+    t2 = t * t
+    series = 1.0 + t2 * (
+        0.33333334 + t2 * (0.2 + t2 * (0.14285715 + t2 * (0.11111111 + t2 * (0.09090909 + t2 / 13))))
+    )
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - 2.0 * t * series
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
     """act(x), by the name that the public functions use; "abs" and "square" are of distance attention."""
     if ACT == "tanh":

@@ -38,6 +38,7 @@ class LocationInputs(NamedTuple):
     gate_activation: str
     dropout_p: float
     context_per_row: bool
+    score_activation: str = "identity"  # or "logsigmoid", of a score and its bias
 
 
 class WindowInputs(NamedTuple):

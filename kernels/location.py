@@ -4,6 +4,7 @@ Forward, for the rows j of an item (h_j is row j of H, r a hop):
 
     z_j = h_j W + b + ctx_j       u_j = act(z_j) [⊙ gate(h_j G + g)]       s_jr = u_j · v_r + bias_j
 
+or, `SMOOTH`, the logarithm of the sigmoid of that,
 and the online softmax over s with acc = Σ p_jr value_j. Where the values are H and D fits, the tile of H that
 fed the projection also feeds the weighted sum. Without `v` the score is u itself (A = R).
 One sequence makes several items where there are too few sequences to fill the chip; `softmax.merge` joins them.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, log_sigmoid
 from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
 from .chip import (
     LENGTHS,
@@ -225,6 +226,8 @@ def _location_fwd_kernel(
                 s = matmul(u, v, s, flags.U_COMPUTE, flags.U_PRECISION)
         if not flags.FEATURES:
             s = _biased(s, bias, seq, rows, keep)
+            if flags.SMOOTH:
+                s = log_sigmoid(s)
             at = (seq * T + rows)[:, None] * size.R + r[None, :]
             tl.store(result.scores + at, s, mask=inside[:, None] & (r < size.R)[None, :])
 
@@ -402,6 +405,7 @@ class Flags(NamedTuple):
     RESIDENT: bool = False  # blocks.D >= D: a tile of H is loaded once and kept
     ONE_DV: bool = False  # blocks.DV >= DV: the sum is kept in registers, else in parts.o
     WHOLE: bool = False  # widths are multiples of their blocks
+    SMOOTH: bool = False  # scores go through the logarithm of the sigmoid
 
 
 class Call(NamedTuple):
@@ -438,7 +442,7 @@ def features_flags(chip: Chip, dtype: torch.dtype, *activations: str) -> tuple[o
 
 def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
     h, w, b, v, gate_w, gate_b, context, values, _, mask, cu_seqlens, seed, *options = inputs
-    activation, gate_activation, dropout_p, context_per_row = options
+    activation, gate_activation, dropout_p, context_per_row, score_activation = options
     chip = chip_of(h.device)
     packed = cu_seqlens is not None
     h, values, context = unit(h), unit(values), unit(context)
@@ -458,6 +462,7 @@ def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
         *features_flags(chip, h.dtype, *activations),
         pool,
         features,
+        SMOOTH=score_activation == "logsigmoid",
     )
     if context is not None and not context_per_row:
         context = context[:, None]

@@ -121,7 +121,12 @@ def _location() -> None:
     add(
         "location padded, all options",
         lambda i, gw, gb, c_row, c_seq, **t: location_attention(
-            **t, gate=(gw, gb), context=(c_row, c_seq), return_weights=True, impl=i
+            **t,
+            gate=(gw, gb),
+            context=(c_row, c_seq),
+            score_activation="logsigmoid",
+            return_weights=True,
+            impl=i,
         ),
         lambda B, T: {
             "h": r(B, T, 4),

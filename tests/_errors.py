@@ -91,6 +91,10 @@ LOCATION = {
     "score_bias of rank 3": value_error("score_bias", score_bias=floats(B, TK, 1)),
     "cu_seqlens with padded keys": value_error("h", cu_seqlens=CU_N),
     "dropout_p of 1": value_error("dropout_p: expected 0 <= dropout_p < 1; got 1.0", dropout_p=1.0),
+    "another score_activation": value_error(
+        "score_activation: expected one of identity, logsigmoid; got 'sigmoid'", score_activation="sigmoid"
+    ),
+    "score_activation is a function": type_error("score_activation", score_activation=torch.sigmoid),
     "jagged h with a mask": value_error("mask", h=JAGGED, **NONE | {"mask": bools(N)}),
     "jagged h with cu_seqlens": value_error("cu_seqlens", h=JAGGED, **NONE, cu_seqlens=CU_N),
     "jagged h with a context of other sequences": value_error(
@@ -539,6 +543,11 @@ ON_CPU = {
 
 CONSTRUCTORS = {
     "a gate without attn_dim": (lambda: LocationAttention(D, gated=True), "attn_dim"),
+    "another score activation": (lambda: LocationAttention(D, score_activation="tanh"), "score_activation"),
+    "another score activation of steps": (
+        lambda: LocationAwareAttention(D, C, A, score_activation="tanh"),
+        "score_activation",
+    ),
     "a context of no width": (lambda: ConcatAttention(D, C, A, context_dims=(R, 0)), "context_dims[1]"),
     "one projection of two widths": (lambda: GraphAttention(D, A, key_dim=C, share_weights=True), "share_weights"),
     "nothing between, of a width": (lambda: HierarchicalAttention(D, A, between_dim=C), "between_dim"),

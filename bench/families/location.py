@@ -105,6 +105,7 @@ class LocationCase(SequenceCase):
     mask: bool = True
     dropout: float = 0.0
     projected: bool = False  # no W: A = D
+    smooth: bool = False  # the score goes through the logarithm of the sigmoid
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -119,6 +120,7 @@ class LocationCase(SequenceCase):
             "dropout" * (self.dropout > 0),
             "tf32" * self.tf32,
             "projected" * self.projected,
+            "smooth" * self.smooth,
         )
 
     def _launch(self) -> None:
@@ -144,6 +146,7 @@ class LocationCase(SequenceCase):
             "sigmoid",
             self.dropout,
             self.context == "row",
+            "logsigmoid" if self.smooth else "identity",
         )
         exact = self.dtype.itemsize == 2
         out, lse, scores, more = location.location_fwd(inputs, True, exact)
@@ -206,6 +209,8 @@ _MLP = [
     # one query a sequence of the concat family
     LocationCase(BF16, 32, 512, 256, 256, value=512, context="sequence", projected=True),
     LocationCase(F32, 80, 50, 1000, 1000, value=1000, context="sequence", dropout=0.1, projected=True),
+    LocationCase(BF16, 32, 512, 256, 256, value=512, context="sequence", projected=True, smooth=True),
+    LocationCase(F32, 8, 512, 256, 64, R=4, smooth=True),
     # and of four heads, with values of their own
     LocationCase(BF16, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),
     LocationCase(F32, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),

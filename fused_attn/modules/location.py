@@ -12,6 +12,7 @@ from .._checks import (
     check_activation,
     check_dropout,
     check_flag,
+    check_score_activation,
     module_checker,
     offsets_of,
     weight_of,
@@ -55,6 +56,8 @@ class LocationAttention(Attention):
         Multiply the features with a gate (Ilse et al. 2018); needs `attn_dim`.
     activation, gate_activation
         identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu; the second is σ, the gate's.
+    score_activation
+        "logsigmoid" for weights that are sigmoids over their sum, as in `location_attention`; or "identity".
     bias
         Biases b and g.
     context_dim
@@ -80,6 +83,7 @@ class LocationAttention(Attention):
         gated: bool = False,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
+        score_activation: str = "identity",
         bias: bool = True,
         context_dim: int | None = None,
         dropout: float = 0.0,
@@ -93,10 +97,12 @@ class LocationAttention(Attention):
             raise ValueError("attn_dim: expected a width with gated=True; got None")
         check_activation("activation", activation)
         check_activation("gate_activation", gate_activation)
+        check_score_activation("score_activation", score_activation)
         super().__init__()
         made = factory(device, dtype)
         self.hops, self.dropout = hops, check_dropout("dropout", dropout)
         self.activation, self.gate_activation = activation, gate_activation
+        self.score_activation = score_activation
         width = attn_dim or hops or 1
         self.proj = nn.Linear(dim, width, bias=bias, **made)
         self.gate = nn.Linear(dim, width, bias=bias, **made) if gated else None
@@ -158,6 +164,7 @@ class LocationAttention(Attention):
             value=value,
             activation=self.activation,
             gate_activation=self.gate_activation,
+            score_activation=self.score_activation,
             mask=mask,
             window=window,
             score_bias=score_bias,
@@ -174,7 +181,8 @@ class LocationAttention(Attention):
     def extra_repr(self) -> str:
         """Options that the submodules do not show: of the gate's, where there is one."""
         gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
-        return super().extra_repr() + gate
+        smooth = "" if self.score_activation == "identity" else f", score_activation={self.score_activation!r}"
+        return super().extra_repr() + gate + smooth
 
 
 def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor | None] | None:

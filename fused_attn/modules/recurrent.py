@@ -11,6 +11,7 @@ from .._checks import (
     check_activation,
     check_dropout,
     check_flag,
+    check_score_activation,
     mask_of,
     module_checker,
     weight_of,
@@ -145,6 +146,8 @@ class LocationAwareAttention(Attention):
         their sum, where `history` is 1; in Tacotron 2 both, where it is 2.
     activation, bias, dropout, device, dtype
         As in `ConcatAttention`.
+    score_activation
+        As in `location_aware_attention`.
 
     Raises
     ------
@@ -165,6 +168,7 @@ class LocationAwareAttention(Attention):
         width: int = 31,
         history: int = 1,
         activation: str = "tanh",
+        score_activation: str = "identity",
         bias: bool = True,
         dropout: float = 0.0,
         device: torch.device | str | int | None = None,
@@ -176,9 +180,11 @@ class LocationAwareAttention(Attention):
         if width % 2 == 0:
             raise ValueError(f"width: expected an odd number; got {width}")
         check_activation("activation", activation)
+        check_score_activation("score_activation", score_activation)
         super().__init__()
         made = factory(device, dtype)
         self.activation, self.dropout, self.history = activation, check_dropout("dropout", dropout), history
+        self.score_activation = score_activation
         self.query_proj = nn.Linear(query_dim, attn_dim, bias=check_flag("bias", bias), **made)
         self.key_proj = nn.Linear(key_dim, attn_dim, bias=False, **made)
         self.conv = nn.Conv1d(history, channels, width, padding=width // 2, bias=False, **made)
@@ -251,6 +257,7 @@ class LocationAwareAttention(Attention):
             filters,
             mix,
             activation=self.activation,
+            score_activation=self.score_activation,
             mask=mask,
             score_bias=score_bias,
             dropout_p=self._dropout_p,
@@ -288,6 +295,7 @@ class LocationAwareAttention(Attention):
             previous=previous,
             cumulative=cumulative,
             activation=self.activation,
+            score_activation=self.score_activation,
             mask=mask,
             score_bias=score_bias,
             dropout_p=self._dropout_p,

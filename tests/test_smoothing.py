@@ -1,0 +1,192 @@
+"""Weights that are sigmoids over their sum: `score_activation="logsigmoid"`."""
+
+import dataclasses
+
+import pytest
+import torch
+from _compare import IMPLS, assert_matches_reference, evaluate, in_double
+from _location import Case
+
+from fused_attn import (
+    LocationAttention,
+    LocationAwareAttention,
+    location_attention,
+    location_aware_attention,
+    location_aware_sequence,
+    merge,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES = [
+    Case(rows=21),
+    *(
+        Case(rows=63, score="gated_hops", context="row", value=7, score_bias=True, mask="random", dtype=t)
+        for t in DTYPES
+    ),
+    Case(rows=70, ragged=True, score="linear", score_bias=True, mask="empty"),
+    Case(rows=257, score="linear_hops", hops=20, through=("weights",)),
+    Case(rows=100, score="projected", context="sequence", value=45, dropout_p=0.3, dtype=torch.bfloat16),
+    Case(rows=100, score="projected_hops", context="sequence", mask="padding", layout="strided", activation="relu"),
+    Case(batch=1, rows=3000, dim=16, score="mlp", mask="padding"),
+]
+
+
+def smooth(op):
+    return lambda **given: op(score_activation="logsigmoid", **given)
+
+
+def assert_is(op, by_hand, tensors, impl, **options):
+    """The reference in float64 is what is written by hand, and the kernel as near to it as all are."""
+    if impl == "triton":
+        assert_matches_reference(op, tensors, **options)
+        return
+    got, want = (evaluate(fn, in_double(tensors), "reference") for fn in (op, by_hand))
+    for of_got, of_want in zip(got, want, strict=True):
+        for name, x in of_want.items():
+            torch.testing.assert_close(of_got[name], x, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_matches_the_reference(case, device):
+    assert_matches_reference(smooth(case.op), case.tensors(device), dtype=case.dtype, through=case.through)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["h", "w", "v", "score_bias", "context"])
+def test_one_gradient_alone_is_that_of_the_reference(name, device):
+    case = Case(rows=21, score="mlp_hops", context="sequence", score_bias=True)
+    assert_matches_reference(smooth(case.op), case.tensors(device), wrt=[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shift", [0.0, -80.0, 30.0, -1e4])
+def test_weights_are_sigmoids_over_their_sum(shift, impl, device):
+    """Also where the sigmoid underflows, and where it is 1; by the definition, in float64."""
+    case = Case(rows=19, score="mlp", score_bias=True, mask="random", value=5)
+    tensors = case.tensors(device)
+    tensors["score_bias"] = tensors["score_bias"] + shift
+
+    def by_hand(*, impl, h, w, b, v, value, score_bias, mask):
+        logs = torch.nn.functional.logsigmoid(torch.tanh(h @ w + b) @ v + score_bias)
+        s = torch.sigmoid(torch.tanh(h @ w + b) @ v + score_bias) if shift > -100 else logs.exp()
+        s = torch.where(mask, s, 0) if shift > -100 else logs.masked_fill(~mask, -torch.inf).softmax(1)
+        alpha = s / s.sum(1, keepdim=True)
+        return (alpha[:, None] @ value)[:, 0], alpha
+
+    assert_is(smooth(case.op), by_hand, tensors, impl, large=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("window", [(None, 0), (2, 3)])
+@pytest.mark.parametrize("score", ["linear_hops", "mlp"])
+def test_a_window_has_the_same_scores(score, window, impl, device):
+    case = Case(rows=21, score=score, mask="random", score_bias=True)
+    op = smooth(case.op)
+    tensors = case.tensors(device)
+    tensors["mask"][:, 0] = True
+
+    def by_hand(*, impl, h, w, b, score_bias, mask, v=None):
+        z = h @ w + b
+        s = (z if v is None else (torch.tanh(z) @ v)[..., None]) if v is not None else torch.tanh(z)
+        s = torch.nn.functional.logsigmoid(s + score_bias[..., None]).masked_fill(~mask[..., None], -torch.inf)
+        i = torch.arange(h.shape[1], device=h.device)
+        near = torch.ones(len(i), len(i), dtype=torch.bool, device=h.device)
+        near = near if window[0] is None else near & (i >= i[:, None] - window[0])
+        near = near if window[1] is None else near & (i <= i[:, None] + window[1])
+        weights = s.mT[:, :, None].masked_fill(~near, -torch.inf)
+        blind = (weights == -torch.inf).all(-1, keepdim=True)
+        weights = weights.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+        out = (weights @ h[:, None]).transpose(1, 2)
+        return (out, weights) if v is None else (out[:, :, 0], weights[:, 0])
+
+    assert_is(lambda **given: op(window=window, **given), by_hand, tensors, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_and_states_are_of_the_logarithm(impl, device):
+    tensors = dataclasses.replace(Case(rows=21), bias=False).tensors(device)
+    h, w, v = tensors["h"], tensors["w"], tensors["v"]
+    options = {"v": v, "score_activation": "logsigmoid", "impl": impl}
+    out, scores, lse = location_attention(h, w, **options, return_scores=True, return_lse=True)
+    want = torch.nn.functional.logsigmoid(torch.tanh(h @ w) @ v)
+    torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, want.logsumexp(1), rtol=1e-4, atol=1e-5)
+    parts = [location_attention(x.contiguous(), w, **options, return_state=True) for x in h.split(8, 1)]
+    torch.testing.assert_close(merge(parts).out, out, rtol=1e-4, atol=1e-5)
+
+
+def aware(device, channels=()):
+    torch.manual_seed(0)
+    tensors = {
+        "query": torch.randn(3, 6),
+        "key": torch.randn(3, 13, 6),
+        "value": torch.randn(3, 13, 5),
+        "v": torch.randn(6),
+        "previous": torch.rand(3, *channels, 13),
+        "conv_weight": torch.randn(2, *channels, 3),
+        "u": torch.randn(2, 6),
+        "score_bias": torch.randn(3, 13),
+    }
+    tensors["mask"] = torch.arange(13) < torch.tensor([[13], [5], [0]])
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(), (2,)])
+def test_a_location_aware_step_matches_the_reference(channels, dtype, device):
+    tensors = {n: x.to(dtype) if x.is_floating_point() else x for n, x in aware(device, channels).items()}
+    assert_matches_reference(smooth(location_aware_attention), tensors, dtype=dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_location_aware_weights_are_sigmoids_over_their_sum(impl, device):
+    """Of keys that are hidden and NaN too; a step, and steps that see each other's weights."""
+    tensors = aware(device)
+    tensors["key"][1, 5:] = tensors["value"][1, 7:] = torch.nan
+
+    def by_hand(*, impl, query, key, value, v, previous, conv_weight, u, score_bias, mask):
+        key, value = (x.masked_fill(~mask[..., None], 0) for x in (key, value))
+        seen = previous.masked_fill(~mask, 0)
+        f = torch.nn.functional.conv1d(seen[:, None], conv_weight[:, None], padding=1)
+        s = torch.sigmoid(torch.tanh(query[:, None] + key + f.mT @ u) @ v + score_bias).masked_fill(~mask, 0)
+        alpha = s / s.sum(1, keepdim=True).clamp(min=1e-30)
+        return (alpha[:, None] @ value)[:, 0], alpha
+
+    assert_is(smooth(location_aware_attention), by_hand, tensors, impl)
+    queries = torch.randn(3, 4, 6, device=device)
+    given = {name: x for name, x in tensors.items() if name not in ("query", "previous")}
+    outs, weights = smooth(location_aware_sequence)(query=queries, **given)
+    alpha = torch.zeros(3, 13, device=device)
+    for i in range(4):
+        out, alpha = by_hand(impl="", query=queries[:, i], previous=alpha, **given)
+        torch.testing.assert_close((outs[:, i], weights[:, i]), (out, alpha), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.kernel
+def test_a_sequence_of_steps_has_no_kernel(device):
+    tensors = aware(device)
+    query, _ = tensors.pop("query"), tensors.pop("previous")
+    with pytest.raises(ValueError, match=r"^impl: 'triton' has no score_activation of a sequence; got 'logsigmoid'"):
+        location_aware_sequence(query[:, None], **tensors, score_activation="logsigmoid", impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_modules_pass_it_on(impl, device):
+    h = torch.randn(2, 9, 5, device=device)
+    smoothed, plain = LocationAttention(5, 4, score_activation="logsigmoid"), LocationAttention(5, 4)
+    plain.load_state_dict(smoothed.state_dict())
+    smoothed, plain = smoothed.to(device), plain.to(device)
+    _, scores = smoothed(h, return_scores=True, impl=impl)
+    _, raw = plain(h, return_scores=True, impl=impl)
+    torch.testing.assert_close(scores, torch.nn.functional.logsigmoid(raw))
+    assert "score_activation='logsigmoid'" in repr(smoothed)
+    assert "score_activation" not in repr(plain)
+    step = LocationAwareAttention(3, 5, 4, channels=2, width=3, score_activation="logsigmoid").to(device)
+    query = torch.randn(2, 2, 3, device=device)
+    first, weights = step(query[:, 0], h, impl=impl)
+    second = step(query[:, 1], h, previous=weights, impl=impl)
+    outs, all_weights = step.sequence(query, h)
+    torch.testing.assert_close((outs[:, 0], outs[:, 1]), (first, second[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(all_weights[:, 1], second[1], rtol=1e-4, atol=1e-5)
