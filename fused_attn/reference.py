@@ -637,10 +637,13 @@ def statistics_pooling(
             return (weights.mT @ y).squeeze(1)
         return over_frames(weights * y)
 
+    top: Tensor | None
+    lse: Tensor | None = None
     if linear:
         sums = over_frames(scores)
         blind = sums == 0
-        top = torch.zeros_like(sums).masked_fill(blind, -torch.inf)
+        least = torch.zeros_like(sums).masked_fill(blind, -torch.inf)
+        top, lse = least, normaliser(least, sums)
         weights = (scores / to_frames(sums.masked_fill(blind, 1))).masked_fill(to_frames(blind), 0)
     else:
         weights, top = softmax_of_rows(scores, segment, seqs)
@@ -665,6 +668,6 @@ def statistics_pooling(
         std = std.to(dtype)
     if weights_only:
         return mean, std, weights
-    lse = normaliser(top, sums) if linear else sums_of_rows(scores, top, segment)
+    lse = sums_of_rows(scores, top, segment) if lse is None else lse
     made = v is not None and (need_scores or v.dim() == 1)
     return mean, std, lse, scores if made else scores.new_empty(0)

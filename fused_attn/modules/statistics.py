@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +103,8 @@ class StatisticsPooling(Attention):
         limits = {name: getattr(self, name) for name in ("correction", "floor", "ceiling", "eps")}
         context = None
         if self.context is not None:
-            statistics = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, **limits, impl=impl)
+            of_all = statistics_pooling(h, mask=mask, cu_seqlens=cu_seqlens, **limits, impl=impl)
+            statistics = cast("tuple[Tensor, ...]", of_all)
             context = self.context(torch.cat(statistics, dim=-1))
             if cu_seqlens is not None:
                 context = context[:, None]  # one a sequence, said so: there may be as many sequences as rows
