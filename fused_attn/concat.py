@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import check_score_activation
 from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher
@@ -76,6 +77,7 @@ def concat_attention(
     v: Tensor,
     *,
     activation: str = "tanh",
+    score_activation: str = "identity",
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
@@ -109,6 +111,9 @@ def concat_attention(
         ``(A,)``, or ``(H, A)``.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
+    score_activation
+        "logsigmoid", see `location_attention`: by the kernel where it is that of location attention, as of one query
+        a padded sequence. Else ``"triton"`` raises, and ``"auto"`` is the reference, which stores Tq·Tk·A.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
         where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed keys ``(M,)``.
@@ -162,26 +167,31 @@ def concat_attention(
         window,
         wanted,
     )
-    return attend(given, wanted, impl)
+    check_score_activation("score_activation", score_activation)
+    return attend(given, wanted, impl, score_activation)
 
 
-def attend(given: ConcatInputs, wanted: Wanted, impl: Impl) -> Any:
+def attend(given: ConcatInputs, wanted: Wanted, impl: Impl, score_activation: str = "identity") -> Any:
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     inputs = canonical(given)
     query, _, _, v, *_ = inputs
     if v.dim() == 1:  # not by `expand` where there is one head: its gradient is a sum
         inputs = inputs._replace(v=v[None] if query.shape[1] == 1 else v.expand(query.shape[1], -1))
-    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
+    unsupported, plain = "has no float64" if query.dtype == torch.float64 else None, score_activation == "identity"
+    if not (plain or _pools(inputs, True)):
+        unsupported = "has a score_activation for one query a sequence only, and heads of one mask without dropout"
+    kernel = use_triton(impl, query.device, unsupported)
+    in_blocks = plain and impl == "auto" and query.device.type != "cuda" and not forward_mode()
     if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity":
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
-        return shaped(given, wanted, *by_formula(_CONCAT.formula, inputs, wanted))
+        formula = by_formula(_CONCAT.formula, inputs, wanted, score_activation=score_activation)
+        return shaped(given, wanted, *formula)
     if inputs.activation == "identity":
         inputs = _summed(inputs)
     if _pools(inputs, kernel):
-        return shaped(given, wanted, *_pooled(inputs, kernel, wanted))
+        return shaped(given, wanted, *_pooled(inputs, kernel, wanted, score_activation))
     inputs = of_all_heads(inputs)
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
     out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, exact, in_blocks)
@@ -240,7 +250,7 @@ def _pools(inputs: ConcatInputs, kernel: bool) -> bool:
     return kernel and alike and inputs.dropout_p == 0 and heads <= 128
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ...]:
+def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation: str) -> tuple[Any, ...]:
     """(out, lse, scores, weights) of one query a sequence, by the location family.
 
     Its keys are projected already, and the query is their context. Heads are its hops: features of all heads side by
@@ -267,7 +277,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ..
     columns = v.mT if heads == 1 else torch.diag_embed(v.mT).transpose(0, 1).flatten(0, 1)  # (H A, H)
     keys = side_by_side(key if key.shape[1] == heads else key.expand(-1, heads, -1, -1))
     score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
-    options = (activation, "sigmoid", dropout_p, False)
+    options = (activation, "sigmoid", dropout_p, False, score_activation)
     bias = None if bias is None else bias.squeeze(2).squeeze(1)
     pooled = LocationInputs(*score, side_by_side(value), bias, mask, None, seed, *options)
     if not kernel:

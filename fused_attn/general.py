@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import argument, check_scale
+from ._checks import argument, check_scale, check_score_activation
 from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
@@ -152,6 +152,7 @@ def general_attention(
     *,
     scale: float | Tensor = 1.0,
     activation: str = "identity",
+    score_activation: str = "identity",
     mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     score_bias: Tensor | None = None,
@@ -191,6 +192,9 @@ def general_attention(
         runs, the queries are multiplied by it before, and rounded to their dtype.
     activation
         Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
+    score_activation
+        "logsigmoid", see `location_attention`. It has no kernel: ``"triton"`` raises, and ``"auto"`` is the
+        reference, which stores Tq·Tk.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
         where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed keys ``(M,)``.
@@ -252,14 +256,18 @@ def general_attention(
     inputs = canonical(given)
     if factor is None:
         inputs = inputs._replace(scale=check_scale(scale, query.dtype))
-    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
-    sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
+    check_score_activation("score_activation", score_activation)
+    unsupported, plain = "has no float64" if query.dtype == torch.float64 else None, score_activation == "identity"
+    unsupported = unsupported if plain else f"has no score_activation here; got {score_activation!r}"
+    kernel = use_triton(impl, query.device, unsupported)
+    sdpa = plain and impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
     folds = _heads_fold(inputs)
     if (folds or kernel or sdpa) and (weight is not None or factor is not None):
         inputs, weight, factor = _projected(inputs, weight, factor, sdpa or not kernel), None, None
     inputs = _folded(inputs) if folds else of_all_heads(inputs)
     if not (kernel or sdpa):
-        results = by_formula(_GENERAL.formula, inputs, wanted, weight=weight, factor=factor)
+        more = {"weight": weight, "factor": factor, "score_activation": score_activation}
+        results = by_formula(_GENERAL.formula, inputs, wanted, **more)
     else:
         exact = not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
         out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)

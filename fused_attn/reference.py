@@ -305,13 +305,16 @@ def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tup
 
 
 @looked_at_after
-def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tuple[Tensor, ...]:
+def concat_attention(
+    inputs: ConcatInputs, *, score_activation: str = "identity", weights_only: bool = False
+) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
 
     Packed rows come as one sequence with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is
-    visible to query i iff ``i - left <= j <= i + right``, None for an open side.
+    visible to query i iff ``i - left <= j <= i + right``, None for an open side. With a `score_activation` the
+    softmax is of that of :math:`s_{ij}`.
 
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
     least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible; with `weights_only`
@@ -327,7 +330,8 @@ def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False) -> tup
         bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
+    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only}
+    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
 @looked_at_after
@@ -336,6 +340,7 @@ def general_attention(
     *,
     weight: Tensor | None = None,
     factor: Tensor | None = None,
+    score_activation: str = "identity",
     weights_only: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
@@ -356,7 +361,8 @@ def general_attention(
     scores = scale * (scores if factor is None else factor[..., None, None] * scores)
     scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    return _attend(scores, value, score_bias, *structure, bad=bad, weights_only=weights_only)
+    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only}
+    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
 def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -425,6 +431,7 @@ def _attend(
     dropout_p: float,
     *,
     bad: Tensor | None = None,
+    score_activation: str = "identity",
     weights_only: bool = False,
 ) -> tuple[Tensor, ...]:
     """(out, lse, scores) from the scores ``(B, H, Tq, Tk)`` of all pairs, before bias and mask.
@@ -449,6 +456,7 @@ def _attend(
         scores = scores.masked_fill(bad, torch.nan)
     if score_bias is not None:
         scores = scores + score_bias
+    scores = SCORE_ACTIVATIONS[score_activation](scores)
     if shown is not None:
         scores = scores.masked_fill(~shown, -torch.inf)
     weights, top = softmax(scores, -1)

@@ -276,6 +276,7 @@ PAIRS_PACKED = {
 CONCAT = PAIRS | {
     "query without features": value_error("query", query=floats(B, TQ, 0), key=floats(B, TK, 0), v=floats(0)),
     "value is missing": type_error("value", value=None),
+    "another score_activation": value_error("score_activation", score_activation="sigmoid"),
     "v with heads alone": value_error("v", v=floats(H, A)),
     "v of rank 0": value_error("v", v=floats()),
     "v of a layer with one output": value_error(
@@ -293,6 +294,7 @@ GENERAL = PAIRS | {
     "weight with heads alone": value_error("weight", weight=floats(H, A, A)),
     "weight of rank 1": value_error("weight", weight=floats(A)),
     "scale a head without heads": value_error("scale: expected shape (); got (2,)", scale=floats(H)),
+    "another score_activation": value_error("score_activation", score_activation="sigmoid"),
     "scale of another dtype": type_error("scale", scale=floats().half()),
 }
 GENERAL_HEADS = PAIRS_HEADS | {

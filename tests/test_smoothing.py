@@ -8,8 +8,12 @@ from _compare import IMPLS, assert_matches_reference, evaluate, in_double
 from _location import Case
 
 from fused_attn import (
+    ConcatAttention,
+    GeneralAttention,
     LocationAttention,
     LocationAwareAttention,
+    concat_attention,
+    general_attention,
     location_attention,
     location_aware_attention,
     location_aware_sequence,
@@ -170,6 +174,88 @@ def test_a_sequence_of_steps_has_no_kernel(device):
     query, _ = tensors.pop("query"), tensors.pop("previous")
     with pytest.raises(ValueError, match=r"^impl: 'triton' has no score_activation of a sequence; got 'logsigmoid'"):
         location_aware_sequence(query[:, None], **tensors, score_activation="logsigmoid", impl="triton")
+
+
+def pairs(device, heads, queries=1, dtype=torch.float32):
+    torch.manual_seed(0)
+    lead = (3,) if heads is None else (3, heads)
+    made = {
+        "query": torch.randn(*lead, queries, 6),
+        "key": torch.randn(*lead, 9, 6),
+        "value": torch.randn(*lead, 9, 5),
+    }
+    made["v"] = torch.randn(6) if heads is None else torch.randn(heads, 6)
+    made["score_bias"] = torch.randn(queries, 9)
+    made = {name: x.to(device, dtype) for name, x in made.items()}
+    made["mask"] = torch.arange(9, device=device) < torch.tensor([[9], [4], [0]], device=device)
+    return made
+
+
+def pairs_by_hand(additive):
+    def by_hand(*, impl, query, key, value, score_bias, mask, v=None):
+        if additive:
+            v = v if v.dim() == 1 else v[:, None, None]
+            s = (torch.tanh(query[..., None, :] + key[..., None, :, :]) * v).sum(-1)
+        else:
+            s = 0.7 * query @ key.mT
+        s = torch.sigmoid(s + score_bias).masked_fill(~mask[:, None] if s.dim() == 3 else ~mask[:, None, None], 0)
+        alpha = s / s.sum(-1, keepdim=True).clamp(min=1e-30)
+        return alpha @ value, alpha
+
+    return by_hand
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("heads", [None, 1, 3])
+def test_a_step_of_concat(heads, impl, device):
+    op = smooth(lambda **given: concat_attention(**given, return_weights=True))
+    assert_is(op, pairs_by_hand(True), pairs(device, heads), impl)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_step_of_concat_in_16_bits(dtype, device):
+    op = smooth(lambda **given: concat_attention(**given, return_weights=True))
+    assert_matches_reference(op, pairs(device, 2, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("additive", [False, True], ids=["general", "concat"])
+def test_pairs_by_pytorch(additive, queries, heads, device):
+    """By `auto` too, which has no other path."""
+    tensors = pairs(device, heads, queries)
+    if not additive:
+        del tensors["v"]
+    attend, options = (concat_attention, {}) if additive else (general_attention, {"scale": 0.7})
+    op = smooth(lambda **given: attend(**given, **options, return_weights=True))
+    assert_is(op, pairs_by_hand(additive), tensors, "reference")
+    if queries > 1 or not additive:
+        got, want = (evaluate(op, tensors, impl) for impl in ("auto", "reference"))
+        for of_got, of_want in zip(got, want, strict=True):
+            torch.testing.assert_close(of_got, of_want)
+
+
+@pytest.mark.kernel
+def test_pairs_without_a_kernel_say_so(device):
+    tensors = pairs(device, 2, 4)
+    for given in (tensors, pairs(device, 2) | {"dropout_p": 0.5}):
+        with pytest.raises(ValueError, match=r"^impl: 'triton' has a score_activation for one query a sequence only"):
+            concat_attention(**given, score_activation="logsigmoid", impl="triton")
+    tensors.pop("v")
+    with pytest.raises(ValueError, match=r"^impl: 'triton' has no score_activation here; got 'logsigmoid'"):
+        general_attention(**tensors, score_activation="logsigmoid", impl="triton")
+
+
+@pytest.mark.parametrize("make", [lambda **o: ConcatAttention(3, 5, 4, **o), lambda **o: GeneralAttention(3, 5, **o)])
+def test_modules_of_pairs_pass_it_on(make, device):
+    smoothed, plain = make(score_activation="logsigmoid").to(device), make().to(device)
+    plain.load_state_dict(smoothed.state_dict())
+    query, key = torch.randn(2, 2, 3, device=device), torch.randn(2, 9, 5, device=device)
+    _, scores = smoothed(query, key, return_scores=True)
+    _, raw = plain(query, key, return_scores=True)
+    torch.testing.assert_close(scores, torch.nn.functional.logsigmoid(raw))
+    assert "score_activation='logsigmoid'" in repr(smoothed)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

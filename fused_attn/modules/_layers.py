@@ -39,6 +39,7 @@ class Attention(nn.Module):
     """What the modules of all families have: layers, perhaps a dropout, and options that its layers do not show."""
 
     dropout = 0.0  # no annotations here: TorchScript reads them, and its refusal would be of a type it does not know
+    score_activation = "identity"
     _shown = cast("tuple[str, ...]", ())
 
     def reset_parameters(self) -> None:
@@ -52,7 +53,8 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Options that the submodules do not show."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+        names = self._shown if self.score_activation == "identity" else (*self._shown, "score_activation")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def reset_layers(module: nn.Module) -> None:

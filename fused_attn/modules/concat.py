@@ -15,6 +15,7 @@ from .._checks import (
     check_count,
     check_cu_seqlens,
     check_flag,
+    check_score_activation,
     show,
     width_of,
 )
@@ -56,6 +57,8 @@ class ConcatAttention(HeadsAttention):
         Number H of heads, each with scores of its own.
     activation
         identity, tanh, relu, sigmoid, leaky_relu, elu, gelu or silu.
+    score_activation
+        "logsigmoid" for weights that are sigmoids over their sum, as in the function; or "identity".
     bias
         The bias b, on the query projection.
     dropout
@@ -81,6 +84,7 @@ class ConcatAttention(HeadsAttention):
         context_dims: Sequence[int] = (),
         num_heads: int = 1,
         activation: str = "tanh",
+        score_activation: str = "identity",
         bias: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | int | None = None,
@@ -90,10 +94,11 @@ class ConcatAttention(HeadsAttention):
             raise TypeError(f"context_dims: expected a sequence of widths; got {show(context_dims)}")
         context_dims = [check_count(f"context_dims[{i}]", n, 1) for i, n in enumerate(context_dims)]
         check_activation("activation", activation)
+        check_score_activation("score_activation", score_activation)
         query_dim, key_dim, attn_dim = counts(query_dim=query_dim, key_dim=key_dim, attn_dim=attn_dim)
         super().__init__(num_heads, dropout)
         made = factory(device, dtype)
-        self.activation = activation
+        self.activation, self.score_activation = activation, score_activation
         width = self.num_heads * attn_dim
         self.query_proj = nn.Linear(query_dim, width, bias=check_flag("bias", bias), **made)
         self.key_proj = nn.Linear(key_dim, width, bias=False, **made)
@@ -200,6 +205,7 @@ class ConcatAttention(HeadsAttention):
             self._of_heads(value) if isinstance(value, Tensor) and value.dim() == query.dim() else value,
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
+            score_activation=self.score_activation,
             mask=mask,
             window=window,
             score_bias=score_bias,

@@ -8,7 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import FINITE, Checker, Table, check_activation, check_flag, check_number, module_checker
+from .._checks import (
+    FINITE,
+    Checker,
+    Table,
+    check_activation,
+    check_flag,
+    check_number,
+    check_score_activation,
+    module_checker,
+)
 from ..general import general_attention
 from ..reference import sound
 from ._layers import counts, factory
@@ -36,7 +45,7 @@ class GeneralAttention(PairsAttention):
         Factor on the product.
     learn_scale
         Whether the scale is a parameter, ``()``, or ``(H,)`` with more than one head, which begins as `scale`.
-    activation, dropout, device, dtype
+    activation, score_activation, dropout, device, dtype
         As in `ConcatAttention`.
 
     Attributes
@@ -63,6 +72,7 @@ class GeneralAttention(PairsAttention):
         scale: float = 1.0,
         learn_scale: bool = False,
         activation: str = "identity",
+        score_activation: str = "identity",
         dropout: float = 0.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -70,8 +80,9 @@ class GeneralAttention(PairsAttention):
         key_dim = query_dim if key_dim is None else key_dim
         query_dim, key_dim = counts(query_dim=query_dim, key_dim=key_dim)
         check_activation("activation", activation)
+        check_score_activation("score_activation", score_activation)
         super().__init__(num_heads, dropout)
-        self.activation = activation
+        self.activation, self.score_activation = activation, score_activation
         heads, made = (self.num_heads,) if self.num_heads > 1 else (), factory(device, dtype)
         self._first_scale = check_number("scale", scale, "a finite number", *FINITE)
         learned = check_flag("learn_scale", learn_scale)
@@ -112,7 +123,8 @@ class GeneralAttention(PairsAttention):
         k = self._of_heads(key) if projected is None else self._split(projected)
         w = self.weight if projected is None else None
         q = self._repeat(query)
-        return general_attention(q, k, value, w, scale=self.scale, activation=self.activation, **options)
+        options |= {"activation": self.activation, "score_activation": self.score_activation}
+        return general_attention(q, k, value, w, scale=self.scale, **options)
 
     def extra_repr(self) -> str:
         """What the weight and the options are."""

@@ -181,8 +181,7 @@ class LocationAttention(Attention):
     def extra_repr(self) -> str:
         """Options that the submodules do not show: of the gate's, where there is one."""
         gate = "" if self.gate is None else f", gate_activation={self.gate_activation!r}"
-        smooth = "" if self.score_activation == "identity" else f", score_activation={self.score_activation!r}"
-        return super().extra_repr() + gate + smooth
+        return super().extra_repr() + gate
 
 
 def gate_of(pool: LocationAttention, name: str = "gate") -> tuple[Tensor, Tensor | None] | None:
