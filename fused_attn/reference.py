@@ -265,10 +265,12 @@ def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tup
     softmax, and in at least float32 ``scores (B, T, 1)`` or ``(N, 1)``, ``-inf`` where the mask is False; with
     `weights_only` out and, of the shape of the scores, the weights.
     """
-    *tensors, value, mask, cu_seqlens, activation, normalised, scale = inputs
-    dtype, rows = (inputs.key if value is None else value).dtype, inputs.key.shape[:-1]
-    wide = torch.promote_types(inputs.key.dtype, torch.float32)
-    query, key, w_key, w_product, context, w2, b2, v, b3 = (x if x is None else x.to(wide) for x in tensors)
+    query, key, w_key, w_product, context, w2, b2, v, b3, value = inputs[:10]
+    mask, cu_seqlens, activation, normalised, scale = inputs[10:]
+    dtype, rows = (key if value is None else value).dtype, key.shape[:-1]
+    wide = torch.promote_types(key.dtype, torch.float32)
+    query, key, w_key, w_product, context, v = (x.to(wide) for x in (query, key, w_key, w_product, context, v))
+    w2, b2, b3 = (x if x is None else x.to(wide) for x in (w2, b2, b3))
     value = key if value is None else value.to(wide)
     segment = None if cu_seqlens is None else segment_ids(cu_seqlens, rows[0])
     seqs = rows[0] if cu_seqlens is None else cu_seqlens.numel() - 1

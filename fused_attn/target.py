@@ -209,6 +209,7 @@ def _validate(
     check = Checker(_TABLES[cu_seqlens is not None, w2 is not None])
     if cu_seqlens is not None:
         check("cu_seqlens", cu_seqlens)
+        check.bind_sequences("S", cu_seqlens, "cu_seqlens")
     check("query", query)
     check("key", key)
     if cu_seqlens is not None:

@@ -139,7 +139,7 @@ def _target_fwd_kernel(
 
         if flags.SOFTMAX:
             p, alpha, m, l = online_softmax(s, m, l, 0, False)
-            acc *= tl.sum(alpha, axis=0)
+            acc *= alpha
         else:
             p = tl.where(keep[:, None], s, 0.0)
         if values.ptr is None:
@@ -159,7 +159,7 @@ def _target_fwd_kernel(
     store_lse(result.lse + seq * 2 + one, m, l, (one == 0) & single & first)
     write = dv < size.DV
     tl.store(parts.o + item.to(tl.int64) * size.DV + dv, acc, mask=write & (items != 1))
-    out = acc * tl.sum(finish(l), axis=0)
+    out = acc * finish(l)
     at = seq * size.DV + dv
     tl.store(result.out + at, out.to(result.out.dtype.element_ty), mask=write & single)
     if result.exact is not None:
@@ -171,14 +171,20 @@ def _target_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def warps_of(chip: Chip) -> int:
+    """AMD's have 64 lanes: of 4 each lane has twice the registers."""
+    return 4 if chip.backend == "hip" else 8
+
+
 @rule
 def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, K: int, DV: int) -> Blocks:
     """Tiles of the forward: K holds the second layer. Chosen by the compile report (no spills)."""
-    block_k = pow2(K, 16, MAX_UNITS)
+    block_k, warps = pow2(K, 16, MAX_UNITS), warps_of(chip)
     if itemsize == 4:  # no matrix units in full float32: products are unrolled, and D and A go in steps of 16
-        return Blocks(tile_rows(T, 32), 16, 16, pow2(DV, 16, 128), 8, K=block_k)
-    rows = tile_rows(T, 32 if chip.from_registers or not even(D, A, DV) else 64)
-    return Blocks(rows, pow2(D, 16, 64), pow2(A, 16, 64 if even(D, A) else 32), pow2(DV, 16, 128), 8, K=block_k)
+        return Blocks(tile_rows(T, 32), 16, 16, pow2(DV, 16, 128), warps, K=block_k)
+    # The matrix is made again for each tile, at the cost of its products: twice the rows are half of that a key.
+    rows = tile_rows(T, 32 if chip.from_registers or not even(D, A, DV) else 128 if chip.hopper else 64)
+    return Blocks(rows, pow2(D, 16, 64), pow2(A, 16, 64 if even(D, A) else 32), pow2(DV, 16, 128), warps, K=block_k)
 
 
 class Weights(NamedTuple):

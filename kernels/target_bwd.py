@@ -35,7 +35,7 @@ from .masks import follow, item_rows, locate, place, sequence_at
 from .products import add_product, tile_product
 from .softmax import load_dlse
 from .sums import add_items, sums
-from .target import MAX_UNITS, first_layer, prepare, second_layer, with_bias
+from .target import MAX_UNITS, first_layer, prepare, second_layer, warps_of, with_bias
 from .tiles import add_later, load_part, load_rows, store_rows
 
 
@@ -316,11 +316,11 @@ class Matrices(NamedTuple):
 @rule
 def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, K: int) -> Blocks:
     """Tiles of the backward's first kernel; T is also the rows of an item. Chosen as the forward's are."""
-    block_k = pow2(K, 16, MAX_UNITS)
+    block_k, warps, hip = pow2(K, 16, MAX_UNITS), warps_of(chip), chip.backend == "hip"
     if itemsize == 4:
-        return Blocks(tile_rows(T, 32 if block_k <= 64 else 16), 16, 16, warps=8, K=block_k)
+        return Blocks(tile_rows(T, 32 if block_k <= (32 if hip else 64) else 16), 16, 16, warps=warps, K=block_k)
     rows = tile_rows(T, 32 if chip.from_registers or not even(D, A) or block_k > 64 else 64)
-    return Blocks(rows, pow2(D, 16, 64), pow2(A, 16, 128 if even(D, A) else 32), warps=8, K=block_k)
+    return Blocks(rows, pow2(D, 16, 64), pow2(A, 16, 128 if even(D, A) else 32), warps=warps, K=block_k)
 
 
 @rule

@@ -214,6 +214,36 @@ STATISTICS_PACKED = {
     "cu_seqlens of int64": type_error("cu_seqlens: expected dtype int32; got int64", cu_seqlens=CU_N.long()),
 }
 
+TARGET = {
+    "query is missing": type_error("query: expected a torch.Tensor; got NoneType", query=None),
+    "query with an axis of queries": value_error(
+        "query: expected shape (B, D); got (2, 1, 6); pass query.squeeze(1)", query=floats(B, 1, D)
+    ),
+    "query of another width": value_error(
+        "key: expected shape (B, T, D) with B = 2 from query, D = 7 from query; got (2, 5, 6): D is 6",
+        query=floats(B, D + 1),
+    ),
+    "key without cu_seqlens": value_error("key: expected shape (B, T, D)", key=floats(N, D)),
+    "w1 of a layer": value_error("w1: expected shape (4D, A) with 4D = 24 from query", w1=floats(A, 4 * D)),
+    "w1 of three parts": value_error("w1: expected shape (4D, A) with 4D = 24 from query", w1=floats(3 * D, A)),
+    "w2 of other units": value_error("w2: expected shape (A, K) with A = 4 from w1", w2=floats(A + 1, C)),
+    "v of the first layer": value_error("v: expected shape (K,) with K = 3 from w2; got (4,): K is 4", v=floats(A)),
+    "b2 without w2": value_error("b2: expected None without w2; got a tensor", w2=None, v=floats(A)),
+    "b3 of rank 1": value_error("b3: expected shape ()", b3=floats(1)),
+    "values of other rows": value_error("value: expected shape (B, T, Dv)", value=floats(B, TK + 1, DV)),
+    "mask of numbers": type_error("mask: expected dtype bool; got float32", mask=floats(B, TK)),
+    "mask of other rows": value_error("mask: expected shape (B, T)", mask=bools(B, TK + 1)),
+    "unknown activation": value_error("activation: expected one of identity, tanh", activation="dice"),
+    "softmax of a number": type_error("softmax: expected True or False; got 1", softmax=1),
+    "scale of infinity": value_error("scale: expected a finite number", scale=float("inf")),
+}
+TARGET_PACKED = {
+    "query of other users": value_error(
+        "query: expected shape (S, D) with S = 3 from cu_seqlens; got (4, 6): S is 4", query=floats(S + 1, D)
+    ),
+    "cu_seqlens of int64": type_error("cu_seqlens: expected dtype int32; got int64", cu_seqlens=CU_N.long()),
+}
+
 # Queries and keys: concat and general.
 MASK = (
     "mask: expected shape (B, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with B = 2 from query, "
@@ -472,6 +502,8 @@ BAD = {
         "LocationAttention": LOCATION_MODULE,
         "statistics": STATISTICS,
         "statistics, packed": STATISTICS_PACKED,
+        "target": TARGET,
+        "target, packed": TARGET_PACKED,
         "concat": CONCAT,
         "concat, heads": PAIRS_HEADS,
         "concat, packed": PAIRS_PACKED,

@@ -18,6 +18,7 @@ COMPILED = [
     "statistics: h of integers",
     "statistics: mask of numbers",
     "statistics: unknown activation",
+    "target: w1 of a layer",
     "concat: mask of other keys",
     "concat: window is a number",
     "ConcatAttention: context of the keys, of batch 1",
@@ -29,7 +30,7 @@ COMPILED = [
     "location aware: u transposed",
     "LocationAwareAttention: query with an axis of queries",
 ]
-KERNELS = ["location, window", "statistics", "concat", "general", "graph", "hierarchical", "word by word"]
+KERNELS = ["location, window", "statistics", "target", "concat", "general", "graph", "hierarchical", "word by word"]
 WITH_IMPL = [name for name in ROWS if name not in ("csr_from_edges", "transpose_csr", "RaggedRNN")]
 
 

@@ -21,6 +21,7 @@ from .location import LocationCase, WindowCase
 from .problem import BF16, F16, F32
 from .recurrent import WordCase
 from .statistics import StatisticsCase
+from .target import TargetCase
 
 ACTIVATIONS = ("tanh", "relu", "identity", "sigmoid", "gelu", "silu", "leaky_relu", "elu")
 
@@ -199,6 +200,24 @@ def _statistics(r: _Draw) -> StatisticsCase:
     )
 
 
+def _target(r: _Draw) -> TargetCase:
+    return TargetCase(
+        r.dtype(),
+        r.size(2048),
+        r.size(2048),
+        r.size(512),
+        r.size(1024),
+        r.maybe(128, 0.8),
+        r.maybe(512, 0.3),
+        r.choice(ACTIVATIONS),
+        softmax=r.yes(),
+        mask=r.yes(),
+        weights=r.yes(0.4),
+        ragged=r.yes(0.3),
+        tf32=r.yes(0.3),
+    )
+
+
 def _recurrent(r: _Draw) -> WordCase:
     ragged = r.yes(0.3)
     return WordCase(
@@ -240,7 +259,7 @@ DRAW: tuple[tuple[str, Callable[[_Draw], Any]], ...] = (
     ("graph", _graph),
     ("hierarchical", _hierarchical),
     ("recurrent", _recurrent),
-    ("location", _location),
+    ("target", _target),
     ("general", _general),
     ("location", _linear_hops),
     ("distance", partial(_concat, activations=("abs", "square"))),
