@@ -23,6 +23,7 @@ from fused_attn import (
     location_attention,
     location_aware_attention,
     statistics_pooling,
+    target_attention,
     word_by_word_attention,
 )
 
@@ -226,6 +227,27 @@ def _statistics(*, channels: bool) -> Pair:
     return _pair(ours, eager, h, w, b, v)
 
 
+def _target(B: int, T: int, D: int, *, softmax: bool) -> Pair:
+    A, K = 80, 40
+    query, key = _normal(B, D), _normal(B, T, D)
+    w1, w2, v, b1, b2, b3 = _weight(4 * D, A), _weight(A, K), _weight(K), _normal(A), _normal(K), _normal(1)
+    mask = _lengths_mask(B, T)
+
+    def eager() -> Tensor:  # as DeepCTR and RecBole have it
+        q = query[:, None].expand_as(key)
+        u = torch.sigmoid(F.linear(torch.cat([q, key, q - key, q * key], -1), w1.mT, b1))
+        scores = torch.sigmoid(F.linear(u, w2.mT, b2)) @ v + b3
+        weights = _softmax(scores, mask, 1) if softmax else scores.masked_fill(~mask, 0)
+        return (weights[:, None] @ key).squeeze(1)
+
+    def ours() -> Tensor:
+        biases = {"b1": b1, "b2": b2, "b3": b3[0]}
+        return target_attention(query, key, w1, w2, v, **biases, softmax=softmax, mask=mask)  # type: ignore[return-value]
+
+    of_scores = [] if softmax else [b3]  # which under a softmax is 0 but for roundings
+    return _pair(ours, eager, query, key, w1, w2, v, b1, b2, *of_scores)
+
+
 def _graph() -> Pair:
     nodes, edges, H, A = 2000, 16_000, 4, 16
     query, key, v = _normal(nodes, H, A), _normal(nodes, H, A), _normal(H, A)
@@ -310,6 +332,8 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "general step with weights": lambda: _general(32, 1, 512, 128, weights=True),
     "statistics": lambda: _statistics(channels=False),
     "statistics, a channel": lambda: _statistics(channels=True),
+    "target, B 256 T 50 D 64": lambda: _target(256, 50, 64, softmax=False),
+    "target, softmax": lambda: _target(64, 100, 32, softmax=True),
     "graph": _graph,
     "word by word": _word_by_word,
     "location-aware step": _location_aware,

@@ -46,6 +46,7 @@ from fused_attn import (
     location_aware_attention,
     location_aware_sequence,
     statistics_pooling,
+    target_attention,
     word_by_word_attention,
 )
 
@@ -170,6 +171,14 @@ def _statistics() -> Callable[..., Any]:
     return partial(statistics_pooling, _normal(B, 512, D), **weights, mask=torch.rand(B, 512) > 0.1)
 
 
+def _target() -> Callable[..., Any]:
+    weights = _normal(4 * D, A), _normal(A, 40), _normal(40)
+    biases = {"b1": _normal(A), "b2": _normal(40), "b3": _normal()}
+    return partial(
+        target_attention, _normal(B, D), _normal(B, 100, D), *weights, **biases, mask=torch.rand(B, 100) > 0.1
+    )
+
+
 def _graph(**known: Any) -> Callable[..., Any]:
     graph, _ = Graph.from_edges(torch.randint(64, (2, 512)), 64, 64)
     graph = dataclasses.replace(graph, **known)
@@ -205,6 +214,7 @@ ROWS: dict[str, Callable[[], Callable[..., Any]]] = {
     "general": lambda: _pairs(general_attention, 8),
     "hierarchical": _hierarchical,
     "statistics, a channel": _statistics,
+    "target": _target,
     "graph": _graph,
     "graph, hubs": partial(_graph, max_degree=None),
     "word by word": _word_by_word,

@@ -177,10 +177,11 @@ def target_attention(
     scale = check_scale(scale, query.dtype)
 
     of_query, of_key, of_difference, of_product = w1.chunk(4)
-    context = query @ (of_query + of_difference)
+    of_all = of_query + of_difference
+    context = query @ of_all if b1 is None else torch.addmm(b1, query, of_all)
     inputs = TargetInputs(
-        query, key, of_key - of_difference, of_product, context if b1 is None else context + b1,
-        w2, b2, v, None if b3 is None else b3[None], value, mask, cu_seqlens, activation, softmax, scale,
+        query, key, of_key - of_difference, of_product, context, w2, b2, v, None if b3 is None else b3[None], value,
+        mask, cu_seqlens, activation, softmax, scale,
     )  # fmt: skip
     unsupported = None
     if query.dtype == torch.float64:

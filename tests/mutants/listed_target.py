@@ -77,8 +77,8 @@ TARGET: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fused_attn/target.py",
-        "    context = query @ (of_query + of_difference)",
-        "    context = query @ (of_query - of_difference)",
+        "    of_all = of_query + of_difference",
+        "    of_all = of_query - of_difference",
         ("tests/test_target.py", "-k", "formula"),
         "the difference has the other sign for the query",
     ),
