@@ -205,12 +205,12 @@ class Matrix(NamedTuple):
     """A tensor of two axes, the last with unit stride."""
 
     ptr: Tensor | None
-    stride: int
+    stride: Any  # see `width`
 
 
 def matrix(x: Tensor) -> Matrix:
     """A tensor of two axes."""
-    return Matrix(x, x.stride(0))
+    return Matrix(x, width(x.stride(0)))
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # typed: tuples of equal numbers are equal, whatever their fields

@@ -12,7 +12,8 @@ Those of all steps stay where a gradient may be asked for, each with its c and t
 rows in turn, which stay in cache. The weights stream from cache, a block of rows at a time.
 
 - `HELD`: keys and values of the premise are loaded once, and stay on chip for all steps. For premises of at most
-  `limit` words and widths that registers hold.
+  `limit` words and widths that registers hold. Rows of 16 bits have a kernel of their own for that, of several
+  sequences a program (recurrent_group.py), but on AMD's chips.
 - Otherwise tiles of them are read again at every step: first all scores of the step, into a row of scratch, then the
   sum. Any length, any width.
 - How long the sequences of a ragged batch are is known on the device only: both forms are launched, and each takes
@@ -30,10 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
-from .arguments import constants, entries, launch, matrix, pitch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, pow2, unit
+from .arguments import constants, entries, launch, matrix, pitch, sequence_ptr, sequences, width
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, matmul_flags, pow2, unit
 from .inputs import WordByWordInputs
 from .masks import Spans, sequence_of, unmasked
+from .recurrent_group import GroupBlocks, _recurrent_group_fwd_kernel, group_blocks
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 from .tiles import load_rows
 
@@ -109,8 +111,8 @@ def _recurrent_fwd_kernel(
         s_ptr += seq * Ty + k_start
 
     kept = slots == 0
-    width = size.D + size.A + size.D
-    state_ptr += tl.where(kept, seq * Th + q_start, seq * slots) * width
+    numbers = size.D + size.A + size.D
+    state_ptr += tl.where(kept, seq * Th + q_start, seq * slots) * numbers
     for d0 in range(0, size.D, blocks.D):
         i = d0 + tl.arange(0, blocks.D)
         r = tl.zeros([blocks.D], tl.float32)
@@ -119,8 +121,8 @@ def _recurrent_fwd_kernel(
         tl.store(state_ptr + i, r, mask=(i < size.D) & (steps > 0))
     tl.debug_barrier()
     for t in range(0, steps):
-        last_ptr = state_ptr + tl.where(kept, t, t % 2).to(tl.int64) * width
-        next_ptr = state_ptr + tl.where(kept, t + 1, (t + 1) % 2).to(tl.int64) * width
+        last_ptr = state_ptr + tl.where(kept, t, t % 2).to(tl.int64) * numbers
+        next_ptr = state_ptr + tl.where(kept, t + 1, (t + 1) % 2).to(tl.int64) * numbers
         c_ptr = last_ptr + size.D
         u_ptr = c_ptr + size.A
         more = t + 1 < steps
@@ -253,6 +255,10 @@ class Flags(NamedTuple):
     FMA: bool
     ONCE: bool  # scores go through `made_once`: on AMD's chips narrow ones were made twice
     HELD: bool  # keys and values of a premise stay on chip
+    ASM: bool  # 16 bits are widened by `recurrent_group.widened`
+    WHOLE: bool  # weights are whole tiles
+    COMPUTE: object  # see `chip.matmul_flags`
+    PRECISION: str
 
 
 class Result(NamedTuple):
@@ -260,6 +266,7 @@ class Result(NamedTuple):
 
     out: Tensor  # (B, Th, D)
     weights: Tensor | None  # (B, Th, Ty) float32
+    parts: Tensor | None  # what is scratch of groups, see `group_parts`
 
 
 class Call(NamedTuple):
@@ -280,9 +287,10 @@ def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
     value, w_r, w_t = (unit(x) for x in (value, w_r, w_t))
     spans = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_hypothesis, cu_seqlens_premise))
     seqs = cu_seqlens_premise.numel() - 1 if packed else value.shape[0]
-    size = Size(w.shape[0], value.shape[-1])
+    A, D = size = Size(w.shape[0], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
-    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False)
+    matmul = matmul_flags(chip, key.dtype)
+    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False, fast, False, **matmul)
     args = {
         "k": sequences(key, packed=packed),
         "value": sequences(value, packed=packed),
@@ -291,33 +299,58 @@ def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
         "w_t": matrix(w_t),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
         **dict(zip(("q_spans", "k_spans"), spans, strict=True)),
-        "size": size,
+        "size": Size(width(A), width(D)),
         "Th": 0 if packed else hypothesis.shape[1],
         "Ty": 0 if packed else value.shape[1],
+        "num_seqs": seqs,
     }
     return Call(chip, seqs, packed, size, flags, args)
 
 
-def forms(call: Call, per_element: int, longest: int) -> list[tuple[int, Blocks]]:
-    """What is to be launched: of each form the longest premise that it holds on chip (-1: none), and its blocks.
+Form = tuple[int, Blocks | GroupBlocks]
+"""The longest premise that it holds on chip (-1: none), and its blocks."""
+
+
+def forms(call: Call, per_element: int, longest: int, *, grouped: bool) -> list[Form]:
+    """What is to be launched.
 
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
+    grouped: rows of 16 bits that are held are those of `GroupBlocks`.
     """
-    A, D = call.size
+    chip, (A, D) = call.chip, call.size
     usual = cdiv(2 * longest, call.seqs) if call.packed else longest
-    held = held_blocks(call.chip, per_element, usual, A, D)
+    held: Blocks | GroupBlocks | None = None
+    if grouped and call.args["k"].ptr.element_size() == 2 and chip.backend != "hip":
+        held = group_blocks(chip, call.seqs, usual, A, D, packed=call.packed)
+    held = held or held_blocks(chip, per_element, usual, A, D)
     made = [(held.N, held)] if held is not None and (call.packed or longest <= held.N) else []
     if held is None or longest > held.N:
-        made.append((-1, stream_blocks(call.chip, per_element, longest, A, D)))
+        made.append((-1, stream_blocks(chip, per_element, longest, A, D)))
     return made
 
 
-def launch_forms(kernel, call: Call, chosen: list[tuple[int, Blocks]], **more: object) -> None:
-    """Launch the held form, the streamed one, or both, a program a sequence, so that each sequence has its own."""
+def group_parts(call: Call, chosen: list[Form], width: int) -> Tensor | None:
+    """Room for vectors of two steps in parts, see `recurrent_group`; None where no form has groups."""
+    groups = [blocks.S for _, blocks in chosen if isinstance(blocks, GroupBlocks)]
+    like = call.args["k"].ptr
+    dtype = torch.float32 if call.chip.backend == "interpreter" else like.dtype
+    return like.new_empty(cdiv(call.seqs, groups[0]), 2, 2 * groups[0], width, dtype=dtype) if groups else None
+
+
+def launch_forms(kernel, group_kernel, call: Call, chosen: list[Form], **more: object) -> None:
+    """Launch the held form, the streamed one, or both, so that each sequence has its own.
+
+    A program has one sequence, or those of a group.
+    """
     args = {**call.args, **more, "limit": chosen[0][0]}
+    A, D = call.size
     for holds, blocks in chosen:
-        args["flags"] = constants(call.flags._replace(HELD=holds >= 0))
-        launch(kernel, (call.seqs,), args, blocks, **all_registers(call.chip))
+        flags, programs, started = call.flags._replace(HELD=holds >= 0), call.seqs, kernel
+        if isinstance(blocks, GroupBlocks):
+            flags = flags._replace(WHOLE=blocks.A == A and blocks.D == D and D % blocks.K == 0)
+            programs, started = cdiv(call.seqs, blocks.S), group_kernel
+        args["flags"] = constants(flags)
+        launch(started, (programs,), args, blocks, **all_registers(call.chip))
 
 
 def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool) -> tuple[Tensor, ...]:
@@ -343,8 +376,9 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
             "s_ptr": empty(*premise.shape[:-1]),
             "first_ptr": None if state is None else state.contiguous(),
             "state_ptr": states,
-            "result": Result(out, weights if need_weights else None),
             "slots": 0 if need_states else 2,
         }
-        launch_forms(_recurrent_fwd_kernel, call, forms(call, 1, premise.shape[-2]), **more)
+        chosen = forms(call, 1, premise.shape[-2], grouped=True)
+        more["result"] = Result(out, weights if need_weights else None, group_parts(call, chosen, D))
+        launch_forms(_recurrent_fwd_kernel, _recurrent_group_fwd_kernel, call, chosen, **more)
     return (out, weights, states, key) if need_states else (out, weights, empty(0), key.new_empty(0))

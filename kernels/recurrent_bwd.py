@@ -297,7 +297,7 @@ def recurrent_bwd(
         return torch.empty(shape, dtype=torch.float32, device=premise.device)
 
     rows, words = hypothesis.shape[:-1], premise.shape[:-1]
-    chosen = forms(call, 4, premise.shape[-2])
+    chosen = forms(call, 4, premise.shape[-2], grouped=False)
     # What is streamed is added to, in float32; packed rows may be, and by their lengths would be one variant more.
     dtype = torch.float32 if call.packed or chosen[-1][0] < 0 else premise.dtype
     dz, dw = premise.new_empty(*rows, A + D), empty(call.seqs, A)
@@ -309,7 +309,7 @@ def recurrent_bwd(
         "scratch": Scratch(empty(call.seqs, D + A + D), empty(*words), empty(*words)),
         "made": Made(dz, dk, dpremise, dw, dstate),
     }
-    launch_forms(_recurrent_bwd_kernel, call, chosen, **more)
+    launch_forms(_recurrent_bwd_kernel, None, call, chosen, **more)
     dk, dpremise, dq = dk.to(premise.dtype), dpremise.to(premise.dtype), dz[..., :A]
     pairs = [
         (call.args["value"], dk) if needs[2] else None,

@@ -19,7 +19,9 @@ def load_rows(ptrs, keep, cols, width):
 @triton.jit
 def store_rows(ptrs, x, keep, cols, width):
     """Store a tile where `load_rows` reads it, in the dtype that is there."""
-    mask = keep[:, None] & (cols < width)[None, :]
+    mask = keep[:, None]
+    if width is not None:
+        mask = mask & (cols < width)[None, :]
     tl.store(ptrs[:, None] + cols[None, :], x.to(ptrs.dtype.element_ty), mask=mask)
 
 

@@ -1,5 +1,6 @@
 """Word-by-word attention, the kernel, against the reference; the reference by hand; exactness; structures."""
 
+import dataclasses
 import itertools
 import math
 
@@ -87,6 +88,43 @@ def test_the_forms_are_what_they_are_called(device):
     held, stream = ("held", True), ("stream", True)
     once = {"held": [held], "streamed": [("held", False), stream], "ragged": [held, stream]}
     assert launched == {name: [*calls, *calls] for name, calls in once.items()}
+
+
+@pytest.mark.kernel
+@each_dtype
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=5, hypothesis=3, dim=8, attn_dim=12, state=True, mask="some"),
+        Case(batch=5, premise=17, hypothesis=2, dim=16, attn_dim=16, mask="empty", return_weights=False),
+        Case(premise=41, hypothesis=19, dim=12, attn_dim=8, ragged=True, state=True),
+    ],
+    ids=str,
+)
+def test_programs_of_several_sequences_match_the_reference(case, cores, dtype, device):
+    """Of other lengths each, and not all of a program's are there."""
+    with chips.assume(chips.chip_of(device)._replace(cores=cores)):
+        check(dataclasses.replace(case, dtype=dtype), device)
+
+
+@pytest.mark.kernel
+@each_dtype
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_stay_in_their_sequence(fill, dtype, device):
+    """Though a program has several."""
+    case = Case(dtype=dtype, batch=3, dim=8, attn_dim=12)
+    tensors = case.tensors(device)
+    lost = {name: x.clone() for name, x in tensors.items()}
+    for name in ("premise", "hypothesis"):
+        lost[name][1, 1] = fill
+    others = torch.tensor([0, 2], device=device)
+    with chips.assume(chips.chip_of(device)._replace(cores=1)):
+        want, got = (evaluate(case.op, x, "triton") for x in (tensors, lost))
+    for name in ("output", "weights"):
+        assert torch.equal(got.outputs[name][others], want.outputs[name][others])
+    for name in ("premise", "hypothesis"):
+        assert torch.equal(got.gradients[name][others], want.gradients[name][others])
 
 
 @pytest.mark.kernel

@@ -68,7 +68,7 @@ def _ms(flops: float, size: float, wide: bool, chip: Chip) -> float:
 
 def _wide(x: Operator) -> bool:
     """Whether its products are of float32, without TF32."""
-    return x.read[-1].dtype == torch.float32
+    return bool(x.read) and x.read[-1].dtype == torch.float32
 
 
 def eager(found: list[Operator], chip: Chip) -> tuple[float, int]:

@@ -193,6 +193,20 @@ KERNELS: tuple[Mutant, ...] = (
         "the carried state is missing",
     ),
     Mutant(
+        "kernels/recurrent_group.py",
+        "axis=1) * inv[:, None] + u",
+        "axis=1) * inv[:, None]",
+        ("tests/test_word_by_word.py", "-k", "several_sequences"),
+        "the carried state is missing in a program of several sequences",
+    ),
+    Mutant(
+        "kernels/recurrent_group.py",
+        "    steps = tl.where(own & (length <= limit), steps, 0)",
+        "    steps = tl.where(own, tl.max(steps, axis=0), 0)",
+        ("tests/test_word_by_word.py", "-k", "several_sequences"),
+        "a sequence goes on with the steps of another",
+    ),
+    Mutant(
         "kernels/recurrent_bwd.py",
         's = made_once(tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf")))',
         's = tl.where(keep, tl.sum(rounded_product(w[None, :], y), axis=1), float("-inf"))',
