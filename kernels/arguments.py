@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chip import INTERPRET, stride_of
+from .chip import INTERPRET, rule, stride_of
 from .replay import writing
 
 _YES, _NO = tl.constexpr(True), tl.constexpr(False)
@@ -110,6 +110,7 @@ def heads(x: Tensor | None, *, packed: bool) -> Heads:
     return Heads(*_outer(x, *strides))
 
 
+@rule
 def width(n: int) -> Any:
     """A width of rows; one of whole units of 4 or 8, and not of 16, as a number that the compiler knows.
 

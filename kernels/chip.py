@@ -120,6 +120,11 @@ def vectors(*widths: int) -> bool:
     return all(n % 4 == 0 for n in widths)
 
 
+def whole_rows(chip: Chip, *widths: int) -> bool:
+    """Whether rows have the tiles of whole vectors, as those of vectors of 4 do on chips where they were counted."""
+    return even(*widths) or (chip.backend == "cuda" and chip.arch in (80, 90) and vectors(*widths))
+
+
 def unpressed(chip: Chip, *widths: int) -> dict[str, int]:
     """`all_registers` where ptxas was seen to press too hard: small chips, and rows that are not `even`.
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, log_sigmoid
-from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences
+from .arguments import constants, entries, entry_ptr, first_row, launch, sequence_ptr, sequences, width
 from .chip import (
     LENGTHS,
     LONG,
@@ -35,6 +35,7 @@ from .chip import (
     tile_rows,
     unit,
     unpressed,
+    whole_rows,
 )
 from .inputs import LocationInputs, features_dtype
 from .masks import Items, Spans, dropout, dropout_scale, locate, partition, unmasked
@@ -319,7 +320,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     hops = {"R": hop, "P": 1 if R == 1 and itemsize == 4 else max(16, hop)}
     hopper = chip.hopper
     wide = max(16, hop)  # columns of the accumulator: 8192 elements of it are 32 registers a thread of 8 warps
-    whole = even(D, DV, A)
+    whole = whole_rows(chip, D, DV, A)
     warps = 4 if chip.backend == "hip" and hop > 1 else 8  # 4 waves of 64 lanes have 512 registers a lane
     if itemsize == 4:
         # No matrix units in full float32: products are unrolled, so the tile is small and D goes in steps of 16.
@@ -331,7 +332,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
         block_d = pow2(D, 16, 128) if hopper and linear and hop == 1 else 16
         rows = tile_rows(T, 32 if hop == 1 else 16)
         return Blocks(rows, block_d, block_a, pow2(DV, 16, 4096 // wide), warps, **hops)
-    if hopper and hop == 1 and linear and even(D, DV):
+    if hopper and hop == 1 and linear and whole_rows(chip, D, DV):
         return Blocks(tile_rows(T, 128), pow2(D, 16, 64), 1, pow2(DV, 16, 128), warps, **hops)
     if not whole:
         block_a = hop if linear else pow2(A, 16, 32)
@@ -339,7 +340,7 @@ def fwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     if hopper and hop == 1 and D > 256:
         # Rows and features enough for wgmma's largest tiles. Their sums leave no registers for that of the values.
         return Blocks(tile_rows(T, 128), 64, _features(A), pow2(DV, 16, 64), warps, 3, **hops)
-    block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 else 4096) // wide)
+    block_dv = pow2(DV, 16, (8192 if chip.shared > 160_000 and even(D, DV, A) else 4096) // wide)
     block_d = pow2(D, 16, 256 if D <= 256 and chip.shared > 160_000 else 64)
     # mma.sync takes operands from registers where wgmma reads shared memory: half the rows.
     hip, wgmma = chip.backend == "hip", chip.backend == "cuda" and not chip.from_registers
@@ -466,7 +467,7 @@ def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
     )
     if context is not None and not context_per_row:
         context = context[:, None]
-    strides = [(0, 0) if x is None else x.stride() for x in (w, gate_w)]
+    strides = [(0, 0) if x is None else map(width, x.stride()) for x in (w, gate_w)]
     seqs, length = (cu_seqlens.numel() - 1, h.shape[0]) if packed else h.shape[:2]
     args = {
         "h": sequences(h, packed=packed),
@@ -477,7 +478,8 @@ def prepare(inputs: LocationInputs, pool: bool = True) -> Call:
         "dropout": dropout(seed, dropout_p),
         "num_seqs": seqs,
         "T": 0 if packed else length,
-        "size": size,
+        # Of fewer features than a vector the loop over them went away, and beside 64 hops the backward spilled.
+        "size": size._replace(D=width(D), A=A if A < 16 else width(A), DV=width(size.DV)),
     }
     return Call(seqs, length, size, flags, chip, cu_seqlens, args)
 

@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, activate_grad, exp_less_one
-from .arguments import constants, launch, sequence_ptr
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed
+from .arguments import constants, launch, pitch, sequence_ptr, width
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed, whole_rows
 from .inputs import LocationInputs
 from .location import WORKSPACE_BYTES, Blocks, Call, Result, Size, hop_block, prepare, project
 from .location_gap import left_of_gaps, weights_and_gaps
@@ -232,14 +232,14 @@ def _gradient_of_weights(
     k = program % tiles // d_tiles * blocks.K + tl.arange(0, blocks.K)
     i = tl.arange(0, blocks.T)
     acc = tl.zeros([blocks.D, blocks.K], tl.float32)
-    pitch = i.to(tl.int64) * h.stride_t
+    steps = i.to(tl.int64) * pitch(h)
     first = split * items_per_split
     of = sequence_at(item0 + first, spans, num_seqs, per_seq, blocks.T)
     for local in range(first, tl.minimum(first + items_per_split, items)):
         of = follow(of, item0 + local, spans, per_seq, blocks.T)
         seq, start, lo, _, _ = place(item0 + local, of, spans, T, per_seq, blocks.T)
         live = tl.load(live_ptr + (i + local * blocks.T)) != 0
-        x = load_rows(sequence_ptr(h, seq, start + lo) + pitch, live, d, None if flags.WHOLE else D)
+        x = load_rows(sequence_ptr(h, seq, start + lo) + steps, live, d, None if flags.WHOLE else D)
         dz_at = dz_ptr + K * blocks.T * local  # within the workspace, so int32
         dz = load_part(dz_at, K, 1, 0, i, k, blocks.T, K, flags.WHOLE)
         acc = add_product(tl.trans(x), dz, acc, flags.COMPUTE, flags.PRECISION)
@@ -390,7 +390,7 @@ def bwd_blocks(chip: Chip, itemsize: int, T: int, D: int, A: int, R: int, DV: in
     """Tiles of the backward kernels; T is also the rows of an item. Chosen as the forward's are."""
     hop = hop_block(R)
     hopper = chip.hopper
-    whole = even(D, DV) and (even(A) or (hopper and linear and hop == 1))  # W of one score is a vector
+    whole = whole_rows(chip, D, DV, 16 if hopper and linear and hop == 1 else A)  # W of one score is a vector
     if itemsize == 4:
         block_a = hop if linear else pow2(A, 16, 64 if hop == 1 and whole else 32 if hop <= 32 else 16)
         if hopper and hop == 1 and linear:
@@ -476,13 +476,14 @@ def location_bwd(
         "flags": constants(call.flags), "result": Result(out, lse, scores), "given": Given(dout, dlse, dscores),
         "work": work, "parts": parts, "dbias_ptr": dbias, "dctx_ptr": None if a_sequence else dctx,
         **{f"{name}_ptr": x for name, x in work._asdict().items()},
-        "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": D, "A": A, "R": R, "K": K,
+        "dw_ptr": dw, "dv_ptr": dv, "do_ptr": dout, "D": width(D), "A": width(A), "R": R, "K": width(K),
     }  # fmt: skip
     # The gradient of rows has a term from the scores and one from the weighted sum: of H both, if it is the values.
-    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else ww.stride())), "grad_ptr": dh if rows else None}
+    of_h = {"ww": Matrix(ww, *((0, 0) if ww is None else map(width, ww.stride()))), "grad_ptr": dh if rows else None}
     of_h["flags"] = constants(call.flags._replace(ADD=onto is not None, WHOLE=_whole(products, D=D, K=K)))
     of_h |= {} if values is None and dout is not None else {"p_ptr": None, "do_ptr": None}
-    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "dw_ptr": None, "D": DV, "K": 0}
+    of_values = {"ww": Matrix(None, 0, 0), "grad_ptr": dvalues, "dz_ptr": None, "dw_ptr": None}
+    of_values |= {"D": width(DV), "K": 0}
 
     many = hop_block(R) > (32 if h.element_size() == 4 else 64)  # float32 products are sums of their own
     registers = all_registers(call.chip) if many else unpressed(call.chip, D, DV, A)
@@ -545,7 +546,8 @@ def _blocks(call: Call, itemsize: int, K: int) -> Blocks:
     (D, A, R, DV), weights, flags = call.size, call.args["weights"], call.flags
     longest = call.length if call.cu_seqlens is None else LONG
     blocks = bwd_blocks(call.chip, itemsize, longest, D, A, R, DV, weights.v is None and not flags.FEATURES)
-    if weights.gw is not None and flags.CTX_PER_ROW and flags.ACT in ("gelu", "silu"):
+    gated = weights.gw is not None and flags.ACT in ("gelu", "silu")
+    if flags.CTX_PER_ROW and (gated or not even(D, A, DV)):
         blocks = blocks._replace(T=min(blocks.T, 64))  # z, gate and context of 128 rows spilled
     return blocks._replace(K=pow2(K, 16, 64))
 

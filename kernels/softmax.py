@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import constants, launch
+from .arguments import constants, launch, width
 from .chip import INTERPRET, LENGTHS, cdiv, pow2
 from .masks import Items, Spans, items_of
 
@@ -221,8 +221,8 @@ def merge(
     unit: of m; log 2 where the exponentials are powers of 2. skip_single leaves sequences of exactly one item alone:
     their kernel has written the result itself.
     """
-    seqs, hops, width = out.shape
-    blocks = MergeBlocks(16, pow2(width, 1, 128))
+    seqs, hops, DV = out.shape
+    blocks = MergeBlocks(16, pow2(DV, 1, 128))
     args = {
         "o_ptr": o,
         "m_ptr": m,
@@ -234,8 +234,8 @@ def merge(
         "per_seq": items.per_seq,
         "rows": items.rows,
         "R": hops,
-        "DV": width,
+        "DV": width(DV),
         "unit": unit,
         "flags": constants(MergeFlags(not INTERPRET, skip_single)),
     }
-    launch(_merge_kernel, (seqs * hops, cdiv(width, blocks.DV)), args, blocks)
+    launch(_merge_kernel, (seqs * hops, cdiv(DV, blocks.DV)), args, blocks)

@@ -67,6 +67,11 @@ def test_matches_the_reference_for_every_gate_activation(activation, device):
         {"batch": 1, "dim": 140, "score": "mlp_hops", "hops": 70},
         {"batch": 1, "dim": 19, "score": "linear_hops", "hops": 128},
         {"dim": 19, "attn_dim": 1024},
+        # rows of vectors of 4, and of none
+        {"rows": 70, "dim": 100, "attn_dim": 100, "score": "gated"},
+        {"rows": 40, "dim": 300, "attn_dim": 100, "score": "mlp_hops", "context": "row", "ragged": True},
+        {"dim": 300, "attn_dim": 75, "value": 100},
+        {"dim": 300, "score": "linear", "value": 100},
     ],
     ids=lambda sizes: ",".join(f"{n}={x}" for n, x in sizes.items()),
 )

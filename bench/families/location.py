@@ -214,6 +214,11 @@ _MLP = [
     # and of four heads, with values of their own
     LocationCase(BF16, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),
     LocationCase(F32, 32, 512, 512, 512, R=4, value=512, context="sequence", projected=True),
+    # rows of vectors of 4
+    LocationCase(BF16, 64, 1024, 300, 300, mask=False),
+    LocationCase(BF16, 64, 512, 1500, 100, gates=1, ragged=True),
+    LocationCase(BF16, 64, 512, 300, 100, R=4, context="row"),
+    LocationCase(BF16, 64, 512, 300),
 ]
 _WINDOWS = [
     WindowCase(BF16, 16, 4096, 256, (None, 0)),

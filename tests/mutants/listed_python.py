@@ -96,8 +96,8 @@ PYTHON: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/location_bwd.py",
-        "        x = load_rows(sequence_ptr(h, seq, start + lo) + pitch, live, d, None if flags.WHOLE else D)",
-        "        x = load_rows(sequence_ptr(h, seq, start + lo) + pitch, live | True, d, None if flags.WHOLE else D)",
+        "        x = load_rows(sequence_ptr(h, seq, start + lo) + steps, live, d, None if flags.WHOLE else D)",
+        "        x = load_rows(sequence_ptr(h, seq, start + lo) + steps, live | True, d, None if flags.WHOLE else D)",
         ("tests/test_statistics.py", "-k", "masked_frames"),
         "hidden frames reach the gradient of W",
     ),
