@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import launch, sequence_ptr
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, tile_rows, unpressed
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, tile_rows, unpressed, whole_rows
 from .inputs import StatisticsInputs
 from .location_bwd import location_bwd
 from .masks import Items, follow, item_rows, sequence_at
@@ -324,18 +324,22 @@ class State(NamedTuple):
 def bwd_blocks(chip: Chip, itemsize: int, T: int, C: int, A: int) -> Blocks:
     """Tiles of the backward kernels; T is also the frames of an item. Chosen as the forward's are."""
     if A == 0:
-        return Blocks(tile_rows(T, 32), pow2(C, 16, 128 if even(C) else 64), 16, 4)
+        return Blocks(tile_rows(T, 32), pow2(C, 16, 128 if whole_rows(chip, C) else 64), 16, 4)
     warps = product_warps(chip, itemsize, C, A)
     if itemsize == 4:
-        return Blocks(tile_rows(T, 32), pow2(C, 16, 32 if chip.small or not even(C, A) else 64), 16, warps)
+        whole = even(C, A) if chip.from_registers else whole_rows(chip, C, A)  # as TF32 64 channels spilled there
+        most = 32 if chip.small or not whole else 64
+        return Blocks(tile_rows(T, 32), pow2(C, 16, most), 16, warps)
     # Registers are short: dv or du is kept beside a tile of everything else. Where rows are no whole vectors, each
     # element needs an address and a predicate too.
-    whole = even(C, A)
+    whole = whole_rows(chip, C, A)
     small = chip.from_registers or chip.arch // 10 == 10
     wgmma = chip.backend == "cuda" and not chip.from_registers
     block_t = 16 if chip.backend == "hip" or (wgmma and not whole) else 64 if wgmma and not small else 32
     block_a = pow2(A, 16, 128 if A <= 128 and (whole or not chip.from_registers) else 64)
     block_c = 64 if whole and not small and (block_a <= 64 or wgmma) else 32
+    if not even(C, A):  # 64 × 64 numbers on 4 warps, as of whole vectors, spilled
+        warps = 8
     if (small and whole and block_a <= 64) or (wgmma and not whole):
         warps = 4
     return Blocks(tile_rows(T, block_t), pow2(C, 16, block_c), block_a, warps)
@@ -426,7 +430,8 @@ def _channels(
     dv = torch.empty(splits, A, C, dtype=torch.float32, device=args["state"].lse.device) if need_v else None
     args = args | {"dv_ptr": dv, "items": items.count, "items_per_split": cdiv(items.count, splits)}
     grid = channel_blocks * splits, chunks
-    registers = unpressed(call.chip, C, A)
+    pressed = call.chip.from_registers and args["state"].scores is not None
+    registers = all_registers(call.chip) if pressed else unpressed(call.chip, C, A)
     if A and call.chip.backend == "cuda" and not registers and itemsize == 4 and args["state"].scores is None:
         registers = {"maxnreg": 128}  # of 8 warps: ptxas would take 166, one program a core and not two
     launch(_statistics_bwd_values_kernel, grid, args, blocks, **registers)

@@ -98,6 +98,11 @@ def test_matches_the_reference_for_every_pair_of_factors(case, device):
         {"dim": 3, "attn_dim": 130, "value": 19, "dtype": torch.bfloat16},  # V in parts
         {"dim": 3, "per_channel": False, "value": 300},
         {"dim": 3, "per_channel": False, "value": 256, "dtype": torch.float16},
+        # rows of vectors of 4, and of none
+        {"dim": 100, "attn_dim": 100, "dtype": torch.bfloat16},
+        {"dim": 300, "attn_dim": 100, "ragged": True, "dtype": torch.float16},
+        {"dim": 300, "attn_dim": 75, "per_channel": False, "dtype": torch.bfloat16},
+        {"dim": 75, "attn_dim": 100, "value": 300},
     ],
     ids=lambda sizes: ",".join(f"{n}={x}" for n, x in sizes.items()),
 )

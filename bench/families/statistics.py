@@ -130,7 +130,9 @@ COMPILED = [
     StatisticsCase(BF16, 64, 300, 1536, 128),
     StatisticsCase(BF16, 1, 60_000, 1536, 128, mask=False),
     StatisticsCase(F16, 64, 300, 3072, 64, ragged=True, weights=True),
+    StatisticsCase(BF16, 64, 300, 1500, 128),
     StatisticsCase(BF16, 64, 300, 1500, 100, mask=False),
+    StatisticsCase(F16, 64, 300, 300, 100, ragged=True, weights=True),
     StatisticsCase(F16, 64, 300, 1536, 128, bare=True),
     StatisticsCase(BF16, 16, 300, 1536, 1024),  # V in parts
     # scores and weights that are given, the mean alone, an unbiased variance
