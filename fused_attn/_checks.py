@@ -542,23 +542,23 @@ def _cause_of_offsets(x: Tensor, rows: int) -> str:
 # --- Queries and keys ----------------------------------------------------------------------------------------------
 
 
-def check_packed(
-    given: dict[str, Any],
-    queries: Tensor | None,
-    keys: Tensor | None,
-    names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k"),
-) -> bool:
+def check_packed(given: dict[str, Any], queries: Tensor | None, keys: Tensor | None, names: tuple[str, str]) -> bool:
     """Whether rows are packed: by both offsets or none. What is `given` goes with padded rows only."""
     packed = queries is not None
     if packed != (keys is not None):
         raise ValueError(f"{names[packed]}: expected offsets with the other side's, packed rows need both; got None")
     if packed:
-        for name, x in given.items():
-            if x is True:
-                raise ValueError(f"{name}: expected False with packed rows, pad the batch to see them; got True")
-            if x is not None and x is not False:
-                raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
+        check_padded_only(given)
     return packed
+
+
+def check_padded_only(given: dict[str, Any]) -> None:
+    """Refuse what is `given`, for it goes with padded rows only."""
+    for name, x in given.items():
+        if x is True:
+            raise ValueError(f"{name}: expected False with packed rows, pad the batch to see them; got True")
+        if x is not None and x is not False:
+            raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
 
 
 def _a_tensor(x: Any) -> str:
@@ -572,6 +572,14 @@ def check_both(check: Checker, names: tuple[str, str], both: tuple[Tensor, Tenso
     check(names[1], both[1], "offsets")
     check_offsets(names[1], both[1], rows[1], "packed rows")
     check(names[1], both[1])
+
+
+def check_one_side(check: Checker, name: str, offsets: Tensor, rows: int) -> None:
+    """Check the offsets of packed rows whose other side is padded: they are of as many sequences, B."""
+    check(name, offsets, "offsets")
+    check_offsets(name, offsets, rows, "packed rows")
+    check.bind("B+1", check.sizes["B"] + 1, check.sources["B"])
+    check(name, offsets)
 
 
 def check_mask(check: Checker, mask: Tensor | None, full: tuple[int, int, int, int]) -> None:

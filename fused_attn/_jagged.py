@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,63 +29,89 @@ def jagged_offsets(name: str, x: Tensor) -> Tensor:
 
 
 def jagged_pairs(fn: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of queries and keys take both jagged, and return so what has a row a query.
+    """Let a function of queries and keys take either of them jagged, and return so what has a row a query.
 
-    Inside they are packed rows. A mask may be of packed keys, or jagged too; values are as the keys.
+    Inside they are packed rows. Values are as the keys; a mask may be of packed keys, or jagged too.
     """
     order = tuple(inspect.signature(fn).parameters)
-    at = order.index("query")
+    at = order.index("query"), order.index("key")
 
     @functools.wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        query = args[at] if len(args) > at else kwargs.get("query")
-        if isinstance(query, Tensor) and query.layout == torch.jagged:
+        both = [args[i] if len(args) > i else kwargs.get(order[i]) for i in at]
+        if any(is_jagged(x) for x in both):
             given: dict[str, Any] = {**dict(zip(order, args, strict=False)), **kwargs}
-            return cast("R", _of_packed(cast("Callable[..., Any]", fn), given, [given.pop(n) for n in order[:at]]))
+            before = [given.pop(name) for name in order[: at[0]]]
+            return cast("R", _of_packed(cast("Callable[..., Any]", fn), given, before))
         return fn(*args, **kwargs)
 
     return wrapped
 
 
+def is_jagged(x: Any) -> bool:
+    """Whether x is a tensor of the layout that `torch.nested` calls jagged."""
+    return isinstance(x, Tensor) and x.layout == torch.jagged
+
+
+class Rows(NamedTuple):
+    """Of a jagged tensor."""
+
+    packed: Tensor  # (N, ...), heads after the rows
+    offsets: Tensor
+    heads_first: bool  # of (S, H, T, width), as `scaled_dot_product_attention` takes it, not (S, T, H, width)
+
+    def nest(self, x: Any) -> Any:
+        """Results that have these rows, packed, as a jagged tensor with its axes in the same order."""
+        if isinstance(x, tuple):
+            items = [self.nest(item) for item in x]
+            return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+        made = torch.nested.nested_tensor_from_jagged(x, self.offsets)
+        return made.transpose(1, 2) if self.heads_first else made
+
+
 def _of_packed(fn: Callable[..., Any], given: dict[str, Any], before: list[Any]) -> Any:
-    for side in ("cu_seqlens_q", "cu_seqlens_k"):
-        if given.get(side) is not None:
-            raise ValueError(f"{side}: expected None with a jagged query, which has offsets; got a tensor")
-    if given.get("return_state") is True:
-        raise ValueError(
-            "return_state: expected False with a jagged query, pass its rows with cu_seqlens_q; got True"
-        )
-    offsets = _unpack(given, "query")
-    if given.get("key") is not None:
-        of_keys = _unpack(given, "key")
-        if of_keys.shape != offsets.shape:
-            wanted, came = offsets.shape[0] - 1, of_keys.shape[0] - 1
+    query, key = (rows_of(name, x) if is_jagged(x := given.get(name)) else None for name in ("query", "key"))
+    for rows, name in ((query, "query"), (key, "key")):
+        side = f"cu_seqlens_{name[0]}"
+        if rows is not None and given.get(side) is not None:
+            raise ValueError(f"{side}: expected None with a jagged {name}, which has offsets; got a tensor")
+        if rows is not None:
+            given[name] = rows.packed
+    if key is not None:
+        if query is not None and key.offsets.shape != query.offsets.shape:
+            wanted, came = query.offsets.shape[0] - 1, key.offsets.shape[0] - 1
             raise ValueError(f"key: expected as many sequences as query has, {wanted}; got {came}")
         for name in ("value", "mask"):
             x = given.get(name)
-            wants = x is not None and x is not False if name == "value" else isinstance(x, Tensor) and x.is_nested
-            if wants:
-                theirs = _unpack(given, name)
-                if theirs is not of_keys:
-                    if theirs.shape != of_keys.shape or theirs.device != of_keys.device:
-                        raise ValueError(f"{name}: expected a jagged tensor with the offsets of key; got others")
-                    check_values(name, theirs, (theirs == of_keys).all(), "a jagged tensor with the offsets of key")
-        given["cu_seqlens_k"] = of_keys.to(torch.int32)
-    given["cu_seqlens_q"] = offsets.to(torch.int32)
-    results = fn(*before, **given)
-    if isinstance(results, tuple):
-        return tuple(torch.nested.nested_tensor_from_jagged(x, offsets) for x in results)
-    return torch.nested.nested_tensor_from_jagged(results, offsets)
+            if x is not None and x is not False if name == "value" else isinstance(x, Tensor) and x.is_nested:
+                given[name] = of_rows(name, x, key, "key")
+        given["cu_seqlens_k"] = key.offsets.to(torch.int32)
+    if query is None:
+        return fn(*before, **given)
+    given["cu_seqlens_q"] = query.offsets.to(torch.int32)
+    return query.nest(fn(*before, **given))
 
 
-def _unpack(given: dict[str, Any], name: str) -> Tensor:
-    """Put the rows of a jagged tensor in its place; returns its offsets."""
-    x = given[name]
+def rows_of(name: str, x: Any) -> Rows:
+    """The rows of a jagged tensor, of either order of axes."""
+    heads_first = x.dim() == 4 and getattr(x, "_ragged_idx", 1) == 2
+    offsets = jagged_offsets(name, x.transpose(1, 2) if heads_first else x)
+    values = x.values()
+    return Rows(values.transpose(0, 1) if heads_first else values, offsets, heads_first)
+
+
+def of_rows(name: str, x: Any, rows: Rows, like: str) -> Tensor:
+    """The packed rows of a jagged tensor, which are those of `like`: a row for each of its rows."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a jagged tensor, as query is; got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a jagged tensor, as {like} is; got {type(x).__name__}")
     if x.layout != torch.jagged:
         error, came = (TypeError, f"layout {x.layout}") if x.is_nested else (ValueError, str(tuple(x.shape)))
-        raise error(f"{name}: expected a jagged tensor, as query is; got {came}")
-    offsets = jagged_offsets(name, x)
-    given[name] = cast("Any", x).values()
-    return offsets
+        raise error(f"{name}: expected a jagged tensor, as {like} is; got {came}")
+    if rows.heads_first and x.dim() == 3:
+        x = x.transpose(1, 2)  # of a number a row and head
+    packed, theirs, _ = rows_of(name, x)
+    if theirs is not rows.offsets:
+        if theirs.shape != rows.offsets.shape or theirs.device != rows.offsets.device:
+            raise ValueError(f"{name}: expected a jagged tensor with the offsets of {like}; got others")
+        check_values(name, theirs, (theirs == rows.offsets).all(), f"a jagged tensor with the offsets of {like}")
+    return packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,8 @@ from ._checks import (
     check_both,
     check_dropout,
     check_mask,
-    check_packed,
+    check_one_side,
+    check_padded_only,
     check_score_bias,
     check_window,
     mask_of,
@@ -30,7 +32,8 @@ from ._results import Wanted, returned, stand_in
 from .kernels.inputs import ConcatInputs, GeneralInputs
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
-Tables = dict[tuple[bool, bool], Table]  # by: packed rows, heads
+BOTH = ("cu_seqlens_q", "cu_seqlens_k")
+Tables = dict[tuple[bool, bool, bool], Table]  # by: packed queries, packed keys, heads
 
 
 def pairs_tables(
@@ -49,10 +52,14 @@ def pairs_tables(
     parameters multiply as the transpose of `nn.Linear.weight`.
     """
 
-    def table(packed: bool, heads: bool) -> Table:
+    def table(packed_q: bool, packed_k: bool, heads: bool) -> Table:
         h = "H " if heads else ""
-        q, k = ("N ", "M ") if packed else ("B Tq ", "B Tk ")
-        at = q.index(" ") + 1  # heads come after the batch, or after packed rows
+        q, k = "N " if packed_q else "B Tq ", "M " if packed_k else "B Tk "
+        at, k_at = q.index(" ") + 1, k.index(" ") + 1  # heads come after the batch, or after packed rows
+        sequences = "S" if packed_q and packed_k else "B"
+
+        def hint(packed: bool, name: str) -> str:
+            return f"packed rows go with {name}" if packed_q != packed_k and not packed else ""
 
         def parameter(form: str) -> Argument:
             forms = form.rstrip("?")
@@ -60,22 +67,25 @@ def pairs_tables(
             return argument(forms, linear=linear, optional=form.endswith("?"))
 
         def of_keys(width: str) -> str:
-            one = f" | {k[:at]}1 {k[at:]}{width}" if shared and heads and not packed else ""
-            return f"{k[:at]}{h}{k[at:]}{width}{one}"
+            one = f" | {k[:k_at]}1 {k[k_at:]}{width}" if shared and heads and not packed_k else ""
+            return f"{k[:k_at]}{h}{k[k_at:]}{width}{one}"
 
         return {
-            "query": argument(f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first"),
-            "key": argument(of_keys(key)),
+            "query": argument(
+                f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first", hint=hint(packed_q, "cu_seqlens_q")
+            ),
+            "key": argument(of_keys(key), hint=hint(packed_k, "cu_seqlens_k")),
             "value": argument(of_keys("Dv"), optional=keys_are_values),
             **{name: parameter(form) for name, form in parameters.items()},
-            "mask": mask_of("M") if packed else Argument((), "bool", True, False, TRUE_IS_VISIBLE),
+            "mask": mask_of(k) if packed_q or packed_k else Argument((), "bool", True, False, TRUE_IS_VISIBLE),
             "score_bias": Argument((), "bias", True, False, ""),
-            "cu_seqlens_q": offsets_of("S"),
-            "cu_seqlens_k": offsets_of("S"),
+            "cu_seqlens_q": offsets_of(sequences),
+            "cu_seqlens_k": offsets_of(sequences),
             "offsets": offsets_of("any"),
         }
 
-    return {(packed, heads): table(packed, heads) for packed in (False, True) for heads in (False, True)}
+    yes_or_no = (False, True)
+    return {form: table(*form) for form in itertools.product(yes_or_no, yes_or_no, yes_or_no)}
 
 
 def has_heads(given: P) -> bool:
@@ -94,21 +104,25 @@ def check_pairs(
     query, key = given.query, given.key
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    both = given.cu_seqlens_q, given.cu_seqlens_k
-    padded = {"score_bias": given.score_bias}
-    padded |= {f"return_{name}": getattr(wanted, name) for name in ("weights", "log_weights", "scores")}
-    packed = check_packed(padded, *both)
-    check = Checker(tables[packed, has_heads(given)])
+    offsets = {"cu_seqlens_q": (given.cu_seqlens_q, query), "cu_seqlens_k": (given.cu_seqlens_k, key)}
+    packed = [cu is not None for cu, _ in offsets.values()]
+    if any(packed):
+        padded = {"score_bias": given.score_bias}
+        padded |= {f"return_{name}": getattr(wanted, name) for name in ("weights", "log_weights", "scores")}
+        check_padded_only(padded)
+    check = Checker(tables[packed[0], packed[1], has_heads(given)])
     for name, x in {"query": query, "key": key, "value": given.value, **parameters}.items():
         if name != "value" or wanted.output:
             check(name, x)
     check_activation("activation", given.activation)
     p = check_dropout("dropout_p", given.dropout_p)
-    if packed:
-        offsets = cast("tuple[Tensor, Tensor]", both)
-        check_both(check, ("cu_seqlens_q", "cu_seqlens_k"), offsets, (query.shape[0], key.shape[0]))
+    if all(packed):
+        check_both(check, BOTH, cast("Any", tuple(cu for cu, _ in offsets.values())), (query.shape[0], key.shape[0]))
+    elif any(packed):
+        [(name, cu, rows)] = [(name, cu, rows) for name, (cu, rows) in offsets.items() if cu is not None]
+        check_one_side(check, name, cu, rows.shape[0])
     check("mask", given.mask)
-    if not packed:
+    if not any(packed):
         scores: Any = (*given.query.shape[:-1], key.shape[-2])
         check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
         check_score_bias(check, given.score_bias, scores)
@@ -119,9 +133,10 @@ def check_pairs(
 
 def canonical(given: P) -> P:
     """As the operators take it: heads after the batch, packed rows as one sequence; with a seed for dropout."""
-    heads, packed = has_heads(given), given.cu_seqlens_q is not None
+    heads = has_heads(given)
+    packed_q, packed_k = given.cu_seqlens_q is not None, given.cu_seqlens_k is not None
 
-    def rows(x: Tensor | None) -> Tensor | None:
+    def rows(x: Tensor | None, packed: bool) -> Tensor | None:
         if x is None:
             return None
         x = x if heads else x.unsqueeze(1)
@@ -132,8 +147,9 @@ def canonical(given: P) -> P:
     if bias is not None:
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1,) * (3 + heads)))
         bias = bias if heads else bias[:, None]
-    made = given._replace(query=rows(query), key=rows(key), value=rows(value), score_bias=bias, seed=seed)
-    return made if given.mask is None else made._replace(mask=_of_keys_or_pairs(given.mask, made.query.shape[0]))
+    query, key, value = rows(query, packed_q), rows(key, packed_k), rows(value, packed_k)
+    made = given._replace(query=query, key=key, value=value, score_bias=bias, seed=seed)
+    return made if given.mask is None else made._replace(mask=_of_keys_or_pairs(given.mask, made.key.shape[0]))
 
 
 def of_all_heads(inputs: P) -> P:

@@ -101,7 +101,7 @@ def concat_attention(
     ----------
     query, key
         Projected to the width A of the score: ``(B, Tq, A)`` and ``(B, Tk, A)``, or with heads ``(B, H, Tq, A)``
-        and ``(B, H, Tk, A)``, or ``(B, 1, Tk, A)`` for all heads; packed ``(N, A)`` or ``(N, H, A)`` with both
+        and ``(B, H, Tk, A)``, or ``(B, 1, Tk, A)`` for all heads; packed ``(N, A)`` or ``(N, H, A)`` with
         ``cu_seqlens``. Biases and further contexts are added to them beforehand. float16, bfloat16, float32; float64
         on a CPU or by the reference.
     value
@@ -126,8 +126,10 @@ def concat_attention(
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
     cu_seqlens_q, cu_seqlens_k
-        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s. Or none with queries, keys
-        and values that are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)``; then so are the results.
+        int32 ``(S + 1,)``, of packed rows: queries of sequence s see the keys of sequence s. Of one side alone
+        ``(B + 1,)``: the other is padded, and a mask of keys hides what is past their ends. Or none where
+        queries, or keys and values, are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)`` or
+        ``(S, H, T, width)``; results that have a row a query are jagged where queries are.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights
@@ -182,7 +184,7 @@ def attend(given: ConcatInputs, wanted: Wanted, impl: Impl, score_activation: st
         unsupported = "has a score_activation for one query a sequence only, and heads of one mask without dropout"
     kernel = use_triton(impl, query.device, unsupported)
     in_blocks = plain and impl == "auto" and query.device.type != "cuda" and not forward_mode()
-    if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity":
+    if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity" and not inputs.packed:
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
@@ -208,7 +210,7 @@ def _few(inputs: ConcatInputs) -> bool:
     Four times the features where an element costs as much in blocks: the forward of tanh and sigmoid alone has no
     tanh an element there.
     """
-    if torch.compiler.is_compiling() or inputs.cu_seqlens_q is not None or inputs.activation == "identity":
+    if torch.compiler.is_compiling() or inputs.packed or inputs.activation == "identity":
         return False
     features = inputs.query.shape.numel() * inputs.key.shape[2]
     asked = reference.asks_gradient(*inputs[:5])
@@ -217,14 +219,15 @@ def _few(inputs: ConcatInputs) -> bool:
 
 def _summed(inputs: ConcatInputs) -> ConcatInputs:
     """Of the identity, whose v · (q + k) is a number a query and a number a key: one feature."""
-    query, key, _, v, _, mask, cu_seqlens, *_ = inputs
+    query, key, _, v, _, mask, *_ = inputs
     if mask is not None:  # rows that may be NaN, before they meet a number
         queries, keys = reference.used_rows(mask)
-        (query,) = reference.hide(queries[..., None], query)
+        if not inputs.packed:
+            (query,) = reference.hide(queries[..., None], query)
         (key,) = reference.hide(keys[..., None], key)
     wide = torch.promote_types(query.dtype, torch.float32)
     sums = wide if query.element_size() == 2 else torch.float64  # one rounding
-    parts = reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right)
+    parts = reference.in_parts(mask, inputs.packed, inputs.left, inputs.right)
 
     def score(x: Tensor) -> Tensor:
         bad = None
@@ -263,7 +266,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
-    query, key, value, v, score_bias, mask, _, _, seed, activation, _, _, dropout_p = inputs
+    query, key, value, v, score_bias, mask, _, cu_seqlens, seed, activation, _, _, dropout_p = inputs
     heads, Tk = query.shape[1], key.shape[2]
     bias = None if score_bias is None else score_bias.expand(query.shape[0], 1, 1, Tk)
     if not kernel:
@@ -276,10 +279,13 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     of_head = value.shape[1] > 1
     columns = v.mT if heads == 1 else torch.diag_embed(v.mT).transpose(0, 1).flatten(0, 1)  # (H A, H)
     keys = side_by_side(key if key.shape[1] == heads else key.expand(-1, heads, -1, -1))
+    value = side_by_side(value)
+    if cu_seqlens is not None:
+        keys, value, mask = (x if x is None else x.squeeze(0) for x in (keys, value, mask))
     score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
     options = (activation, "sigmoid", dropout_p, False, score_activation)
     bias = None if bias is None else bias.squeeze(2).squeeze(1)
-    pooled = LocationInputs(*score, side_by_side(value), bias, mask, None, seed, *options)
+    pooled = LocationInputs(*score, value, bias, mask, cu_seqlens, seed, *options)
     if not kernel:
         out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)
     else:

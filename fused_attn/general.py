@@ -29,8 +29,8 @@ from .segments import Offsets, as_offsets
 def _tables(*widths: str, **parameters: str) -> Tables:
     tables = pairs_tables(*widths, keys_are_values=True, shared=True, linear=True, **parameters)
     return {
-        (packed, heads): table | {"scale": argument("| H" if heads else "", "bias")}
-        for (packed, heads), table in tables.items()
+        form: table | {"scale": argument("| H" if form[-1] else "", "bias")}  # the last says whether there are heads
+        for form, table in tables.items()
     }
 
 
@@ -71,7 +71,7 @@ def _fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bo
         lost = ~query.isfinite().all(-1)
         if mask is not None:
             lost &= reference.used_rows(mask)[0]
-        if lost.any() or (reference.in_parts(mask, None, None, inputs.right) and not out.isfinite().all()):
+        if lost.any() or (reference.in_parts(mask, False, None, inputs.right) and not out.isfinite().all()):
             out = _GENERAL.formula(inputs)[0]
     lse = out.new_zeros(*out.shape[:3], 2, dtype=torch.float32)  # nothing asks for it
     empty = lse.new_empty(0)
@@ -120,7 +120,7 @@ def _bwd(
         return vjp(lambda *rows: (formula(*rows),), rows, (dout.to(query.dtype),))
 
     made = pull(functools.partial(_sdpa, mask, inputs.right == 0, inputs.scale))
-    parts = reference.in_parts(mask, None, None, inputs.right)
+    parts = reference.in_parts(mask, False, None, inputs.right)
     if parts and not all(g.isfinite().all() for g in made):  # as in `_fwd`
         made = pull(lambda q, k, v=None: _GENERAL.formula(inputs._replace(query=q, key=k, value=v))[0])
     return [g if need else None for g, need in zip((*made, None, None), needs, strict=False)]
@@ -175,7 +175,7 @@ def general_attention(
     Parameters
     ----------
     query, key
-        ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; with both
+        ``(B, Tq, Dq)`` and ``(B, Tk, Dk)``, or with heads ``(B, H, Tq, Dq)`` and ``(B, H, Tk, Dk)``; with
         ``cu_seqlens`` packed: ``(N, Dq)`` and ``(M, Dk)``, or ``(N, H, Dq)`` and ``(M, H, Dk)``. float16, bfloat16,
         float32; float64 on a CPU or by the reference. Keys that are the same for all heads may be
         ``(B, 1, Tk, Dk)``: with one query, no window and values of one head too, they are read once for all heads.
@@ -207,8 +207,10 @@ def general_attention(
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
         of `query` or float32; not with packed rows.
     cu_seqlens_q, cu_seqlens_k
-        int32 ``(S + 1,)``, both or none: queries of sequence s see the keys of sequence s. Or none with queries, keys
-        and values that are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)``; then so are the results.
+        int32 ``(S + 1,)``, of packed rows: queries of sequence s see the keys of sequence s. Of one side alone
+        ``(B + 1,)``: the other is padded, and a mask of keys hides what is past their ends. Or none where
+        queries, or keys and values, are jagged ``torch.nested`` tensors, ``(S, T, [H,] width)`` or
+        ``(S, H, T, width)``; results that have a row a query are jagged where queries are.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights
@@ -284,7 +286,7 @@ def _heads_fold(inputs: GeneralInputs) -> bool:
     """
     query, key, value, *_ = inputs
     shared = query.shape[1] > 1 and key.shape[1] == 1 and (value is None or value.shape[1] == 1)
-    return shared and query.shape[2] == 1 and inputs.left is None and inputs.right is None
+    return shared and query.shape[2] == 1 and inputs.left is None and inputs.right is None and not inputs.packed
 
 
 def _folded(inputs: GeneralInputs) -> GeneralInputs:
@@ -296,11 +298,11 @@ def _folded(inputs: GeneralInputs) -> GeneralInputs:
 
 def _projected(inputs: GeneralInputs, weight: Tensor | None, factor: Tensor | None, wide: bool) -> GeneralInputs:
     """With the queries multiplied by the weight and the factor; wide: on a CPU in float32."""
-    query, key, value, _, mask, cu_seqlens, *_ = inputs
-    if mask is not None:  # rows that may be NaN, before they meet a number
+    query, key, value, _, mask, *_ = inputs
+    if mask is not None and not inputs.packed:  # rows that may be NaN, before they meet a number
         query = query.masked_fill(~reference.used_rows(mask)[0][..., None], 0)
     bad = None
-    if reference.in_parts(mask, cu_seqlens, inputs.left, inputs.right):
+    if reference.in_parts(mask, inputs.packed, inputs.left, inputs.right):
         query, bad = reference.sound(query)
     if wide:
         query, key, value, weight = reference.widened(query, key, value, weight)
@@ -324,8 +326,8 @@ def _sdpa_serves(inputs: GeneralInputs, factors: tuple[Tensor | None, ...], kern
     """
     if forward_mode():
         return False
-    query, key, value, bias, mask, cu_seqlens, _, _, activation, scale, left, right, dropout_p = inputs
-    same = activation == "identity" and scale > 0 and dropout_p == 0 and bias is None and cu_seqlens is None
+    query, key, value, bias, mask, _, _, _, activation, scale, left, right, dropout_p = inputs
+    same = activation == "identity" and scale > 0 and dropout_p == 0 and bias is None and not inputs.packed
     if not same or left is not None or right not in (None, 0):
         return False
     if value is not None and value.shape[-1] != key.shape[-1]:

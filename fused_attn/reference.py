@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dropout import dropout_scale
+from ._one_side import with_both_packed
 from ._softmax import highest, normaliser, pivot_of, softmax, softmax_of_rows, sums_of_rows
 from ._tracing import can_look, every_sample, in_graph, is_finite, is_tame
 from .kernels.inputs import (
@@ -307,6 +308,7 @@ def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tup
 
 
 @looked_at_after
+@with_both_packed
 def concat_attention(
     inputs: ConcatInputs, *, score_activation: str = "identity", weights_only: bool = False
 ) -> tuple[Tensor, ...]:
@@ -314,7 +316,7 @@ def concat_attention(
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
 
-    Packed rows come as one sequence with both ``cu_seqlens``; a query then sees the keys of its own segment. Key j is
+    Packed rows come as one sequence with ``cu_seqlens``; a query then sees the keys of its own segment. Key j is
     visible to query i iff ``i - left <= j <= i + right``, None for an open side. With a `score_activation` the
     softmax is of that of :math:`s_{ij}`.
 
@@ -326,7 +328,7 @@ def concat_attention(
     query, key, value = readable(mask, query, key, value)
     query, key, v = widened(query, key, v)
     bad = None
-    if in_parts(mask, offsets[0], left, right):
+    if in_parts(mask, inputs.packed, left, right):
         bounded = activation in ("tanh", "sigmoid")  # the score of an infinite row is a number
         (query, bad_q), (key, bad_k) = (sound(x, nan_only=bounded) for x in (query, key))
         bad = bad_q | bad_k.mT
@@ -337,6 +339,7 @@ def concat_attention(
 
 
 @looked_at_after
+@with_both_packed
 def general_attention(
     inputs: GeneralInputs,
     *,
@@ -356,7 +359,7 @@ def general_attention(
     query, key, value = readable(mask, query, key, key if value is None else value)
     query, key, weight = widened(query, key, weight)
     bad = None
-    if in_parts(mask, offsets[0], left, right):
+    if in_parts(mask, inputs.packed, left, right):
         (query, bad_q), (key, bad_k) = sound(query), sound(key)
         bad = bad_q | bad_k.mT
     scores = (query if weight is None else query @ weight) @ key.mT
@@ -404,10 +407,10 @@ def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def in_parts(mask: Tensor | None, cu_seqlens: Tensor | None, left: int | None, right: int | None) -> bool:
+def in_parts(mask: Tensor | None, packed: bool, left: int | None, right: int | None) -> bool:
     """Whether a key may be hidden from some queries only."""
     window = left is not None or right is not None
-    return window or cu_seqlens is not None or (mask is not None and mask.dim() == 4)
+    return window or packed or (mask is not None and mask.dim() == 4)
 
 
 def sound(x: Tensor, *, nan_only: bool = False) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._checks import show
+from ._jagged import is_jagged, of_rows, rows_of
 from ._softmax import pivot_of, softmax
 
 
@@ -55,7 +56,7 @@ def merge(states: State | Iterable[State]) -> State:
     states
         One or more of ``(out (*rows, Dv), m (*rows), log_l (*rows))``, or one `State` whose tensors have the parts as
         first axis: ``(out (P, *rows, Dv), m (P, *rows), log_l (P, *rows))``. 16-bit tensors are computed with in
-        float32.
+        float32. Those of jagged queries are jagged: a sequence of them, of the same offsets.
 
     Returns
     -------
@@ -77,6 +78,8 @@ def merge(states: State | Iterable[State]) -> State:
         parts = list(states)
         if not parts:
             raise ValueError("states: expected one State or more; got none")
+        if isinstance(parts[0], tuple) and parts[0] and is_jagged(parts[0][0]):
+            return _merge_jagged(parts)
         for i, part in enumerate(parts):
             _check(f"states[{i}]", part, parts=False)
             out, first = part[0], parts[0][0]  # a tuple will do
@@ -93,6 +96,18 @@ def merge(states: State | Iterable[State]) -> State:
     total = torch.exp(x).sum(0)
     shares = softmax(x, 0)[0]
     return State((shares[..., None] * out).sum(0), top, log_of(total))
+
+
+def _merge_jagged(parts: list[State]) -> State:
+    """Of jagged queries, whose axes are in one order: the rows of all are packed alike."""
+    rows = rows_of("states[0].out", parts[0][0])
+    packed = []
+    for i, part in enumerate(parts):
+        if not isinstance(part, tuple) or len(part) != 3:
+            raise TypeError(f"states[{i}]: expected a State, (out, m, log_l); got {show(part)}")
+        given = dict(zip((f"states[{i}].{field}" for field in State._fields), part, strict=True))
+        packed.append(State(*(of_rows(name, x, rows, "states[0].out") for name, x in given.items())))
+    return cast("State", rows.nest(merge(packed)))
 
 
 def log_of(total: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ rule = functools.lru_cache(maxsize=1024)
 """Of a function of numbers and a chip: what it said of calls before is remembered, host time being short."""
 
 LONG = 2**30
-"""The length that packed rows have for block sizes, of however many sequences and rows."""
+"""The length that packed rows have for block sizes, of however many sequences and rows, and what goes with them."""
 
 
 def tile_rows(n: int, most: int) -> int:

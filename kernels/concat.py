@@ -432,10 +432,12 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
 
     lse: in a backward, which must not multiply with a query that sees nothing: it may be NaN.
     """
-    query, key, value, _, score_bias, mask, cu_seqlens_q, _, seed, activation, left, right, dropout_p = inputs
+    query, key, value, _, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
-    packed, exact = cu_seqlens_q is not None, value.dtype == torch.float32
+    packed_q, packed_k = (x is not None for x in offsets)
+    seqs = next((x.numel() - 1 for x in offsets if x is not None), B)
+    exact = value.dtype == torch.float32
     q_rows = k_rows = None
     if mask is not None:
         # Of all heads alike: what one of them alone may not use is told from the rest as what one query may not is.
@@ -453,17 +455,17 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         exact,
         SAFE_EXACT if exact else SAFE,
         GROUP if exact else 2**20,
-        packed,
+        inputs.packed,
         *matmul_flags(chip, value.dtype).values(),
     )
     args = {
-        "q": heads(unit(query), packed=packed),
-        "k": heads(unit(key), packed=packed),
-        "value": heads(unit(value), packed=packed),
+        "q": heads(unit(query), packed=packed_q),
+        "k": heads(unit(key), packed=packed_k),
+        "value": heads(unit(value), packed=packed_k),
         "bias": pairs(bias),
         "mask": pairs(mask),
-        "q_rows": entries(q_rows, packed=packed),
-        "k_rows": entries(k_rows, packed=packed),
+        "q_rows": entries(q_rows, packed=packed_q),
+        "k_rows": entries(k_rows, packed=packed_k),
         "dropout": dropout(seed, dropout_p),
         "Tq": Tq,
         "Tk": Tk,
@@ -471,9 +473,9 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         "size": size._replace(A=width(A), AP=width(size.AP), DV=width(size.DV)),
         "flags": constants(flags),
     }
-    masked = packed and k_rows is not None
+    masked = inputs.packed and k_rows is not None
     busy = masked or any(x is not None for x in (bias, mask, left, right, seed))
-    return Call(chip, cu_seqlens_q.numel() - 1 if packed else B, busy, size, flags, args)
+    return Call(chip, seqs, busy, size, flags, args)
 
 
 def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
@@ -492,7 +494,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
     scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
-    lengths = (Tq, Tk) if cu_seqlens_q is None else (LONG, LONG)
+    lengths = (LONG, LONG) if inputs.packed else (Tq, Tk)
     blocks = fwd_blocks(
         call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy or call.size.A == 1
     )

@@ -467,7 +467,7 @@ def concat_bwd(
     call = prepare(inputs, lse)
     need_q, need_k, need_value, need_v, need_bias = needs
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
-    packed = cu_seqlens_q is not None
+    packed = inputs.packed
     if not (query.numel() and key.numel() and value.numel() and call.seqs):
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     lengths = (LONG, LONG) if packed else (Tq, Tk)
@@ -476,7 +476,7 @@ def concat_bwd(
     gap = call.flags.EXACT and any((need_q, need_k, need_v, need_bias))
     splits = 0
     if gap:
-        programs = cdiv(Tq, blocks.M) * H * (1 if packed else B)
+        programs = cdiv(Tq, blocks.M) * H * B
         splits = 1 if packed else max(1, min(2 * call.chip.cores // programs, cdiv(Tk, 2 * blocks.N)))
     rows = B * H * Tq
     delta = lse.new_empty(1 + splits, cdiv(rows, 4) * 4)[:, :rows]  # each at 16 bytes

@@ -269,7 +269,7 @@ def factors(
         "scale": FACTOR.get(activation, 1.0),
         "flags": constants(FactorFlags(exponents, exact, given["value"].ptr.dtype == torch.float32, fma)),
     }
-    tight = exact or (offsets[0] is not None and given["k_rows"].ptr is not None)  # else it spilled
+    tight = exact or (offsets != (None, None) and given["k_rows"].ptr is not None)  # else it spilled
     blocks = FactorBlocks(PART.value, pow2(width, 2, 16 if tight else 32))
     programs = q_items * (tiles[0] // blocks.T) + k_items * (tiles[1] // blocks.T)
     launch(_concat_factor_kernel, (programs, heads), args, blocks)

@@ -441,7 +441,7 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
     """
     query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, *options = inputs
     scale, left, right, dropout_p = options
-    chip, packed = chip_of(query.device), cu_seqlens_q is not None
+    chip, packed_q, packed_k = chip_of(query.device), cu_seqlens_q is not None, cu_seqlens_k is not None
     (B, H, Tq, D), Tk = query.shape, key.shape[2]
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
@@ -454,12 +454,12 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         k_rows = row_codes(k_rows, key, None if value is None else values)
     if parts and backward:
         q_rows = row_codes(q_rows, query)
-    q_codes, k_codes = _codes(q_rows, (B, H, Tq)), _codes(k_rows, (B, H, Tk))
+    q_codes, k_codes = _codes(q_rows, (B, H, Tq)), _codes(k_rows, (key.shape[0], H, Tk))
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     spans_q, spans_k = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_q, cu_seqlens_k))
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
-    seqs = cu_seqlens_q.numel() - 1 if packed else B
+    seqs = next((x.numel() - 1 for x in (cu_seqlens_q, cu_seqlens_k) if x is not None), B)
     busy = sum(x is not None for x in (bias, pair_mask, seed))
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
@@ -480,13 +480,13 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         **precise,
     )
     args = {
-        "query": heads(query, packed=packed),
-        "key": heads(key, packed=packed),
-        "value": heads(values, packed=packed),
+        "query": heads(query, packed=packed_q),
+        "key": heads(key, packed=packed_k),
+        "value": heads(values, packed=packed_k),
         "score_bias": pairs(bias, whole=True),
         "mask": pairs(pair_mask, whole=True),
-        "q_codes": heads(q_codes, packed=packed),
-        "k_codes": heads(k_codes, packed=packed),
+        "q_codes": heads(q_codes, packed=packed_q),
+        "k_codes": heads(k_codes, packed=packed_k),
         "q_spans": spans_q,
         "k_spans": spans_k,
         "dropout": dropout(seed, dropout_p),
@@ -536,7 +536,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_ex
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
     busy = call.busy + need_scores
-    length, itemsize = LONG if cu_seqlens_q is not None else Tq, key.element_size()
+    length, itemsize = LONG if inputs.packed else Tq, key.element_size()
     active = call.flags.ACT != "identity"
     blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS, active)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)

@@ -513,7 +513,7 @@ def bwd_blocks(
         return Blocks(64, n, width, value_width, 4, 2) if parts else Blocks(128, n, width, value_width, 8, 3), for_k
     if chip.hopper and size > 128 and Tq > 64 and not cut:  # 128 rows, for the same reason: 60 to 20 a pair, 99 to 54
         for_q = Blocks(128, 32, width, value_width, 8, 2)
-        m_k, stages = (16, 3) if parts and shared else (few_m, 2)
+        m_k, stages = (16, 3) if (parts or Tq == LONG) and shared else (few_m, 2)
         for_k = Blocks(m_k, 128 if Tk > 64 else few_n, max(width, 32), max(value_width, 32), 8, stages)
         return for_q, for_k
     if size > 128:
@@ -546,7 +546,7 @@ def general_bwd(
     query, key, value, score_bias, _, cu_seqlens_q, cu_seqlens_k, *_ = inputs
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
-    packed, exact, parts = cu_seqlens_q is not None, call.flags.EXACT, call.flags.PARTS
+    exact, parts = call.flags.EXACT, call.flags.PARTS
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device) if need_q else None
     dk = torch.empty(key.shape, dtype=key.dtype, device=key.device) if need_k else None
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
@@ -563,7 +563,7 @@ def general_bwd(
             args = {**call.args, "given": given, "flags": fitting(flags, call.size, blocks), **more}
             launch(kernel, grid, args, blocks, **(all_registers(call.chip) if tight else {}))
 
-        lengths = (LONG, LONG) if packed else (Tq, Tk)
+        lengths = (LONG, LONG) if inputs.packed else (Tq, Tk)
         plain = not (busy or call.flags.MASKED)
         terms = plain, busy, parts, call.flags.ACT != "identity"
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, *terms, call.flags.SHARED)

@@ -56,13 +56,13 @@ class WindowInputs(NamedTuple):
 class ConcatInputs(NamedTuple):
     """Of concat attention, and of distance attention, which differs in what is made of query + key."""
 
-    query: Tensor  # (B, H, Tq, A); packed, as all of these, with B = 1
+    query: Tensor  # (B, H, Tq, A); packed with B = 1, as keys and values are, by themselves
     key: Tensor  # (B, H, Tk, A)
     value: Tensor  # (B, H, Tk, Dv)
     v: Tensor  # (H, A)
     score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
     mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
-    cu_seqlens_q: Tensor | None  # (S + 1,)
+    cu_seqlens_q: Tensor | None  # (S + 1,); where only the keys have them, S = B of the queries, and so on
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None
     activation: str
@@ -70,16 +70,26 @@ class ConcatInputs(NamedTuple):
     right: int | None
     dropout_p: float
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed, on one side or on both."""
+        return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether rows are packed on one side, and padded on the other."""
+        return (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None)
+
 
 class GeneralInputs(NamedTuple):
     """Of general attention, whose weight has met the queries."""
 
-    query: Tensor  # (B, H, Tq, D); packed, as all of these, with B = 1
+    query: Tensor  # (B, H, Tq, D); packed with B = 1, as keys and values are, by themselves
     key: Tensor  # (B, H, Tk, D)
     value: Tensor | None  # (B, H, Tk, Dv); None: the keys
     score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
     mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
-    cu_seqlens_q: Tensor | None  # (S + 1,)
+    cu_seqlens_q: Tensor | None  # (S + 1,); where only the keys have them, S = B of the queries, and so on
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None
     activation: str
@@ -87,6 +97,16 @@ class GeneralInputs(NamedTuple):
     left: int | None
     right: int | None
     dropout_p: float
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed, on one side or on both."""
+        return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether rows are packed on one side, and padded on the other."""
+        return (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None)
 
 
 class WordByWordInputs(NamedTuple):

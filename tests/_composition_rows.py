@@ -231,6 +231,17 @@ def _pairs() -> None:
         },
     )
     add(
+        "concat, packed keys",
+        lambda i, c, **t: concat_attention(**t, cu_seqlens_k=c, window=(1, 1), impl=i),
+        lambda B, T: {
+            "query": r(B, 2, T, 4),
+            "key": r(B * T, 2, 4),
+            "value": r(B * T, 2, 4),
+            "v": r(4),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
         "general padded",
         lambda i, **t: general_attention(**t, impl=i),
         lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},
@@ -263,6 +274,11 @@ def _pairs() -> None:
         "general packed",
         lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
         lambda B, T: {"query": r(B * T, 4), "key": r(B * T, 4), "value": r(B * T, 4), "c": offsets(B * T, B)},
+    )
+    add(
+        "general, packed queries",
+        lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, impl=i),
+        lambda B, T: {"query": r(B * T, 4), "key": r(B, T, 4), "mask": seen(B, T), "c": offsets(B * T, B)},
     )
 
 

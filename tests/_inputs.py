@@ -172,6 +172,20 @@ ROWS: dict[str, Row] = {
     "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
     "general, dot": Row(_function("general_attention"), {"query": PAIRS["query"], "key": PAIRS["key"]}),
     "general, packed": Row(_function("general_attention"), {**PACKED, "weight": floats(A, A)}),
+    "general, packed keys": Row(
+        _function("general_attention"), {**PACKED, "query": floats(S, TQ, A), "cu_seqlens_q": None, "mask": bools(M)}
+    ),
+    "concat, packed queries": Row(
+        _function("concat_attention"),
+        {
+            **PACKED,
+            "key": floats(S, TK, A),
+            "value": floats(S, TK, DV),
+            "v": floats(A),
+            "cu_seqlens_k": None,
+            "mask": bools(S, TK),
+        },
+    ),
     "general, packed heads": Row(
         _function("general_attention"), {**HEADS_PACKED, "value": None, "weight": floats(A, A)}
     ),

@@ -14,7 +14,7 @@ from _compare import (
     rough_runs,
     strided_offsets,
 )
-from _concat import IMPLS, every_impl, hide, segments
+from _concat import IMPLS, every_impl, hide, offsets, segments
 from _marks import both_forms, each_dtype
 from _pairs import as_padded, each_family
 
@@ -82,6 +82,50 @@ def test_packed_rows_with_a_mask_of_keys_are_the_padded_ones(heads, activation, 
     exact = evaluate(case.op, in_double(tensors), "reference")
     assert_as_exact(evaluate(as_padded(case, torch.nan), in_double(tensors), "reference"), exact, exact)
     assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(case.op, tensors), exact)
+
+
+@every_impl
+@each_family
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"heads": 2, "mask": "keys", "window": (9, 3), "dropout_p": 0.3},
+        {"heads": 2, "activation": "relu", "mask": "keys", "value_dim": 40},
+        {"activation": "identity", "window": (None, 0), "queries": 3},
+        {"queries": 3, "keys": 90},  # one query a sequence
+        {"queries": 3, "heads": 2, "dropout_p": 0.3},
+    ],
+    ids=str,
+)
+def test_rows_packed_on_one_side_are_those_packed_on_both(options, dtype, side, make, impl, device):
+    """The padded side is of sequences that are all as long as the longest may be."""
+    case = make(**{"dtype": dtype, "queries": 30, "keys": 36, "attn_dim": 3, "ragged": True, **options})
+    tensors = case.tensors(device)
+    del tensors[f"cu_seqlens_{'k' if side == 'q' else 'q'}"]
+    rows = case.queries if side == "q" else case.keys
+    lengths = {f"cu_seqlens_{side}": offsets([1, 0, rows - 1], device)}
+    names = ("key", "value", "mask") if side == "q" else ("query",)
+
+    def padded(x):
+        x = x.unflatten(0, (3, -1))
+        return x if case.heads is None or x.dim() < 4 else x.transpose(1, 2)
+
+    def packed(x):
+        return (x if x.dim() < 4 else x.transpose(1, 2)).flatten(0, 1)
+
+    def flat(*, impl, **given):
+        shape = given["query" if side == "k" else "key"].shape
+        even = torch.arange(4, dtype=torch.int32, device=device) * (shape[1] if case.heads is None else shape[2])
+        other = {f"cu_seqlens_{'k' if side == 'q' else 'q'}": even}
+        out = case.op(impl=impl, **{n: packed(x) if n in names else x for n, x in given.items()}, **other)
+        return out if side == "q" else padded(out)
+
+    tensors |= lengths | {name: padded(tensors[name]).contiguous() for name in names if name in tensors}
+    exact = evaluate(flat, in_double(tensors), "reference")
+    assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(flat, tensors), exact, dtype=dtype)
 
 
 @every_impl

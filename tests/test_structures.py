@@ -341,11 +341,92 @@ def test_jagged_queries_and_keys_give_what_packed_ones_give(name, call, heads, c
     torch.testing.assert_close(lse.values(), call(query, key, value, **both, return_lse=True)[1])
 
 
+def test_axes_of_jagged_results_are_in_the_order_of_the_queries():
+    """As `scaled_dot_product_attention` takes them, ``(S, H, T, width)``, too."""
+    query, key, value = (r(n, 2, d).requires_grad_() for n, d in ((N, 4), (M, 4), (M, 5)))
+    packed = f.general_attention(
+        query, key, value, cu_seqlens_q=offsets(LENGTHS), cu_seqlens_k=offsets(OTHER), return_lse=True
+    )
+    rows = nested(query, LENGTHS), nested(key, OTHER), nested(value, OTHER)
+    made = f.general_attention(*(x.transpose(1, 2) for x in rows), return_lse=True)
+    for got, want in zip(made, packed, strict=True):
+        assert got.transpose(1, 2).offsets().tolist() == offsets(LENGTHS).tolist()
+        torch.testing.assert_close(got.transpose(1, 2).values(), want)
+    assert made[0].shape[:2] == (3, 2)
+    mixed = f.general_attention(rows[0], rows[1].transpose(1, 2), rows[2])
+    torch.testing.assert_close(mixed.values(), packed[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(made[0].transpose(1, 2).values().square().sum(), (query, key, value)),
+        torch.autograd.grad(packed[0].square().sum(), (query, key, value)),
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("jagged", ["query", "key"])
+@pytest.mark.parametrize("name", JAGGED)
+def test_jagged_tensors_go_with_padded_ones(name, jagged, compiled):
+    """Those of the other side; the results are as the queries."""
+    call = JAGGED[name]
+    if name == "ConcatAttention":
+
+        def call(q, k, x, **o):
+            rows = r(3, 2, 2) if jagged == "query" else r(M, 2)
+            return module("ConcatAttention", 4, 4, 3, context_dims=(2, 2))(
+                q, k, x, contexts=[r(3, 2), ("key", rows)], **o
+            )
+
+    run = torch.compile(call, backend="aot_eager") if compiled else call
+    if jagged == "query":
+        query, key, value, mask = (
+            r(N, 4),
+            r(3, 2, 4),
+            r(3, 2, 5),
+            torch.tensor([[True], [True], [False]]).expand(3, 2),
+        )
+        out = run(nested(query, LENGTHS), key, value, mask=mask)
+        assert out.is_nested
+        expected = call(query, key, value, mask=mask, cu_seqlens_q=offsets(LENGTHS))
+        torch.testing.assert_close(out.values(), expected)
+        assert (expected[:3] != 0).all()
+        assert (expected[3:] == 0).all()
+    else:
+        query, key, value = r(3, 2, 4), r(M, 4), r(M, 5)
+        out = run(query, nested(key, OTHER), nested(value, OTHER))
+        expected = call(query, key, value, cu_seqlens_k=offsets(OTHER))
+        torch.testing.assert_close(out, expected)
+        assert (expected[:2] != 0).all()
+        assert (expected[2:] == 0).all()
+
+
+def test_states_of_jagged_queries_merge():
+    """Over disjoint keys, and also with the parts as first axis of their rows."""
+    query, key, value = r(N, 4), nested(r(M, 4), OTHER), nested(r(M, 5), OTHER)
+    first, second = (
+        f.general_attention(nested(query, LENGTHS), x, y, return_state=True)
+        for x, y in ((key, value), (r(3, 4, 4), r(3, 4, 5)))
+    )
+    merged = f.merge([first, second])
+    packed = f.merge([f.State(*(x.values() for x in state)) for state in (first, second)])
+    for got, want in zip((*merged, merged.lse), (*packed, packed.lse), strict=True):
+        assert got.offsets().tolist() == offsets(LENGTHS).tolist()
+        torch.testing.assert_close(got.values(), want)
+    with pytest.raises(
+        ValueError, match=r"^states\[1\]\.out: expected a jagged tensor with the offsets of states\[0\]\.out"
+    ):
+        f.merge([first, f.general_attention(nested(query, [3, 1, 5]), key, value, return_state=True)])
+    with pytest.raises(ValueError, match=r"^states\[1\]\.out: expected a jagged tensor, as states\[0\]\.out is"):
+        f.merge([first, packed])
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
-        ({"key": r(M, 4)}, ValueError, "key: expected a jagged tensor, as query is; got (7, 4)"),
-        ({"value": r(M, 5)}, ValueError, "value: expected a jagged tensor, as query is; got (7, 5)"),
+        (
+            {"key": r(M, 4)},
+            ValueError,
+            "key: expected shape (B, Tk, D) with D = 4 from query; got (7, 4); packed rows",
+        ),
+        ({"value": r(M, 5)}, ValueError, "value: expected a jagged tensor, as key is; got (7, 5)"),
         ({"value": nested(r(M, 5), [2, 4, 1])}, ValueError, "value: expected a jagged tensor with the offsets"),
         ({"value": nested(r(M, 5), [2, 5])}, ValueError, "value: expected a jagged tensor with the offsets"),
         (
@@ -353,12 +434,33 @@ def test_jagged_queries_and_keys_give_what_packed_ones_give(name, call, heads, c
             ValueError,
             "key: expected as many sequences as query has, 3; got 2",
         ),
-        ({"query": r(N, 4)}, ValueError, "query: expected shape"),
-        ({"cu_seqlens_k": offsets(OTHER)}, ValueError, "cu_seqlens_k: expected None with a jagged query"),
-        ({"return_state": True}, ValueError, "return_state: expected False with a jagged query"),
+        (
+            {"query": r(N, 4)},
+            ValueError,
+            "query: expected shape (B, Tq, D) or (B, H, Tq, D); got (9, 4); packed rows",
+        ),
+        (
+            {"query": r(2, N, 4)},
+            ValueError,
+            "cu_seqlens_k: expected shape (B + 1,) with B + 1 = 3 from query; got (4,)",
+        ),
+        (
+            {"key": r(2, M, 4), "value": None},
+            ValueError,
+            "cu_seqlens_q: expected shape (B + 1,) with B + 1 = 3 from key",
+        ),
+        ({"cu_seqlens_q": offsets(OTHER)}, ValueError, "cu_seqlens_q: expected None with a jagged query"),
+        ({"cu_seqlens_k": offsets(OTHER)}, ValueError, "cu_seqlens_k: expected None with a jagged key"),
+        ({"key": nested(r(M, 4, 2), OTHER).transpose(1, 2)}, ValueError, "key: expected shape (M, D)"),
+        (
+            {"key": nested(r(M, 4), OTHER).transpose(1, 2)},
+            ValueError,
+            "key: expected a jagged tensor whose second axis",
+        ),
         ({"return_weights": True}, ValueError, "return_weights: expected False with packed rows"),
         ({"score_bias": r(1)}, ValueError, "score_bias: expected None with packed rows"),
-        ({"key": [r(M, 4)]}, TypeError, "key: expected a jagged tensor, as query is; got list"),
+        ({"key": [r(M, 4)]}, TypeError, "key: expected a torch.Tensor; got list"),
+        ({"value": [r(M, 4)]}, TypeError, "value: expected a jagged tensor, as key is; got list"),
     ],
 )
 def test_jagged_tensors_that_do_not_fit_are_refused_by_name(changed, error, text):

@@ -80,27 +80,34 @@ class PairCase(CompileCase):
     window: tuple[int | None, int | None] = field(default=(None, None), kw_only=True)
     bias: bool = field(default=False, kw_only=True)
     ragged: bool = field(default=False, kw_only=True)
+    alone: str = field(default="", kw_only=True)  # of ragged rows: "queries" or "keys", where the others are padded
     dropout: float = field(default=0.0, kw_only=True)
 
     lengths = ("Tq", "Tk")
 
-    @property
-    def _lead(self) -> tuple[int, int, int, int]:
-        """B, H, Tq and Tk as launchers have them: packed rows are one sequence."""
-        if self.ragged:
-            return 1, self.H, self.B * self.Tq, self.B * self.Tk
-        return self.B, self.H, self.Tq, self.Tk
+    def _packed(self, side: str) -> bool:
+        return self.ragged and self.alone in ("", side)
+
+    def _rows(self, side: str) -> tuple[int, int, int]:
+        """B, H and T of the queries or keys as launchers have them: packed rows are one sequence."""
+        T = self.Tq if side == "queries" else self.Tk
+        return (1, self.H, self.B * T) if self._packed(side) else (self.B, self.H, T)
+
+    def _of_ragged(self) -> str:
+        return f"ragged {self.alone}".strip() * self.ragged
 
     def _structure(self) -> tuple[Tensor | None, ...]:
         """Bias, mask, offsets of queries and of keys, seed."""
-        B, H, Tq, Tk = self._lead
-        shown = {None: None, 2: (B, Tk), 3: (B, 1, Tq, Tk)}[self.mask]
-        offsets = self._empty(self.B + 1, dtype=torch.int32) if self.ragged else None
+        B, H, Tq = self._rows("queries")
+        Bk, _, Tk = self._rows("keys")
+        shown = {None: None, 2: (Bk, Tk), 3: (B, 1, Tq, Tk)}[self.mask]
         return (
             self._empty(B, H, Tq, Tk) if self.bias else None,
             None if shown is None else self._empty(*shown, dtype=torch.bool),
-            offsets,
-            offsets,
+            *(
+                self._empty(self.B + 1, dtype=torch.int32) if self._packed(side) else None
+                for side in ("queries", "keys")
+            ),
             self._seed(self.dropout),
         )
 

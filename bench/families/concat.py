@@ -106,7 +106,7 @@ class ConcatCase(PairCase):
             f"mask{self.mask}" * (self.mask is not None),
             "bias" * self.bias,
             "window" * (self.window != (None, None)),
-            "ragged" * self.ragged,
+            self._of_ragged(),
             "dropout" * (self.dropout > 0),
         )
 
@@ -114,8 +114,8 @@ class ConcatCase(PairCase):
         from fused_attn.kernels import concat, concat_bwd
         from fused_attn.kernels.inputs import ConcatInputs
 
-        B, H, Tq, Tk = self._lead
-        rows = ((B, H, Tq, self.A), (B, H, Tk, self.A), (B, H, Tk, self.DV), (H, self.A))
+        queries, keys = self._rows("queries"), self._rows("keys")
+        rows = ((*queries, self.A), (*keys, self.A), (*keys, self.DV), (self.H, self.A))
         tensors = (*(self._empty(*shape) for shape in rows), *self._structure())
         inputs = ConcatInputs(*tensors, self.activation, *self.window, self.dropout)
         exact = self.dtype.itemsize == 2
@@ -151,6 +151,11 @@ COMPILED = [
     ConcatCase(BF16, 4, 1, 256, 256, 1, 128, "identity", mask=2),
     ConcatCase(F32, 4, 1, 64, 64, 64, 128, "silu"),
     ConcatCase(F32, 4, 1, 64, 64, 64, 64, mask=3, bias=True, window=(100, 0), dropout=0.1),
+    # ragged on one side
+    ConcatCase(BF16, 64, 1, 1, 512, 100, 100, ragged=True, alone="keys"),
+    ConcatCase(BF16, 16, 1, 1, 256, 128, 128, ragged=True, alone="keys"),
+    ConcatCase(BF16, 16, 2, 256, 256, 100, 100, "sigmoid", ragged=True, alone="queries", mask=2, dropout=0.1),
+    ConcatCase(F32, 16, 1, 256, 256, 128, 128, ragged=True, alone="keys", window=(None, -1)),
     # ragged keys of which some are hidden
     ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, mask=2),
     ConcatCase(F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1),

@@ -114,6 +114,7 @@ def _concat(r: _Draw, activations: tuple[str, ...] = ACTIVATIONS) -> ConcatCase:
         window=r.window(),
         bias=not ragged and r.yes(0.3),
         ragged=ragged,
+        alone=r.choice(("", "queries", "keys")) if ragged else "",
         dropout=r.dropout(),
     )
 
@@ -135,6 +136,7 @@ def _general(r: _Draw) -> GeneralCase:
         bias=not ragged and r.yes(0.3),
         weights=not ragged and r.yes(0.3),
         ragged=ragged,
+        alone=r.choice(("", "queries", "keys")) if ragged else "",
         dropout=r.dropout(),
         tf32=r.yes(0.3),
     )

@@ -101,7 +101,7 @@ class GeneralCase(PairCase):
             "window" * (self.window != (None, None)),
             "weights" * self.weights,
             "state" * self.state,
-            "ragged" * self.ragged,
+            self._of_ragged(),
             "dropout" * (self.dropout > 0),
             "tf32" * self.tf32,
         )
@@ -110,11 +110,11 @@ class GeneralCase(PairCase):
         from fused_attn.kernels import general, general_bwd
         from fused_attn.kernels.inputs import GeneralInputs
 
-        B, H, Tq, Tk = self._lead
+        queries, keys = self._rows("queries"), self._rows("keys")
         tensors = (
-            self._empty(B, H, Tq, self.D),
-            self._empty(B, H, Tk, self.D),
-            None if self.DV is None else self._empty(B, H, Tk, self.DV),
+            self._empty(*queries, self.D),
+            self._empty(*keys, self.D),
+            None if self.DV is None else self._empty(*keys, self.DV),
             *self._structure(),
         )
         inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
@@ -166,6 +166,11 @@ COMPILED = [
     GeneralCase(F16, 16, 4, 256, 256, 64, ragged=True, dropout=0.1),
     GeneralCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, window=(None, -1)),
     GeneralCase(BF16, 16, 4, 256, 256, 128, 128, ragged=True, mask=2),
+    GeneralCase(BF16, 64, 1, 1, 512, 100, 100, ragged=True, alone="keys"),
+    GeneralCase(BF16, 64, 1, 1, 512, 256, ragged=True, alone="keys"),
+    GeneralCase(BF16, 64, 1, 1, 512, 256, ragged=True),
+    GeneralCase(F16, 16, 4, 256, 256, 100, 100, ragged=True, alone="queries", mask=2, dropout=0.1),
+    GeneralCase(F32, 16, 1, 256, 256, 64, 64, ragged=True, alone="keys", window=(None, -1)),
     # sides that are no int32 as 4 n + 3
     GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # float32

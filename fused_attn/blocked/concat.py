@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dropout import dropout_scale
+from .._one_side import both_packed, packed_rows, padded_rows, with_both_packed
 from .._softmax import normaliser
 from ..kernels.inputs import ConcatInputs
 from ..reference import in_parts, readable, sound
@@ -319,6 +320,7 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, pivot, p.sum(-1, keepdim=True)
 
 
+@with_both_packed
 def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores) as `fused_attn.reference.concat_attention` has them.
 
@@ -332,7 +334,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor,
 
 def _may_mix(inputs: ConcatInputs) -> bool:
     """Whether a hidden row may meet a number in a tile, all of a sequence: of a query of hidden keys, too."""
-    packed = None if inputs.mask is None else inputs.cu_seqlens_q
+    packed = inputs.mask is not None and inputs.packed
     return in_parts(inputs.mask, packed, inputs.left, inputs.right)
 
 
@@ -371,6 +373,15 @@ def concat_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
+    if inputs.one_sided:
+        of_queries = out, lse, dout, dlse
+        if padded_q := inputs.cu_seqlens_q is None:
+            of_queries = tuple(x if x is None else packed_rows(x) for x in of_queries)
+        grads = concat_bwd(both_packed(inputs), *of_queries, dscores, needs)
+        for i in (0,) if padded_q else (1, 2):
+            if (grad := grads[i]) is not None:
+                grads[i] = padded_rows(grad, inputs[i].shape[0])
+        return grads
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
     given = (dout, dlse, dscores, inputs.score_bias, needs)
     made = _paced(_backward, _Call(inputs), *given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -13,19 +14,20 @@ from .._ops import Impl
 from ..segments import Offsets
 from ._layers import Attention, counts, project
 
-INPUTS: dict[bool, Table] = {
-    packed: {
-        "query": argument("N query_dim" if packed else "B Tq query_dim"),
-        "key": argument("M key_dim" if packed else "B Tk key_dim"),
+FORMS = tuple(itertools.product((False, True), (False, True)))  # of calls: packed queries, packed keys
+INPUTS: dict[tuple[bool, bool], Table] = {
+    (packed_q, packed_k): {
+        "query": argument("N query_dim" if packed_q else "B Tq query_dim"),
+        "key": argument("M key_dim" if packed_k else "B Tk key_dim"),
         "projected": argument(
-            "M width" if packed else "B Tk width", optional=True, hint="what project_keys made of key"
+            "M width" if packed_k else "B Tk width", optional=True, hint="what project_keys made of key"
         ),
-        "value": argument("M Dv" if packed else "B Tk Dv", optional=True),
+        "value": argument("M Dv" if packed_k else "B Tk Dv", optional=True),
         "value of heads": argument(
-            "M Dv | M num_heads Dv" if packed else "B Tk Dv | B num_heads Tk Dv", optional=True
+            "M Dv | M num_heads Dv" if packed_k else "B Tk Dv | B num_heads Tk Dv", optional=True
         ),
     }
-    for packed in (False, True)
+    for packed_q, packed_k in FORMS
 }
 """The rows as a module takes them, padded and packed: before they have heads, but values may have theirs."""
 
@@ -70,7 +72,7 @@ class HeadsAttention(Attention):
         Keys that are not finite give NaN, which a mask or window may hide, and add nothing to the gradient of the
         weight.
         """
-        self._checker(INPUTS[isinstance(key, Tensor) and key.dim() == 2])("key", key)
+        self._checker(INPUTS[False, isinstance(key, Tensor) and key.dim() == 2])("key", key)
         return self._project_keys(key)
 
     def _project_keys(self, key: Tensor) -> Tensor:
@@ -153,7 +155,8 @@ class PairsAttention(HeadsAttention):
             parameters'.
 
         """
-        self._check(INPUTS[cu_seqlens_q is not None], query, key, None if value is False else value, projected)
+        form = cu_seqlens_q is not None, cu_seqlens_k is not None
+        self._check(INPUTS[form], query, key, None if value is False else value, projected)
         out: Tensor | tuple[Any, ...] = self._attend(
             query,
             key,

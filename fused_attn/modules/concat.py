@@ -15,7 +15,9 @@ from .._checks import (
     check_count,
     check_cu_seqlens,
     check_flag,
+    check_one_side,
     check_score_activation,
+    offsets_of,
     show,
     width_of,
 )
@@ -26,16 +28,20 @@ from ..concat import concat_attention
 from ..reference import segment_ids
 from ..segments import Offsets, as_offsets
 from ._layers import counts, factory, project, read
-from ._pairs import INPUTS, HeadsAttention
+from ._pairs import FORMS, INPUTS, HeadsAttention
 
-_INPUTS: dict[bool, Table] = {
-    packed: {
-        **INPUTS[packed],
-        "context": argument("S C" if packed else "B C | B Tq C | B Tk C | B 1 C"),
-        "query context": argument("N C" if packed else "B Tq C"),
-        "key context": argument("M C" if packed else "B Tk C"),
+_INPUTS: dict[tuple[bool, bool], Table] = {
+    (packed_q, packed_k): {
+        **INPUTS[packed_q, packed_k],
+        "context": argument(
+            "S C" if packed_q and packed_k else "B C" if packed_q or packed_k else "B C | B Tq C | B Tk C | B 1 C"
+        ),
+        "cu_seqlens_q": offsets_of("B"),
+        "offsets": offsets_of("any"),
+        "query context": argument("N C" if packed_q else "B Tq C"),
+        "key context": argument("M C" if packed_k else "B Tk C"),
     }
-    for packed in (False, True)
+    for packed_q, packed_k in FORMS
 }
 
 
@@ -143,8 +149,8 @@ class ConcatAttention(HeadsAttention):
             One for each of `context_dims`: a sequence ``(B, C)`` or ``(B, 1, C)``, a key ``(B, Tk, C)`` or a query
             ``(B, Tq, C)``.
             Where Tq = Tk the shape does not tell the last two apart: pass ``("key", x)`` or ``("query", x)``, which
-            say one a row. Where rows are packed or jagged a tensor is one a sequence, ``(S, C)``, and those of rows
-            are ``("key", x)`` with ``(M, C)`` or ``("query", x)`` with ``(N, C)``.
+            say one a row. Where rows of a side are packed or jagged a tensor is one a sequence, ``(S, C)``, and those
+            of rows are ``("key", x)`` with ``(M, C)`` or ``("query", x)`` with ``(N, C)``.
         projected
             What `project_keys` made of `key`; None: it is made here.
         mask, window, score_bias, cu_seqlens_q, cu_seqlens_k, impl
@@ -166,11 +172,16 @@ class ConcatAttention(HeadsAttention):
 
         """
         offsets = as_offsets(cu_seqlens_q)
-        packed = offsets is not None
-        check = self._check(_INPUTS[packed], query, key, None if value is False else value, projected)
+        packed_k = cu_seqlens_k is not None
+        check = self._check(
+            _INPUTS[offsets is not None, packed_k], query, key, None if value is False else value, projected
+        )
         if offsets is not None and contexts:  # which a sequence may have one of
-            check_cu_seqlens("cu_seqlens_q", offsets, query.shape[0], query.device)
-            check.bind_sequences("S", offsets, "cu_seqlens_q")
+            if packed_k:
+                check_cu_seqlens("cu_seqlens_q", offsets, query.shape[0], query.device)
+                check.bind_sequences("S", offsets, "cu_seqlens_q")
+            else:
+                check_one_side(check, "cu_seqlens_q", offsets, query.shape[0])
         if not isinstance(contexts, (tuple, list)):
             raise TypeError(
                 f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
@@ -202,7 +213,7 @@ class ConcatAttention(HeadsAttention):
         return concat_attention(
             self._split(q),
             self._split(k),
-            self._of_heads(value) if isinstance(value, Tensor) and value.dim() == query.dim() else value,
+            self._of_heads(value) if isinstance(value, Tensor) and value.dim() == key.dim() else value,
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
             score_activation=self.score_activation,
