@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_values
+from .segments import as_offsets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,6 +54,10 @@ def is_jagged(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.jagged
 
 
+BESIDE = ("weights", "log_weights", "scores", "lse")  # in the order of results
+OF_PAIRS = BESIDE[:3]
+
+
 class Rows(NamedTuple):
     """Of a jagged tensor."""
 
@@ -89,7 +94,31 @@ def _of_packed(fn: Callable[..., Any], given: dict[str, Any], before: list[Any])
     if query is None:
         return fn(*before, **given)
     given["cu_seqlens_q"] = query.offsets.to(torch.int32)
-    return query.nest(fn(*before, **given))
+    results = fn(*before, **given)
+    kinds = ["out"] * (given.get("value") is not False)
+    kinds += [kind for kind in BESIDE if given.get(f"return_{kind}") is True]
+    if not any(kind in OF_PAIRS for kind in kinds):
+        return query.nest(results)
+    pairs = Rows(query.packed, _keys_of_queries(query, key, given), False)
+    alone = not isinstance(results, tuple) or len(kinds) == 1
+    made = [
+        (pairs if kind in OF_PAIRS else query).nest(x)
+        for kind, x in zip(kinds, (results,) if alone else results, strict=True)
+    ]
+    return made[0] if alone else tuple(made)
+
+
+def _keys_of_queries(query: Rows, key: Rows | None, given: dict[str, Any]) -> Tensor:
+    """Of a number a pair where the keys of each query begin: int64, one more than there are queries."""
+    lengths = query.offsets.diff()
+    if key is not None:
+        of_keys = key.offsets.diff()
+    elif (cu := given.get("cu_seqlens_k")) is not None:
+        of_keys = as_offsets(cu).diff().long()
+    else:
+        of_keys = torch.full_like(lengths, given["key"].shape[-2])
+    each = torch.repeat_interleave(of_keys, lengths, output_size=query.packed.shape[0])
+    return torch.nn.functional.pad(each.cumsum(0), (1, 0))
 
 
 def rows_of(name: str, x: Any) -> Rows:

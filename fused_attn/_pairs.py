@@ -27,9 +27,11 @@ from ._checks import (
     offsets_of,
 )
 from ._dropout import draw_seed
+from ._one_side import both_packed
 from ._ops import weights_from
 from ._results import Wanted, returned, stand_in
-from .kernels.inputs import ConcatInputs, GeneralInputs
+from .kernels.inputs import ConcatInputs, GeneralInputs, pair_starts
+from .reference import segment_ids
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
 BOTH = ("cu_seqlens_q", "cu_seqlens_k")
@@ -107,9 +109,7 @@ def check_pairs(
     offsets = {"cu_seqlens_q": (given.cu_seqlens_q, query), "cu_seqlens_k": (given.cu_seqlens_k, key)}
     packed = [cu is not None for cu, _ in offsets.values()]
     if any(packed):
-        padded = {"score_bias": given.score_bias}
-        padded |= {f"return_{name}": getattr(wanted, name) for name in ("weights", "log_weights", "scores")}
-        check_padded_only(padded)
+        check_padded_only({"score_bias": given.score_bias})
     check = Checker(tables[packed[0], packed[1], has_heads(given)])
     for name, x in {"query": query, "key": key, "value": given.value, **parameters}.items():
         if name != "value" or wanted.output:
@@ -175,6 +175,20 @@ def _of_keys_or_pairs(mask: Tensor, batch: int) -> Tensor:
     return mask[:, 0, 0].expand(batch, -1) if mask.shape[1] == 1 and mask.shape[2] == 1 else mask
 
 
+def count_pairs(inputs: P, wanted: Wanted) -> int:
+    """How many scores of packed rows are to be returned, which is read from the device; else 0."""
+    return int(pair_starts(inputs)[-1]) if inputs.packed and wanted.pairs else 0
+
+
+def _keys_of_queries(given: P) -> Tensor:
+    """Of packed rows: where the keys of each query begin among the pairs, int64, one more than there are queries."""
+    rows = both_packed(given) if given.one_sided else given
+    assert rows.cu_seqlens_q is not None
+    assert rows.cu_seqlens_k is not None
+    segment = segment_ids(rows.cu_seqlens_q, rows.query.shape[2])
+    return torch.nn.functional.pad(rows.cu_seqlens_k.diff().long()[segment].cumsum(0), (1, 0))
+
+
 def shaped(
     given: P,
     wanted: Wanted,
@@ -192,10 +206,18 @@ def shaped(
         x = x[0].transpose(0, 1) if packed else x
         return x if heads else x.squeeze(1)
 
+    def pairs(x: Tensor | None) -> Tensor | None:
+        """Of packed rows heads come last."""
+        return rows(x) if x is None or not given.packed else x.mT if heads else x[0]
+
     def of_pairs(log: bool) -> Tensor:
         assert scores is not None
         assert lse is not None
-        return weights_from(scores, lse[..., None, :], dim=-1, log=log)
+        if not given.packed:
+            return weights_from(scores, lse[..., None, :], dim=-1, log=log)
+        offsets = _keys_of_queries(canonical(given._replace(dropout_p=0.0)))
+        of_rows = lse.transpose(1, 2).flatten(0, 1)  # (queries, H, 2)
+        return weights_from(scores.mT, of_rows, offsets=offsets, log=log).mT
 
     if wanted.weights and weights is None:
         weights = of_pairs(False)
@@ -205,7 +227,7 @@ def shaped(
         given.key.dtype,
         cast("Tensor", rows(out)),
         rows(lse) if wanted.normaliser else None,
-        rows(weights) if wanted.weights else None,
-        rows(scores) if wanted.scores else None,
-        rows(log_weights),
+        pairs(weights) if wanted.weights else None,
+        pairs(scores) if wanted.scores else None,
+        pairs(log_weights),
     )

@@ -16,7 +16,7 @@ from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
-from ._pairs import canonical, check_pairs, of_all_heads, pairs_tables, shaped
+from ._pairs import canonical, check_pairs, count_pairs, of_all_heads, pairs_tables, shaped
 from ._results import Wanted, by_formula, check_wanted
 from .blocked import concat as blocked
 from .kernels.inputs import ConcatInputs, LocationInputs
@@ -26,28 +26,33 @@ from .segments import Offsets, as_offsets
 _TABLES = pairs_tables("A", "A", shared=True, linear=True, v="A")
 
 
-def _fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool, in_blocks: bool) -> tuple[Tensor, ...]:
+def _fwd(
+    inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: bool, in_blocks: bool
+) -> tuple[Tensor, ...]:
     if in_blocks:
-        results = blocked.concat_fwd(inputs, need_scores)
+        results = blocked.concat_fwd(inputs, need_scores, pairs)
         return *results, results[1].new_empty(0)
-    return cast("tuple[Tensor, ...]", launcher("concat.concat_fwd")(inputs, need_scores, need_exact))
+    return cast("tuple[Tensor, ...]", launcher("concat.concat_fwd")(inputs, need_scores, pairs, need_exact))
 
 
-def _fake(inputs: ConcatInputs, need_scores: bool, need_exact: bool, in_blocks: bool) -> tuple[Tensor, ...]:
+def _fake(
+    inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: bool, in_blocks: bool
+) -> tuple[Tensor, ...]:
     query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     wide = torch.promote_types(value.dtype, torch.float32)
     shape = batch, heads, length, value.shape[-1]
+    scores = (heads, pairs) if inputs.packed else (batch, heads, length, key.shape[2])
     return (
         value.new_empty(shape, dtype=wide if in_blocks else value.dtype),
         value.new_empty(batch, heads, length, 2, dtype=wide),
-        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=wide),
+        value.new_empty(scores if need_scores else (0,), dtype=wide),
         value.new_empty(shape if need_exact else (0,), dtype=wide),
     )
 
 
 def _bwd(inputs: ConcatInputs, *args: Any) -> list[Tensor | None]:
-    out, lse, exact, dout, dlse, dscores, _, _, _, in_blocks, needs = args
+    out, lse, exact, dout, dlse, dscores, *_, in_blocks, needs = args
     run: Any = blocked.concat_bwd if in_blocks else launcher("concat_bwd.concat_bwd")
     return cast("list[Tensor | None]", run(inputs, exact_of(out, exact), lse, dout, dlse, dscores, needs))
 
@@ -56,7 +61,7 @@ _CONCAT = Operator(
     "concat",
     ConcatInputs,
     differentiable="query key value v score_bias",
-    choices="bool need_scores, bool need_exact, bool in_blocks",
+    choices="bool need_scores, SymInt pairs, bool need_exact, bool in_blocks",
     results="out lse scores?need_scores exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
@@ -133,11 +138,11 @@ def concat_attention(
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights
-        Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
-        of size Tq·Tk.
+        Return the weights too, as they are before dropout. They are differentiable, and of size Tq·Tk. Of packed rows
+        they are flat: each query's over the keys of its sequence, one query after the other. How many that is, is
+        read from the device.
     return_log_weights, return_scores, return_lse, return_state
-        See `location_attention`. Log weights, and scores, with the bias, are of size Tq·Tk, and of padded batches
-        only.
+        See `location_attention`. Log weights, and scores, with the bias, are of the form of the weights.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), a blocked PyTorch path with the same
         identities and linear memory elsewhere. ``"triton"`` and ``"reference"`` never fall back.
@@ -146,13 +151,15 @@ def concat_attention(
     -------
     Tensor, State or tuple
         Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights, log weights
-        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
+        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; of packed rows
+        ``(P,)`` or ``(P, H)`` of all P pairs of a query and a key of its sequence, whose places
+        `Segments.of_pairs(cu_seqlens_q, cu_seqlens_k)` has, and of jagged queries jagged, a row a query; m, log_l and
+        lse as the output, without Dv.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments that do not fit, packed rows with a bias or weights to return, and an `impl` that
-        cannot run here.
+        For arguments that do not fit, packed rows with a bias, and an `impl` that cannot run here.
 
     References
     ----------
@@ -196,7 +203,7 @@ def attend(given: ConcatInputs, wanted: Wanted, impl: Impl, score_activation: st
         return shaped(given, wanted, *_pooled(inputs, kernel, wanted, score_activation))
     inputs = of_all_heads(inputs)
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
-    out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, exact, in_blocks)
+    out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, count_pairs(inputs, wanted), exact, in_blocks)
     return shaped(given, wanted, wanted.output_of(out, wide), lse, scores)
 
 
@@ -293,5 +300,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
         out, weights = wanted.output_of(out, exact), None
     if of_head:
         out = out.unflatten(2, (heads, -1)).diagonal(dim1=1, dim2=2).mT
-    scores, weights = (x if x is None else x.mT[:, :, None] for x in (scores, weights))
+    scores, weights = (
+        x if x is None else x.mT if cu_seqlens is not None else x.mT[:, :, None] for x in (scores, weights)
+    )
     return out[:, :, None], lse if lse is None else lse[:, :, None], scores, weights

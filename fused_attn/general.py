@@ -20,7 +20,7 @@ from ._habits import explicit
 from ._jagged import jagged_pairs
 from ._operators import Operator, exact_of, launcher, vjp
 from ._ops import Impl, exports_from_one, forward_mode, keeps_exact, under_autocast, use_triton
-from ._pairs import Tables, canonical, check_pairs, of_all_heads, pairs_tables, shaped
+from ._pairs import Tables, canonical, check_pairs, count_pairs, of_all_heads, pairs_tables, shaped
 from ._results import PLAIN, by_formula, check_wanted
 from .kernels.inputs import GeneralInputs
 from .segments import Offsets, as_offsets
@@ -61,9 +61,12 @@ def _sdpa(
     return attend(query, key, value, attn_mask=shown | blind, scale=scale).masked_fill(blind, 0)
 
 
-def _fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool, sdpa: bool) -> tuple[Tensor, ...]:
+def _fwd(
+    inputs: GeneralInputs, need_scores: bool, pairs: int, natural: bool, need_exact: bool, sdpa: bool
+) -> tuple[Tensor, ...]:
     if not sdpa:
-        return cast("tuple[Tensor, ...]", launcher("general.general_fwd")(inputs, need_scores, natural, need_exact))
+        run = launcher("general.general_fwd")
+        return cast("tuple[Tensor, ...]", run(inputs, need_scores, pairs, natural, need_exact))
     query, key, value, _, mask, *_ = inputs
     out = _sdpa(mask, inputs.right == 0, inputs.scale, query, key, value)
     if out.device.type == "cpu":
@@ -80,16 +83,17 @@ def _fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bo
 
 
 def _fake(
-    inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool, sdpa: bool
+    inputs: GeneralInputs, need_scores: bool, pairs: int, natural: bool, need_exact: bool, sdpa: bool
 ) -> tuple[Tensor, ...]:
     query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     value = key if value is None else value
     shape = batch, heads, length, value.shape[-1]
+    scores = (heads, pairs) if inputs.packed else (batch, heads, length, key.shape[2])
     return (
         value.new_empty(shape),
         value.new_empty(batch, heads, length, 2, dtype=torch.float32),
-        value.new_empty((batch, heads, length, key.shape[2]) if need_scores else (0,), dtype=torch.float32),
+        value.new_empty(scores if need_scores else (0,), dtype=torch.float32),
         value.new_empty(shape if need_exact else (0,), dtype=torch.float32),
     )
 
@@ -104,6 +108,7 @@ def _bwd(
     dscores: Tensor | None,
     _: None,
     need_scores: bool,
+    pairs: int,
     natural: bool,
     need_exact: bool,
     sdpa: bool,
@@ -130,7 +135,7 @@ _GENERAL = Operator(
     "general",
     GeneralInputs,
     differentiable="query key value score_bias",
-    choices="bool need_scores, bool natural, bool need_exact, bool sdpa",
+    choices="bool need_scores, SymInt pairs, bool natural, bool need_exact, bool sdpa",
     results="out lse scores?need_scores exact?need_exact",
     saved="out lse exact",
     forward=_fwd,
@@ -214,11 +219,11 @@ def general_attention(
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     return_weights
-        Return the weights too (padded batches only), as they are before dropout. They are differentiable, and
-        of size Tq·Tk.
+        Return the weights too, as they are before dropout. They are differentiable, and of size Tq·Tk. Of packed rows
+        they are flat: each query's over the keys of its sequence, one query after the other. How many that is, is
+        read from the device.
     return_log_weights, return_scores, return_lse, return_state
-        See `location_attention`. Log weights, and scores, with the bias, are of size Tq·Tk, and of padded batches
-        only.
+        See `location_attention`. Log weights, and scores, with the bias, are of the form of the weights.
     impl
         ``"auto"``: on a GPU the Triton kernel (the reference for float64), on a CPU the reference; but
         `torch.nn.functional.scaled_dot_product_attention` where it says the same and has no more to do: scale > 0, no
@@ -232,7 +237,10 @@ def general_attention(
     -------
     Tensor, State or tuple
         Output ``(B, Tq, Dv)``, ``(B, H, Tq, Dv)``, packed ``(N, Dv)`` or ``(N, H, Dv)``; weights, log weights
-        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; m, log_l and lse as the output, without Dv.
+        and scores ``(B, Tq, Tk)`` or ``(B, H, Tq, Tk)``; of packed rows
+        ``(P,)`` or ``(P, H)`` of all P pairs of a query and a key of its sequence, whose places
+        `Segments.of_pairs(cu_seqlens_q, cu_seqlens_k)` has, and of jagged queries jagged, a row a query; m, log_l and
+        lse as the output, without Dv.
 
     Raises
     ------
@@ -272,7 +280,9 @@ def general_attention(
         results = by_formula(_GENERAL.formula, inputs, wanted, **more)
     else:
         exact = not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
-        out, lse, scores, wide = _GENERAL(inputs, wanted.pairs, wanted != PLAIN, exact, sdpa)
+        out, lse, scores, wide = _GENERAL(
+            inputs, wanted.pairs, count_pairs(inputs, wanted), wanted != PLAIN, exact, sdpa
+        )
         results = wanted.output_of(out, wide), lse, scores, None
     if folds:  # what nobody wants is None, or empty
         results = tuple(x if x is None or x.dim() == 1 else x.transpose(1, 2) for x in results)

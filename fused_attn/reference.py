@@ -321,8 +321,8 @@ def concat_attention(
     softmax is of that of :math:`s_{ij}`.
 
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
-    least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible; with `weights_only`
-    out and the weights before dropout.
+    least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible, of packed rows ``(H, P)``,
+    see `pair_starts`; with `weights_only` out and the weights before dropout.
     """
     query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
     query, key, value = readable(mask, query, key, value)
@@ -449,7 +449,8 @@ def _attend(
     """
     B, H, Tq, Tk = scores.shape
     shown = None if mask is None else mask[:, None, None] if mask.dim() == 2 else mask
-    near_only = left is not None or right is not None or cu_seqlens_q is not None
+    packed = cu_seqlens_q is not None
+    near_only = left is not None or right is not None or packed
     if near_only or dropout_p > 0:
         q_seq, i = (x[:, :, None] for x in positions(B, Tq, cu_seqlens_q, scores.device))
         k_seq, j = (x[:, None, :] for x in positions(B, Tk, cu_seqlens_k, scores.device))
@@ -482,10 +483,15 @@ def _attend(
         out = (weights.flatten(1, 2) @ value.squeeze(1)).unflatten(1, (H, Tq)).to(dtype)
     else:
         out = (weights @ value).to(dtype)
+
+    def of_pairs(x: Tensor) -> Tensor:
+        """As it is returned: of packed rows the pairs of each sequence alone."""
+        return x[0][:, q_seq[0] == k_seq[0]] if packed else x
+
     if weights_only:
-        return out, shares
+        return out, of_pairs(shares)
     top = highest(scores, -1) if top is None else top
-    return out, normaliser(top, torch.exp(scores - pivot_of(top)[..., None]).sum(-1)), scores
+    return out, normaliser(top, torch.exp(scores - pivot_of(top)[..., None]).sum(-1)), of_pairs(scores)
 
 
 def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,26 @@ class Segments:
             raise TypeError("x: expected a nested tensor of layout=torch.jagged; got another")
         return cls.from_offsets(x.offsets().int())  # type: ignore[attr-defined]
 
+    @classmethod
+    def of_pairs(cls, queries: Offsets, keys: Offsets) -> Segments:
+        """Of what attention over packed rows returns a number a pair: each query has the keys of its sequence.
+
+        Sequence i of these are the numbers of query i, in the order of the keys; so ``pad`` of packed weights gives
+        one row a query.
+
+        queries, keys: offsets ``(S + 1,)`` as `cu_seqlens_q` and `cu_seqlens_k`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what are no offsets, or of other numbers of sequences.
+
+        """
+        both = [x if isinstance(x, Segments) else cls.from_offsets(x) for x in (queries, keys)]
+        if len(both[0]) != len(both[1]):
+            raise ValueError(f"keys: expected as many sequences as queries has, {len(both[0])}; got {len(both[1])}")
+        return cls.from_lengths(torch.repeat_interleave(both[1].lengths, both[0].lengths))
+
     def to(self, device: torch.device | str) -> Segments:
         """On another device."""
         with torch.inference_mode(False):

@@ -53,8 +53,8 @@ from .chip import (
     unpressed,
     vectors,
 )
-from .concat_factors import FACTOR, bound_at, factors, rows_before, rows_of, tile_at
-from .inputs import ConcatInputs
+from .concat_factors import FACTOR, bound_at, factors, pairs_at, rows_before, rows_of, tile_at
+from .inputs import ConcatInputs, pair_starts
 from .masks import (
     Items,
     dropout,
@@ -303,7 +303,7 @@ def _concat_fwd_kernel(
         s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
-            pair = (before + i[:, None]) * Tk + j[None, :]
+            pair = pairs_at(i[:, None], j[None, :], seq, head, q_side, k_side, k_length, Tq, Tk, size)
             tl.store(result.scores + pair, s, mask=q_inside[:, None] & k_inside[None, :])
         p, alpha, m, l = online_softmax(s, m, l, 1, flags.EXACT and flags.FMA)
         if dropout.seed is not None:
@@ -360,8 +360,9 @@ def _columns(DV: int, most: int) -> tuple[int, bool]:
 def fwd_blocks(chip: Chip, itemsize: int, Tq: int, Tk: int, DV: int, factored: bool, busy: bool) -> Blocks:
     """Tiles of the forward: long in the keys, so that a lane has few rows of α to load for many elements.
 
-    `busy`: a mask or bias a pair, a window or dropout, which need registers of their own, as addresses of rows do
-    that are no vectors. Chosen by the compile report (no spills; 4.2 instructions an element on sm_90).
+    `busy`: a mask or bias a pair, scores of packed rows that are kept, a window or dropout, which need registers of
+    their own, as addresses of rows do that are no vectors. Chosen by the compile report (no spills; 4.2 instructions
+    an element on sm_90).
     On an H200 128 keys on 4 warps are 1.07 times as fast as 256 on 8, but sigmoid spills; all else tried was slower.
     """
     if chip.backend == "interpreter":
@@ -478,11 +479,11 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
     return Call(chip, seqs, busy, size, flags, args)
 
 
-def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tuple[Tensor, ...]:
+def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: bool) -> tuple[Tensor, ...]:
     """(out, lse, scores) as `fused_attn.reference.concat_attention` has them, and out in float32.
 
-    The scores are written only where `need_scores` says so (padded batches only), the last only where `need_exact`
-    does, for the backward, which takes differences with it; else they are empty.
+    The scores are written only where `need_scores` says so, of packed rows so many `pairs`, the last only where
+    `need_exact` does, for the backward, which takes differences with it; else they are empty.
     """
     query, key, value, v, _, mask, *offsets, _, activation, left, right, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
@@ -491,13 +492,14 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
     out = value.new_empty(B, H, Tq, DV)
     exact = value.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(B, H, Tq, device=query.device)
-    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
+    shape = (H, pairs) if inputs.packed else (B, H, Tq, Tk)
+    scores = lse.new_full(shape if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
     lengths = (LONG, LONG) if inputs.packed else (Tq, Tk)
-    blocks = fwd_blocks(
-        call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, call.busy or call.size.A == 1
-    )
+    starts = pair_starts(inputs) if need_scores and inputs.packed else None
+    busy = call.busy or call.size.A == 1 or starts is not None
+    blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, busy)
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation)
     splits = max(1, min(2 * call.chip.cores // (made.q_items * H), cdiv(Tk, 2 * blocks.N)))
     # One kernel for one part and for several, where that does not spill.
@@ -509,7 +511,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, need_exact: bool) -> tup
     some = left is not None or right is not None or (mask is not None and mask.dim() == 4)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
     args = made.args | {
-        "k_side": made.args["k_side"]._replace(codes=codes),
+        "k_side": made.args["k_side"]._replace(codes=codes, pairs=starts),
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
     }

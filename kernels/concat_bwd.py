@@ -47,7 +47,7 @@ from .concat_walk import (
     tiles_meet,
     walk_tile,
 )
-from .inputs import ConcatInputs
+from .inputs import ConcatInputs, pair_starts
 from .masks import mirrored, split_tiles, unmasked, window_range, window_tiles
 from .products import add_product
 from .sums import sums
@@ -482,6 +482,8 @@ def concat_bwd(
     delta = lse.new_empty(1 + splits, cdiv(rows, 4) * 4)[:, :rows]  # each at 16 bytes
     saved = Saved(dout, dscores, out, lse, dlse, delta[0])
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation, saved)
+    if packed and dscores is not None:
+        made.args["k_side"] = made.args["k_side"]._replace(pairs=pair_starts(inputs))
     if gap:
         made = _exact_delta(call, made, blocks, delta, splits)
     f32 = {"dtype": torch.float32, "device": query.device}

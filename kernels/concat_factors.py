@@ -36,6 +36,7 @@ class Side(NamedTuple):
     num_seqs: int  # 4 n + 3, see arguments.untold
     per_seq: int  # tiles of a sequence, 4 n + 3
     codes: Tensor | None = None  # (B, H, T): of the values, see masks.row_codes
+    pairs: Tensor | None = None  # of keys, where there is a number a pair of packed rows: see inputs.pair_starts
 
 
 @triton.jit
@@ -58,6 +59,17 @@ def rows_before(seq, head, side, T, H):
         return (seq * H + head) * T
     else:
         return head * T
+
+
+@triton.jit
+def pairs_at(i, j, seq, head, q_side, k_side, k_length, Tq, Tk, size):
+    """Where pairs of queries i and keys j are in a contiguous (B, H, Tq, Tk), or of packed rows (H, pairs)."""
+    if k_side.pairs is None:
+        pair = (rows_before(seq, head, q_side, Tq, size.H) + i) * Tk + j
+    else:
+        of_head = tl.load(k_side.pairs + (k_side.num_seqs >> 2))
+        pair = head * of_head + tl.load(k_side.pairs + seq) + i.to(tl.int64) * k_length + j
+    return pair
 
 
 @triton.jit

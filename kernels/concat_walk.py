@@ -9,7 +9,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import entry_ptr, head_ptr, pitch
 from .concat import add_bias, concat_scores, reciprocal
-from .concat_factors import rows_before
+from .concat_factors import pairs_at, rows_before
 from .masks import dropout_scale, unmasked, window_range
 from .products import add_product
 from .softmax import exp, load_lse
@@ -183,8 +183,8 @@ def gradient_tile(
         rows = rows_before(seq, head, q_side, Tq, size.H) + (q_start + i).to(tl.int64)
         delta = tl.load(saved.delta + rows, mask=i < hi, other=0.0)
         g = tl.where(shown, p * (dp - delta[:, None]), 0.0)  # values that are hidden may be NaN
-        pair = (rows_before(seq, head, q_side, Tq, size.H) + i[:, None]) * Tk
-        pair += (tl.arange(0, blocks.N) + tile * blocks.N)[None, :]
+        j = tl.arange(0, blocks.N) + tile * blocks.N
+        pair = pairs_at(i[:, None], j[None, :], seq, head, q_side, k_side, keys[1], Tq, Tk, size)
         if saved.scores is not None:
             g += tl.load(saved.scores + pair, mask=shown, other=0.0)
         if work.bias is not None:

@@ -44,7 +44,7 @@ from .chip import (
     unpressed,
     vectors,
 )
-from .inputs import GeneralInputs
+from .inputs import GeneralInputs, pair_starts
 from .masks import (
     Items,
     Spans,
@@ -101,10 +101,17 @@ def pair_terms(i, j, score_bias, mask, seq, head, Tq, Tk, flags, EDGE: tl.conste
 
 
 @triton.jit
-def pair_places(i, j, seq, head, Tq, Tk, size, flags):
-    """(where a tile is in a contiguous (B, H, Tq, Tk), which of its pairs exist)."""
+def pair_places(i, j, seq, head, Tq, Tk, k_spans, num_seqs, size, flags):
+    """(where a tile is in a contiguous (B, H, Tq, Tk), or of packed rows (H, pairs), which of its pairs exist).
+
+    Tq, Tk: lengths of this sequence.
+    """
     pitch = whole_pitch(Tk, flags.EVEN)
-    return (seq * size.H + head) * Tq * pitch + i.to(tl.int64) * pitch + j, (i < Tq) & (j < pitch)
+    if k_spans.pairs is None:
+        first = (seq * size.H + head) * Tq * pitch
+    else:
+        first = head * tl.load(k_spans.pairs + num_seqs) + tl.load(k_spans.pairs + seq)
+    return first + i.to(tl.int64) * pitch + j, (i < Tq) & (j < pitch)
 
 
 @triton.jit
@@ -233,6 +240,7 @@ def _general_fwd_kernel(
     split = tl.program_id(2) % splits
     dv = (tl.program_id(2) // splits) * blocks.DV + tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
+    _, q_length = sequence_of(seq, q_spans, Tq)
     k_start, length = sequence_of(seq, k_spans, Tk)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
@@ -276,7 +284,9 @@ def _general_fwd_kernel(
             if EDGE or flags.MASKED:
                 s = tl.where(shown, s, float("-inf"))
             if result.scores is not None:
-                at, there = pair_places(i[:, None], j[None, :], seq, head, Tq, Tk, size, flags)
+                at, there = pair_places(
+                    i[:, None], j[None, :], seq, head, q_length, length, k_spans, num_seqs, size, flags
+                )
                 tl.store(result.scores + at, s, mask=there)  # NATURAL
             SEEN: tl.constexpr = not (EDGE or flags.MASKED)
             p, alpha, m, l = online_softmax(s, m, l, 1, flags.FMA, flags.NATURAL, SEEN)
@@ -381,6 +391,13 @@ def fwd_blocks(
     return Blocks(block_m, block_n, width, value_width, warps, stages)
 
 
+class KeySpans(NamedTuple):
+    """As masks.Spans, of keys."""
+
+    cu: Tensor | None
+    pairs: Tensor | None = None  # where there is a number a pair of packed rows: see inputs.pair_starts
+
+
 class Size(NamedTuple):
     """Heads, widths of the score and of the values, and the factor of the products."""
 
@@ -434,10 +451,11 @@ class Call(NamedTuple):
     args: dict[str, object]  # by the kernels' names
 
 
-def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> Call:
+def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: bool = False) -> Call:
     """Arguments by the kernels' names.
 
-    backward: it multiplies with the queries too, and must not with those that are not finite.
+    scored: a number a pair is returned, or comes back. backward: it multiplies with the queries too, and must
+    not with those that are not finite.
     """
     query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, *options = inputs
     scale, left, right, dropout_p = options
@@ -456,7 +474,8 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         q_rows = row_codes(q_rows, query)
     q_codes, k_codes = _codes(q_rows, (B, H, Tq)), _codes(k_rows, (key.shape[0], H, Tk))
     bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
-    spans_q, spans_k = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_q, cu_seqlens_k))
+    cu_q, cu_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
+    starts = pair_starts(inputs) if scored and inputs.packed else None
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = next((x.numel() - 1 for x in (cu_seqlens_q, cu_seqlens_k) if x is not None), B)
@@ -487,8 +506,8 @@ def prepare(inputs: GeneralInputs, natural: bool, *, backward: bool = False) -> 
         "mask": pairs(pair_mask, whole=True),
         "q_codes": heads(q_codes, packed=packed_q),
         "k_codes": heads(k_codes, packed=packed_k),
-        "q_spans": spans_q,
-        "k_spans": spans_k,
+        "q_spans": Spans(cu_q),
+        "k_spans": KeySpans(cu_k, starts),
         "dropout": dropout(seed, dropout_p),
         "num_seqs": seqs,
         "Tq": Tq,
@@ -519,20 +538,23 @@ def fitting(flags: Flags, size: Size, blocks: Blocks) -> Flags:
     return constants(flags._replace(WIDE=blocks.D < size.D, WIDE_V=blocks.DV < size.DV))
 
 
-def general_fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_exact: bool) -> tuple[Tensor, ...]:
+def general_fwd(
+    inputs: GeneralInputs, need_scores: bool, pairs: int, natural: bool, need_exact: bool
+) -> tuple[Tensor, ...]:
     """(out, lse, scores) as `fused_attn.reference.general_attention` has them, the weight apart; and out in float32.
 
-    The scores are written only where `need_scores` says so (padded batches only), the last only where `need_exact`
-    does, for the backward, which takes differences with it; else they are empty. natural: m is in natural units, for
-    somebody reads it; else it may be in those of `power`.
+    The scores are written only where `need_scores` says so, of packed rows so many `pairs`, the last only where
+    `need_exact` does, for the backward, which takes differences with it; else they are empty. natural: m is in
+    natural units, for somebody reads it; else it may be in those of `power`.
     """
-    call = prepare(inputs, natural)
+    call = prepare(inputs, natural, need_scores)
     query, key, cu_seqlens_q = inputs.query, inputs.key, inputs.cu_seqlens_q
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
     out = query.new_empty(B, H, Tq, DV)
     exact = query.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
     lse = new_lse(B, H, Tq, device=query.device)
-    scores = lse.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf, dtype=torch.float32)
+    shape = (H, pairs) if inputs.packed else (B, H, Tq, Tk)
+    scores = lse.new_full(shape if need_scores else (0,), -torch.inf, dtype=torch.float32)
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
     busy = call.busy + need_scores
@@ -550,7 +572,7 @@ def general_fwd(inputs: GeneralInputs, need_scores: bool, natural: bool, need_ex
         "per_seq": items.per_seq,
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
-        "flags": fitting(with_scores(call.flags, need_scores, Tk), call.size, blocks),
+        "flags": fitting(with_scores(call.flags, need_scores, 1 if inputs.packed else Tk), call.size, blocks),
     }
     options = all_registers(call.chip) if itemsize == 4 else unpressed(call.chip, D, DV)
     launch(_general_fwd_kernel, (items.count, H, splits * dv_blocks), args, blocks, **options)

@@ -97,11 +97,11 @@ def _general_gap(
 
 
 @triton.jit
-def _pair_cotangent(given, i, j, seq, head, Tq, Tk, size, flags):
+def _pair_cotangent(given, i, j, seq, head, Tq, Tk, k_spans, num_seqs, size, flags):
     """The gradient of the scores of a tile that were returned, or 0; before the product, see `pair_terms`."""
     dscores = 0.0
     if given.dscores is not None:
-        at, there = pair_places(i, j, seq, head, Tq, Tk, size, flags)
+        at, there = pair_places(i, j, seq, head, Tq, Tk, k_spans, num_seqs, size, flags)
         dscores = tl.load(given.dscores + at, mask=there, other=0.0)
     return dscores
 
@@ -124,8 +124,10 @@ def _general_gradient(
     grads,
     seq,
     head,
-    Tq,
+    Tq,  # of this sequence
     Tk,
+    k_spans,
+    num_seqs,
     window,
     size,
     flags,
@@ -147,7 +149,7 @@ def _general_gradient(
         p = tl.where(shown, p, 0.0)
         g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
     if grads.bias is not None:
-        at, there = pair_places(i, j, seq, head, Tq, Tk, size, flags)
+        at, there = pair_places(i, j, seq, head, Tq, Tk, k_spans, num_seqs, size, flags)
         tl.store(grads.bias + at, g, mask=there)
     if flags.ACT != "identity":
         g *= activate_grad(x * size.scale, y, flags.ACT, flags.FAST)
@@ -184,6 +186,7 @@ def _general_bwd_dq_kernel(
     d_out = tl.program_id(2) * blocks.D + d
     dv = tl.arange(0, blocks.DV)
     seq, q_start, lo, hi, _ = locate(tl.program_id(0), q_spans, Tq, num_seqs, per_seq, blocks.M)
+    _, q_length = sequence_of(seq, q_spans, Tq)
     k_start, length = sequence_of(seq, k_spans, Tk)
     i = lo + tl.arange(0, blocks.M)
     q_inside = i < hi
@@ -241,7 +244,9 @@ def _general_bwd_dq_kernel(
             val_ptrs = val_ptr + k_rows * pitch(value)
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
             bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
-            dscores = _pair_cotangent(given, i[:, None], j[None, :], seq, head, Tq, Tk, size, flags)
+            dscores = _pair_cotangent(
+                given, i[:, None], j[None, :], seq, head, q_length, length, k_spans, num_seqs, size, flags
+            )
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
@@ -275,8 +280,10 @@ def _general_bwd_dq_kernel(
                 grads,
                 seq,
                 head,
-                Tq,
-                Tk,
+                q_length,
+                length,
+                k_spans,
+                num_seqs,
                 window,
                 size,
                 flags,
@@ -326,6 +333,7 @@ def _general_bwd_dkv_kernel(
     dv_out = tl.program_id(2) * blocks.DV + dv
     seq, k_start, lo, hi, _ = locate(tl.program_id(0), k_spans, Tk, num_seqs, per_seq, blocks.N)
     q_start, length = sequence_of(seq, q_spans, Tq)
+    _, k_length = sequence_of(seq, k_spans, Tk)
     j = lo + tl.arange(0, blocks.N)
     k_inside = j < hi
     k_rows = (k_start + j).to(tl.int64)
@@ -362,7 +370,9 @@ def _general_bwd_dkv_kernel(
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
             bias, left = pair_terms(i[None, :], j[:, None], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
-            dscores = _pair_cotangent(given, i[None, :], j[:, None], seq, head, Tq, Tk, size, flags)
+            dscores = _pair_cotangent(
+                given, i[None, :], j[:, None], seq, head, length, k_length, k_spans, num_seqs, size, flags
+            )
             x = product(k, k_ptrs, k_keep, q, q_ptrs, q_good, size.D, flags.WIDE, flags, blocks.D)
             keep = 1.0
             if dropout.seed is not None:
@@ -401,8 +411,10 @@ def _general_bwd_dkv_kernel(
                 grads,
                 seq,
                 head,
-                Tq,
-                Tk,
+                length,
+                k_length,
+                k_spans,
+                num_seqs,
                 window,
                 size,
                 flags,
@@ -542,7 +554,7 @@ def general_bwd(
 
     natural: as the forward had it, which then took e^s of its scores (see general.py).
     """
-    call = prepare(inputs, natural, backward=True)
+    call = prepare(inputs, natural, dscores is not None, backward=True)
     query, key, value, score_bias, _, cu_seqlens_q, cu_seqlens_k, *_ = inputs
     need_q, need_k, need_value, need_bias = needs
     (B, H, Tq, D), Tk, DV = query.shape, key.shape[2], call.size.DV
@@ -556,7 +568,7 @@ def general_bwd(
         dout, out, lse, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse, dscores))
         given = Given(dout, out, lse, dlse, *left, dscores)
         busy = call.busy + (dscores is not None)
-        flags = with_scores(call.flags, dscores is not None or need_bias, Tk)
+        flags = with_scores(call.flags, dscores is not None or need_bias, 1 if inputs.packed else Tk)
 
         def run(kernel, grid: tuple[int, ...], blocks: Blocks, flags: Flags, **more: object) -> None:
             tight = exact or blocks.D < D or blocks.DV < DV or busy or not even(D, DV)

@@ -109,6 +109,17 @@ class GeneralInputs(NamedTuple):
         return (self.cu_seqlens_q is None) != (self.cu_seqlens_k is None)
 
 
+def pair_starts(inputs: ConcatInputs | GeneralInputs) -> Tensor:
+    """Of packed rows the first pair of each sequence, and how many there are of all: int64 ``(S + 1,)``.
+
+    Pairs of a sequence are those of its queries with all its keys, a query after the other.
+    """
+    cu_q, cu_k = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    queries = inputs.query.shape[2] if cu_q is None else cu_q.diff().long()
+    keys = inputs.key.shape[2] if cu_k is None else cu_k.diff().long()
+    return torch.nn.functional.pad((queries * keys).cumsum(0), (1, 0))  # type: ignore[union-attr]
+
+
 class WordByWordInputs(NamedTuple):
     """Of word-by-word attention."""
 

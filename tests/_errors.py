@@ -322,9 +322,6 @@ PAIRS_PACKED = {
         mask=bools(B * TK),
     ),
     "cu_seqlens_k of other sequences": value_error("cu_seqlens_k", cu_seqlens_k=ints(0, 1, 5, 5, M)),
-    "return_weights": value_error("return_weights", return_weights=True),
-    "return_scores": value_error("return_scores", return_scores=True),
-    "return_log_weights": value_error("return_log_weights", return_log_weights=True),
 }
 CONCAT = PAIRS | {
     "query without features": value_error("query", query=floats(B, TQ, 0), key=floats(B, TK, 0), v=floats(0)),

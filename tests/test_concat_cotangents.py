@@ -30,7 +30,7 @@ def derivatives(case: Case, tensors, impl: str, through) -> Result:
         results = reference.concat_attention(inputs)
     else:
         exact = impl == "triton" and case.dtype.itemsize == 2
-        results = concat._CONCAT(inputs, "scores" in through, exact, impl == "blocked")[:3]
+        results = concat._CONCAT(inputs, "scores" in through, 0, exact, impl == "blocked")[:3]
     named = dict(zip(RESULTS, results, strict=True))
     # Rows that see nothing and pairs that are hidden have random gradients too: no input may feel them.
     cotangents = [projection(named[name], RESULTS.index(name)) for name in through]

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import _concat
+import _general
 import pytest
 import torch
 from _compare import (
@@ -82,6 +84,69 @@ def test_packed_rows_with_a_mask_of_keys_are_the_padded_ones(heads, activation, 
     exact = evaluate(case.op, in_double(tensors), "reference")
     assert_as_exact(evaluate(as_padded(case, torch.nan), in_double(tensors), "reference"), exact, exact)
     assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(case.op, tensors), exact)
+
+
+@every_impl
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"heads": 2, "mask": "keys", "window": (9, 3), "dropout_p": 0.3},
+        {"heads": 2, "activation": "relu", "mask": "keys", "value_dim": 40},
+        {"activation": "identity", "window": (None, 0), "keys": 90},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", ["both", "q", "k"])
+def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, options, dtype, make, impl, device):
+    """Of the weights, their logarithms and the scores: those of a call for each sequence."""
+    case = make(**{"dtype": dtype, "queries": 30, "keys": 40, "attn_dim": 3, "ragged": True, **options})
+    tensors = case.tensors(device)
+    lengths = {"q": [17, 0, 13], "k": [9, 2, case.keys - 11]}
+    if side == "q":
+        lengths["k"] = [case.keys // 2] * 2
+        lengths["q"] = [21, 9]
+    if side == "k":
+        lengths["q"] = [10] * 3
+    tensors |= {f"cu_seqlens_{name}": offsets(counts, device) for name, counts in lengths.items()}
+    options = {"activation": case.activation, "window": case.window, "dropout_p": case.dropout_p}
+    op = _general.operator(scale=0.5, **options) if isinstance(case, _general.Case) else _concat.operator(**options)
+    wanted = {"return_weights": True, "return_log_weights": True, "return_scores": True}
+
+    def together(out, *pairs):
+        """Hidden pairs have -inf on either side."""
+        assert all(x[..., 0].shape == pairs[0][..., 0].shape for x in pairs)
+        return out, torch.cat([x.masked_fill(x == -torch.inf, 0) for x in pairs])
+
+    def packed(*, impl, cu_seqlens_q, cu_seqlens_k, **given):
+        cu = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        for one, rows in (("q", ["query"]), ("k", ["key", "value", "mask"])):
+            if side not in ("both", one):  # padded, and all of a length
+                del cu[f"cu_seqlens_{one}"]
+                for name in (name for name in rows if name in given):
+                    x = given[name].unflatten(0, (len(lengths[one]), -1))
+                    given[name] = x if case.heads is None or x.dim() < 4 else x.transpose(1, 2)
+        out, *pairs = op(impl=impl, **given, **cu, **wanted)
+        if side == "k":
+            out = (out if case.heads is None else out.transpose(1, 2)).flatten(0, 1)
+        return together(out, *pairs)
+
+    def apart(*, impl, cu_seqlens_q, cu_seqlens_k, v=None, **given):
+        made = []
+        for s in range(len(lengths["q"])):
+            rows = {"query": slice(*cu_seqlens_q[s : s + 2].tolist())}
+            rows |= dict.fromkeys(("key", "value", "mask"), slice(*cu_seqlens_k[s : s + 2].tolist()))
+            one = {n: x[rows[n]][None] if x.dim() < 3 else x[rows[n]].transpose(0, 1)[None] for n, x in given.items()}
+            out, *pairs = op(impl=impl, **one, **({} if v is None else {"v": v}), **wanted)
+            flat = [x[0].flatten(-2) if case.heads is None else x[0].flatten(-2).mT for x in pairs]
+            made.append((out[0] if case.heads is None else out[0].transpose(0, 1), *flat))
+        return together(*(torch.cat(x) for x in zip(*made, strict=True)))
+
+    oracle = packed if case.dropout_p else apart  # which draws other numbers
+    exact = evaluate(oracle, in_double(tensors), "reference")
+    assert_as_exact(evaluate(packed, tensors, impl), rough_runs(oracle, tensors), exact, dtype=dtype)
 
 
 @every_impl

@@ -398,6 +398,46 @@ def test_jagged_tensors_go_with_padded_ones(name, jagged, compiled):
         assert (expected[2:] == 0).all()
 
 
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("keys", ["jagged", "packed", "padded"])
+def test_weights_of_jagged_queries_have_a_row_a_query(keys, heads):
+    h = () if heads is None else (heads,)
+    query, rows, lengths = r(N, *h, 4), r(M, *h, 4), OTHER
+    given = {"key": nested(rows, OTHER)}
+    if keys == "packed":
+        given = {"key": rows, "cu_seqlens_k": Segments.from_offsets(offsets(OTHER))}
+    if keys == "padded":
+        padded, lengths = r(3, *h, 4, 4), [4, 4, 4]
+        given, rows = {"key": padded}, (padded if heads is None else padded.transpose(1, 2)).flatten(0, 1)
+    options = {"return_weights": True, "return_scores": True, "return_lse": True}
+    out, weights, scores, lse = f.general_attention(nested(query, LENGTHS), **given, **options)
+    both = {"cu_seqlens_q": offsets(LENGTHS), "cu_seqlens_k": offsets(lengths)}
+    want = f.general_attention(query, rows, **both, **options)
+    for got, flat in zip((out, weights, scores, lse), want, strict=True):
+        torch.testing.assert_close(got.values(), flat)
+    assert out.offsets().tolist() == lse.offsets().tolist() == offsets(LENGTHS).tolist()
+    each = [count for queries, count in zip(LENGTHS, lengths, strict=True) for _ in range(queries)]
+    assert weights.offsets().tolist() == scores.offsets().tolist() == offsets(each).tolist()
+    alone = f.general_attention(nested(query, LENGTHS), **given, value=False, return_weights=True)
+    torch.testing.assert_close(alone.values(), want[1])
+
+
+def test_segments_of_pairs_have_a_row_a_query():
+    queries, keys = Segments.from_lengths(torch.tensor(LENGTHS)), offsets(OTHER)
+    pairs = Segments.of_pairs(queries, keys)
+    assert pairs.lengths.tolist() == [2] * 3 + [0] * 6
+    weights = f.general_attention(
+        PAIRS["query"], PAIRS["key"], cu_seqlens_q=queries, cu_seqlens_k=keys, return_weights=True
+    )[1]
+    rows, mask = pairs.pad(weights)
+    assert rows.shape == mask.shape == (N, 2)
+    torch.testing.assert_close(rows.sum(1), torch.tensor([1.0] * 3 + [0.0] * 6))
+    with pytest.raises(ValueError, match=r"^keys: expected as many sequences as queries has, 3; got 2"):
+        Segments.of_pairs(queries, offsets([1, 2]))
+    with pytest.raises(TypeError, match=r"^offsets: expected a torch.Tensor"):
+        Segments.of_pairs(queries, [0, 3])
+
+
 def test_states_of_jagged_queries_merge():
     """Over disjoint keys, and also with the parts as first axis of their rows."""
     query, key, value = r(N, 4), nested(r(M, 4), OTHER), nested(r(M, 5), OTHER)
@@ -457,7 +497,6 @@ def test_states_of_jagged_queries_merge():
             ValueError,
             "key: expected a jagged tensor whose second axis",
         ),
-        ({"return_weights": True}, ValueError, "return_weights: expected False with packed rows"),
         ({"score_bias": r(1)}, ValueError, "score_bias: expected None with packed rows"),
         ({"key": [r(M, 4)]}, TypeError, "key: expected a torch.Tensor; got list"),
         ({"value": [r(M, 4)]}, TypeError, "value: expected a jagged tensor, as key is; got list"),

@@ -99,6 +99,7 @@ class ConcatCase(PairCase):
     A: int
     DV: int
     activation: str = "tanh"
+    weights: bool = False  # whether they are returned, and have a gradient
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -106,6 +107,7 @@ class ConcatCase(PairCase):
             f"mask{self.mask}" * (self.mask is not None),
             "bias" * self.bias,
             "window" * (self.window != (None, None)),
+            "weights" * self.weights,
             self._of_ragged(),
             "dropout" * (self.dropout > 0),
         )
@@ -119,9 +121,10 @@ class ConcatCase(PairCase):
         tensors = (*(self._empty(*shape) for shape in rows), *self._structure())
         inputs = ConcatInputs(*tensors, self.activation, *self.window, self.dropout)
         exact = self.dtype.itemsize == 2
-        out, lse, _, more = concat.concat_fwd(inputs, False, exact)
+        out, lse, scores, more = concat.concat_fwd(inputs, self.weights, self.B * self.Tq * self.Tk, exact)
         needs = [True] * 4 + [self.bias]
-        concat_bwd.concat_bwd(inputs, more if exact else out, lse, out, None, None, needs)
+        dscores = scores if self.weights else None
+        concat_bwd.concat_bwd(inputs, more if exact else out, lse, out, None, dscores, needs)
 
 
 COMPILED = [
@@ -156,6 +159,9 @@ COMPILED = [
     ConcatCase(BF16, 16, 1, 1, 256, 128, 128, ragged=True, alone="keys"),
     ConcatCase(BF16, 16, 2, 256, 256, 100, 100, "sigmoid", ragged=True, alone="queries", mask=2, dropout=0.1),
     ConcatCase(F32, 16, 1, 256, 256, 128, 128, ragged=True, alone="keys", window=(None, -1)),
+    ConcatCase(BF16, 16, 2, 256, 256, 128, 128, ragged=True, weights=True),
+    ConcatCase(BF16, 16, 1, 256, 256, 100, 100, "gelu", ragged=True, weights=True, window=(100, 0), dropout=0.1),
+    ConcatCase(F32, 16, 1, 256, 256, 128, 128, ragged=True, alone="keys", weights=True),
     # ragged keys of which some are hidden
     ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, mask=2),
     ConcatCase(F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1),

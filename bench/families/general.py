@@ -120,7 +120,7 @@ class GeneralCase(PairCase):
         inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
         exact = self.dtype.itemsize == 2
         natural = self.weights or self.state
-        out, lse, scores, more = general.general_fwd(inputs, self.weights, natural, exact)
+        out, lse, scores, more = general.general_fwd(inputs, self.weights, self.B * self.Tq * self.Tk, natural, exact)
         needs = [True, True, self.DV is not None, self.bias]
         dscores = scores if self.weights else None
         dlse = lse if self.state else None
@@ -171,6 +171,9 @@ COMPILED = [
     GeneralCase(BF16, 64, 1, 1, 512, 256, ragged=True),
     GeneralCase(F16, 16, 4, 256, 256, 100, 100, ragged=True, alone="queries", mask=2, dropout=0.1),
     GeneralCase(F32, 16, 1, 256, 256, 64, 64, ragged=True, alone="keys", window=(None, -1)),
+    GeneralCase(BF16, 16, 4, 256, 256, 64, 64, ragged=True, weights=True),
+    GeneralCase(F16, 16, 2, 256, 256, 128, 100, "tanh", ragged=True, weights=True, window=(None, -1), dropout=0.1),
+    GeneralCase(F32, 16, 1, 256, 256, 128, ragged=True, alone="keys", weights=True),
     # sides that are no int32 as 4 n + 3
     GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # float32

@@ -37,7 +37,7 @@ from torch import Tensor
 from .._dropout import dropout_scale
 from .._one_side import both_packed, packed_rows, padded_rows, with_both_packed
 from .._softmax import normaliser
-from ..kernels.inputs import ConcatInputs
+from ..kernels.inputs import ConcatInputs, pair_starts
 from ..reference import in_parts, readable, sound
 
 T = TypeVar("T")
@@ -163,6 +163,7 @@ class _Call:
             cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
             self.segments = list(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False))
         self.ragged = cu_seqlens_q is not None
+        self.starts = pair_starts(inputs).tolist() if self.ragged else []
         self.elements = BUFFER_BYTES // self.dtype.itemsize  # of the work buffer
         self.buffer = self.q.new_empty(0)
         self.pace = _Pace()
@@ -223,6 +224,14 @@ class _Call:
                             i,
                             lo,
                         )
+
+    def pairs(self, t: _Tile, x: Tensor) -> Tensor:
+        """What of a number a pair, of packed rows ``(H, P)``, is of a tile."""
+        if not self.ragged:
+            return x[t.b, t.h, t.rows, t.cols]
+        q0, q1, k0, k1 = self.segments[t.seq]
+        of_sequence = x[t.h, self.starts[t.seq] : self.starts[t.seq + 1]].unflatten(1, (q1 - q0, k1 - k0))
+        return of_sequence[None, :, t.rows.start - q0 : t.rows.stop - q0, t.cols.start - k0 : t.cols.stop - k0]
 
     def _positions(self, t: _Tile) -> tuple[Tensor, Tensor]:
         device = self.q.device
@@ -321,14 +330,14 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @with_both_packed
-def concat_fwd(inputs: ConcatInputs, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, scores) as `fused_attn.reference.concat_attention` has them.
 
-    The scores are written only where `need_scores` says so, else they are empty.
+    The scores are written only where `need_scores` says so, else they are empty; pairs: P, of packed rows.
     """
-    made = _paced(_forward, _Call(inputs), need_scores)
+    made = _paced(_forward, _Call(inputs), need_scores, pairs)
     if _may_mix(inputs) and not made[0].isfinite().all():
-        made = _paced(_forward, _Call(inputs, guarded=True), need_scores)
+        made = _paced(_forward, _Call(inputs, guarded=True), need_scores, pairs)
     return made
 
 
@@ -343,16 +352,17 @@ def _paced(step: Callable[..., T], call: _Call, *args: object) -> T:
         return step(call, *args)
 
 
-def _forward(call: _Call, need_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: _Call, need_scores: bool, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     B, H, Tq, Tk = call.B, call.H, call.Tq, call.Tk
     out = call.q.new_zeros(B, H, Tq, call.value.shape[-1])
     lse = normaliser(call.q.new_full((B, H, Tq), -torch.inf), call.q.new_zeros(B, H, Tq))
-    scores = call.q.new_full((B, H, Tq, Tk) if need_scores else (0,), -torch.inf)
+    shape = (H, pairs) if call.ragged else (B, H, Tq, Tk)
+    scores = call.q.new_full(shape if need_scores else (0,), -torch.inf)
     for t in call.tiles():
         hidden = call.hidden(t)
         s = call.scores(t, hidden)
         if need_scores:
-            scores[t.b, t.h, t.rows, t.cols] = s
+            call.pairs(t, scores).copy_(s)
         p, pivot, total = _softmax(s)
         lse[t.b, t.h, t.rows] = torch.cat([pivot.masked_fill(total == 0, -torch.inf), total], -1)
         kept = call.kept(t)
@@ -432,7 +442,7 @@ def _backward(
         if call.bad_q is not None and hidden is not None:
             g.masked_fill_(hidden, 0)
         # These two cancel where one key has all the weight, so they are added up by themselves.
-        more = None if dscores is None else dscores[t.b, t.h, t.rows, t.cols]
+        more = None if dscores is None else call.pairs(t, dscores)
         if dlse is not None:
             of_lse = dlse[t.b, t.h, t.rows]
             more = p * of_lse if more is None else torch.addcmul(more, p, of_lse)
