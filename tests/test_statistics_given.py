@@ -120,6 +120,21 @@ def test_parts_of_a_sequence_match_the_reference(monkeypatch, options, kind, dev
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["frame", "channel", "channel, scored"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_squares_of_weights_are_joined_about_one_pivot(monkeypatch, parts, kind, device):
+    """Scores rise from tile to tile, so that what was summed before is scaled each time."""
+    if parts:
+        monkeypatch.setattr(kernels, "_rows_per_item", lambda call, ragged, channel_blocks, block_t: 16)
+    tensors = tensors_of(kind, device, rows=100, mask="none")
+    steps = torch.arange(100, device=device).view(-1, *[1] * (tensors["score_bias"].dim() - 2))
+    tensors["score_bias"] = tensors["score_bias"] + steps / 16
+    got = statistics_pooling(**tensors, correction=1.0, impl="triton")[1]
+    want = statistics_pooling(**in_double(tensors), correction=1.0, impl="reference")[1]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.kernel
 @each_kind
 @pytest.mark.parametrize("options", [{}, {"correction": 1.0}], ids=["plain", "unbiased"])
 @pytest.mark.parametrize("name", ["h", "w", "v", "score_bias", "weight"])

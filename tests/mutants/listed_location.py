@@ -231,7 +231,7 @@ LOCATION: tuple[Mutant, ...] = (
         "kernels/statistics.py",
         "    return squares_a * alpha * alpha + squares_b * beta * beta",
         "    return squares_a * alpha + squares_b * beta",
-        ("tests/test_statistics_given.py", "-k", "parts_of_a_sequence"),
+        ("tests/test_statistics_given.py", "-k", "squares_of_weights"),
         "squares of weights are brought to another pivot as the weights are",
     ),
     Mutant(
