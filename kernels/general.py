@@ -346,6 +346,10 @@ def whole_rows(chip: Chip, Tq: int, D: int, DV: int, simple: bool) -> bool:
     return even(D, DV) or (room and vectors(D, DV))
 
 
+SCORE_PART = 32
+"""Features of a part of a float32 product, forward and backward: with two numbers they would round a score apart."""
+
+
 @rule
 def fwd_blocks(
     chip: Chip, itemsize: int, Tq: int, D: int, DV: int, plain: bool, busy: int, parts: bool, active: bool
@@ -362,7 +366,7 @@ def fwd_blocks(
     if itemsize == 4:  # without matrix units a product is unrolled over its width
         part, warps = (32, 4) if Tq <= 16 else (64, 4 if chip.backend == "hip" else 8)
         block_n = 128 if chip.hopper and plain and Tq <= 16 and even(D, DV) and not parts else 32
-        return Blocks(pow2(Tq, 16, 32), block_n, pow2(D, 16, part), pow2(DV, 16, part), warps, 1)
+        return Blocks(pow2(Tq, 16, 32), block_n, pow2(D, 16, SCORE_PART), pow2(DV, 16, part), warps, 1)
     width, value_width = widths(D, DV)
     hip, narrow, roomy = chip.backend == "hip", max(D, DV) <= 128, chip.shared > 200_000
     size = max(width, value_width)

@@ -27,6 +27,7 @@ from .activations import activate_grad
 from .arguments import launch, pitch
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .general import (
+    SCORE_PART,
     Blocks,
     Flags,
     coded_rows,
@@ -476,7 +477,7 @@ def bwd_blocks(
         return blocks, blocks
     hip, roomy = chip.backend == "hip", chip.shared > 200_000
     if itemsize == 4:  # without matrix units a product is unrolled over its width
-        width, value_width = pow2(D, 16, 32), pow2(DV, 16, 32)
+        width, value_width = pow2(D, 16, SCORE_PART), pow2(DV, 16, 32)
         if chip.hopper and plain and Tq <= 16:
             return Blocks(16, 32, width, value_width, 4, 1), Blocks(16, 128, width, value_width, 8, 1)
         for_q = Blocks(32, 32 if plain else 16, width, value_width, 8, 1)

@@ -87,6 +87,8 @@ ROUNDED = {
     for bias in (None, "qk")
     if (family, activation) != ("concat", "identity")  # a sum of two numbers, and no product
 }
+# The sum of a product of more features than float32 takes at a time.
+ROUNDED["general, wide"] = _general.Case(batch=2, queries=19, keys=40, attn_dim=40, value_dim=8)
 BIASES = {"-1e4": -1e4, "-1e9": -1e9, "the least float32": LEAST, "1e30": 1e30}
 
 
@@ -159,6 +161,21 @@ def test_gradients_of_scores_of_any_size_are_exact(case, size, dtype, impl, devi
 @pytest.mark.parametrize("case", ROUNDED.values(), ids=ROUNDED.keys())
 def test_forward_and_backward_round_a_score_alike(case, size, dtype, device):
     check_gradients(case, size, dtype, "triton", device)
+
+
+@pytest.mark.parametrize("width", [8, 40, 64, 300])
+@pytest.mark.parametrize("queries", [1, 17, 1024])
+def test_forward_and_backward_add_a_float32_score_in_parts_of_one_width(queries, width):
+    """Of another width the backward's weights are not the forward's: at scores of 1e6 dvalue was off by 6."""
+    pytest.importorskip("triton")
+    from fused_attn.kernels import chip, general, general_bwd
+
+    for target in (x for x in vars(chip).values() if isinstance(x, chip.Chip)):
+        for plain in (True, False):
+            terms = width, width, plain, 0 if plain else 2, False, False
+            forward = general.fwd_blocks(target, 4, queries, *terms)
+            for backward in general_bwd.bwd_blocks(target, 4, queries, 1024, *terms, False):
+                assert forward.D == backward.D, f"{target}: {forward}, {backward}"
 
 
 def check_gradients(case, size, dtype, impl, device):
