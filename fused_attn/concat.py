@@ -288,7 +288,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     keys = side_by_side(key if key.shape[1] == heads else key.expand(-1, heads, -1, -1))
     value = side_by_side(value)
     if cu_seqlens is not None:
-        keys, value, mask = (x if x is None else x.squeeze(0) for x in (keys, value, mask))
+        keys, value, mask = keys.squeeze(0), value.squeeze(0), None if mask is None else mask.squeeze(0)
     score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
     options = (activation, "sigmoid", dropout_p, False, score_activation)
     bias = None if bias is None else bias.squeeze(2).squeeze(1)

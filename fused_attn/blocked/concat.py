@@ -384,10 +384,13 @@ def concat_bwd(
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
     if inputs.one_sided:
-        of_queries = out, lse, dout, dlse
-        if padded_q := inputs.cu_seqlens_q is None:
-            of_queries = tuple(x if x is None else packed_rows(x) for x in of_queries)
-        grads = concat_bwd(both_packed(inputs), *of_queries, dscores, needs)
+        padded_q = inputs.cu_seqlens_q is None
+
+        def of_queries(x: Any) -> Any:
+            return packed_rows(x) if padded_q and x is not None else x
+
+        saved = of_queries(out), of_queries(lse)
+        grads = concat_bwd(both_packed(inputs), *saved, of_queries(dout), of_queries(dlse), dscores, needs)
         for i in (0,) if padded_q else (1, 2):
             if (grad := grads[i]) is not None:
                 grads[i] = padded_rows(grad, inputs[i].shape[0])
