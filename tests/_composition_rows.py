@@ -339,7 +339,7 @@ def _statistics_and_graph() -> None:
             "query": r(B, 4),
             "key": r(B, T, 4),
             **mlp,
-            **{"b1": r(3), "b2": r(2), "b3": r(1)[0]},
+            **{"b1": r(3), "b2": r(2)},  # no b3, whose gradient is 0
             "value": r(B, T, 2),
             "mask": seen(B, T),
         },
