@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import constants, launch, sequence_ptr, sequences
+from .arguments import constants, launch, sequence_ptr, sequences, width
 from .chip import LENGTHS, LONG, Chip, chip_of, even, pow2, rule, unit, unpressed
 from .inputs import HierarchicalInputs
 from .location import Blocks, _weighted_sum, fwd_blocks, gated, location_fwd, matmul, prepare, project
@@ -301,7 +301,7 @@ def hierarchical_fwd(inputs: HierarchicalInputs, need_exact: bool) -> tuple[Tens
         "levels": constants(
             Levels(w is not None and blocks.D >= D, inputs.context_per_row, inputs.outer_context_per_row)
         ),
-        "size": Size(D, call.size.A, outer_call.size.A),
+        "size": Size(width(D), *(n if n < 16 else width(n) for n in widths)),  # as location's
         "result": result if need_exact else result._replace(exact=None, pooled=None),
     }
     tiles = Tiles(

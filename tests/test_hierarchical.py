@@ -63,6 +63,9 @@ def test_matches_the_reference_in_one_launch_and_in_two(one_launch, dtype, monke
         (torch.bfloat16, {"dim": 64, "attn_dims": (80, 48)}),
         (torch.bfloat16, {"dim": 128, "attn_dims": (32, 32)}),  # the keys in parts
         (torch.float16, {"dim": 129, "attn_dims": (3, 3)}),  # two launches: too wide
+        (torch.bfloat16, {"dim": 100, "attn_dims": (100, 100)}),  # rows of vectors of 4
+        (torch.float32, {"dim": 100, "attn_dims": (75, 100)}),
+        (torch.bfloat16, {"dim": 300, "attn_dims": (75, 100)}),
     ],
     ids=str,
 )
