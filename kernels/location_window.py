@@ -23,8 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import constants, head_ptr, heads, launch, pitch, sequence_ptr, sequences
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
+from .arguments import constants, head_ptr, heads, launch, pitch, sequence_ptr, sequences, width
+from .chip import (
+    LENGTHS,
+    LONG,
+    Chip,
+    all_registers,
+    cdiv,
+    chip_of,
+    matmul_flags,
+    pow2,
+    rule,
+    tile_rows,
+    unit,
+    whole_rows,
+)
 from .inputs import WindowInputs
 from .masks import (
     Items,
@@ -238,7 +251,8 @@ def window_blocks(chip: Chip, itemsize: int, length: int, DV: int, dropout: bool
         return Blocks(16, pow2(DV, 16, 32), length > 16)
     most = 32 if itemsize == 4 or dropout else 64
     rows = tile_rows(LONG if packed else length, most)
-    return Blocks(rows, pow2(DV, 16, 64 if even(DV) else 32), length > rows if packed else rows == most, 8)
+    columns = pow2(DV, 16, 64 if whole_rows(chip, DV) else 32)
+    return Blocks(rows, columns, length > rows if packed else rows == most, 8)
 
 
 class State(NamedTuple):
@@ -316,7 +330,7 @@ def prepare(inputs: WindowInputs) -> Call:
         "num_seqs": seqs,
         "per_seq": items.per_seq,
         "T": 0 if packed else length,
-        "DV": DV,
+        "DV": width(DV),
         "window": window(left, right),
         "flags": constants(flags),
     }

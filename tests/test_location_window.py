@@ -133,6 +133,14 @@ def test_widths_and_lengths_of_whole_vectors_match_the_reference(window, dtype, 
     check(Case(dtype=dtype, batch=1, rows=80, dim=16, attn_dim=16, value=32), window, "triton", device)
 
 
+@pytest.mark.kernel
+@both_forms
+@pytest.mark.parametrize("value", [75, 100, 300])
+def test_matches_the_reference_where_rows_are_vectors_of_4_or_of_none(value, ragged, device):
+    case = Case(dtype=torch.bfloat16, batch=2, rows=70, dim=3, attn_dim=3, value=value, ragged=ragged)
+    check(case, (None, 0), "triton", device)
+
+
 @pytest.mark.parametrize("name", ["h", "w", "value", "score_bias"])
 @each_fast
 def test_one_gradient_alone_is_that_of_the_reference(impl, name, device):
