@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .activations import tanh
 from .arguments import constants, entries, launch, matrix, pitch, sequence_ptr, sequences, width
-from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, matmul_flags, pow2, unit
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, unit
 from .inputs import WordByWordInputs
 from .masks import Spans, sequence_of, unmasked
 from .recurrent_group import GroupBlocks, _recurrent_group_fwd_kernel, group_blocks
@@ -256,6 +256,7 @@ class Flags(NamedTuple):
     ONCE: bool  # scores go through `made_once`: on AMD's chips narrow ones were made twice
     HELD: bool  # keys and values of a premise stay on chip
     ASM: bool  # 16 bits are widened by `recurrent_group.widened`
+    DOT: bool  # vectors meet weights by matrix units in the backward: float16 has no room for small gradients
     WHOLE: bool  # weights are whole tiles
     COMPUTE: object  # see `chip.matmul_flags`
     PRECISION: str
@@ -290,7 +291,9 @@ def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
     A, D = size = Size(w.shape[0], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
     matmul = matmul_flags(chip, key.dtype)
-    flags = Flags(fast, chip.backend != "interpreter", chip.backend == "hip", False, fast, False, **matmul)
+    hip, interpreter = chip.backend == "hip", chip.backend == "interpreter"
+    dot = key.dtype == torch.bfloat16 and not hip and (interpreter or even(A, D))
+    flags = Flags(fast, not interpreter, hip, False, fast, dot, False, **matmul)
     args = {
         "k": sequences(key, packed=packed),
         "value": sequences(value, packed=packed),
@@ -346,6 +349,8 @@ def launch_forms(kernel, group_kernel, call: Call, chosen: list[Form], **more: o
     A, D = call.size
     for holds, blocks in chosen:
         flags, programs, started = call.flags._replace(HELD=holds >= 0), call.seqs, kernel
+        if holds >= 0 and call.chip.backend != "interpreter":  # spilled, beside what is held
+            flags = flags._replace(DOT=False)
         if isinstance(blocks, GroupBlocks):
             flags = flags._replace(WHOLE=blocks.A == A and blocks.D == D and D % blocks.K == 0)
             programs, started = cdiv(call.seqs, blocks.S), group_kernel

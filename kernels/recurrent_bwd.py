@@ -29,7 +29,9 @@ from .arguments import pitch, sequence_ptr, sequences
 from .chip import LENGTHS, unit
 from .inputs import WordByWordInputs
 from .masks import sequence_of
+from .products import add_product
 from .recurrent import forms, launch_forms, premise_keys, prepare, score_tile
+from .recurrent_group import parts_of
 from .recurrent_weights import weight_parts
 from .softmax import exp, finish, made_once, online_softmax, pivot, rounded_product
 from .sums import sums
@@ -69,9 +71,18 @@ def matrix_vector(
     i,  # [BLOCK]
     rows,
     K,
+    flags,
     BLOCK_K: tl.constexpr,
 ):
     """Rows i of W x, [BLOCK] float32; one reduction over threads, after all columns."""
+    if flags.DOT:
+        sums = tl.zeros([16, i.shape[0]], tl.float32)
+        for k0 in range(0, K, 64):
+            k = k0 + tl.arange(0, 64)
+            x = parts_of(tl.load(x_ptr + k, mask=k < K, other=0.0), flags.COMPUTE)
+            columns = tl.trans(load_rows(w.ptr + i.to(tl.int64) * w.stride, i < rows, k, K))
+            sums = add_product(x, columns, sums, flags.COMPUTE, flags.PRECISION)
+        return tl.sum(sums, axis=0)
     acc = tl.zeros([i.shape[0], BLOCK_K], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -251,8 +262,8 @@ def _recurrent_bwd_kernel(
         tl.debug_barrier()
         for d0 in range(0, size.D, blocks.D):
             d = d0 + tl.arange(0, blocks.D)
-            dr = matrix_vector(w_r, dc_ptr, d, size.D, size.A, blocks.K)
-            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, blocks.K)
+            dr = matrix_vector(w_r, dc_ptr, d, size.D, size.A, flags, blocks.K)
+            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, flags, blocks.K)
             if made.dstate is not None:
                 dstate = dr.to(made.dstate.dtype.element_ty)
                 tl.store(made.dstate + seq * size.D + d, dstate, mask=(d < size.D) & (t == 0))

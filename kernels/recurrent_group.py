@@ -67,6 +67,15 @@ def store_parts(ptr, x, cols, width, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def parts_of(x, COMPUTE: tl.constexpr):
+    """Rows [16, BLOCK] whose sum is x [BLOCK]: those of one vector, as `store_parts` has them."""
+    high = x.to(COMPUTE)
+    rest = tl.where(high.to(tl.float32) == x, 0.0, x - high.to(tl.float32)).to(COMPUTE)
+    row = tl.arange(0, _ROWS)[:, None]
+    return tl.where(row == 0, high[None, :], tl.where(row == 1, rest[None, :], tl.zeros_like(rest)[None, :]))
+
+
+@triton.jit
 def joined(x, S: tl.constexpr):
     """The sums [S, BLOCK] of the parts of rows x [16, BLOCK]."""
     return tl.sum(tl.reshape(x, [_ROWS // S, S, x.shape[1]]), axis=0)

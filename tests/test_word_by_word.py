@@ -110,6 +110,13 @@ def test_programs_of_several_sequences_match_the_reference(case, cores, dtype, d
 
 @pytest.mark.kernel
 @each_dtype
+def test_a_long_premise_of_whole_vectors_matches_the_reference(dtype, device):
+    """No chip holds it, and where rows are whole vectors of 16 bits its backward has matrix units."""
+    check(Case(dtype=dtype, batch=1, premise=130, hypothesis=3, dim=16, attn_dim=16, mask="some"), device)
+
+
+@pytest.mark.kernel
+@each_dtype
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_stay_in_their_sequence(fill, dtype, device):
     """Though a program has several."""

@@ -229,7 +229,7 @@ KERNELS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kernels/recurrent_bwd.py",
-        "            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, blocks.K)\n",
+        "            dr += matrix_vector(w_t, du_ptr, d, size.D, size.D, flags, blocks.K)\n",
         "",
         ("tests/test_word_by_word.py", "-k", "every_pair"),
         "the state's gradient does not go through the carry",
