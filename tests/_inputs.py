@@ -389,6 +389,9 @@ BAD_OPTIONS |= {
         BAD_OPTIONS["return_weights"],
     ),
     "num_keys": BAD_OPTIONS["num_queries"],
+    "score_activation": BAD_OPTIONS["activation"],
+    **dict.fromkeys(("deviation", "cumulative"), BAD_OPTIONS["return_weights"]),
+    **dict.fromkeys(("correction", "eps", "ceiling"), BAD_OPTIONS["floor"]),
 }
 
 
