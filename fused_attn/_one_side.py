@@ -20,9 +20,9 @@ def packed_rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)[None]
 
 
-def padded_rows(x: Tensor, batch: int) -> Tensor:
-    """``(1, H, B T, D)`` as ``(B, H, T, D)``."""
-    return x[0].unflatten(1, (batch, x.shape[2] // max(batch, 1))).transpose(0, 1)
+def padded_rows(x: Tensor, like: Tensor) -> Tensor:
+    """``(1, H, B T, D)`` as ``(B, H, T, D)``, B and T of `like`: of no sequence the rows do not tell T."""
+    return x[0].unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
 
 
 def both_packed(inputs: P) -> P:
@@ -51,7 +51,7 @@ def with_both_packed(formula: Callable[..., Results]) -> Callable[..., Results]:
             return formula(inputs, *args, **options)
         *rows, pairs = formula(both_packed(inputs), *args, **options)
         if inputs.cu_seqlens_q is None:
-            rows = [padded_rows(x, inputs.query.shape[0]).contiguous() for x in rows]  # as operators have them
+            rows = [padded_rows(x, inputs.query).contiguous() for x in rows]  # as operators have them
         return *rows, pairs
 
     return wrapped

@@ -511,9 +511,13 @@ def csr_of(
 ) -> tuple[Tensor, Tensor, Graph | None, _Edges | None]:
     """(indptr, indices, the `Graph` that they are of, the list of edges that this is of)."""
     edges = None
+    if not isinstance(indptr, Graph) and (indices is not None or not isinstance(indptr, Tensor)):
+        return indptr, indices, None, None
+    if not isinstance(key, Tensor) or 0 in (query.dim(), key.dim()):  # before their rows are counted
+        check = Checker(_TABLES[query.dim() == 3])
+        check("query", query)
+        check("key", key)
     if not isinstance(indptr, Graph):
-        if indices is not None or not isinstance(indptr, Tensor):
-            return indptr, indices, None, None
         if indptr.dim() != 2:
             raise TypeError(
                 "indices: expected a torch.Tensor beside indptr, or None beside a Graph or an edge_index (2, E); "

@@ -319,12 +319,13 @@ def _row_scores(inputs: LocationInputs, kernel: bool) -> Tensor:
             context = context.masked_fill(bad, 0)
         bad = bad if mask is None else bad & mask[..., None]
         h = h.masked_fill(bad, 0)
-    inputs = inputs._replace(h=h, context=context, value=None, seed=None, dropout_p=0.0)
-    if kernel:
-        scores = LOCATION(inputs._replace(score_activation="identity"), False, False)[2]
-        scores = reference.SCORE_ACTIVATIONS[inputs.score_activation](scores)
-    else:
-        scores = LOCATION.formula(inputs)[2]
+    plain = {"value": None, "seed": None, "dropout_p": 0.0, "score_activation": "identity"}
+    alone = inputs._replace(h=h, context=context, **plain)
+    scores = LOCATION(alone, False, False)[2] if kernel else LOCATION.formula(alone)[2]
+    if inputs.score_activation != "identity":  # whose slope at NaN is NaN
+        lost = scores.isnan()
+        bad = lost if bad is None else lost | bad
+        scores = reference.SCORE_ACTIVATIONS[inputs.score_activation](scores.masked_fill(lost, 0))
     return scores if bad is None else scores.masked_fill(bad, torch.nan)
 
 
@@ -540,6 +541,8 @@ def check_context(check: Checker, row: str, context: Tensor, name: str = "") -> 
     name: of the argument, where it is not that of the row.
     """
     name = name or row
+    if context is None:  # one of several, which the table lets be none
+        raise TypeError(f"{check.prefix}{name}: expected a torch.Tensor; got NoneType")
     check(name, context, row)
     forms, shape = check.table[row].forms, context.shape
     if len(forms) == 3:  # padded: of one row both kinds are the same

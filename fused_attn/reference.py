@@ -462,9 +462,9 @@ def _attend(
         scores = scores.masked_fill(bad, torch.nan)
     if score_bias is not None:
         scores = scores + score_bias
-    scores = SCORE_ACTIVATIONS[score_activation](scores)
     if shown is not None:
         scores = scores.masked_fill(~shown, -torch.inf)
+    scores = SCORE_ACTIVATIONS[score_activation](scores)  # after the mask: its slope at a hidden NaN is NaN
     weights, top = softmax(scores, -1)
     shares = weights
     if dropout_p > 0:

@@ -277,8 +277,9 @@ def check_limits(
     correction = check_number("correction", correction, anything, 0.0, math.inf)
     if ceiling is not None:
         ceiling = check_number("ceiling", ceiling, f"a finite number of at least the floor, {floor}", floor, math.inf)
-    for name, x in (("floor", floor), ("ceiling", ceiling), ("eps", eps)):
-        if x is not None and math.sqrt(x + eps) > torch.finfo(dtype).max:
+    largest = floor if ceiling is None else ceiling
+    for name, x, root in (("floor", floor, floor), ("ceiling", ceiling, largest), ("eps", eps, largest + eps)):
+        if math.sqrt(root) > torch.finfo(dtype).max:
             raise ValueError(f"{name}: expected a number whose root {dtype} holds; got {x}")
     return floor, math.inf if ceiling is None else ceiling, eps, correction
 

@@ -86,6 +86,9 @@ LOCATION = {
         context=[floats(B, A), floats(B, 2, A)],
     ),
     "no context in a list": value_error("context: expected a tensor, or one or more of them; got none", context=[]),
+    "None among contexts": type_error(
+        "context[1]: expected a torch.Tensor; got NoneType", context=[floats(B, A), None]
+    ),
     "values of rank 2": value_error("value", value=floats(B, TK)),
     "mask of rank 1": value_error("mask", mask=bools(TK)),
     "score_bias of rank 3": value_error("score_bias", score_bias=floats(B, TK, 1)),
@@ -204,6 +207,7 @@ STATISTICS = {
     "floor of NaN": value_error("floor: expected a finite number of at least 0; got nan", floor=float("nan")),
     "floor of infinity": value_error("floor: expected a finite number of at least 0; got inf", floor=float("inf")),
     "floor is None": type_error("floor: expected a float; got NoneType", floor=None),
+    "eps of 1e79": value_error("eps: expected a number whose root torch.float32 holds; got 1e+79", eps=1e79),
     "unknown impl": value_error("impl: expected one of auto, triton, reference; got 'cuda'", impl="cuda"),
 }
 STATISTICS_PACKED = {
@@ -407,6 +411,7 @@ def _transposed(error: Callable[..., Bad], at: int, x: torch.Tensor) -> Bad:
     return error(f"transposed[{at}]", transposed=(*TRANSPOSED[:at], x, *TRANSPOSED[at + 1 :]))
 
 
+EDGES = {"indices": None, "edge": None, "transposed": None}  # beside a list of edges
 GRAPH = {
     "query of rank 1": value_error("query", query=floats(A)),
     "query of rank 4": value_error("query", query=floats(1, 4, H, A)),
@@ -418,6 +423,12 @@ GRAPH = {
     "indptr of other nodes": value_error("indptr", indptr=ints(0, E)),
     "indices of rank 2": value_error("indices", indices=INDICES[None]),
     "indices of 16 bits": type_error("indices", indices=INDICES.short()),
+    "key is missing beside a list of edges": type_error(
+        "key: expected a torch.Tensor; got NoneType", key=None, indptr=ints(0, 1, 1, 0).view(2, 2), **EDGES
+    ),
+    "query of rank 0 beside a list of edges": value_error(
+        "query: expected shape (Nq, A)", query=floats(), indptr=ints(0, 1, 1, 0).view(2, 2), **EDGES
+    ),
     "permutation of other edges": _transposed(value_error, 2, ints(0, 1)),
     "permutation of numbers": _transposed(type_error, 2, floats(E)),
     "transposed of other nodes": _transposed(value_error, 0, ints(0, 1, E)),

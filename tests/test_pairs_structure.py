@@ -193,6 +193,27 @@ def test_rows_packed_on_one_side_are_those_packed_on_both(options, dtype, side, 
     assert_as_exact(evaluate(case.op, tensors, impl), rough_runs(flat, tensors), exact, dtype=dtype)
 
 
+@pytest.mark.whole  # there is nothing to compute
+@every_impl
+@each_family
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_rows_packed_on_one_side_of_no_sequence_keep_their_shapes(heads, side, make, impl, device):
+    """The padded side still has a length, though it has no rows to tell it."""
+    sizes = {"queries": 0 if side == "q" else 7, "keys": 0 if side == "k" else 9}
+    case = make(**sizes, attn_dim=3, heads=heads, ragged=True)
+    tensors = case.tensors(device) | {f"cu_seqlens_{side}": offsets([], device)}
+    other = "k" if side == "q" else "q"
+    del tensors[f"cu_seqlens_{other}"]
+    lead = () if heads is None else (heads,)
+    for name in ("query",) if other == "q" else ("key", "value"):
+        tensors[name] = tensors[name].new_zeros(0, *lead, sizes["queries" if other == "q" else "keys"], 3)
+    result = evaluate(case.op, tensors, impl)
+    assert_zero(result)
+    width = tensors["value"].shape[-1]
+    assert result.outputs["output"].shape == ((0, *lead, 7, width) if side == "k" else (0, *lead, width))
+
+
 @every_impl
 @each_family
 def test_offsets_of_any_stride_are_those_offsets(make, impl, device):

@@ -108,6 +108,24 @@ def test_a_window_has_the_same_scores(score, window, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("window", [(None, 0), (2, 3)])
+@pytest.mark.parametrize("name", ["h", "score_bias"])
+def test_a_row_of_nan_that_only_the_window_hides_has_no_gradient(name, window, impl, device):
+    """0 times the slope of log σ at NaN is NaN: no row of NaN may meet it."""
+    case = Case(rows=21, score="mlp", score_bias=True)
+    clean = case.tensors(device)
+    spoilt = {**clean, name: clean[name].index_fill(1, torch.tensor([20], device=device), torch.nan)}
+
+    def seen(**given):
+        return smooth(case.op)(window=window, **given)[0][:, :8]
+
+    of_clean, of_spoilt = (evaluate(seen, tensors, impl) for tensors in (clean, spoilt))
+    for got, want in zip(of_spoilt, of_clean, strict=True):
+        for at, x in want.items():
+            torch.testing.assert_close(got[at], x, msg=lambda text, at=at: f"{at}: {text}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_scores_and_states_are_of_the_logarithm(impl, device):
     tensors = dataclasses.replace(Case(rows=21), bias=False).tensors(device)
     h, w, v = tensors["h"], tensors["w"], tensors["v"]
@@ -217,6 +235,26 @@ def test_a_step_of_concat(heads, impl, device):
 def test_a_step_of_concat_in_16_bits(dtype, device):
     op = smooth(lambda **given: concat_attention(**given, return_weights=True))
     assert_matches_reference(op, pairs(device, 2, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("additive", [False, True], ids=["general", "concat"])
+@pytest.mark.parametrize("name", ["key", "score_bias"])
+def test_pairs_that_are_hidden_and_nan_have_no_gradient(name, additive, heads, device):
+    """A key that no query sees, and a bias of it."""
+    clean = pairs(device, heads, 4)
+    clean["mask"] = torch.ones(3, 4, 9, dtype=torch.bool, device=device)
+    clean["mask"][..., 8] = False
+    clean["mask"] = clean["mask"] if heads is None else clean["mask"][:, None]
+    if not additive:
+        del clean["v"]
+    axis = -1 if name == "score_bias" else -2
+    spoilt = {**clean, name: clean[name].index_fill(axis, torch.tensor([8], device=device), torch.nan)}
+    op = smooth(concat_attention if additive else general_attention)
+    of_clean, of_spoilt = (evaluate(op, tensors, "reference") for tensors in (clean, spoilt))
+    for got, want in zip(of_spoilt, of_clean, strict=True):
+        for at, x in want.items():
+            torch.testing.assert_close(got[at], x, msg=lambda text, at=at: f"{at}: {text}")
 
 
 @pytest.mark.parametrize("heads", [None, 3])
