@@ -393,7 +393,7 @@ def concat_bwd(
         grads = concat_bwd(both_packed(inputs), *saved, of_queries(dout), of_queries(dlse), dscores, needs)
         for i in (0,) if padded_q else (1, 2):
             if (grad := grads[i]) is not None:
-                grads[i] = padded_rows(grad, inputs[i])  # type: ignore[arg-type]
+                grads[i] = padded_rows(grad, inputs[i])
         return grads
     dlse = None if dlse is None else (dlse * lse)[..., 1:]  # of log l, from that of l
     given = (dout, dlse, dscores, inputs.score_bias, needs)
