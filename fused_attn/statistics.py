@@ -14,29 +14,30 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Checker, Table, argument, check_activation, check_flag, check_number, check_values
+from ._checks import Checker, Table, argument, check_activation, check_count, check_flag, check_number, check_values
 from ._habits import explicit
 from ._operators import Operator, launcher
 from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, weights_of_rows
-from ._results import PLAIN, Wanted, beside, check_wanted
+from ._results import PLAIN, Wanted, beside, check_wanted, stand_in
 from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
-from .location import _unpack_jagged, check_score, check_sequences, one_context
+from .location import LOCATION, _unpack_jagged, check_score, check_sequences, one_context
 from .segments import Offsets, as_offsets
 
 
-def _table(packed: bool) -> Table:
+def _table(packed: bool, hops: bool) -> Table:
     rows = "N" if packed else "B T"
+    given = f"{rows} | {rows} C" if not hops else "N R" if packed else "B R T"
     return {
         **_SCORES[packed, "A"],
-        "v": argument("A | A C", linear=True),
+        "v": argument("A R" if hops else "A | A C", linear=True),
         "value": argument(f"{rows} C", optional=True),
-        "score_bias": argument(f"{rows} | {rows} C", "bias", optional=True),
-        "weight": argument(f"{rows} | {rows} C", "bias", optional=True),
+        "score_bias": argument(given, "bias", optional=True),
+        "weight": argument(given, "bias", optional=True),
     }
 
 
-_TABLES = {packed: _table(packed) for packed in (False, True)}
+_TABLES = {(packed, hops): _table(packed, hops) for packed in (False, True) for hops in (False, True)}
 
 
 def _fake(inputs: StatisticsInputs, need_scores: bool, need_exact: bool, deviation: bool) -> tuple[Tensor, ...]:
@@ -93,6 +94,7 @@ def statistics_pooling(
     value: Tensor | None = None,
     score_bias: Tensor | None = None,
     weight: Tensor | None = None,
+    hops: int | None = None,
     activation: str = "tanh",
     mask: Tensor | None = None,
     cu_seqlens: Offsets | None = None,
@@ -126,6 +128,11 @@ def statistics_pooling(
     .. math:: \sigma_c = \sqrt{\min\Big(\max\Big(\frac{\sum_j \alpha_{jc} (x_{jc} - \mu_c)^2}
         {1 - correction \sum_j \alpha_{jc}^2}, floor\Big), ceiling\Big) + eps}
 
+    With `hops` there are R statistics of the same frames, each by weights of its own that are alike for all channels:
+    the speakers of a recording, or heads of an attention that share the frames,
+
+    .. math:: \alpha_{jr} = softmax_j(u_j \cdot v_r + \beta_{jr}), \quad \mu_{rc} = \sum_j \alpha_{jr} x_{jc}
+
     Parameters
     ----------
     h
@@ -134,7 +141,8 @@ def statistics_pooling(
     w, b
         ``(D, A)`` and ``(A,)``, or None: `w`, which goes with `v`, leaves the product out, and A = D.
     v
-        ``(A,)``: one weight a frame; ``(A, C)``, C the width of the values: one a frame and channel.
+        ``(A,)``: one weight a frame; ``(A, C)``, C the width of the values: one a frame and channel; with `hops`
+        ``(A, R)``.
     context
         Added before the activation. Padded: ``(B, A)`` or ``(B, 1, A)`` a sequence, ``(B, T, A)`` a row. Packed:
         ``(S, A)`` a sequence or ``(N, A)`` a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``,
@@ -143,11 +151,18 @@ def statistics_pooling(
         What the statistics are of: ``(B, T, C)`` or ``(N, C)``; the frames `h` where None.
     score_bias
         Added to the scores, or all of them without `v`: ``(B, T)`` or ``(N,)``, with ``v (A, C)`` a number a channel,
-        ``(B, T, C)`` or ``(N, C)``; without `v` either. In the dtype of `h` or float32.
+        ``(B, T, C)`` or ``(N, C)``; without `v` either. With `hops` ``(B, R, T)`` or ``(N, R)``. In the dtype of `h`
+        or float32.
     weight
         Weights of at least 0 in place of a softmax, which are divided by their sum: ``(B, T)``, ``(N,)``, or one a
-        channel, ``(B, T, C)`` or ``(N, C)``. Without `v` and `score_bias`. Their sum must be a float32. Gradients go
-        to a weight of 0 too; where all are 0 a sequence is as if nothing of it were visible.
+        channel, ``(B, T, C)`` or ``(N, C)``; with `hops` ``(B, R, T)`` or ``(N, R)``. Without `v` and `score_bias`.
+        Their sum must be a float32. Gradients go to a weight of 0 too; where all are 0 a sequence is as if nothing of
+        it were visible, to that hop.
+    hops
+        Number R of sets of weights, for which `v`, `score_bias` or `weight` have an axis. None: one, and no axis. It
+        is said, for an axis may be as wide as the values. Scores of `v` are made of one read of `h`, at most 128 of
+        them by the kernel; the values are read once a hop, without a copy, and each hop has a gradient of them, which
+        are added up.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
@@ -175,11 +190,11 @@ def statistics_pooling(
     Returns
     -------
     Tensor or tuple of Tensor
-        Mean and standard deviation, ``(B, C)`` each, S for B where ragged, in the dtype of the values. The mean alone
-        without `deviation`, in a tuple if more is asked for.
+        Mean and standard deviation, ``(B, C)`` each, with `hops` ``(B, R, C)``, S for B where ragged, in the dtype of
+        the values. The mean alone without `deviation`, in a tuple if more is asked for.
         What is asked for follows, in the order weights, log weights, scores, lse. All but the last ``(B, T)`` or
-        ``(N,)``, with one a channel ``(B, T, C)`` or ``(N, C)``; jagged for a jagged `h`. lse ``(B,)``, of channels
-        ``(B, C)``. Of a `weight` there are weights alone.
+        ``(N,)``, with one a channel ``(B, T, C)`` or ``(N, C)``, with `hops` ``(B, R, T)`` or ``(N, R)``; jagged for
+        a jagged `h`. lse ``(B,)``, of channels ``(B, C)``, of hops ``(B, R)``. Of a `weight` there are weights alone.
 
     Raises
     ------
@@ -197,6 +212,10 @@ def statistics_pooling(
         raise TypeError(f"h: expected a torch.Tensor; got {type(h).__name__}")
     wanted = check_wanted(return_weights, return_scores, return_lse, False, return_log_weights)
     deviation = check_flag("deviation", deviation)
+    if hops is not None:
+        hops = check_count("hops", hops, 1)
+        if v is score_bias is weight is None:
+            raise ValueError(f"hops: expected None without v, score_bias and weight, frames weigh alike; got {hops}")
     if weight is not None:
         _check_weight_alone(v, score_bias, wanted)
     linear, given = weight is not None, score_bias if weight is None else weight
@@ -207,28 +226,27 @@ def statistics_pooling(
             h, context, value, given, mask, cu_seqlens, bias_name=name
         )
     context, context_per_row = _validate_statistics(
-        h, w, b, v, context, value, given, mask, cu_seqlens, activation, linear=linear, jagged=offsets is not None
-    )
+        h, w, b, v, context, value, given, mask, cu_seqlens, activation, hops,
+        linear=linear, jagged=offsets is not None,
+    )  # fmt: skip
     limits = check_limits(floor, ceiling, eps, correction, h.dtype)
-    kernel = use_triton(impl, h.device, "has no float64" if h.dtype == torch.float64 else None)
+    unsupported = "has no float64" if h.dtype == torch.float64 else None
+    if hops is not None and hops > 128 and v is not None:
+        unsupported = unsupported or "holds at most 128 hops"
+    kernel = use_triton(impl, h.device, unsupported)
     structure = mask, cu_seqlens, activation, context_per_row
     inputs = StatisticsInputs(h, w, b, v, context, value, given, *structure, *limits, linear)
-    per_channel = inputs.per_channel()
-    weights: Tensor | None = None
-    lse: Tensor | None = None
-    scores: Tensor | None = None
-    if kernel:
-        asked = may_ask(h, w, b, v, context, value, given)
-        made = wanted.pairs and per_channel and v is not None
-        mean, std, lse, scores, *_ = _STATISTICS(inputs, made, asked, deviation)
-    elif wanted.log_weights or wanted.scores or wanted.lse:
-        mean, std, lse, scores = _STATISTICS.formula(inputs, deviation=deviation)
+    if hops is None:
+        mean, std, lse, scores, weights = _pooled(inputs, wanted, kernel, deviation)
     else:
-        mean, std, weights = _STATISTICS.formula(inputs, weights_only=True, deviation=deviation)
+        given = _scores_of_hops(inputs, kernel)
+        mean, std, lse, weights = _pooled_by_hop(inputs, given, wanted, kernel, deviation)
+        v, scores = None, None
     statistics = (mean, std) if deviation else (mean,)
     if wanted == PLAIN:
         return statistics if deviation else mean
 
+    per_channel = inputs.per_channel()
     if v is None and lse is not None and wanted.pairs:
         scores = lse.new_zeros(*h.shape[:-1], 1) if given is None else given.to(lse.dtype)
         scores = scores if scores.dim() == h.dim() else scores[..., None]
@@ -249,12 +267,57 @@ def statistics_pooling(
     def frames(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        x = x if per_channel else x.squeeze(-1)
+        if hops is not None:
+            x = x if cu_seqlens is not None else x.mT
+        elif not per_channel:
+            x = x.squeeze(-1)
         return x if offsets is None else torch.nested.nested_tensor_from_jagged(x, offsets)
 
-    lse = lse if lse is None or per_channel else lse.squeeze(1)
+    lse = lse if lse is None or per_channel or hops is not None else lse.squeeze(1)
     pairs = weights if wanted.weights else None, scores if wanted.scores else None, log_weights
     return *statistics, *beside(wanted, h.dtype, lse, *map(frames, pairs))
+
+
+def _pooled(
+    inputs: StatisticsInputs, wanted: Wanted, kernel: bool, deviation: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(mean, std, lse, scores, weights), of the last three what a way makes of what is wanted."""
+    if kernel:
+        made = wanted.pairs and inputs.per_channel() and inputs.v is not None
+        mean, std, lse, scores, *_ = _STATISTICS(inputs, made, may_ask(*inputs[:7]), deviation)
+        return mean, std, lse, scores, None
+    if wanted.log_weights or wanted.scores or wanted.lse:
+        return *_STATISTICS.formula(inputs, deviation=deviation), None
+    mean, std, weights = _STATISTICS.formula(inputs, weights_only=True, deviation=deviation)
+    return mean, std, None, None, weights
+
+
+def _scores_of_hops(inputs: StatisticsInputs, kernel: bool) -> Tensor:
+    """Scores of all hops, or their weights, with frames before hops; of a hidden frame they are anything."""
+    given, v = inputs.score_bias, inputs.v
+    if given is not None and inputs.cu_seqlens is None:
+        given = given.mT
+    if v is None:
+        return cast("Tensor", given)
+    score = inputs.score()._replace(score_bias=None, value=stand_in(inputs.h))
+    scores = LOCATION(score, False, False)[2] if kernel else LOCATION.formula(score)[2]
+    return scores if given is None else scores + given
+
+
+def _pooled_by_hop(
+    inputs: StatisticsInputs, given: Tensor, wanted: Wanted, kernel: bool, deviation: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(mean, std, lse, weights) of scores, or weights, a hop: as `_pooled`, with the hops after the sequences."""
+    values = inputs.h if inputs.value is None else inputs.value
+    alone = inputs._replace(h=values, w=None, b=None, v=None, context=None, value=None)
+    each = [_pooled(alone._replace(score_bias=x), wanted, kernel, deviation) for x in given.unbind(-1)]
+    mean, std, lse, _, weights = zip(*each, strict=True)
+    return (
+        torch.stack(mean, 1),
+        torch.stack(std, 1) if deviation else std[0],
+        None if lse[0] is None else torch.cat(lse, 1),
+        None if weights[0] is None else torch.cat(weights, -1),
+    )
 
 
 def _check_weight_alone(v: Tensor | None, score_bias: Tensor | None, wanted: Wanted) -> None:
@@ -295,6 +358,7 @@ def _validate_statistics(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     activation: str,
+    hops: int | None,
     *,
     linear: bool,
     jagged: bool,
@@ -302,7 +366,9 @@ def _validate_statistics(
     """Check every tensor, `given` as score_bias or weight; return what `one_context` makes of the context."""
     if w is not None and v is None:
         raise ValueError("v: expected a tensor with w; got None")
-    check = Checker(_TABLES[cu_seqlens is not None])
+    check = Checker(_TABLES[cu_seqlens is not None, hops is not None])
+    if hops is not None:
+        check.bind("R", hops, "hops")
     check("h", h)
     if cu_seqlens is not None:
         check_sequences(check, cu_seqlens, h, jagged=jagged)
@@ -320,10 +386,11 @@ def _validate_statistics(
     check("mask", mask)
     name = "weight" if linear else "score_bias"
     check(name, given)
-    if given is not None and v is not None and (given.dim() == h.dim()) != (v.dim() == 2):
+    if hops is None and given is not None and v is not None and (given.dim() == h.dim()) != (v.dim() == 2):
         one = "channel, as v" if v.dim() == 2 else "frame, as v is one for all channels"
         raise ValueError(f"{name}: expected one number a {one}; got shape {tuple(given.shape)}")
     if given is not None and linear:
-        bad = given < 0 if mask is None else (given < 0) & (mask if given.dim() < h.dim() else mask[..., None])
+        bad = (given if hops is None or cu_seqlens is not None else given.mT) < 0
+        bad = bad if mask is None else bad & (mask if given.dim() < h.dim() else mask[..., None])
         check_values("weight", given, ~bad.any(), "no negative weight")
     return one_context(check, context, h, cu_seqlens)

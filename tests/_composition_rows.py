@@ -322,6 +322,16 @@ def _statistics_and_graph() -> None:
         lambda B, T: {"h": r(B * T, 4), "weight": r(B * T), "c": offsets(B * T, B)},
     )
     add(
+        "statistics padded, hops",
+        lambda i, **t: statistics_pooling(**t, hops=2, return_weights=True, impl=i),
+        lambda B, T: {"h": r(B, T, 4), "w": r(4, 3), "v": r(3, 2), "score_bias": r(B, 2, T), "mask": seen(B, T)},
+    )
+    add(
+        "statistics packed, weights of hops",
+        lambda i, c, weight, **t: statistics_pooling(**t, weight=weight.square(), cu_seqlens=c, hops=2, impl=i),
+        lambda B, T: {"h": r(B * T, 4), "weight": r(B * T, 2), "c": offsets(B * T, B)},
+    )
+    add(
         "statistics packed",
         lambda i, c, **t: statistics_pooling(**t, cu_seqlens=c, return_weights=True, return_log_weights=True, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3), "c": offsets(B * T, B)},

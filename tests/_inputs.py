@@ -139,6 +139,22 @@ ROWS: dict[str, Row] = {
         _function("statistics_pooling"),
         {"h": floats(N, D), "w": floats(D, A), "b": floats(A), "v": floats(A, D), "cu_seqlens": CU_N},
     ),
+    "statistics, hops": Row(
+        _function("statistics_pooling"),
+        {
+            "h": floats(B, TK, D),
+            **MLP,
+            "v": floats(A, R),
+            "value": floats(B, TK, DV),
+            "score_bias": floats(B, R, TK),
+            "hops": R,
+            "mask": bools(B, TK),
+        },
+    ),
+    "statistics, packed hops": Row(
+        _function("statistics_pooling"),
+        {"h": floats(N, D), "weight": floats(N, R).abs(), "hops": R, "cu_seqlens": CU_N},
+    ),
     "target": Row(
         _function("target_attention"),
         {
@@ -360,6 +376,7 @@ BAD_OPTIONS: dict[str, dict[type[Exception], list[Any]]] = {
         ]
     },
     "return_weights": {TypeError: [None, "yes", 1, 0.0, [], {}, NAN]},
+    "hops": {ValueError: [0, -1, HUGE, 10**5000], TypeError: ["2", 2.0, True, [], NAN]},
     "num_queries": {ValueError: [-1, HUGE, 10**5000], TypeError: [None, "3", 3.0, True, [], NAN]},
     "between": {TypeError: [3, "x", [], {}]},
     "gate": {

@@ -246,7 +246,7 @@ OPTIONS = {"dropout": "dropout_p"} | {n: n for n in ("activation", "gate_activat
     ("name", "sizes", "flags"),
     [
         ("LocationAttention", ["dim", "attn_dim", "hops", "context_dim"], ["gated", "bias"]),
-        ("StatisticsPooling", ["dim", "attn_dim"], ["per_channel", "global_context", "bias"]),
+        ("StatisticsPooling", ["dim", "attn_dim", "hops"], ["per_channel", "global_context", "bias"]),
         ("TargetAttention", ["dim", "attn_dim", "second_dim"], ["softmax", "bias"]),
         ("ConcatAttention", ["query_dim", "key_dim", "attn_dim", "num_heads"], ["bias"]),
         ("GeneralAttention", ["query_dim", "key_dim", "num_heads"], []),

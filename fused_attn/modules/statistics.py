@@ -12,7 +12,7 @@ from .._habits import explicit
 from .._ops import Impl, exports_from_one
 from ..segments import Offsets, as_offsets
 from ..statistics import check_limits, statistics_pooling
-from ._layers import Attention, counts, factory, read
+from ._layers import Attention, counts, factory, optional_counts, read
 from .location import check_module_inputs
 
 
@@ -29,6 +29,9 @@ class StatisticsPooling(Attention):
         Width A of the score.
     per_channel
         One weight a frame and channel (ECAPA-TDNN) in place of one a frame.
+    hops
+        Number R of weights a frame, each for all channels alike, and so of statistics; None for one. Not with
+        `per_channel`.
     global_context
         Let the score see the mean and standard deviation over all frames (ECAPA-TDNN): they are the same for all
         frames of a sequence, so their product with U is made once a sequence and added to that of every frame.
@@ -49,7 +52,7 @@ class StatisticsPooling(Attention):
 
     """
 
-    _shown = ("per_channel", "activation", "deviation", "correction", "floor", "ceiling", "eps")
+    _shown = ("per_channel", "hops", "activation", "deviation", "correction", "floor", "ceiling", "eps")
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class StatisticsPooling(Attention):
         attn_dim: int,
         *,
         per_channel: bool = False,
+        hops: int | None = None,
         global_context: bool = False,
         activation: str = "tanh",
         bias: bool = True,
@@ -69,18 +73,21 @@ class StatisticsPooling(Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         dim, attn_dim = counts(dim=dim, attn_dim=attn_dim)
+        [hops] = optional_counts(hops=hops)
         per_channel, bias = check_flag("per_channel", per_channel), check_flag("bias", bias)
         global_context = check_flag("global_context", global_context)
+        if per_channel and hops is not None:
+            raise ValueError(f"hops: expected None with per_channel, which has a weight a channel; got {hops}")
         check_activation("activation", activation)
         deviation = check_flag("deviation", deviation)
         check_limits(floor, ceiling, eps, correction, torch.float32)
         super().__init__()
         made = factory(device, dtype)
-        self.per_channel, self.activation, self.deviation = per_channel, activation, deviation
+        self.per_channel, self.hops, self.activation, self.deviation = per_channel, hops, activation, deviation
         self.correction, self.floor, self.ceiling, self.eps = correction, floor, ceiling, eps
         self.proj = nn.Linear(dim, attn_dim, bias=bias, **made)
         self.context = nn.Linear(2 * dim, attn_dim, bias=False, **made) if global_context else None
-        self.score = nn.Linear(attn_dim, dim if per_channel else 1, bias=False, **made)
+        self.score = nn.Linear(attn_dim, dim if per_channel else hops or 1, bias=False, **made)
 
     @explicit
     @exports_from_one
@@ -97,7 +104,10 @@ class StatisticsPooling(Attention):
         return_lse: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Tensor, ...]:
-        """Pool `h` to ``[mean; std]``, ``(B, 2D)``, or to the mean; the rest is as in `statistics_pooling`."""
+        """Pool `h` to ``[mean; std]``, ``(B, 2D)``, or to the mean; the rest is as in `statistics_pooling`.
+
+        With hops ``(B, R, 2D)``.
+        """
         cu_seqlens = as_offsets(cu_seqlens)
         check_module_inputs(h, None, cu_seqlens, weight_of(self.proj), width_of(self.proj), None)
         limits = {name: getattr(self, name) for name in ("correction", "floor", "ceiling", "eps")}
@@ -113,9 +123,10 @@ class StatisticsPooling(Attention):
             h,
             proj.weight.t(),
             proj.bias,
-            score.t() if self.per_channel else score[0],
+            score[0] if self.hops is None and not self.per_channel else score.t(),
             context=context,
             score_bias=score_bias,
+            hops=self.hops,
             activation=self.activation,
             mask=mask,
             cu_seqlens=cu_seqlens,
