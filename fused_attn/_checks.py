@@ -46,6 +46,7 @@ class Argument(NamedTuple):
     linear: bool  # is the transpose of what `nn.Linear` calls its weight
     hint: str
     empty: bool = False  # may have a width of 0
+    offsets: str = ""  # what packed rows go with, for padded ones
 
 
 Table = dict[str, Argument]
@@ -59,10 +60,11 @@ def argument(
     linear: bool = False,
     hint: str = "",
     empty: bool = False,
+    offsets: str = "",
 ) -> Argument:
     """``"B T D | N D"``: alternatives between bars, of size names between spaces; a name ``S+1`` is S + 1."""
     split = tuple(tuple(form.split()) for form in forms.split("|"))
-    return Argument(split, kind, optional, linear, hint, empty)
+    return Argument(split, kind, optional, linear, hint, empty, offsets)
 
 
 def offsets_of(rows: str, *, optional: bool = True, hint: str = OFFSETS_HINT) -> Argument:
@@ -127,7 +129,7 @@ class Checker:
             For a shape or a device that does not fit.
 
         """
-        forms, kind, optional, _, hint, empty = arg = self.table[row or name]
+        forms, kind, optional, _, hint, empty, _ = arg = self.table[row or name]
         if x is None and optional:
             return
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
@@ -195,6 +197,8 @@ class Checker:
             pairs = zip(of_rank[0], x.shape, strict=True)
             wrong = ": " + ", ".join(f"{_spaced(w)} is {n}" for w, n in pairs if w in known and self.sizes[w] != n)
         cause = self._cause(name, x, arg) or (arg.hint if not of_rank or arg.kind != "first" else "")
+        if not cause and not of_rank and arg.offsets:
+            cause = f"packed rows go with {arg.offsets}"
         return (
             f"{name}: expected shape {words}{having and ' with ' + having}; got {tuple(x.shape)}{wrong}"
             f"{cause and '; ' + cause}"
@@ -456,7 +460,9 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         range does in `torch.nn.Embedding`.
 
     """
-    check_tensor(name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=OFFSETS_HINT)
+    of_64 = f"; int64 offsets: pass {name}.int()" if isinstance(cu, Tensor) and cu.dtype == torch.int64 else ""
+    hint = OFFSETS_HINT + of_64
+    check_tensor(name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=hint)
     check_offsets(name, cu, rows, "packed rows")
 
 
@@ -614,6 +620,11 @@ def check_score_bias(check: Checker, score_bias: Tensor | None, full: Sequence[i
     )
     if not fits:
         words = "(B, H, Tq, Tk)" if len(full) == 4 else "(B, Tq, Tk)"
+        shape, hint = tuple(score_bias.shape), ""
+        if shape == (full[0], full[-1]):  # forms of a mask
+            hint = f"; one a key: pass score_bias[:, {'None, None' if len(full) == 4 else 'None'}]"
+        elif len(full) == 4 and shape == (full[0], *full[2:]):
+            hint = "; one for all heads: pass score_bias[:, None]"
         raise ValueError(
-            f"score_bias: expected a shape that broadcasts to {words} = {tuple(full)}; got {tuple(score_bias.shape)}"
+            f"score_bias: expected a shape that broadcasts to {words} = {tuple(full)}; got {shape}{hint}"
         )

@@ -35,6 +35,7 @@ from .reference import segment_ids
 
 P = TypeVar("P", ConcatInputs, GeneralInputs)
 BOTH = ("cu_seqlens_q", "cu_seqlens_k")
+OF_QUERIES = "cu_seqlens_q, and one query a sequence is query[:, None]"  # for queries of too few axes
 Tables = dict[tuple[bool, bool, bool], Table]  # by: packed queries, packed keys, heads
 
 
@@ -60,9 +61,6 @@ def pairs_tables(
         at, k_at = q.index(" ") + 1, k.index(" ") + 1  # heads come after the batch, or after packed rows
         sequences = "S" if packed_q and packed_k else "B"
 
-        def hint(packed: bool, name: str) -> str:
-            return f"packed rows go with {name}" if packed_q != packed_k and not packed else ""
-
         def parameter(form: str) -> Argument:
             forms = form.rstrip("?")
             forms = f"{forms} | H {forms}" if heads else forms
@@ -74,9 +72,9 @@ def pairs_tables(
 
         return {
             "query": argument(
-                f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first", hint=hint(packed_q, "cu_seqlens_q")
+                f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first", offsets="" if packed_q else OF_QUERIES
             ),
-            "key": argument(of_keys(key), hint=hint(packed_k, "cu_seqlens_k")),
+            "key": argument(of_keys(key), offsets="" if packed_k else BOTH[1]),
             "value": argument(of_keys("Dv"), optional=keys_are_values),
             **{name: parameter(form) for name, form in parameters.items()},
             "mask": mask_of(k) if packed_q or packed_k else Argument((), "bool", True, False, TRUE_IS_VISIBLE),

@@ -52,7 +52,7 @@ def _table(rows: str, seq: str, inner: str) -> Table:
     packed = seq != "B"
     explicit = f"{seq} 1 {inner} | 1 {rows} {inner}" if packed else f"{seq} 1 {inner}"
     return {
-        "h": argument(f"{rows} D", "first", hint="" if packed else "packed rows go with cu_seqlens"),
+        "h": argument(f"{rows} D", "first", offsets="" if packed else "cu_seqlens"),
         "w": argument("D A" if inner == "A" else "D | D R", linear=True),
         "b": argument(inner, optional=True),
         "v": argument("A | A R", optional=True, linear=True),

@@ -29,8 +29,8 @@ _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
 
 def _table(*, packed: bool) -> Table:
     return {
-        "premise": argument("N D" if packed else "B Ty D", "first"),
-        "hypothesis": argument("M Dh" if packed else "B Th Dh"),
+        "premise": argument("N D" if packed else "B Ty D", "first", offsets="" if packed else "cu_seqlens_premise"),
+        "hypothesis": argument("M Dh" if packed else "B Th Dh", offsets="" if packed else "cu_seqlens_hypothesis"),
         "w": argument("A", linear=True),
         "w_y": argument("D A", linear=True),
         "w_h": argument("Dh A", linear=True),

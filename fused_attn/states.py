@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._checks import show
 from ._jagged import is_jagged, of_rows, rows_of
 from ._softmax import pivot_of, softmax
 
@@ -104,7 +103,7 @@ def _merge_jagged(parts: list[State]) -> State:
     packed = []
     for i, part in enumerate(parts):
         if not isinstance(part, tuple) or len(part) != 3:
-            raise TypeError(f"states[{i}]: expected a State, (out, m, log_l); got {show(part)}")
+            raise _no_state(f"states[{i}]", part)
         given = dict(zip((f"states[{i}].{field}" for field in State._fields), part, strict=True))
         packed.append(State(*(of_rows(name, x, rows, "states[0].out") for name, x in given.items())))
     return cast("State", rows.nest(merge(packed)))
@@ -134,10 +133,17 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.to(dtype) for x in tensors])
 
 
+def _no_state(name: str, given: object) -> TypeError:
+    """The error for what is no state, without its numbers."""
+    several = isinstance(given, tuple) and given and isinstance(given[0], State)
+    hint = ": a call's results, of which the state is the first" if several else ""
+    return TypeError(f"{name}: expected a State, (out, m, log_l); got a {type(given).__name__}{hint}")
+
+
 def _check(name: str, state: State, *, parts: bool) -> None:
     """Check the form of a state; `parts`: whether its tensors have an axis of parts."""
     if not isinstance(state, tuple) or len(state) != 3:
-        raise TypeError(f"{name}: expected a State, (out, m, log_l); got {show(state)}")
+        raise _no_state(name, state)
     for field, x in zip(State._fields, state, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}.{field}: expected a torch.Tensor; got {type(x).__name__}")

@@ -30,7 +30,7 @@ def _table(rows: str, seq: str, last: str) -> Table:
     packed = seq != "B"
     return {
         "query": argument(f"{seq} D", "first"),
-        "key": argument(f"{rows} D", hint="" if packed else "packed rows go with cu_seqlens"),
+        "key": argument(f"{rows} D", offsets="" if packed else "cu_seqlens"),
         "w1": argument("4D A", linear=True),
         "w2": argument("A K", optional=True, linear=True),
         "v": argument(last, linear=True),

@@ -278,6 +278,11 @@ PAIRS = {
     "score_bias of other keys": value_error("score_bias", score_bias=floats(TK + 1)),
     "score_bias of other queries": value_error("score_bias", score_bias=floats(TQ + 1, 1)),
     "score_bias with heads alone": value_error("score_bias", score_bias=floats(B, 1, TQ, TK)),
+    "score_bias of a mask's form": value_error(
+        "score_bias: expected a shape that broadcasts to (B, Tq, Tk) = (2, 3, 5); got (2, 5); "
+        "one a key: pass score_bias[:, None]",
+        score_bias=floats(B, TK),
+    ),
     "score_bias of no keys": value_error("score_bias", score_bias=floats(0)),
     "window is a number": type_error("window: expected a pair (left, right) of int or None; got 3", window=3),
 }
@@ -288,6 +293,11 @@ PAIRS_HEADS = {
         MASK.format(heads="H = 2 from query, ", came=(2, 3, 3, 5)), mask=bools(B, H + 1, TQ, TK)
     ),
     "score_bias of other heads": value_error("score_bias", score_bias=floats(H + 1, 1, 1)),
+    "score_bias of a mask's form, of keys": value_error(
+        "score_bias: expected a shape that broadcasts to (B, H, Tq, Tk) = (2, 2, 3, 5); got (2, 5); "
+        "one a key: pass score_bias[:, None, None]",
+        score_bias=floats(B, TK),
+    ),
 }
 PAIRS_PACKED = {
     "query of rank 4": value_error("query", query=floats(1, 1, N, A)),
@@ -366,14 +376,36 @@ GENERAL_DOT = {
     "query without features": value_error("query", query=floats(B, TQ, 0), key=floats(B, TK, 0)),
     "key of another width": value_error("key", key=floats(B, TK, A + 1)),
 }
+CONCAT_PACKED = {
+    "no offsets": value_error(
+        "query: expected shape (B, Tq, A) or (B, H, Tq, A); got (8, 4); "
+        "packed rows go with cu_seqlens_q, and one query a sequence is query[:, None]",
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+    ),
+}
 CONCAT_MODULE = {
-    "query of rank 2": value_error("query", query=floats(TQ, D)),
+    "query of rank 2": value_error(
+        "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (3, 6); "
+        "packed rows go with cu_seqlens_q, and one query a sequence is query[:, None]",
+        query=floats(TQ, D),
+    ),
     "query of another width": value_error(
         "query: expected shape (B, Tq, query_dim) with query_dim = 6 from the constructor; got (2, 3, 7): "
         "query_dim is 7",
         query=floats(B, TQ, D + 1),
     ),
-    "key of rank 2": value_error("key", key=floats(TK, C)),
+    "key of rank 2": value_error(
+        "key: expected shape (B, Tk, key_dim) with B = 2 from query, key_dim = 3 from the constructor; got (5, 3); "
+        "packed rows go with cu_seqlens_k",
+        key=floats(TK, C),
+    ),
+    "a context that is no list, packed queries": type_error(
+        "contexts: expected a list or tuple, one for each of context_dims; got Tensor",
+        query=floats(N, D),
+        cu_seqlens_q=ints(0, 3, N),
+        contexts=floats(B, R),
+    ),
     "two contexts": value_error("contexts", contexts=[floats(B, R)] * 2),
     "context of rank 1": value_error("contexts[0]", contexts=[floats(R)]),
     "context of other rows": value_error("contexts[0]", contexts=[floats(B, TQ + 9, R)]),
@@ -537,7 +569,7 @@ BAD = {
         "target, packed": TARGET_PACKED,
         "concat": CONCAT,
         "concat, heads": PAIRS_HEADS,
-        "concat, packed": PAIRS_PACKED,
+        "concat, packed": PAIRS_PACKED | CONCAT_PACKED,
         "ConcatAttention": CONCAT_MODULE,
         "general": GENERAL,
         "general, dot": GENERAL_DOT,

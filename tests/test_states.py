@@ -506,7 +506,12 @@ THERE = State(*(x.to("meta") for x in one(2)))
         ([], ValueError, "states: expected one State or more; got none"),
         (3, TypeError, "states: expected a State or a sequence"),
         (torch.zeros(3), TypeError, "states: expected a State or a sequence"),
-        ([one(2), torch.zeros(3)], TypeError, "states[1]: expected a State"),
+        ([one(2), torch.zeros(3)], TypeError, "states[1]: expected a State, (out, m, log_l); got a Tensor"),
+        (
+            [(one(2), torch.zeros(3))],
+            TypeError,
+            "states[0]: expected a State, (out, m, log_l); got a tuple: a call's results, of which the state is the",
+        ),
         ([(torch.zeros(3), None, None)], TypeError, "states[0].m: expected a torch.Tensor; got NoneType"),
         ([one(2), one(3)], ValueError, "states[1]: expected out of shape (2, 4), from states[0]; got (3, 4)"),
         ([one(2)._replace(m=torch.zeros(3))], ValueError, "states[0].m: expected shape (2,), from out; got (3,)"),

@@ -11,14 +11,15 @@ from .._checks import Checker, Table, argument, check_dropout, module_checker, w
 from .._habits import explicit
 from .._jagged import jagged_pairs
 from .._ops import Impl
+from .._pairs import BOTH, OF_QUERIES
 from ..segments import Offsets
 from ._layers import Attention, counts, project
 
 FORMS = tuple(itertools.product((False, True), (False, True)))  # of calls: packed queries, packed keys
 INPUTS: dict[tuple[bool, bool], Table] = {
     (packed_q, packed_k): {
-        "query": argument("N query_dim" if packed_q else "B Tq query_dim"),
-        "key": argument("M key_dim" if packed_k else "B Tk key_dim"),
+        "query": argument("N query_dim") if packed_q else argument("B Tq query_dim", offsets=OF_QUERIES),
+        "key": argument("M key_dim") if packed_k else argument("B Tk key_dim", offsets=BOTH[1]),
         "projected": argument(
             "M width" if packed_k else "B Tk width", optional=True, hint="what project_keys made of key"
         ),

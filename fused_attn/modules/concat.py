@@ -176,16 +176,16 @@ class ConcatAttention(HeadsAttention):
         check = self._check(
             _INPUTS[offsets is not None, packed_k], query, key, None if value is False else value, projected
         )
+        if not isinstance(contexts, (tuple, list)):
+            raise TypeError(
+                f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
+            )
         if offsets is not None and contexts:  # which a sequence may have one of
             if packed_k:
                 check_cu_seqlens("cu_seqlens_q", offsets, query.shape[0], query.device)
                 check.bind_sequences("S", offsets, "cu_seqlens_q")
             else:
                 check_one_side(check, "cu_seqlens_q", offsets, query.shape[0])
-        if not isinstance(contexts, (tuple, list)):
-            raise TypeError(
-                f"contexts: expected a list or tuple, one for each of context_dims; got {type(contexts).__name__}"
-            )
         if len(contexts) != len(self.context_projs):
             raise ValueError(f"contexts: expected {len(self.context_projs)}, by context_dims; got {len(contexts)}")
 

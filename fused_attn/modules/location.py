@@ -26,7 +26,7 @@ from ._layers import Attention, counts, factory, optional_counts, project, read
 
 _INPUTS = {
     packed: {
-        "h": argument("N dim" if packed else "B T dim", hint="" if packed else "packed rows go with cu_seqlens"),
+        "h": argument("N dim" if packed else "B T dim", offsets="" if packed else "cu_seqlens"),
         "context": argument(
             "S context_dim | N context_dim | S 1 context_dim | 1 N context_dim"
             if packed

@@ -26,8 +26,12 @@ from ._layers import Attention, counts, factory, project, read
 
 _WORDS = {
     packed: {
-        "premise": argument("N premise_dim" if packed else "B Ty premise_dim"),
-        "hypothesis": argument("M hypothesis_dim" if packed else "B Th hypothesis_dim"),
+        "premise": argument(
+            "N premise_dim" if packed else "B Ty premise_dim", offsets="" if packed else "cu_seqlens_premise"
+        ),
+        "hypothesis": argument(
+            "M hypothesis_dim" if packed else "B Th hypothesis_dim", offsets="" if packed else "cu_seqlens_hypothesis"
+        ),
         "state": argument("S premise_dim" if packed else "B premise_dim", optional=True),
     }
     for packed in (False, True)

@@ -26,7 +26,7 @@ from ._layers import Attention, counts, factory, optional_counts, read
 _INPUTS = {
     packed: {
         "query": argument("S dim" if packed else "B dim"),
-        "key": argument("N dim" if packed else "B T dim", hint="" if packed else "packed rows go with cu_seqlens"),
+        "key": argument("N dim" if packed else "B T dim", offsets="" if packed else "cu_seqlens"),
         "cu_seqlens": offsets_of("S"),
     }
     for packed in (False, True)
