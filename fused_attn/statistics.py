@@ -287,7 +287,8 @@ def _pooled(
         mean, std, lse, scores, *_ = _STATISTICS(inputs, made, may_ask(*inputs[:7]), deviation)
         return mean, std, lse, scores, None
     if wanted.log_weights or wanted.scores or wanted.lse:
-        return *_STATISTICS.formula(inputs, deviation=deviation), None
+        mean, std, lse, scores = _STATISTICS.formula(inputs, deviation=deviation)
+        return mean, std, lse, scores, None
     mean, std, weights = _STATISTICS.formula(inputs, weights_only=True, deviation=deviation)
     return mean, std, None, None, weights
 
