@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,14 @@ def _table(h: str) -> Table:
 _TABLES = {heads: _table("H" if heads else "") for heads in (False, True)}
 
 
-_FILLS = {"mean": "mean", "add": "sum", "min": "amin", "max": "amax"}  # of `add_self_loops`, by PyTorch's names
+# Of `add_self_loops`, by PyTorch's names, and what it is of no edges.
+_FILLS = {"mean": ("mean", 0), "add": ("sum", 0), "min": ("amin", 0), "max": ("amax", 0), "mul": ("prod", 1)}
+Fill = float | str | Tensor
+
+
+def check_edge_index(edge_index: Tensor) -> None:
+    """ValueError for another shape than that of a list of edges, TypeError for another dtype."""
+    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
 
 
 def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +92,7 @@ def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor
         program, as in `graph_attention`.
 
     """
-    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
+    check_edge_index(edge_index)
     num_queries = check_count("num_queries", num_queries)
     source, target = edge_index.unbind()
     check_values("edge_index[0]", source, (source >= 0).all(), "non-negative indices of key nodes")
@@ -95,7 +103,7 @@ def csr_from_edges(edge_index: Tensor, num_queries: int) -> tuple[Tensor, Tensor
 
 
 def add_self_loops(
-    edge_index: Tensor, num_nodes: int, edge: Tensor | None = None, *, fill: float | str = "mean"
+    edge_index: Tensor, num_nodes: int, edge: Tensor | None = None, *, fill: Fill = "mean"
 ) -> tuple[Tensor, Tensor | None]:
     """An edge from every node to itself, in place of those that there are, as PyG's ``GATv2Conv`` adds it.
 
@@ -108,8 +116,9 @@ def add_self_loops(
     edge
         Edge features ``(E, ...)``, or None.
     fill
-        The features of the new edges: a number, or "mean", "add", "min" or "max" of those of the edges that lead to
-        the node from others, zeros where there are none.
+        The features of the new edges: a number; a tensor, those of one edge, ``(...)`` or ``(1, ...)``; or "mean",
+        "add", "min", "max" or "mul" of those of the edges that lead to the node from others, where there are none
+        zeros, of "mul" ones.
 
     Returns
     -------
@@ -122,31 +131,64 @@ def add_self_loops(
         For dtypes, shapes, and nodes outside ``[0, N)``; on a GPU these stop the program.
 
     """
-    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
-    num_nodes = check_count("num_nodes", num_nodes)
-    for i, ends in enumerate(edge_index):
-        check_indices(f"edge_index[{i}]", ends, num_nodes, "nodes")
-    if isinstance(fill, str):
-        if fill not in _FILLS:
-            raise ValueError(f"fill: expected a number or one of {', '.join(_FILLS)}; got {fill!r}")
-    else:
-        fill = check_number("fill", fill, "a finite number", -sys.float_info.max, math.inf)
-    between = edge_index[0] != edge_index[1]
-    kept = edge_index[:, between]
-    nodes = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
-    both = torch.cat([kept, nodes.expand(2, -1)], 1)
+    check_edge_index(edge_index)
+    loops = _loops(edge_index, check_count("num_nodes", num_nodes))
+    fill = check_fill("fill", fill)
     if edge is None:
-        return both, None
+        return loops.edge_index, None
     if not isinstance(edge, Tensor):
         raise TypeError(f"edge: expected a torch.Tensor; got {type(edge).__name__}")
-    if edge.dim() == 0 or len(edge) != len(between):
-        raise ValueError(f"edge: expected (E, ...) with E = {len(between)} from edge_index; got {tuple(edge.shape)}")
-    edge = edge[between]
-    loops = edge.new_full((num_nodes, *edge.shape[1:]), 0 if isinstance(fill, str) else fill)
+    count = edge_index.shape[1]
+    if edge.dim() == 0 or len(edge) != count:
+        raise ValueError(f"edge: expected (E, ...) with E = {count} from edge_index; got {tuple(edge.shape)}")
+    return loops.edge_index, loops.features(edge, fill)
+
+
+def check_fill(name: str, fill: Fill) -> Fill:
+    """The features of new edges, a number as a float; ValueError or TypeError for what are none."""
+    if isinstance(fill, Tensor):
+        return fill
     if isinstance(fill, str):
-        target = kept[1].long().view(-1, *[1] * (edge.dim() - 1)).expand_as(edge)
-        loops = loops.scatter_reduce(0, target, edge, _FILLS[fill], include_self=False)
-    return both, torch.cat([edge, loops])
+        if fill not in _FILLS:
+            raise ValueError(f"{name}: expected a number, a tensor or one of {', '.join(_FILLS)}; got {fill!r}")
+        return fill
+    return check_number(name, fill, "a finite number", -sys.float_info.max, math.inf)
+
+
+class _Loops(NamedTuple):
+    """A list of edges with one from every node to itself."""
+
+    edge_index: Tensor  # (2, E'): the edges between nodes in their order, then the loops
+    kept: Tensor | None  # those between nodes among the edges that were given; None: all are
+    num_nodes: int
+
+    def features(self, edge: Tensor, fill: Fill) -> Tensor:
+        """Of all edges, of the features of those that were given."""
+        edge = edge if self.kept is None else edge.index_select(0, self.kept)
+        nodes, one = self.num_nodes, edge.shape[1:]
+        if isinstance(fill, str):
+            reduce, none = _FILLS[fill]
+            target = self.edge_index[1, : len(edge)].long().view(-1, *[1] * len(one)).expand_as(edge)
+            loops = edge.new_full((nodes, *one), none)
+            loops = loops.scatter_reduce(0, target, edge, reduce, include_self=False)
+        elif isinstance(fill, Tensor):
+            if fill.shape not in (one, (1, *one)):
+                raise ValueError(
+                    f"fill: expected the features of one edge, {tuple(one)}, from edge; got {tuple(fill.shape)}"
+                )
+            loops = fill.to(edge).expand(nodes, *one)
+        else:
+            loops = edge.new_full((nodes, *one), fill)
+        return torch.cat([edge, loops])
+
+
+def _loops(edge_index: Tensor, num_nodes: int) -> _Loops:
+    for i, ends in enumerate(edge_index):
+        check_indices(f"edge_index[{i}]", ends, num_nodes, "nodes")
+    kept = (edge_index[0] != edge_index[1]).nonzero()[:, 0]
+    nodes = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
+    both = torch.cat([edge_index.index_select(1, kept), nodes.expand(2, -1)], 1)
+    return _Loops(both, None if len(kept) == edge_index.shape[1] else kept, num_nodes)
 
 
 def transpose_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Transposed:
@@ -307,24 +349,43 @@ class _Edges(NamedTuple):
 
 _MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By list of edges: its version, Nq and Nk, and what `edges_of` made; as long as the list lives."""
+_LOOPED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By list of edges: its version, N, and what `loops_of` made; as long as the list lives."""
+Made = TypeVar("Made")
+
+
+def _made_once(
+    made: WeakTensorKeyDictionary, edge_index: Tensor, sizes: tuple[int, ...], make: Callable[[], Made]
+) -> Made:
+    """What `make` makes of a list of edges: once for a tensor that nobody writes to."""
+    kept = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    kept = kept and isinstance(edge_index, Tensor) and not edge_index.is_inference()
+    key = (edge_index._version, *sizes) if kept else None
+    known = made.get(edge_index) if kept else None
+    if known is not None and known[0] == key:
+        return cast("Made", known[1])
+    check_edge_index(edge_index)
+    with torch.inference_mode(False):
+        new = make()
+    if kept:
+        made[edge_index] = key, new
+    return new
 
 
 def edges_of(edge_index: Tensor, num_queries: int, num_keys: int) -> _Edges:
     """The graph of a list of edges: made once for a tensor that nobody writes to."""
-    kept = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    kept = kept and not edge_index.is_inference()
-    key = (edge_index._version, num_queries, num_keys) if kept else None
-    known = _MADE.get(edge_index) if kept else None
-    if known is not None and known[0] == key:
-        return cast("_Edges", known[1])
-    check_tensor("edge_index", edge_index, shapes=[("(2, E)", (2, None))], dtypes=_INDEX)
-    check_indices("edge_index[0]", edge_index[0], num_keys, "key nodes")
-    graph, order = Graph.from_edges(edge_index, num_queries, num_keys)
-    with torch.inference_mode(False):
-        made = _Edges(graph, order.clone(), torch.argsort(order))
-    if kept:
-        _MADE[edge_index] = key, made
-    return made
+
+    def make() -> _Edges:
+        check_indices("edge_index[0]", edge_index[0], num_keys, "key nodes")
+        graph, order = Graph.from_edges(edge_index, num_queries, num_keys)
+        return _Edges(graph, order.clone(), torch.argsort(order))
+
+    return _made_once(_MADE, edge_index, (num_queries, num_keys), make)
+
+
+def loops_of(edge_index: Tensor, num_nodes: int) -> _Loops:
+    """A list of edges with one from every node to itself: made once for a tensor that nobody writes to."""
+    return _made_once(_LOOPED, edge_index, (num_nodes,), lambda: _loops(edge_index, num_nodes))
 
 
 def _fake(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, ...]:

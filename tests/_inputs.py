@@ -318,6 +318,10 @@ ROWS: dict[str, Row] = {
         _module("GraphAttention", D, A, key_dim=C),
         {"x": (floats(4, D), floats(4, C)), "indptr": INDPTR, "indices": INDICES},
     ),
+    "GraphAttention, self loops": Row(
+        _module("GraphAttention", D, A, edge_dim=C, self_loops=True),
+        {"x": floats(4, D), "indptr": ints(0, 1, 2, 2, 1, 3).view(2, 3), "edge": floats(3, C)},
+    ),
     "HierarchicalAttention": Row(
         _module("HierarchicalAttention", D, A, inner_context_dim=C, outer_context_dim=R),
         {

@@ -289,25 +289,36 @@ def test_a_list_of_edges_is_told_what_is_wrong_with_it_by_its_own_name():
         attend([0, 1], [1, 1], edge=torch.randn(3, 2))
 
 
-@pytest.mark.parametrize("fill", ["mean", "add", "min", "max", 0.5])
+@pytest.mark.parametrize(
+    "fill", ["mean", "add", "min", "max", "mul", 0.5, torch.tensor([2.0, 3.0]), torch.ones(1, 2)]
+)
 def test_self_loops_take_the_place_of_those_that_there_are(fill):
     edge_index = torch.tensor([[0, 1, 2, 2, 1], [1, 1, 0, 1, 1]])
     edge = torch.tensor([[1.0, 2.0], [7.0, 7.0], [3.0, -1.0], [5.0, -4.0], [9.0, 9.0]])
     index, features = add_self_loops(edge_index, 3, edge, fill=fill)
     assert index.tolist() == [[0, 2, 2, 0, 1, 2], [1, 0, 1, 0, 1, 2]]
-    of_one = {"mean": [3.0, -1.0], "add": [6.0, -2.0], "min": [1.0, -4.0], "max": [5.0, 2.0], 0.5: [0.5, 0.5]}[fill]
-    rest = ([0.5, 0.5], [0.5, 0.5]) if fill == 0.5 else ([3.0, -1.0], [0.0, 0.0])
-    assert features.tolist() == [[1.0, 2.0], [3.0, -1.0], [5.0, -4.0], rest[0], of_one, rest[1]]
+    if isinstance(fill, str):
+        of_one = {"mean": [3.0, -1.0], "add": [6.0, -2.0], "min": [1.0, -4.0], "max": [5.0, 2.0], "mul": [5.0, -8.0]}
+        of_two = [1.0, 1.0] if fill == "mul" else [0.0, 0.0]  # no edge leads to it
+        loops = [[3.0, -1.0], of_one[fill], of_two]
+    else:
+        loops = (torch.zeros(3, 2) + fill).tolist()
+    assert features.tolist() == [[1.0, 2.0], [3.0, -1.0], [5.0, -4.0], *loops]
     assert add_self_loops(edge_index, 3)[1] is None
 
 
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"fill": "median"}, ValueError, "fill: expected a number or one of mean, add, min, max; got 'median'"),
+        ({"fill": "median"}, ValueError, "fill: expected a number, a tensor or one of mean, add, min, max, mul; got"),
         ({"fill": float("nan")}, ValueError, "fill: expected a finite number"),
         ({"num_nodes": 2}, ValueError, "edge_index[1]: expected non-negative indices under the number of nodes, 2"),
         ({"edge": torch.ones(3)}, ValueError, "edge: expected (E, ...) with E = 2 from edge_index; got (3,)"),
+        (
+            {"fill": torch.ones(3), "edge": torch.ones(2, 2)},
+            ValueError,
+            "fill: expected the features of one edge, (2,), from edge; got (3,)",
+        ),
         ({"edge": [1.0]}, TypeError, "edge: expected a torch.Tensor; got list"),
     ],
     ids=str,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import (
+    Checker,
     argument,
     check_activation,
     check_dropout,
@@ -18,7 +19,17 @@ from .._checks import (
 )
 from .._habits import explicit
 from .._ops import Impl
-from ..graph import Graph, Transposed, check_slope, csr_of, graph_attention
+from ..graph import (
+    Fill,
+    Graph,
+    Transposed,
+    check_edge_index,
+    check_fill,
+    check_slope,
+    csr_of,
+    graph_attention,
+    loops_of,
+)
 from ._layers import Attention, counts, factory, optional_counts, read
 
 _INPUTS = {
@@ -38,8 +49,8 @@ class GraphAttention(Attention):
 
     The projections are those of PyTorch Geometric's ``GATv2Conv``: `key_proj` is its ``lin_l`` (sources, and the
     values), `query_proj` its ``lin_r`` (targets), `edge_proj` its ``lin_edge``, `residual_proj` its ``res``, and
-    ``score.weight`` its ``att``. Unlike it, no edges from a node to itself are added (`add_self_loops` does it), and
-    layers are initialised as `torch.nn.Linear` is.
+    ``score.weight`` its ``att``. Unlike it, edges from a node to itself are added where `self_loops` says so, not
+    else, and layers are initialised as `torch.nn.Linear` is.
 
     Parameters
     ----------
@@ -61,6 +72,13 @@ class GraphAttention(Attention):
         Whether a product of the query nodes with a weight of its own is added to the output.
     negative_slope
         Of leaky_relu, below 0.
+    self_loops
+        Whether every node has an edge to itself, in place of those that there are, as `add_self_loops` adds it. It
+        takes a list of edges, and nodes of one kind; what it makes of the list is kept as its `Graph` is. The number
+        of edges is then in values: `torch.compile` has one graph only where `add_self_loops` went before.
+    fill
+        Features of those edges, see `add_self_loops`: PyG's ``fill_value``. A tensor ``(edge_dim,)`` is a buffer,
+        which is not saved.
     dropout, activation, device, dtype
         As in `ConcatAttention`.
 
@@ -94,6 +112,8 @@ class GraphAttention(Attention):
         dropout: float = 0.0,
         activation: str = "leaky_relu",
         negative_slope: float = 0.2,
+        self_loops: bool = False,
+        fill: Fill = "mean",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,11 +127,26 @@ class GraphAttention(Attention):
         if share_weights and key_dim != query_dim:
             raise ValueError(f"share_weights: expected False where key_dim is not query_dim, {query_dim}; got True")
         check_activation("activation", activation)
+        self_loops = check_flag("self_loops", self_loops)
+        if self_loops and key_dim != query_dim:
+            raise ValueError(f"self_loops: expected False where key_dim is not query_dim, {query_dim}; got True")
+        fill = check_fill("fill", fill)
+        default = isinstance(fill, str) and fill == "mean"
+        if not default and not (self_loops and edge_dim is not None):
+            got = "a tensor" if isinstance(fill, Tensor) else repr(fill)
+            raise ValueError(f"fill: expected 'mean', the default, without self_loops and an edge_dim; got {got}")
+        if isinstance(fill, Tensor) and fill.shape not in ((edge_dim,), (1, edge_dim)):
+            raise ValueError(f"fill: expected shape (edge_dim,) with edge_dim = {edge_dim}; got {tuple(fill.shape)}")
         super().__init__()
         made = factory(device, dtype)
         self.num_heads, self.concat = num_heads, concat
         self.activation, self.dropout = activation, check_dropout("dropout", dropout)
         self.negative_slope = check_slope(negative_slope)
+        self.self_loops = self_loops
+        if isinstance(fill, Tensor):
+            self.register_buffer("fill", fill.to(**made), persistent=False)
+        else:
+            self.fill = fill
         width = num_heads * head_dim
         self.key_proj = nn.Linear(key_dim, width, bias=bias, **made)
         if not share_weights:
@@ -162,13 +197,14 @@ class GraphAttention(Attention):
             As in `graph_attention`. A state is returned there alone: what follows the heads here is of a whole.
         edge
             Edge features ``(E, edge_dim)`` in the order of `indices` or of the list of edges, where there is an
-            `edge_dim`.
+            `edge_dim`. Those of self loops that `self_loops` takes the place of are not read.
 
         Returns
         -------
         Tensor or tuple
             Output ``(Nq, H * head_dim)``, or ``(Nq, head_dim)`` of the mean; weights, log weights and scores
-            ``(E, H)``; lse ``(Nq, H)``.
+            ``(E, H)``; lse ``(Nq, H)``. With `self_loops` E is that of `add_self_loops`: the edges between nodes in
+            their order, and then those of the N nodes to themselves.
 
         Raises
         ------
@@ -193,6 +229,8 @@ class GraphAttention(Attention):
             expected = "None, since edge_dim is None" if self.edge_proj is None else "a tensor, by edge_dim"
             raise ValueError(f"edge: expected {expected}; got {'None' if edge is None else 'a tensor'}")
         check.bind("Nq+1", query.shape[0] + 1, "x")
+        if self.self_loops:
+            indptr, edge = self._with_loops(check, x, indptr, indices, transposed, edge)
         structure = (indptr, indices)
         indptr, indices, *_ = csr_of(indptr, indices, transposed, query, key)
         check("indices", indices)
@@ -227,12 +265,41 @@ class GraphAttention(Attention):
         out = out if self.bias is None else out + self.bias.to(out.dtype)
         return (out, *more) if more else out
 
+    def _with_loops(
+        self,
+        check: Checker,
+        x: Tensor | tuple[Tensor, Tensor],
+        edge_index: Tensor | Graph,
+        indices: Tensor | None,
+        transposed: Transposed | None,
+        edge: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The list of edges with those of nodes to themselves, and the features of all."""
+        if isinstance(x, tuple):
+            raise ValueError("x: expected nodes of one kind with self_loops; got a pair")
+        if isinstance(edge_index, Graph):
+            raise TypeError(
+                "indptr: expected an edge_index (2, E) with self_loops; got Graph: make that of what add_self_loops "
+                "makes, for a module without self_loops"
+            )
+        for name, given in (("indices", indices), ("transposed", transposed)):
+            if given is not None:
+                raise TypeError(f"{name}: expected None with self_loops; got {type(given).__name__}")
+        check_edge_index(edge_index)
+        check("edge_index", edge_index[0], "indices")
+        check("edge", edge)
+        loops = loops_of(edge_index, x.shape[0])
+        check.bind("E", loops.edge_index.shape[1], "edge_index")
+        return loops.edge_index, None if edge is None else loops.features(edge, self.fill)
+
     def extra_repr(self) -> str:
         """What the layers do not show."""
         return (
             f"num_heads={self.num_heads}, concat={self.concat}, share_weights={self.query_proj is self.key_proj}, "
             f"activation={self.activation!r}, dropout={self.dropout}"
             f"{'' if self.negative_slope == 0.2 else f', negative_slope={self.negative_slope}'}"
+            f"{', self_loops=True' if self.self_loops else ''}"
+            f"{'' if isinstance(self.fill, str) and self.fill == 'mean' else f', fill={self.fill}'}"
         )
 
 
