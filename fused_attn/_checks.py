@@ -520,18 +520,32 @@ def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int |
 
 
 def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None) -> None:
-    """Raise where the values can be read without waiting for a device; else assert there."""
     x, good = every_sample(x), every_sample(good)
+    if not _holds(good, f"{name}: expected {expected}"):
+        came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
+        cause = "" if count is None or "offsets" not in expected else _cause_of_offsets(x, count)
+        raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}{cause}")
+
+
+def _holds(good: Tensor, text: str) -> bool:
+    """Whether it is all True, where that can be read without waiting for a device; else it is asserted there."""
     compiling = torch.compiler.is_compiling()
     fake = type(good).__torch_dispatch__ is not Tensor.__torch_dispatch__  # holds no numbers
     if compiling:
         _leave_to_functorch()
-    if compiling or x.device.type != "cpu" or fake:
-        _assert_each(good, f"{name}: expected {expected}")
-    elif not good.all():
-        came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
-        cause = "" if count is None or "offsets" not in expected else _cause_of_offsets(x, count)
-        raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}{cause}")
+    if compiling or good.device.type != "cpu" or fake:
+        _assert_each(good, text)
+        return True
+    return bool(good.all())
+
+
+def check_pair_count(name: str, came: int, count: Tensor) -> None:
+    """Check that a number a pair of packed rows is for as many pairs as there are; as `check_cu_seqlens` raises."""
+    count = every_sample(count)
+    if not _holds(count == came, f"{name}: expected a number for each pair of a query and a key of its sequence"):
+        raise ValueError(
+            f"{name}: expected P = {count.tolist()} pairs, each query's with the keys of its sequence; got {came}"
+        )
 
 
 def _cause_of_offsets(x: Tensor, rows: int) -> str:
@@ -553,18 +567,12 @@ def check_packed(given: dict[str, Any], queries: Tensor | None, keys: Tensor | N
     packed = queries is not None
     if packed != (keys is not None):
         raise ValueError(f"{names[packed]}: expected offsets with the other side's, packed rows need both; got None")
-    if packed:
-        check_padded_only(given)
-    return packed
-
-
-def check_padded_only(given: dict[str, Any]) -> None:
-    """Refuse what is `given`, for it goes with padded rows only."""
-    for name, x in given.items():
+    for name, x in given.items() if packed else ():
         if x is True:
             raise ValueError(f"{name}: expected False with packed rows, pad the batch to see them; got True")
         if x is not None and x is not False:
             raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
+    return packed
 
 
 def _a_tensor(x: Any) -> str:

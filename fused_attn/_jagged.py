@@ -32,7 +32,8 @@ def jagged_offsets(name: str, x: Tensor) -> Tensor:
 def jagged_pairs(fn: Callable[P, R]) -> Callable[P, R]:
     """Let a function of queries and keys take either of them jagged, and return so what has a row a query.
 
-    Inside they are packed rows. Values are as the keys; a mask may be of packed keys, or jagged too.
+    Inside they are packed rows. Values are as the keys; a mask may be of packed keys, or jagged as they are. A bias,
+    and a mask of pairs, of three axes, may be jagged as the weights of jagged queries are.
     """
     order = tuple(inspect.signature(fn).parameters)
     at = order.index("query"), order.index("key")
@@ -88,12 +89,16 @@ def _of_packed(fn: Callable[..., Any], given: dict[str, Any], before: list[Any])
             raise ValueError(f"key: expected as many sequences as query has, {wanted}; got {came}")
         for name in ("value", "mask"):
             x = given.get(name)
-            if x is not None and x is not False if name == "value" else isinstance(x, Tensor) and x.is_nested:
+            if x is not None and x is not False if name == "value" else is_jagged(x) and x.dim() == 2:
                 given[name] = of_rows(name, x, key, "key")
         given["cu_seqlens_k"] = key.offsets.to(torch.int32)
     if query is None:
         return fn(*before, **given)
     given["cu_seqlens_q"] = query.offsets.to(torch.int32)
+    for name in ("score_bias", "mask"):
+        if is_jagged(x := given.get(name)) and x.dim() > (2 if name == "mask" else 1):  # a row a query
+            pairs = Rows(query.packed, _keys_of_queries(query, key, given), False)
+            given[name] = of_rows(name, x, pairs, "the scores")
     results = fn(*before, **given)
     kinds = ["out"] * (given.get("value") is not False)
     kinds += [kind for kind in BESIDE if given.get(f"return_{kind}") is True]

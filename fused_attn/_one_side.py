@@ -30,7 +30,9 @@ def both_packed(inputs: P) -> P:
     if inputs.cu_seqlens_q is None:
         return inputs._replace(query=packed_rows(inputs.query), cu_seqlens_q=_even(inputs.query))
     value = inputs.value if inputs.value is None else packed_rows(inputs.value)
-    mask = inputs.mask if inputs.mask is None else inputs.mask.flatten()[None]
+    mask = inputs.mask
+    if mask is not None and mask.dim() == 2:
+        mask = mask.flatten()[None]
     key, offsets = packed_rows(inputs.key), _even(inputs.key)
     return inputs._replace(key=key, value=value, mask=mask, cu_seqlens_k=offsets)
 

@@ -20,10 +20,9 @@ from ._checks import (
     check_dropout,
     check_mask,
     check_one_side,
-    check_padded_only,
+    check_pair_count,
     check_score_bias,
     check_window,
-    mask_of,
     offsets_of,
 )
 from ._dropout import draw_seed
@@ -70,6 +69,13 @@ def pairs_tables(
             one = f" | {k[:k_at]}1 {k[k_at:]}{width}" if shared and heads and not packed_k else ""
             return f"{k[:k_at]}{h}{k[k_at:]}{width}{one}"
 
+        def of_pairs(first: str, kind: str, hint: str = "") -> Argument:
+            """A number a pair: of packed rows in these forms, else as broadcasting has it."""
+            if not (packed_q or packed_k):
+                return Argument((), kind, True, False, TRUE_IS_VISIBLE if kind == "bool" else "")
+            forms = f"{first} | P 1{' | P H' if heads else ''}"
+            return argument(forms, kind, optional=True, hint=hint, empty=True)
+
         return {
             "query": argument(
                 f"{q}{query} | {q[:at]}H {q[at:]}{query}", "first", offsets="" if packed_q else OF_QUERIES
@@ -77,8 +83,8 @@ def pairs_tables(
             "key": argument(of_keys(key), offsets="" if packed_k else BOTH[1]),
             "value": argument(of_keys("Dv"), optional=keys_are_values),
             **{name: parameter(form) for name, form in parameters.items()},
-            "mask": mask_of(k) if packed_q or packed_k else Argument((), "bool", True, False, TRUE_IS_VISIBLE),
-            "score_bias": Argument((), "bias", True, False, ""),
+            "mask": of_pairs(k, "bool", f"{TRUE_IS_VISIBLE}; one of pairs has two axes"),
+            "score_bias": of_pairs("P", "bias"),
             "cu_seqlens_q": offsets_of(sequences),
             "cu_seqlens_k": offsets_of(sequences),
             "offsets": offsets_of("any"),
@@ -106,8 +112,6 @@ def check_pairs(
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
     offsets = {"cu_seqlens_q": (given.cu_seqlens_q, query), "cu_seqlens_k": (given.cu_seqlens_k, key)}
     packed = [cu is not None for cu, _ in offsets.values()]
-    if any(packed):
-        check_padded_only({"score_bias": given.score_bias})
     check = Checker(tables[packed[0], packed[1], has_heads(given)])
     for name, x in {"query": query, "key": key, "value": given.value, **parameters}.items():
         if name != "value" or wanted.output:
@@ -120,7 +124,11 @@ def check_pairs(
         [(name, cu, rows)] = [(name, cu, rows) for name, (cu, rows) in offsets.items() if cu is not None]
         check_one_side(check, name, cu, rows.shape[0])
     check("mask", given.mask)
-    if not any(packed):
+    if any(packed):
+        check("score_bias", given.score_bias)
+        for name in ("mask",) * _mask_is_of_pairs(given) + ("score_bias",) * (given.score_bias is not None):
+            check_pair_count(name, getattr(given, name).shape[0], pair_starts(given)[-1])
+    else:
         scores: Any = (*given.query.shape[:-1], key.shape[-2])
         check_mask(check, given.mask, scores if len(scores) == 4 else (*scores[:-2], 1, *scores[-2:]))
         check_score_bias(check, given.score_bias, scores)
@@ -142,12 +150,30 @@ def canonical(given: P) -> P:
 
     query, key, value, *_ = given
     seed, bias = draw_seed(given.dropout_p, query.device), given.score_bias
-    if bias is not None:
+    if bias is not None and given.packed:
+        bias = _of_heads(bias)
+    elif bias is not None:
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1,) * (3 + heads)))
         bias = bias if heads else bias[:, None]
     query, key, value = rows(query, packed_q), rows(key, packed_k), rows(value, packed_k)
     made = given._replace(query=query, key=key, value=value, score_bias=bias, seed=seed)
-    return made if given.mask is None else made._replace(mask=_of_keys_or_pairs(given.mask, made.key.shape[0]))
+    if given.mask is None:
+        return made
+    of_pairs = _mask_is_of_pairs(given)
+    return made._replace(mask=_of_heads(given.mask) if of_pairs else _of_keys_or_pairs(given.mask, made.key.shape[0]))
+
+
+def _mask_is_of_pairs(given: P) -> bool:
+    """Whether a mask of packed rows is of pairs: of two axes, and not ``(B, Tk)`` where keys are padded."""
+    mask, key = given.mask, given.key
+    if mask is None or mask.dim() != 2 or not given.packed:
+        return False
+    return given.cu_seqlens_k is not None or tuple(mask.shape) != (key.shape[0], key.shape[-2])
+
+
+def _of_heads(pairs: Tensor) -> Tensor:
+    """A number a pair of packed rows, ``(P,)`` or ``(P, H)``, as ``(1, H, P)``; H may be 1."""
+    return (pairs if pairs.dim() == 2 else pairs[:, None]).mT[None]
 
 
 def of_all_heads(inputs: P) -> P:

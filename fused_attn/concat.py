@@ -121,7 +121,8 @@ def concat_attention(
         a padded sequence. Else ``"triton"`` raises, and ``"auto"`` is the reference, which stores Tq·Tk·A.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
-        where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed keys ``(M,)``.
+        where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed rows: of keys
+        ``(M,)``, of pairs, in the order of the weights, ``(P, 1)`` or ``(P, H)``; one axis is always of keys.
         Rows that it lets no query or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
@@ -129,7 +130,7 @@ def concat_attention(
         queries that see it: a cache that is not yet written may hold NaN.
     score_bias
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
-        of `query` or float32; not with packed rows.
+        of `query` or float32. Of packed rows in the order of the weights: ``(P,)``, ``(P, 1)`` or ``(P, H)``.
     cu_seqlens_q, cu_seqlens_k
         int32 ``(S + 1,)``, of packed rows: queries of sequence s see the keys of sequence s. Of one side alone
         ``(B + 1,)``: the other is padded, and a mask of keys hides what is past their ends. Or none where
@@ -159,7 +160,7 @@ def concat_attention(
     Raises
     ------
     ValueError, TypeError
-        For arguments that do not fit, packed rows with a bias, and an `impl` that cannot run here.
+        For arguments that do not fit, and an `impl` that cannot run here.
 
     References
     ----------
@@ -227,7 +228,7 @@ def _few(inputs: ConcatInputs) -> bool:
 def _summed(inputs: ConcatInputs) -> ConcatInputs:
     """Of the identity, whose v · (q + k) is a number a query and a number a key: one feature."""
     query, key, _, v, _, mask, *_ = inputs
-    if mask is not None:  # rows that may be NaN, before they meet a number
+    if mask is not None and mask.dim() != 3:  # rows that may be NaN, before they meet a number
         queries, keys = reference.used_rows(mask)
         if not inputs.packed:
             (query,) = reference.hide(queries[..., None], query)
@@ -275,7 +276,6 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     """
     query, key, value, v, score_bias, mask, _, cu_seqlens, seed, activation, _, _, dropout_p = inputs
     heads, Tk = query.shape[1], key.shape[2]
-    bias = None if score_bias is None else score_bias.expand(query.shape[0], 1, 1, Tk)
     if not kernel:
         query, key, v = reference.widened(query, key, v)
 
@@ -288,10 +288,12 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     keys = side_by_side(key if key.shape[1] == heads else key.expand(-1, heads, -1, -1))
     value = side_by_side(value)
     if cu_seqlens is not None:
-        keys, value, mask = keys.squeeze(0), value.squeeze(0), None if mask is None else mask.squeeze(0)
+        keys, value = keys.squeeze(0), value.squeeze(0)
+        bias, mask = (x if x is None else x.flatten() for x in (score_bias, mask))  # a pair is a key
+    else:
+        bias = None if score_bias is None else score_bias.expand(query.shape[0], 1, 1, Tk).squeeze(2).squeeze(1)
     score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
     options = (activation, "sigmoid", dropout_p, False, score_activation)
-    bias = None if bias is None else bias.squeeze(2).squeeze(1)
     pooled = LocationInputs(*score, value, bias, mask, cu_seqlens, seed, *options)
     if not kernel:
         out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)

@@ -202,7 +202,8 @@ def general_attention(
         reference, which stores Tq·Tk.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
-        where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed keys ``(M,)``.
+        where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed rows: of keys
+        ``(M,)``, of pairs, in the order of the weights, ``(P, 1)`` or ``(P, H)``; one axis is always of keys.
         Rows that it lets no query or key use are never read: they may be NaN.
     window
         ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
@@ -210,7 +211,7 @@ def general_attention(
         queries that see it: a cache that is not yet written may hold NaN.
     score_bias
         Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
-        of `query` or float32; not with packed rows.
+        of `query` or float32. Of packed rows in the order of the weights: ``(P,)``, ``(P, 1)`` or ``(P, H)``.
     cu_seqlens_q, cu_seqlens_k
         int32 ``(S + 1,)``, of packed rows: queries of sequence s see the keys of sequence s. Of one side alone
         ``(B + 1,)``: the other is padded, and a mask of keys hides what is past their ends. Or none where

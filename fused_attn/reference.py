@@ -10,7 +10,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,10 @@ from .kernels.inputs import (
     TargetInputs,
     WindowInputs,
     WordByWordInputs,
+    pair_starts,
 )
+
+P = TypeVar("P", ConcatInputs, GeneralInputs)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -324,7 +327,7 @@ def concat_attention(
     least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible, of packed rows ``(H, P)``,
     see `pair_starts`; with `weights_only` out and the weights before dropout.
     """
-    query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
+    query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = spread(inputs)
     query, key, value = readable(mask, query, key, value)
     query, key, v = widened(query, key, v)
     bad = None
@@ -355,7 +358,7 @@ def general_attention(
     `weight`: W, ``(Dq, Dk)`` or ``(H, Dq, Dk)``, for queries ``(B, H, Tq, Dq)``; None: the identity. `factor`: a
     further scale, ``()`` or ``(H,)``. The results are those of `concat_attention`.
     """
-    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p = inputs
+    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p = spread(inputs)
     query, key, value = readable(mask, query, key, key if value is None else value)
     query, key, weight = widened(query, key, weight)
     bad = None
@@ -368,6 +371,25 @@ def general_attention(
     structure = (mask, *offsets, seed, left, right, dropout_p)
     options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only}
     return _attend(scores, value, score_bias, *structure, bad=bad, **options)
+
+
+def spread(inputs: P) -> P:
+    """Inputs whose bias and mask of packed pairs are ``(1, H, Tq, Tk)``, 0 and False for those of two sequences."""
+    flat = [inputs.packed and x is not None and x.dim() == 3 for x in (inputs.score_bias, inputs.mask)]
+    if not any(flat):
+        return inputs
+    (Tq, Tk), starts = (inputs.query.shape[2], inputs.key.shape[2]), pair_starts(inputs)
+    q_seq, i = positions(1, Tq, inputs.cu_seqlens_q, starts.device)
+    k_seq, j = positions(1, Tk, inputs.cu_seqlens_k, starts.device)
+    assert inputs.cu_seqlens_k is not None
+    first = starts[q_seq] + i * inputs.cu_seqlens_k.diff()[q_seq]  # of each query's
+
+    def over(x: Tensor) -> Tensor:
+        at = torch.where(q_seq[0, :, None] == k_seq, first[0, :, None] + j, x.shape[-1])
+        return F.pad(x, (0, 1))[..., at]
+
+    bias, mask = (over(x) if lies else x for x, lies in zip((inputs.score_bias, inputs.mask), flat, strict=True))
+    return inputs._replace(score_bias=bias, mask=mask)
 
 
 def readable(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,7 +69,7 @@ class Entries(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """One number a query and key, (B, Tq, Tk) or (B, H, Tq, Tk)."""
+    """One number a query and key, (B, Tq, Tk) or (B, H, Tq, Tk); of packed rows (1, H, P), see `load_pairs`."""
 
     ptr: Tensor | None
     stride_b: int  # 4 n + 3, of vectors of 16 where EVEN; see `load_pairs`
@@ -144,6 +144,14 @@ def pairs(x: Tensor | None, *, whole: bool = False) -> Pairs:
     return Pairs(x, *outer, stride_k if plain else untold(stride_k), _YES if plain else _NO, _YES if even else _NO)
 
 
+def pairs_as(x: Tensor | None, shape: tuple[int, ...], *, packed: bool, whole: bool = False) -> Pairs:
+    """`pairs` of what broadcasts to the shape (B, H, Tq, Tk); packed it is (1, H or 1, P), see `load_pairs`."""
+    if x is None or not packed:
+        return pairs(x if x is None else x.expand(shape), whole=whole)
+    x = x.contiguous().expand(-1, shape[1], -1)
+    return Pairs(x, untold(0), untold(stride_of(x, 1)), untold(0), 1, _YES, _NO)
+
+
 @triton.jit
 def pitch(x):
     """From a row to the next, which is whole units."""
@@ -190,11 +198,18 @@ def whole_pitch(n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(x, seq, head, i, j, shown):
-    """The numbers of queries i and keys j, whose shapes broadcast, of a head of a sequence, both int64."""
-    unit: tl.constexpr = 16 if x.EVEN else 1
-    ptr = x.ptr + (seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)) * unit
-    ptr = ptr + i.to(tl.int64) * (x.stride_q >> 2) * unit
+def load_pairs(x, starts, seq, head, i, j, Tk, shown):
+    """The numbers of queries i and keys j, whose shapes broadcast, of a head of a sequence, both int64.
+
+    starts: of packed rows, see `inputs.pair_starts`; those of the sequence begin there, a query after the other, each
+    over Tk keys. None: the strides say.
+    """
+    if starts is None:
+        unit: tl.constexpr = 16 if x.EVEN else 1
+        ptr = x.ptr + (seq * (x.stride_b >> 2) + head * (x.stride_h >> 2)) * unit
+        ptr = ptr + i.to(tl.int64) * (x.stride_q >> 2) * unit
+    else:
+        ptr = x.ptr + head * (x.stride_h >> 2) + tl.load(starts + seq) + i.to(tl.int64) * Tk
     if x.PLAIN:
         stride_k = x.stride_k
     else:

@@ -36,7 +36,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, entries, head_ptr, heads, launch, load_pairs, pairs, pitch, width
+from .arguments import (
+    constants,
+    entries,
+    head_ptr,
+    heads,
+    launch,
+    load_pairs,
+    pairs_as,
+    pitch,
+    width,
+)
 from .chip import (
     LENGTHS,
     LONG,
@@ -59,7 +69,6 @@ from .masks import (
     Items,
     dropout,
     dropout_scale,
-    in_window,
     row_codes,
     split_tiles,
     unmasked,
@@ -191,20 +200,14 @@ def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep
 
 
 @triton.jit
-def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags):
-    """Scores s of the queries i and keys j with their bias, and which of these pairs are visible.
-
-    bias, mask: a number a pair, of which packed rows have none.
-    """
+def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window):
+    """Scores s of the queries i and keys j with their bias, and which of these pairs are visible."""
     i = i[:, None]
     j = j[None, :]
     inside = q_keep[:, None] & k_keep[None, :]
-    if flags.PACKED:
-        shown = in_window(window, i, j, inside)
-    else:
-        shown = window_pairs(window, mask, seq, head, i, j, inside)
-        if bias.ptr is not None:
-            s += load_pairs(bias, seq, head, i, j, shown).to(tl.float32)
+    shown = window_pairs(window, mask, k_side.pairs, seq, head, i, j, k_length, inside)
+    if bias.ptr is not None:
+        s += load_pairs(bias, k_side.pairs, seq, head, i, j, k_length, shown).to(tl.float32)
     return s, shown
 
 
@@ -240,8 +243,8 @@ def _concat_fwd_kernel(
     k,  # (B, H, Tk, A)
     v,
     value,  # (B, H, Tk, DV)
-    bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -300,7 +303,7 @@ def _concat_fwd_kernel(
             flags,
             blocks,
         )
-        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
+        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
             pair = pairs_at(i[:, None], j[None, :], seq, head, q_side, k_side, k_length, Tq, Tk, size)
@@ -387,7 +390,7 @@ class Result(NamedTuple):
     out: Tensor  # (B, H, Tq, DV) in the dtype of the values
     exact: Tensor | None  # the same, for a backward of 16 bits
     lse: Tensor  # (B, H, Tq, 2): (m, l), see softmax.py
-    scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
+    scores: Tensor | None  # (B, H, Tq, Tk), or packed (H, P), filled with -inf
     o: Tensor | None  # (B, H, Tq, splits, DV); for one part that is HELD any, or None
     m: Tensor | None  # (B, H, Tq, splits)
     l: Tensor | None
@@ -412,7 +415,6 @@ class Flags(NamedTuple):
     EXACT: bool
     SAFE: float
     GROUP: int
-    PACKED: bool
     COMPUTE: object
     PRECISION: str
 
@@ -423,15 +425,17 @@ class Call(NamedTuple):
     chip: Chip
     seqs: int
     busy: bool  # see fwd_blocks
+    starts: Tensor | None  # of packed rows with a number a pair, see pair_starts
     size: Size
     flags: Flags
     args: dict[str, Any]  # by the kernels' names
 
 
-def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
+def prepare(inputs: ConcatInputs, scored: bool, lse: Tensor | None = None) -> Call:
     """Arguments by the kernels' names, but for what `factors` makes.
 
-    lse: in a backward, which must not multiply with a query that sees nothing: it may be NaN.
+    scored: a number a pair is returned, or comes back. lse: in a backward, which must not multiply with a query that
+    sees nothing: it may be NaN.
     """
     query, key, value, _, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
     chip = chip_of(query.device)
@@ -442,11 +446,12 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
     q_rows = k_rows = None
     if mask is not None:
         # Of all heads alike: what one of them alone may not use is told from the rest as what one query may not is.
-        k_rows = (mask if mask.dim() == 2 else mask.any(dim=(1, 2)).expand(B, -1)).view(torch.uint8)
+        if mask.dim() != 3:
+            k_rows = (mask if mask.dim() == 2 else mask.any(dim=(1, 2)).expand(B, -1)).view(torch.uint8)
         one = mask.dim() == 2 or mask.shape[1] == 1
         q_rows = None if lse is None else lse[:, 0, :, 1] if one else lse[..., 1].amax(1)  # l is 0
-        mask = mask.expand(B, H, Tq, Tk).view(torch.uint8) if mask.dim() == 4 else None
-    bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
+        mask = None if mask.dim() == 2 else mask.view(torch.uint8)
+    starts = pair_starts(inputs) if inputs.packed and (scored or mask is not None or score_bias is not None) else None
     size = Size(H, A, A + A % 2, value.shape[-1])
     flags = Flags(
         activation,
@@ -456,15 +461,14 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         exact,
         SAFE_EXACT if exact else SAFE,
         GROUP if exact else 2**20,
-        inputs.packed,
         *matmul_flags(chip, value.dtype).values(),
     )
     args = {
         "q": heads(unit(query), packed=packed_q),
         "k": heads(unit(key), packed=packed_k),
         "value": heads(unit(value), packed=packed_k),
-        "bias": pairs(bias),
-        "mask": pairs(mask),
+        "bias": pairs_as(score_bias, (B, H, Tq, Tk), packed=inputs.packed),
+        "mask": pairs_as(mask, (B, H, Tq, Tk), packed=inputs.packed),
         "q_rows": entries(q_rows, packed=packed_q),
         "k_rows": entries(k_rows, packed=packed_k),
         "dropout": dropout(seed, dropout_p),
@@ -475,8 +479,8 @@ def prepare(inputs: ConcatInputs, lse: Tensor | None = None) -> Call:
         "flags": constants(flags),
     }
     masked = inputs.packed and k_rows is not None
-    busy = masked or any(x is not None for x in (bias, mask, left, right, seed))
-    return Call(chip, seqs, busy, size, flags, args)
+    busy = masked or any(x is not None for x in (score_bias, mask, left, right, seed))
+    return Call(chip, seqs, busy, starts, size, flags, args)
 
 
 def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: bool) -> tuple[Tensor, ...]:
@@ -487,7 +491,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: 
     """
     query, key, value, v, _, mask, *offsets, _, activation, left, right, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
-    call = prepare(inputs)
+    call = prepare(inputs, need_scores)
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]
     out = value.new_empty(B, H, Tq, DV)
     exact = value.new_empty(out.shape if need_exact else (0,), dtype=torch.float32)
@@ -497,8 +501,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: 
     if out.numel() == 0 or Tk == 0 or call.seqs == 0:
         return out.zero_(), no_key(lse), scores, exact.zero_()
     lengths = (LONG, LONG) if inputs.packed else (Tq, Tk)
-    starts = pair_starts(inputs) if need_scores and inputs.packed else None
-    busy = call.busy or call.size.A == 1 or starts is not None
+    busy = call.busy or call.size.A == 1 or call.starts is not None
     blocks = fwd_blocks(call.chip, value.element_size(), *lengths, DV, call.flags.FACTORED, busy)
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation)
     splits = max(1, min(2 * call.chip.cores // (made.q_items * H), cdiv(Tk, 2 * blocks.N)))
@@ -508,10 +511,10 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: 
         o, m, l = (lse.new_empty(B, H, Tq, splits, *width) for width in ((DV,), (), ()))
     elif not blocks.HELD:
         o = exact if need_exact else out if out.dtype == torch.float32 else lse.new_empty(out.shape)
-    some = left is not None or right is not None or (mask is not None and mask.dim() == 4)
+    some = left is not None or right is not None or (mask is not None and mask.dim() > 2)
     codes = row_codes(call.args["k_rows"].ptr, call.args["value"].ptr) if some else None
     args = made.args | {
-        "k_side": made.args["k_side"]._replace(codes=codes, pairs=starts),
+        "k_side": made.args["k_side"]._replace(codes=codes, pairs=call.starts),
         "splits": splits,
         "result": Result(out, exact if need_exact else None, lse, scores if need_scores else None, o, m, l),
     }

@@ -47,7 +47,7 @@ from .concat_walk import (
     tiles_meet,
     walk_tile,
 )
-from .inputs import ConcatInputs, pair_starts
+from .inputs import ConcatInputs
 from .masks import mirrored, split_tiles, unmasked, window_range, window_tiles
 from .products import add_product
 from .sums import sums
@@ -75,8 +75,8 @@ def _concat_bwd_g_kernel(
     k,  # (B, H, Tk, A)
     v,
     value,  # (B, H, Tk, DV)
-    bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -132,8 +132,8 @@ def _concat_bwd_gap_kernel(
     k,  # (B, H, Tk, A)
     v,
     value,  # (B, H, Tk, DV)
-    bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_rows,  # (B, Tq): rows that may be read, or None
     k_rows,  # (B, Tk)
     q_side,
@@ -430,13 +430,14 @@ class Blocks(NamedTuple):
 
 @rule
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, factored: bool, busy: bool, packed: bool
+    chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, factored: bool, busy: bool, packed: bool, terms: bool
 ) -> Blocks:
     """Tiles of g and dvalue, and of dq and dk. With packed rows both are in one kernel, and half the keys fit.
 
     Half the keys where the activation has no factors, too: |z| and z² spilled. dq and dk: 32 rows by 128 features on
     4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6 instructions an element on sm_90. On an H200
-    half as many features a program are 1.3 times as fast: more programs share a core.
+    half as many features a program are 1.3 times as fast: more programs share a core. `terms`: packed rows have a
+    number a pair; with a bias 128 features spilled.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
@@ -447,7 +448,7 @@ def bwd_blocks(
     most = (
         32 if packed and hip and busy else 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128
     )
-    features = 64 if chip.hopper else 128  # half the registers, so that more programs share a core
+    features = 64 if chip.hopper or terms else 128  # half the registers, so that more programs share a core
     features, walk_warps = (pow2(A, 16, features), 4) if vectors(A) else (pow2(A, 16, 64), 8)
     return Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 32, features, 8, walk_warps)
 
@@ -464,14 +465,15 @@ def concat_bwd(
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
     query, key, value, v, score_bias, _, *offsets, _, activation, _, _, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
-    call = prepare(inputs, lse)
+    call = prepare(inputs, dscores is not None, lse)
     need_q, need_k, need_value, need_v, need_bias = needs
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed = inputs.packed
     if not (query.numel() and key.numel() and value.numel() and call.seqs):
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     lengths = (LONG, LONG) if packed else (Tq, Tk)
-    blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed)
+    terms = call.starts is not None
+    blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed, terms)
     dout, dlse, dscores, out, lse = (x if x is None else x.contiguous() for x in (dout, dlse, dscores, out, lse))
     gap = call.flags.EXACT and any((need_q, need_k, need_v, need_bias))
     splits = 0
@@ -482,16 +484,16 @@ def concat_bwd(
     delta = lse.new_empty(1 + splits, cdiv(rows, 4) * 4)[:, :rows]  # each at 16 bytes
     saved = Saved(dout, dscores, out, lse, dlse, delta[0])
     made = factors(call.args, v, (cu_seqlens_q, cu_seqlens_k), (blocks.M, blocks.N), activation, saved)
-    if packed and dscores is not None:
-        made.args["k_side"] = made.args["k_side"]._replace(pairs=pair_starts(inputs))
+    made.args["k_side"] = made.args["k_side"]._replace(pairs=call.starts)
     if gap:
         made = _exact_delta(call, made, blocks, delta, splits)
     f32 = {"dtype": torch.float32, "device": query.device}
-    dbias = torch.zeros(B, H, Tq, Tk, **f32) if need_bias else None
+    pairs = (1, H, score_bias.shape[-1]) if packed and need_bias else (B, H, Tq, Tk)
+    dbias = torch.zeros(pairs, **f32) if need_bias else None
     if packed:
         from .concat_bwd_packed import packed_gradients  # which is made of this file's loops
 
-        grads = packed_gradients(call, made, blocks, needs)
+        grads = packed_gradients(call, made, blocks, needs, dbias)
     else:
         grads = _padded_gradients(call, made, blocks, needs, dbias)
     dq, dk, dvalue, dv = grads

@@ -34,6 +34,8 @@ def _concat_bwd_queries_kernel(
     k,  # (1, H, Nk, A)
     v,
     value,  # (1, H, Nk, DV)
+    bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_rows,  # (1, Nq): rows that may be read, or None
     k_rows,  # (1, Nk)
     q_side,
@@ -77,8 +79,8 @@ def _concat_bwd_queries_kernel(
             k,
             v,
             value,
-            None,
-            None,
+            bias,
+            mask,
             q_rows,
             k_rows,
             q_side,
@@ -140,6 +142,8 @@ def _concat_bwd_keys_kernel(
     k,  # (1, H, Nk, A)
     v,
     value,  # (1, H, Nk, DV)
+    bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_rows,  # (1, Nq): rows that may be read, or None
     k_rows,  # (1, Nk)
     q_side,
@@ -181,8 +185,8 @@ def _concat_bwd_keys_kernel(
                 k,
                 v,
                 value,
-                None,
-                None,
+                bias,
+                mask,
                 q_rows,
                 k_rows,
                 q_side,
@@ -311,10 +315,10 @@ def _add_to_keys(
 
 
 def packed_gradients(
-    call: Call, made: Factors, blocks: Blocks, needs: list[bool]
+    call: Call, made: Factors, blocks: Blocks, needs: list[bool], dbias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dvalue, dv) as they are needed, in float32."""
-    need_q, need_k, need_value, need_v, _ = needs
+    """(dq, dk, dvalue, dv) as they are needed, in float32; g into dbias."""
+    need_q, need_k, need_value, need_v, need_bias = needs
     args, (H, A, AP, _) = made.args, call.size
     pair, v = blocks.M * blocks.N, args["v"].given
     registers = all_registers(call.chip)
@@ -322,21 +326,21 @@ def packed_gradients(
     def zeros(need: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=torch.float32, device=v.device) if need else None
 
-    def launches(kernel, items: int, scratch: tuple[torch.dtype | None, ...], grads: Gradients) -> None:
+    def launches(kernel, items: int, scratch: tuple[torch.dtype | None, ...], grads: Gradients, bias=None) -> None:
         """For as many items at a time as the workspace has tiles of these dtypes."""
         each = H * pair * sum(dtype.itemsize for dtype in scratch if dtype)
         chunk = max(1, min(items, WORKSPACE_BYTES // each))
         room = (dtype and torch.empty(chunk * H * pair, dtype=dtype, device=v.device) for dtype in scratch)
-        work = Workspace(*room, None, 0)
+        work = Workspace(*room, bias, 0)
         for item0 in range(0, items, chunk):
             every = args | {"work": work._replace(item0=untold(item0)), "grads": grads}
             launch(kernel, (min(chunk, items - item0), H), every, blocks, **registers)
 
-    asked = need_q or need_v
+    asked = need_q or need_v or need_bias
     dq, dv = zeros(asked, *args["q"].ptr.shape), zeros(asked, made.q_items, H, AP)
     dk, dvalue = zeros(need_k, *args["k"].ptr.shape), zeros(need_value, *args["value"].ptr.shape)
     if asked:
-        launches(_concat_bwd_queries_kernel, made.q_items, (torch.float32, None, None), Gradients(q=dq, v=dv))
+        launches(_concat_bwd_queries_kernel, made.q_items, (torch.float32, None, None), Gradients(q=dq, v=dv), dbias)
     if need_k or need_value:
         scratch = None, torch.float32, compute_dtype(call)
         launches(_concat_bwd_keys_kernel, made.k_items, scratch, Gradients(k=dk, value=dvalue))

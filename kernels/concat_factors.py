@@ -95,7 +95,7 @@ class Saved(NamedTuple):
     """Of the queries, contiguous: gradients that came, and what the forward left. Nothing in a forward."""
 
     do: Tensor | None = None  # (B, H, Tq, DV)
-    scores: Tensor | None = None  # (B, H, Tq, Tk) float32: gradient of the scores
+    scores: Tensor | None = None  # (B, H, Tq, Tk), or packed (H, P), float32: gradient of the scores
     out: Tensor | None = None  # (B, H, Tq, DV) float32
     lse: Tensor | None = None  # (B, H, Tq, 2) float32: (m, l)
     dlse: Tensor | None = None  # the same

@@ -22,7 +22,7 @@ class Workspace(NamedTuple):
     g: Tensor | None  # (tiles, BLOCK_N, BLOCK_M) float32
     gt: Tensor | None  # (tiles, BLOCK_M, BLOCK_N): the same, transposed
     p: Tensor | None  # as g, in COMPUTE: k ⊙ a
-    bias: Tensor | None  # (B, H, Tq, Tk) float32, zeros: g again
+    bias: Tensor | None  # (B, H, Tq, Tk), or packed (H, P), float32, zeros: g again
     item0: int  # the first of these tiles, 4 n + 3
 
 
@@ -92,7 +92,7 @@ def tile_weights(
         flags,
         blocks,
     )
-    s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, window, flags)
+    s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window)
     before = rows_before(seq, head, q_side, Tq, size.H)
     wide = before * size.DV + q_at * size.DV
     top, inv = load_lse(saved.lse + (before + q_at) * 2, q_keep)

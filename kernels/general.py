@@ -28,7 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, head_ptr, heads, launch, load_pairs, pairs, pitch, whole_pitch, width
+from .arguments import (
+    constants,
+    head_ptr,
+    heads,
+    launch,
+    load_pairs,
+    pairs_as,
+    pitch,
+    whole_pitch,
+    width,
+)
 from .chip import (
     LENGTHS,
     LONG,
@@ -81,22 +91,24 @@ def score(y, bias, scale, rate: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def pair_terms(i, j, score_bias, mask, seq, head, Tq, Tk, flags, EDGE: tl.constexpr):
+def pair_terms(i, j, score_bias, mask, seq, head, Tq, Tk, k_spans, flags, EDGE: tl.constexpr):
     """(bias in the units of `power`, pairs that a mask leaves) of a tile, before the product that they are added to.
 
     Triton gives the maximum of a row the layout of the load that comes last before it. Were that one of these, and
     not the product, all of the softmax would be made in two layouts. Rows are loaded to their ends, hidden pairs too:
-    with a test a pair a load would be no vector.
+    with a test a pair a load would be no vector. Tq, Tk: lengths of this sequence.
     """
     rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     bias = 0.0
     left = True
+    starts = k_spans.pairs
     if EDGE:
         if mask.ptr is not None:
-            left = load_pairs(mask, seq, head, i, j, (i < Tq) & (j < whole_pitch(Tk, mask.EVEN))) != 0
+            there = (i < Tq) & (j < whole_pitch(Tk, mask.EVEN))
+            left = load_pairs(mask, starts, seq, head, i, j, Tk, there) != 0
         if score_bias.ptr is not None:
             there = (i < Tq) & (j < whole_pitch(Tk, score_bias.EVEN))
-            bias = load_pairs(score_bias, seq, head, i, j, there).to(tl.float32) * rate
+            bias = load_pairs(score_bias, starts, seq, head, i, j, Tk, there).to(tl.float32) * rate
     return bias, left
 
 
@@ -217,8 +229,8 @@ def _general_fwd_kernel(
     query,  # (B, H, Tq, D), or packed
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
-    score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    score_bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,
@@ -275,7 +287,9 @@ def _general_fwd_kernel(
                     v_keep = k_seen
             k_ptrs = k_ptr + k_rows * pitch(key)
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
-            bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
+            bias, left = pair_terms(
+                i[:, None], j[None, :], score_bias, mask, seq, head, q_length, length, k_spans, flags, EDGE
+            )
             x = product(q, q_ptrs, q_keep, k, k_ptrs, k_keep, size.D, flags.WIDE, flags, blocks.D)
             inside = q_keep[:, None] & k_seen[None, :] if flags.PAIRS else k_seen[None, :]
             s, _y, shown = tile_scores(x, i[:, None], j[None, :], inside, bias, left, window, size, flags, EDGE)
@@ -438,7 +452,7 @@ class Result(NamedTuple):
     out: Tensor  # (B, H, Tq, DV)
     exact: Tensor | None  # the same, for a backward of 16 bits
     lse: Tensor  # (B, H, Tq, 2): (m, l), m in the units of `power`
-    scores: Tensor | None  # (B, H, Tq, Tk), filled with -inf
+    scores: Tensor | None  # (B, H, Tq, Tk), or packed (H, P), filled with -inf
     o: Tensor  # (B, H, Tq, splits, DV): of parts of the keys; (m, l) where there is one, and not written
     m: Tensor  # (B, H, Tq, splits)
     l: Tensor
@@ -468,29 +482,29 @@ def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: boo
     query, key = unit(query), unit(key)
     values = key if value is None else unit(value)
     q_rows, k_rows, pair_mask = None, mask, None
-    if mask is not None and mask.dim() == 4:
-        q_rows, k_rows = mask.any(3), mask.any(2)
-        pair_mask = mask.expand(B, H, Tq, Tk).view(torch.uint8)
+    if mask is not None and mask.dim() > 2:
+        q_rows, k_rows = (mask.any(3), mask.any(2)) if mask.dim() == 4 else (None, None)
+        pair_mask = mask.view(torch.uint8)
     parts = left is not None or right is not None or pair_mask is not None
     if parts:  # keys that some queries see, and some do not
         k_rows = row_codes(k_rows, key, None if value is None else values)
     if parts and backward:
         q_rows = row_codes(q_rows, query)
     q_codes, k_codes = _codes(q_rows, (B, H, Tq)), _codes(k_rows, (key.shape[0], H, Tk))
-    bias = None if score_bias is None else score_bias.expand(B, H, Tq, Tk)
     cu_q, cu_k = (x if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
+    scored = scored or score_bias is not None or pair_mask is not None
     starts = pair_starts(inputs) if scored and inputs.packed else None
     precise = matmul_flags(chip, key.dtype)
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = next((x.numel() - 1 for x in (cu_seqlens_q, cu_seqlens_k) if x is not None), B)
-    busy = sum(x is not None for x in (bias, pair_mask, seed))
+    busy = sum(x is not None for x in (score_bias, pair_mask, seed))
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
         ACT=activation,
         FAST=chip.backend == "cuda" and key.element_size() == 2,
         FMA=exact and chip.backend != "interpreter",
         EXACT=exact,
-        NATURAL=exact or natural or bias is not None,
+        NATURAL=exact or natural or score_bias is not None,
         SHARED=value is None,
         MASKED=mask is not None,
         PARTS=parts,
@@ -506,8 +520,8 @@ def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: boo
         "query": heads(query, packed=packed_q),
         "key": heads(key, packed=packed_k),
         "value": heads(values, packed=packed_k),
-        "score_bias": pairs(bias, whole=True),
-        "mask": pairs(pair_mask, whole=True),
+        "score_bias": pairs_as(score_bias, (B, H, Tq, Tk), packed=inputs.packed, whole=True),
+        "mask": pairs_as(pair_mask, (B, H, Tq, Tk), packed=inputs.packed, whole=True),
         "q_codes": heads(q_codes, packed=packed_q),
         "k_codes": heads(k_codes, packed=packed_k),
         "q_spans": Spans(cu_q),

@@ -63,7 +63,7 @@ class Given(NamedTuple):
     top: Tensor  # (B, H, Tq) float32: these three the first kernel leaves for the others: m or a finite number,
     inv: Tensor  # (B, H, Tq) float32: 1 / l, 0 where no key was seen,
     delta: Tensor  # (B, H, Tq) float32: δ
-    dscores: Tensor | None  # (B, H, Tq, Tk) float32
+    dscores: Tensor | None  # (B, H, Tq, Tk), or packed (H, P), float32
 
 
 class Grads(NamedTuple):
@@ -71,7 +71,7 @@ class Grads(NamedTuple):
 
     q: Tensor | None = None  # (B, H, Tq, D)
     stride_q: int = 0  # D again: with that, the compiler would make products before the loop, and keep them
-    bias: Tensor | None = None  # (B, H, Tq, Tk) float32, zeros
+    bias: Tensor | None = None  # (B, H, Tq, Tk), or packed (H, P), float32, zeros
     k: Tensor | None = None  # (B, H, Tk, D); with SHARED of both terms
     value: Tensor | None = None  # (B, H, Tk, DV)
 
@@ -164,8 +164,8 @@ def _general_bwd_dq_kernel(
     query,  # (B, H, Tq, D), or packed
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
-    score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    score_bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,
@@ -244,7 +244,9 @@ def _general_bwd_dq_kernel(
             k_ptrs = k_ptr + k_rows * pitch(key)
             val_ptrs = val_ptr + k_rows * pitch(value)
             k = narrow_rows(k_ptrs, k_keep, d, size.D, flags.WIDE)
-            bias, left = pair_terms(i[:, None], j[None, :], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
+            bias, left = pair_terms(
+                i[:, None], j[None, :], score_bias, mask, seq, head, q_length, length, k_spans, flags, EDGE
+            )
             dscores = _pair_cotangent(
                 given, i[:, None], j[None, :], seq, head, q_length, length, k_spans, num_seqs, size, flags
             )
@@ -309,8 +311,8 @@ def _general_bwd_dkv_kernel(
     query,  # (B, H, Tq, D), or packed
     key,  # (B, H, Tk, D)
     value,  # (B, H, Tk, DV); the keys again where SHARED
-    score_bias,  # (B, H, Tq, Tk) or None
-    mask,  # (B, H, Tq, Tk) or None
+    score_bias,  # a number a pair, see Pairs, or None
+    mask,  # the same
     q_codes,  # (B, H, Tq, 1): which rows may be read, see row_codes, or None
     k_codes,  # (B, H, Tk, 1) or None
     q_spans,
@@ -370,7 +372,9 @@ def _general_bwd_dkv_kernel(
             q_ptrs = q_ptr + q_rows * pitch(query)
             do_ptrs = given.do + row0 * size.DV + q_rows * size.DV
             q = narrow_rows(q_ptrs, q_good, d, size.D, flags.WIDE)
-            bias, left = pair_terms(i[None, :], j[:, None], score_bias, mask, seq, head, Tq, Tk, flags, EDGE)
+            bias, left = pair_terms(
+                i[None, :], j[:, None], score_bias, mask, seq, head, length, k_length, k_spans, flags, EDGE
+            )
             dscores = _pair_cotangent(
                 given, i[None, :], j[:, None], seq, head, length, k_length, k_spans, num_seqs, size, flags
             )
@@ -563,7 +567,8 @@ def general_bwd(
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device) if need_q else None
     dk = torch.empty(key.shape, dtype=key.dtype, device=key.device) if need_k else None
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device) if need_value else None
-    dbias = torch.zeros(B, H, Tq, Tk, dtype=torch.float32, device=query.device) if need_bias else None
+    pairs = (1, H, score_bias.shape[-1]) if need_bias and inputs.packed else (B, H, Tq, Tk)
+    dbias = torch.zeros(pairs, dtype=torch.float32, device=query.device) if need_bias else None
     if query.numel() and key.numel() and call.seqs:
         left = (torch.empty(B, H, Tq, dtype=torch.float32, device=query.device) for _ in range(3))
         dout, out, lse, dlse, dscores = (x if x is None else x.contiguous() for x in (dout, out, lse, dlse, dscores))

@@ -60,8 +60,8 @@ class ConcatInputs(NamedTuple):
     key: Tensor  # (B, H, Tk, A)
     value: Tensor  # (B, H, Tk, Dv)
     v: Tensor  # (H, A)
-    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
-    mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
+    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk); packed (1, H or 1, P): see pair_starts
+    mask: Tensor | None  # bool (B, Tk), or of pairs as score_bias
     cu_seqlens_q: Tensor | None  # (S + 1,); where only the keys have them, S = B of the queries, and so on
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None
@@ -87,8 +87,8 @@ class GeneralInputs(NamedTuple):
     query: Tensor  # (B, H, Tq, D); packed with B = 1, as keys and values are, by themselves
     key: Tensor  # (B, H, Tk, D)
     value: Tensor | None  # (B, H, Tk, Dv); None: the keys
-    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk)
-    mask: Tensor | None  # bool (B, Tk), or broadcastable to (B, H, Tq, Tk)
+    score_bias: Tensor | None  # broadcastable to (B, H, Tq, Tk); packed (1, H or 1, P): see pair_starts
+    mask: Tensor | None  # bool (B, Tk), or of pairs as score_bias
     cu_seqlens_q: Tensor | None  # (S + 1,); where only the keys have them, S = B of the queries, and so on
     cu_seqlens_k: Tensor | None  # (S + 1,)
     seed: Tensor | None
@@ -115,8 +115,8 @@ def pair_starts(inputs: ConcatInputs | GeneralInputs) -> Tensor:
     Pairs of a sequence are those of its queries with all its keys, a query after the other.
     """
     cu_q, cu_k = inputs.cu_seqlens_q, inputs.cu_seqlens_k
-    queries = inputs.query.shape[2] if cu_q is None else cu_q.diff().long()
-    keys = inputs.key.shape[2] if cu_k is None else cu_k.diff().long()
+    queries = inputs.query.shape[-2] if cu_q is None else cu_q.diff().long()
+    keys = inputs.key.shape[-2] if cu_k is None else cu_k.diff().long()
     return torch.nn.functional.pad((queries * keys).cumsum(0), (1, 0))  # type: ignore[union-attr]
 
 

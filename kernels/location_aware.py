@@ -88,7 +88,7 @@ def windows(
     """The weights around keys, [BLOCK_T, BLOCK_K], and which of them there are: what is hidden is not read."""
     at = t[:, None] + (k - size.K // 2)[None, :]
     there = unmasked(mask, seq, at, (at >= 0) & (at < T) & (k < size.K)[None, :])
-    return load_pairs(seen, seq, seq * 0 + channel, step, at, there).to(tl.float32), there
+    return load_pairs(seen, None, seq, seq * 0 + channel, step, at, 0, there).to(tl.float32), there
 
 
 @triton.jit

@@ -313,10 +313,10 @@ def split_tiles(tile0, tile1, split, splits):
 
 
 @triton.jit
-def window_pairs(window, mask, seq, head, i, j, inside):
+def window_pairs(window, mask, starts, seq, head, i, j, Tk, inside):
     """Which of the pairs `inside`, rows that may be read, of a head of a sequence are visible, as `in_window`."""
     if mask.ptr is not None:
-        inside = inside & (load_pairs(mask, seq, head, i, j, inside) != 0)
+        inside = inside & (load_pairs(mask, starts, seq, head, i, j, Tk, inside) != 0)
     return in_window(window, i, j, inside)
 
 

@@ -305,11 +305,28 @@ PAIRS_PACKED = {
     "key with heads alone": value_error("key", key=floats(M, H, A)),
     "key of other heads": value_error("key", query=floats(N, H, A), key=floats(M, H + 1, A)),
     "mask of the queries": value_error(
-        "mask: expected shape (M,) with M = 9 from key; got (8,): M is 8; True = may be attended", mask=bools(N)
+        "mask: expected shape (M,) or (P, 1) with M = 9 from key; got (8,): M is 8; True = may be "
+        "attended; one of pairs has two axes",
+        mask=bools(N),
     ),
-    "mask of pairs": value_error("mask", mask=bools(N, M)),
+    "mask of queries and keys": value_error("mask: expected shape (M,) or (P, 1)", mask=bools(N, M)),
+    "mask of fewer pairs": value_error(
+        "mask: expected P = 21 pairs, each query's with the keys of its sequence; got 20", mask=bools(20, 1)
+    ),
+    "mask of heads alone": value_error("mask", mask=bools(21, H)),
     "mask that is added": type_error("mask: expected dtype bool; got float32", mask=floats(M)),
-    "score_bias": value_error("score_bias", score_bias=floats(M)),
+    "score_bias": value_error(
+        "score_bias: expected P = 21 pairs, each query's with the keys of its sequence; got 9", score_bias=floats(M)
+    ),
+    "score_bias of heads alone": value_error(
+        "score_bias: expected shape (P,) or (P, 1); got (21, 2)", score_bias=floats(21, H)
+    ),
+    "score_bias of other pairs than the mask": value_error(
+        "score_bias: expected shape (P,) or (P, 1) with P = 21 from mask; got (20,)",
+        score_bias=floats(20),
+        mask=bools(21, 1),
+    ),
+    "score_bias that is integers": type_error("score_bias", score_bias=floats(21).long()),
     "cu_seqlens_q alone": value_error("key", cu_seqlens_k=None),
     "cu_seqlens_k alone": value_error("query", cu_seqlens_q=None),
     "cu_seqlens_k of other sequences than padded queries": value_error(
@@ -327,7 +344,7 @@ PAIRS_PACKED = {
         cu_seqlens_k=None,
     ),
     "mask of packed keys that are padded": value_error(
-        "mask: expected shape (B, Tk) with B = 2 from key, Tk = 5 from key; got (10,)",
+        "mask: expected shape (B, Tk) or (P, 1) with B = 2 from key, Tk = 5 from key; got (10,)",
         query=floats(N, A),
         key=floats(B, TK, A),
         value=floats(B, TK, DV),

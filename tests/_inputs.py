@@ -55,6 +55,7 @@ def _module(name: str, *args: Any, **options: Any) -> Callable[[], Any]:
 
 
 CU_N, CU_M = ints(0, 3, 3, N), ints(0, 2, 6, M)
+P = 3 * 2 + 5 * 3  # pairs of queries of the one with keys of the other
 INDPTR, INDICES = ints(0, 4, 4, 7, E), ints(0, 3, 2, 2, 1, 0, 2, 1, 1, 3)
 MLP = {"w": floats(D, A), "b": floats(A), "v": floats(A)}
 PAIRS = {"query": floats(B, TQ, A), "key": floats(B, TK, A), "value": floats(B, TK, DV)}
@@ -182,7 +183,14 @@ ROWS: dict[str, Row] = {
     "distance": Row(_function("distance_attention"), {**PAIRS, "v": floats(A), **MASKED}),
     "distance, packed": Row(_function("distance_attention"), {**PACKED, "v": floats(A)}),
     "concat, packed heads": Row(
-        _function("concat_attention"), {**HEADS_PACKED, "value": floats(M, H, DV), "v": floats(A)}
+        _function("concat_attention"),
+        {
+            **HEADS_PACKED,
+            "value": floats(M, H, DV),
+            "v": floats(A),
+            "score_bias": floats(P),
+            "mask": bools(P, H),
+        },
     ),
     "general": Row(_function("general_attention"), {**PAIRS, "weight": floats(A, A), **MASKED}),
     "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
@@ -203,7 +211,8 @@ ROWS: dict[str, Row] = {
         },
     ),
     "general, packed heads": Row(
-        _function("general_attention"), {**HEADS_PACKED, "value": None, "weight": floats(A, A)}
+        _function("general_attention"),
+        {**HEADS_PACKED, "value": None, "weight": floats(A, A), "score_bias": floats(P, H)},
     ),
     "graph": Row(
         _function("graph_attention"),

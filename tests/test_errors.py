@@ -23,7 +23,7 @@ COMPILED = [
     "concat: window is a number",
     "ConcatAttention: context of the keys, of batch 1",
     "general: weight of rank 1",
-    "general, packed: score_bias",
+    "general, packed: score_bias of heads alone",
     "graph: indices of 16 bits",
     "hierarchical: outer v of another width",
     "word by word: premise is missing",

@@ -96,13 +96,19 @@ def test_packed_rows_with_a_mask_of_keys_are_the_padded_ones(heads, activation, 
         {"heads": 2, "mask": "keys", "window": (9, 3), "dropout_p": 0.3},
         {"heads": 2, "activation": "relu", "mask": "keys", "value_dim": 40},
         {"activation": "identity", "window": (None, 0), "keys": 90},
+        {"given": {"score_bias": ()}},
+        {"given": {"mask": (1,)}, "heads": 2, "value_dim": 40},
+        {"given": {"score_bias": (2,), "mask": (2,)}, "heads": 2, "window": (9, 3), "dropout_p": 0.3},
+        {"given": {"score_bias": (1,), "mask": (2,)}, "heads": 2, "activation": "relu", "keys": 90},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("side", ["both", "q", "k"])
 def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, options, dtype, make, impl, device):
-    """Of the weights, their logarithms and the scores: those of a call for each sequence."""
-    case = make(**{"dtype": dtype, "queries": 30, "keys": 40, "attn_dim": 3, "ragged": True, **options})
+    """Of the weights, their logarithms and the scores, and of a bias and mask: those of a call for each sequence."""
+    options = {"dtype": dtype, "queries": 30, "keys": 40, "attn_dim": 3, "ragged": True, **options}
+    given = options.pop("given", {})  # a number a pair, by their axes after that of pairs
+    case = make(**options)
     tensors = case.tensors(device)
     lengths = {"q": [17, 0, 13], "k": [9, 2, case.keys - 11]}
     if side == "q":
@@ -111,6 +117,13 @@ def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, opti
     if side == "k":
         lengths["q"] = [10] * 3
     tensors |= {f"cu_seqlens_{name}": offsets(counts, device) for name, counts in lengths.items()}
+    counts = [queries * keys for queries, keys in zip(lengths["q"], lengths["k"], strict=True)]
+    rng = torch.Generator().manual_seed(2)
+    for name, axes in given.items():
+        numbers = torch.randn(sum(counts), *axes, generator=rng)
+        numbers[: lengths["k"][0]] -= 9  # a mask hides all from the first query
+        tensors[name] = (numbers.to(dtype) if name == "score_bias" else numbers > -1).to(device)
+    of_pairs = given.keys()
     options = {"activation": case.activation, "window": case.window, "dropout_p": case.dropout_p}
     op = _general.operator(scale=0.5, **options) if isinstance(case, _general.Case) else _concat.operator(**options)
     wanted = {"return_weights": True, "return_log_weights": True, "return_scores": True}
@@ -125,7 +138,7 @@ def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, opti
         for one, rows in (("q", ["query"]), ("k", ["key", "value", "mask"])):
             if side not in ("both", one):  # padded, and all of a length
                 del cu[f"cu_seqlens_{one}"]
-                for name in (name for name in rows if name in given):
+                for name in (name for name in rows if name in given and name not in of_pairs):
                     x = given[name].unflatten(0, (len(lengths[one]), -1))
                     given[name] = x if case.heads is None or x.dim() < 4 else x.transpose(1, 2)
         out, *pairs = op(impl=impl, **given, **cu, **wanted)
@@ -138,7 +151,12 @@ def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, opti
         for s in range(len(lengths["q"])):
             rows = {"query": slice(*cu_seqlens_q[s : s + 2].tolist())}
             rows |= dict.fromkeys(("key", "value", "mask"), slice(*cu_seqlens_k[s : s + 2].tolist()))
-            one = {n: x[rows[n]][None] if x.dim() < 3 else x[rows[n]].transpose(0, 1)[None] for n, x in given.items()}
+            one = {n: given[n][rows[n]] for n in given if n not in of_pairs}
+            one = {n: (x if x.dim() < 3 else x.transpose(0, 1))[None] for n, x in one.items()}
+            for n in of_pairs:
+                x = given[n].split(counts)[s]
+                x = (x if x.dim() == 2 else x[:, None]).mT.unflatten(1, (lengths["q"][s], lengths["k"][s]))
+                one[n] = x if case.heads is None else x[None]
             out, *pairs = op(impl=impl, **one, **({} if v is None else {"v": v}), **wanted)
             flat = [x[0].flatten(-2) if case.heads is None else x[0].flatten(-2).mT for x in pairs]
             made.append((out[0] if case.heads is None else out[0].transpose(0, 1), *flat))
@@ -147,6 +165,30 @@ def test_a_number_a_pair_of_packed_rows_is_what_padded_sequences_give(side, opti
     oracle = packed if case.dropout_p else apart  # which draws other numbers
     exact = evaluate(oracle, in_double(tensors), "reference")
     assert_as_exact(evaluate(packed, tensors, impl), rough_runs(oracle, tensors), exact, dtype=dtype)
+
+
+@every_impl
+@each_family
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("size", [1, 30])
+def test_rows_that_a_mask_of_packed_pairs_hides_are_never_read(size, heads, make, impl, device):
+    """From all, or from some alone: a query and a key may hold NaN then, and others do not notice."""
+    case = make(queries=12, keys=20, attn_dim=3, heads=heads, ragged=True)
+    tensors = case.tensors(device) | segments([(7, 12), (5, 8)], device)
+    tensors["key"] = tensors["key"] * size
+    mask = torch.ones(124, 1, dtype=torch.bool, device=device)
+    rows = mask[:84].view(7, 12)
+    rows[2], rows[:, 5] = False, False
+    clean = evaluate(case.op, tensors | {"mask": mask}, impl)
+    spoilt = {name: x.clone() for name, x in tensors.items()}
+    spoilt["query"][2], spoilt["key"][5], spoilt["value"][5] = torch.nan, torch.nan, torch.nan
+    result = evaluate(case.op, spoilt | {"mask": mask}, impl)
+    assert_close(result, clean)
+    assert (result.gradients["query"][2] == 0).all()
+    rows[3, 5] = True
+    out = case.op(impl=impl, **spoilt, mask=mask)
+    assert out[3].isnan().all()
+    assert out[[*range(3), *range(4, 12)]].isfinite().all()
 
 
 @every_impl

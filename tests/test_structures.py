@@ -420,6 +420,12 @@ def test_weights_of_jagged_queries_have_a_row_a_query(keys, heads):
     assert weights.offsets().tolist() == scores.offsets().tolist() == offsets(each).tolist()
     alone = f.general_attention(nested(query, LENGTHS), **given, value=False, return_weights=True)
     torch.testing.assert_close(alone.values(), want[1])
+    bias, mask = r(*scores.values().shape), r(scores.values().shape[0], 1) > -1
+    rows_of = torch.nested.nested_tensor_from_jagged
+    terms = {"score_bias": rows_of(bias, scores.offsets()), "mask": rows_of(mask, scores.offsets())}
+    got = f.general_attention(nested(query, LENGTHS), **given, **terms)
+    want = f.general_attention(query, rows, **both, score_bias=bias, mask=mask)
+    torch.testing.assert_close(got.values(), want)
 
 
 def test_segments_of_pairs_have_a_row_a_query():
@@ -497,7 +503,8 @@ def test_states_of_jagged_queries_merge():
             ValueError,
             "key: expected a jagged tensor whose second axis",
         ),
-        ({"score_bias": r(1)}, ValueError, "score_bias: expected None with packed rows"),
+        ({"score_bias": r(1)}, ValueError, "score_bias: expected P = "),
+        ({"score_bias": nested(r(M), OTHER)}, ValueError, "score_bias: expected a jagged tensor with the offsets"),
         ({"key": [r(M, 4)]}, TypeError, "key: expected a torch.Tensor; got list"),
         ({"value": [r(M, 4)]}, TypeError, "value: expected a jagged tensor, as key is; got list"),
     ],

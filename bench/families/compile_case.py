@@ -100,9 +100,10 @@ class PairCase(CompileCase):
         """Bias, mask, offsets of queries and of keys, seed."""
         B, H, Tq = self._rows("queries")
         Bk, _, Tk = self._rows("keys")
-        shown = {None: None, 2: (Bk, Tk), 3: (B, 1, Tq, Tk)}[self.mask]
+        pairs = (self.B * self.Tq * self.Tk,) if self.ragged else (Tq, Tk)
+        shown = {None: None, 2: (Bk, Tk), 3: (1 if self.ragged else B, 1, *pairs)}[self.mask]
         return (
-            self._empty(B, H, Tq, Tk) if self.bias else None,
+            self._empty(1 if self.ragged else B, H, *pairs) if self.bias else None,
             None if shown is None else self._empty(*shown, dtype=torch.bool),
             *(
                 self._empty(self.B + 1, dtype=torch.int32) if self._packed(side) else None

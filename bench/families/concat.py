@@ -162,6 +162,10 @@ COMPILED = [
     ConcatCase(BF16, 16, 2, 256, 256, 128, 128, ragged=True, weights=True),
     ConcatCase(BF16, 16, 1, 256, 256, 100, 100, "gelu", ragged=True, weights=True, window=(100, 0), dropout=0.1),
     ConcatCase(F32, 16, 1, 256, 256, 128, 128, ragged=True, alone="keys", weights=True),
+    # a term a pair of ragged rows
+    ConcatCase(BF16, 16, 2, 256, 256, 128, 128, ragged=True, bias=True),
+    ConcatCase(BF16, 16, 1, 256, 256, 100, 100, "gelu", ragged=True, mask=3, bias=True, window=(100, 0), dropout=0.1),
+    ConcatCase(F32, 16, 1, 256, 256, 128, 300, "silu", ragged=True, alone="queries", mask=3, bias=True, weights=True),
     # ragged keys of which some are hidden
     ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, mask=2),
     ConcatCase(F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1),

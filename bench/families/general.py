@@ -174,6 +174,11 @@ COMPILED = [
     GeneralCase(BF16, 16, 4, 256, 256, 64, 64, ragged=True, weights=True),
     GeneralCase(F16, 16, 2, 256, 256, 128, 100, "tanh", ragged=True, weights=True, window=(None, -1), dropout=0.1),
     GeneralCase(F32, 16, 1, 256, 256, 128, ragged=True, alone="keys", weights=True),
+    # a term a pair of ragged rows
+    GeneralCase(BF16, 16, 4, 256, 256, 64, 64, ragged=True, bias=True),
+    GeneralCase(BF16, 16, 4, 256, 256, 256, ragged=True, mask=3, bias=True),
+    GeneralCase(F16, 16, 2, 256, 256, 128, 100, "tanh", ragged=True, **{**_ALL, "window": (None, -1)}),
+    GeneralCase(F32, 16, 1, 256, 256, 128, ragged=True, alone="queries", mask=3, bias=True),
     # sides that are no int32 as 4 n + 3
     GeneralCase(BF16, 2, 2, 64, 64, 64, 64, window=(10**9, -(10**9))),
     # float32

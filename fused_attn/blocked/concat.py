@@ -144,7 +144,7 @@ class _Call:
     def __init__(self, inputs: ConcatInputs, *, guarded: bool = False) -> None:
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, self.seed, *options = inputs
         activation, self.left, self.right, self.dropout_p = options
-        if mask is not None:  # what no query or key may use can hold anything, NaN too
+        if mask is not None and mask.dim() != 3:  # what no query or key may use can hold anything, NaN too
             query, key, value = readable(mask, query, key, value)
         (self.B, self.H, self.Tq, self.A), self.Tk = query.shape, key.shape[2]
         self.dtype = torch.promote_types(query.dtype, torch.float32)
@@ -156,7 +156,7 @@ class _Call:
             (self.q, self.bad_q), (self.k, self.bad_k) = (sound(x, nan_only=bounded) for x in (self.q, self.k))
             self.value, self.bad_value = sound(self.value)
         self.mask = mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
-        self.bias = score_bias
+        self.bias = score_bias  # of packed rows (1, H or 1, P), as a mask of pairs is
         if cu_seqlens_q is None or cu_seqlens_k is None:
             self.segments = [(0, self.Tq, 0, self.Tk)]
         else:
@@ -226,11 +226,12 @@ class _Call:
                         )
 
     def pairs(self, t: _Tile, x: Tensor) -> Tensor:
-        """What of a number a pair, of packed rows ``(H, P)``, is of a tile."""
+        """What of a number a pair, of packed rows ``(H, P)`` or ``(1, P)``, is of a tile: a view that broadcasts."""
         if not self.ragged:
-            return x[t.b, t.h, t.rows, t.cols]
+            return t.of(x)
         q0, q1, k0, k1 = self.segments[t.seq]
-        of_sequence = x[t.h, self.starts[t.seq] : self.starts[t.seq + 1]].unflatten(1, (q1 - q0, k1 - k0))
+        heads = t.h if x.shape[0] > 1 else slice(None)
+        of_sequence = x[heads, self.starts[t.seq] : self.starts[t.seq + 1]].unflatten(1, (q1 - q0, k1 - k0))
         return of_sequence[None, :, t.rows.start - q0 : t.rows.stop - q0, t.cols.start - k0 : t.cols.stop - k0]
 
     def _positions(self, t: _Tile) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ class _Call:
         """Which keys of the tile are not visible, broadcastable to (b, h, m, n); None: all are."""
         shown = None
         if self.mask is not None:
-            shown = t.of(self.mask)
+            shown = t.of(self.mask) if self.mask.dim() == 4 else self.pairs(t, self.mask[0])
         i, j = self._positions(t)
         if self.left is not None:
             inside = j >= i - self.left
@@ -310,7 +311,7 @@ class _Call:
         if self.bad_q is not None:
             s = s.masked_fill(self.bad_q[t.b, t.h, t.rows] | self.bad_k[t.b, t.h, t.cols].mT, torch.nan)
         if self.bias is not None:
-            s += t.of(self.bias)
+            s += self.pairs(t, self.bias[0] if self.ragged else self.bias)
         return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
 
     def reached(self, t: _Tile, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -422,7 +423,7 @@ def _backward(
     dbias = None
     if need_bias:
         assert score_bias is not None
-        dbias = dq.new_zeros((1,) * (4 - score_bias.dim()) + score_bias.shape)
+        dbias = dq.new_zeros(score_bias.shape)
     dout = dout.to(call.dtype)
     for t in call.tiles():
         hidden, kept, do = call.hidden(t), call.kept(t), dout[t.b, t.h, t.rows]
@@ -452,7 +453,7 @@ def _backward(
         if more is not None:
             g += more if hidden is None else more.masked_fill(hidden, 0)
         if dbias is not None:
-            part = t.of(dbias)
+            part = call.pairs(t, dbias[0] if call.ragged else dbias)
             part += g.sum_to_size(part.shape)
         if not (need_q or need_k or need_v):
             continue
