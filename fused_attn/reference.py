@@ -506,9 +506,11 @@ def _attend(
     else:
         out = (weights @ value).to(dtype)
 
+    together = (q_seq == k_seq)[0] if packed else None  # not in `of_pairs`: the compiler wants what it names bound
+
     def of_pairs(x: Tensor) -> Tensor:
         """As it is returned: of packed rows the pairs of each sequence alone."""
-        return x[0][:, q_seq[0] == k_seq[0]] if packed else x
+        return x if together is None else x[0][:, together]
 
     if weights_only:
         return out, of_pairs(shares)

@@ -74,6 +74,12 @@ def test_one_tensor_in_several_arguments_compiles(name, device):
     check(name, "one tensor twice", "auto", device)
 
 
+@pytest.mark.parametrize("name", ["concat padded", "concat padded, states", "general padded", "general packed"])
+def test_formulas_of_pairs_compile_in_one_graph(name, device):
+    """A function in one may name only what is bound in every call: the compiler reads it all."""
+    check(name, "compile", "reference", device)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("name", [name for name, row in table.ROWS.items() if row.module is None])
 def test_a_cuda_graph_replays_forward_and_backward(name, device):
