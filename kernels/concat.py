@@ -7,8 +7,8 @@ Scores. tanh and sigmoid of a sum factor into exponentials made once a row (desi
 
 and two reciprocals share one, v0/x0 + v1/x1 = (v0 x1 + v1 x0) / (x0 x1): three operations of the FMA pipe and half
 a special function an element. The product x0 x1 must stay a float32, so every tile of rows carries the bound
-max|exponent|; a pair of tiles past it takes a loop with one tanh an element: right everywhere. The other activations
-are cheap and have a direct loop only.
+max|exponent|; a tile of queries and `UNIT` keys past it take a loop with one tanh an element: right everywhere. The
+other activations are cheap and have a direct loop only.
 
 float32 inputs (`EXACT`) have a loop of their own, with a reciprocal and six operations an element, that is as exact
 as the textbook expression in float32:
@@ -63,7 +63,7 @@ from .chip import (
     unpressed,
     vectors,
 )
-from .concat_factors import FACTOR, bound_at, factors, pairs_at, rows_before, rows_of, tile_at
+from .concat_factors import FACTOR, bound_at, factors, pairs_at, rows_before, rows_of, tile_at, unit_bound
 from .inputs import ConcatInputs, pair_starts
 from .masks import (
     Items,
@@ -174,16 +174,22 @@ def _score_raw(q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, A, flags):
 
 
 @triton.jit
-def concat_scores(q_tile, k_tile, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, v_sum, size, flags, blocks):
+def concat_scores(
+    q_item, tile, head, keys, q_side, k_side, q_ptrs, q_keep, k_ptrs, k_keep, v_ptr, v_sum, size, flags, blocks
+):
     """Scores of a pair of tiles, [blocks.M, blocks.N] float32.
 
-    q_tile, k_tile: item * H + head. q_ptrs, k_ptrs: raw rows, of which q_keep and k_keep may be read. v_ptr: (AP,) of
-    this head, v_sum its sum.
+    keys: length and first tile of the sequence. q_ptrs, k_ptrs: raw rows, of which q_keep and k_keep may be read.
+    v_ptr: (AP,) of this head, v_sum its sum.
     """
+    k_length, k_item0 = keys
+    q_tile = q_item.to(tl.int64) * size.H + head
+    k_tile = (k_item0 + tile).to(tl.int64) * size.H + head
     aq = q_side.tiles + q_tile * size.AP * blocks.M
     ak = k_side.tiles + k_tile * size.AP * blocks.N
     if flags.FACTORED:
-        if bound_at(q_side, q_tile, blocks.M) + bound_at(k_side, k_tile, blocks.N) <= flags.SAFE:
+        bound = unit_bound(k_side, k_item0, tile, head, k_length, size.H, blocks.N)
+        if bound_at(q_side, q_tile, blocks.M) + bound <= flags.SAFE:
             if flags.EXACT:
                 aq += q_tile * size.AP * blocks.M
                 ak += k_tile * size.AP * blocks.N
@@ -289,8 +295,10 @@ def _concat_fwd_kernel(
         k_at = (k_start + j).to(tl.int64)
         k_keep = unmasked(k_rows, seq, k_at, k_inside)
         s = concat_scores(
-            q_item.to(tl.int64) * size.H + head,
-            (k_item0 + tile).to(tl.int64) * size.H + head,
+            q_item,
+            tile,
+            head,
+            (k_length, k_item0),
             q_side,
             k_side,
             q_ptrs,

@@ -25,6 +25,9 @@ FACTOR = {"tanh": 2.0, "sigmoid": -1.0}
 PART = tl.constexpr(16)
 """Rows of a tile that one program makes factors of."""
 
+UNIT = tl.constexpr(256)
+"""Keys, from one of its multiples on, of which all scores factor or none: of every kernel a multiple of its tile."""
+
 
 class Side(NamedTuple):
     """Queries or keys of the score, by tiles, and as masks.Spans which rows and tiles are a sequence's."""
@@ -80,6 +83,23 @@ def bound_at(side, tile, ROWS: tl.constexpr):
         bound = tl.load(side.bound + tile)
     else:
         bound = tl.max(tl.load(side.bound + tile * parts + tl.arange(0, parts)), axis=0)
+    return bound
+
+
+@triton.jit
+def unit_bound(side, item0, tile, head, length, H, ROWS: tl.constexpr):
+    """max|exponent| of the UNIT rows of a sequence that a tile is among.
+
+    The forward has other tiles than the backward: decided by tiles, a score would be another, and with it a weight.
+    """
+    parts: tl.constexpr = ROWS // PART
+    if ROWS == UNIT:  # what follows spilled
+        bound = bound_at(side, (item0 + tile).to(tl.int64) * H + head, ROWS)
+    else:
+        part = tl.arange(0, UNIT // PART)
+        at = tile // (UNIT // ROWS) * (UNIT // ROWS) + part // parts
+        parts_at = ((item0 + at).to(tl.int64) * H + head) * parts + part % parts
+        bound = tl.max(tl.load(side.bound + parts_at, mask=at * ROWS < length, other=0.0), axis=0)
     return bound
 
 

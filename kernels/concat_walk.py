@@ -78,8 +78,10 @@ def tile_weights(
     q_keep = unmasked(q_rows, seq, q_at, i < hi)
     k_keep = unmasked(k_rows, seq, k_at, j < k_length)
     s = concat_scores(
-        q_item.to(tl.int64) * size.H + head,
-        (k_item0 + tile).to(tl.int64) * size.H + head,
+        q_item,
+        tile,
+        head,
+        (k_length, k_item0),
         q_side,
         k_side,
         head_ptr(q, seq, head) + q_at * pitch(q),

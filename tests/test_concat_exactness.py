@@ -1,10 +1,17 @@
 """Concat attention where the factors would overflow, cancel, or be lost; scores that are hard on a softmax."""
 
+import functools
+
 import pytest
 import torch
 from _compare import assert_as_exact, assert_matches_reference, evaluate, in_double, nudged, shifted
 from _concat import Case, compare, each_impl, hide
 from _marks import both_forms, each_dtype
+
+from fused_attn.kernels import chip as chips
+from fused_attn.kernels import concat as forward
+from fused_attn.kernels import concat_bwd as backward
+from fused_attn.kernels import concat_factors
 
 each_loop = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # 16 bits have one in common
 
@@ -55,6 +62,38 @@ def test_tiles_that_exceed_the_range_leave_the_others_alone(ragged, activation, 
         rows[first + 1] = -60
         rows[first + 5, 2] = 45
     compare(case.op, tensors, impl)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("options", [{}, {"ragged": True}, {"window": (30, 50)}], ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e3), (torch.float16, 1e4), (torch.bfloat16, 1e6)])
+def test_a_large_row_leaves_others_alone_in_tiles_of_an_h200(dtype, size, activation, options, device, monkeypatch):
+    """Forward and backward have other tiles of keys: if the row decided for its tile, their weights would differ."""
+    if device.type == "cpu":
+        for module, name in ((forward, "fwd_blocks"), (backward, "bwd_blocks")):
+            chosen = functools.partial(lambda choose, chip, *given: choose(chips.H200, *given), getattr(module, name))
+            monkeypatch.setattr(module, name, chosen)
+    case = Case(dtype=dtype, batch=1, queries=20, keys=70, attn_dim=8, value_dim=4, activation=activation, **options)
+    tensors = case.tensors(device)
+    tensors["v"] = tensors["v"] * size
+    tensors["key"].view(-1, 8)[66] = 90
+    assert_matches_reference(case.op, tensors, dtype=dtype, large=True)
+
+
+@pytest.mark.parametrize("keys", [1, 40, 150, 4096])
+@pytest.mark.parametrize("queries", [1, 40, 4096])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_large_rows_have_the_same_scores_forward_and_backward(itemsize, packed, queries, keys):
+    """It is decided for a tile of queries and so many keys: of other ones the backward's weights were others."""
+    for target in (x for x in vars(chips).values() if isinstance(x, chips.Chip)):
+        for busy in (False, True):
+            ahead = forward.fwd_blocks(target, itemsize, queries, keys, 8, True, busy)
+            back = backward.bwd_blocks(target, itemsize, queries, keys, 8, True, busy, packed)
+            assert ahead.M == back.M, f"{target}: {ahead}, {back}"
+            for rows in (ahead.N, back.N):
+                assert concat_factors.UNIT.value % rows == 0 == rows % concat_factors.PART.value, f"{target}: {rows}"
 
 
 @each_impl

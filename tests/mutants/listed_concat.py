@@ -11,6 +11,13 @@ CONCAT: tuple[Mutant, ...] = (
         "the bound of a tile sees negative numbers alone",
     ),
     Mutant(
+        "kernels/concat_factors.py",
+        "        at = tile // (UNIT // ROWS) * (UNIT // ROWS) + part // parts",
+        "        at = tile + 0 * part",
+        ("tests/test_concat_exactness.py", "-k", "of_an_h200"),
+        "a large row has its tile not factored, which is another tile in the backward",
+    ),
+    Mutant(
         "kernels/concat.py",
         "tl.fma(tl.fma(v0, x1, v1 * x0), reciprocal",
         "tl.fma(tl.fma(v0, x0, v1 * x1), reciprocal",
