@@ -631,7 +631,8 @@ def statistics_fwd(
     mean, std = values.new_empty(seqs, C), values.new_empty((seqs, C) if deviation else 0)
     exact = values.new_empty((planes(inputs, deviation), seqs, C) if need_exact else 0, dtype=torch.float32)
     lse = new_lse(seqs, R, device=values.device)
-    results = mean, std, lse, *(values.new_empty(0) if y is None else y for y in (scores, x)), exact
+    scores = lse.new_empty(0) if scores is None else scores
+    results = mean, std, lse, scores, values.new_empty(0) if x is None else x, exact
     if seqs == 0 or call.length == 0:
         return mean.zero_(), std.zero_(), no_key(lse), *results[3:5], exact.zero_()
 
