@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def jagged_pairs(fn: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def is_jagged(x: Any) -> bool:
+def is_jagged(x: Any) -> TypeGuard[Tensor]:
     """Whether x is a tensor of the layout that `torch.nested` calls jagged."""
     return isinstance(x, Tensor) and x.layout == torch.jagged
 

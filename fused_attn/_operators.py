@@ -264,6 +264,8 @@ class Operator:
         As `forward`, of tensors that have shapes and no numbers.
     formula
         ``inputs -> results`` in plain PyTorch; it may know more than the operator.
+    lean
+        The same, where no result that a choice is for has a gradient; it need not make these.
 
     """
 
@@ -281,11 +283,13 @@ class Operator:
         backward: Callable[..., Sequence[Tensor | None]],
         fake: Callable[..., tuple[Tensor, ...]],
         formula: Callable[..., tuple[Tensor, ...]],
+        lean: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> None:
         kinds = _kinds(inputs)
         tensors = [x for x, kind in kinds.items() if kind.startswith("Tensor")]
         made, conditions = zip(*([*x.split("?"), ""][:2] for x in results.split()), strict=True)
         self.name, self.inputs, self.dense, self.formula = name, inputs, dense, formula
+        self.lean = lean or formula
         self.tensors, self.gradients, self.results = len(tensors), len(differentiable.split()), len(made)
         self.options = len(kinds) - len(tensors)
         self.saved = [made.index(x) for x in saved.split()]
@@ -418,8 +422,9 @@ class _Backward(torch.autograd.Function):
         saved = ctx.saved_tensors
         cotangents, tensors = saved[: op.results], saved[op.results :]
         primals, constant = tensors[: op.gradients], tensors[op.gradients :]
+        formula = op.formula if any(cotangents[i] is not None for i in op.optional) else op.lean
         d_primals, d_cotangents = _second_order(
-            lambda *p: op.formula(op.inputs(*p, *constant, *ctx.options)), primals, cotangents, ctx.needs, grads
+            lambda *p: formula(op.inputs(*p, *constant, *ctx.options)), primals, cotangents, ctx.needs, grads
         )
         none = [None] * (len(ctx.needs_input_grad) - 1 - op.results - op.gradients)
         return (None, *d_cotangents, *d_primals, *none)

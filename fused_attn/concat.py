@@ -5,6 +5,7 @@ Also known as additive, Bahdanau or MLP attention; the score of Luong's concat, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, cast
 
 import torch
@@ -68,6 +69,7 @@ _CONCAT = Operator(
     backward=_bwd,
     fake=_fake,
     formula=reference.concat_attention,
+    lean=functools.partial(reference.concat_attention, pairs=False),
 )
 
 
@@ -196,7 +198,7 @@ def attend(given: ConcatInputs, wanted: Wanted, impl: Impl, score_activation: st
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
-        formula = by_formula(_CONCAT.formula, inputs, wanted, score_activation=score_activation)
+        formula = by_formula(_CONCAT.formula, inputs, wanted, score_activation=score_activation, pairs=wanted.pairs)
         return shaped(given, wanted, *formula)
     if inputs.activation == "identity":
         inputs = _summed(inputs)

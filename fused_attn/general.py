@@ -142,6 +142,7 @@ _GENERAL = Operator(
     backward=_bwd,
     fake=_fake,
     formula=reference.general_attention,
+    lean=functools.partial(reference.general_attention, pairs=False),
 )
 
 
@@ -277,7 +278,7 @@ def general_attention(
         inputs, weight, factor = _projected(inputs, weight, factor, sdpa or not kernel), None, None
     inputs = _folded(inputs) if folds else of_all_heads(inputs)
     if not (kernel or sdpa):
-        more = {"weight": weight, "factor": factor, "score_activation": score_activation}
+        more = {"weight": weight, "factor": factor, "score_activation": score_activation, "pairs": wanted.pairs}
         results = by_formula(_GENERAL.formula, inputs, wanted, **more)
     else:
         exact = not sdpa and keeps_exact(*inputs[:4], state=wanted.state)

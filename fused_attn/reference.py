@@ -313,7 +313,7 @@ def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tup
 @looked_at_after
 @with_both_packed
 def concat_attention(
-    inputs: ConcatInputs, *, score_activation: str = "identity", weights_only: bool = False
+    inputs: ConcatInputs, *, score_activation: str = "identity", weights_only: bool = False, pairs: bool = True
 ) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
@@ -325,7 +325,8 @@ def concat_attention(
 
     Returns ``out (B, H, Tq, Dv)`` in the dtype of ``value``, ``lse (B, H, Tq, 2)``, see `normaliser`, and in at
     least float32 ``scores (B, H, Tq, Tk)``, which are ``-inf`` where a key is not visible, of packed rows ``(H, P)``,
-    see `pair_starts`; with `weights_only` out and the weights before dropout.
+    see `pair_starts`; with `weights_only` out and the weights before dropout. Without `pairs` nobody reads the last,
+    which of packed rows is empty then: a compiled graph cannot hold its size.
     """
     query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = spread(inputs)
     query, key, value = readable(mask, query, key, value)
@@ -337,7 +338,7 @@ def concat_attention(
         bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only}
+    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only, "pairs": pairs}
     return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
@@ -350,6 +351,7 @@ def general_attention(
     factor: Tensor | None = None,
     score_activation: str = "identity",
     weights_only: bool = False,
+    pairs: bool = True,
 ) -> tuple[Tensor, ...]:
     r"""General (bilinear) and dot attention on canonical arguments, as `fused_attn.general` passes them.
 
@@ -369,7 +371,7 @@ def general_attention(
     scores = scale * (scores if factor is None else factor[..., None, None] * scores)
     scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only}
+    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only, "pairs": pairs}
     return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
@@ -460,6 +462,7 @@ def _attend(
     bad: Tensor | None = None,
     score_activation: str = "identity",
     weights_only: bool = False,
+    pairs: bool = True,
 ) -> tuple[Tensor, ...]:
     """(out, lse, scores) from the scores ``(B, H, Tq, Tk)`` of all pairs, before bias and mask.
 
@@ -510,7 +513,9 @@ def _attend(
 
     def of_pairs(x: Tensor) -> Tensor:
         """As it is returned: of packed rows the pairs of each sequence alone."""
-        return x if together is None else x[0][:, together]
+        if together is None:
+            return x
+        return x[0][:, together] if pairs else x.new_empty(0)
 
     if weights_only:
         return out, of_pairs(shares)
