@@ -577,7 +577,8 @@ def general_bwd(
         flags = with_scores(call.flags, dscores is not None or need_bias, 1 if inputs.packed else Tk)
 
         def run(kernel, grid: tuple[int, ...], blocks: Blocks, flags: Flags, **more: object) -> None:
-            tight = exact or blocks.D < D or blocks.DV < DV or busy or not even(D, DV)
+            wide = inputs.packed and max(D, DV) > 128 and not call.chip.hopper  # dk and dvalue spilled
+            tight = exact or blocks.D < D or blocks.DV < DV or busy or wide or not even(D, DV)
             args = {**call.args, "given": given, "flags": fitting(flags, call.size, blocks), **more}
             launch(kernel, grid, args, blocks, **(all_registers(call.chip) if tight else {}))
 

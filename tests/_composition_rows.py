@@ -242,6 +242,30 @@ def _pairs() -> None:
         },
     )
     add(
+        "concat packed, a term a pair",
+        lambda i, c, mask, **t: concat_attention(**t, mask=mask, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {
+            "query": r(B * T, 2, 4),
+            "key": r(B * T, 2, 4),
+            "value": r(B * T, 2, 4),
+            "v": r(4),
+            "score_bias": r(B * T * T),
+            "mask": seen(B * T * T, 2),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
+        "general packed, a term a pair",
+        lambda i, c, **t: general_attention(**t, cu_seqlens_q=c, cu_seqlens_k=c, impl=i),
+        lambda B, T: {
+            "query": r(B * T, 2, 4),
+            "key": r(B * T, 2, 4),
+            "score_bias": r(B * T * T, 2),
+            "mask": seen(B * T * T, 1),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
         "general padded",
         lambda i, **t: general_attention(**t, impl=i),
         lambda B, T: {"query": r(B, T, 4), "key": r(B, T, 4)},

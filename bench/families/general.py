@@ -174,6 +174,7 @@ COMPILED = [
     GeneralCase(BF16, 16, 4, 256, 256, 64, 64, ragged=True, weights=True),
     GeneralCase(F16, 16, 2, 256, 256, 128, 100, "tanh", ragged=True, weights=True, window=(None, -1), dropout=0.1),
     GeneralCase(F32, 16, 1, 256, 256, 128, ragged=True, alone="keys", weights=True),
+    GeneralCase(BF16, 16, 4, 256, 256, 256, 64, ragged=True),
     # a term a pair of ragged rows
     GeneralCase(BF16, 16, 4, 256, 256, 64, 64, ragged=True, bias=True),
     GeneralCase(BF16, 16, 4, 256, 256, 256, ragged=True, mask=3, bias=True),
