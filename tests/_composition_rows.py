@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 class Row:
     """call: from `impl` and tensors to a tensor or several. make: from batch and length to the tensors.
 
-    columns: those that it has a cell in, all where None.
+    columns: those that it has a cell in, all where None. kept: what autocast leaves in float32.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Row:
     make: Callable[[int, int], dict[str, Tensor]]
     module: nn.Module | None = None
     columns: tuple[str, ...] | None = None
+    kept: tuple[str, ...] = ("score_bias",)
     device: torch.device = CPU
 
     def tensors(self, impl: str, batch: int = 2, length: int = 5) -> dict[str, Tensor]:
