@@ -345,6 +345,7 @@ def _statistics_and_graph() -> None:
             impl=i,
         ),
         lambda B, T: {"h": r(B * T, 4), "weight": r(B * T), "c": offsets(B * T, B)},
+        kept=("weight",),
     )
     add(
         "statistics padded, hops",
@@ -355,6 +356,7 @@ def _statistics_and_graph() -> None:
         "statistics packed, weights of hops",
         lambda i, c, weight, **t: statistics_pooling(**t, weight=weight.square(), cu_seqlens=c, hops=2, impl=i),
         lambda B, T: {"h": r(B * T, 4), "weight": r(B * T, 2), "c": offsets(B * T, B)},
+        kept=("weight",),
     )
     add(
         "statistics packed",

@@ -212,9 +212,7 @@ def autocast(row: Row, impl: str) -> Pairs:
         assert impl == "triton" or all(x.dtype == torch.float64 for x in row.run(impl, wide))
     tensors = live(row, {n: x.float() if x.is_floating_point() else x for n, x in row.tensors("triton").items()})
     for dtype in (torch.float16, torch.bfloat16) if row.module is None else ():
-        by_hand = {
-            n: x.to(dtype) if x.is_floating_point() and n not in row.kept else x for n, x in tensors.items()
-        }
+        by_hand = {n: x.to(dtype) if x.is_floating_point() and n not in row.kept else x for n, x in tensors.items()}
         with torch.autocast(kind, dtype):
             results = row.run(impl, tensors)
             loss = row.loss(impl, tensors)
