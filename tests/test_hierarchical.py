@@ -263,7 +263,8 @@ def test_one_launch_is_for_narrow_rows_and_many_or_short_documents():
         assert fits(chip, 256, 51_200, 256, itemsize=4)
         assert fits(chip, 100, 51_200, 256, A=100)
         assert not fits(chip, 264, 51_200, 256)  # the vectors
-        assert not fits(chip, 200, 51_200, 256)
+        assert fits(chip, 200, 51_200, 256)
+        assert not fits(chip, 202, 51_200, 256)  # no multiple of 4: small tiles
         assert fits(chip, 256, 10**6, chip.cores)
         assert not fits(chip, 256, 10**6, chip.cores - 1)  # the chip would be idle
         assert fits(chip, 256, 512, 1)
