@@ -142,6 +142,7 @@ COMPILED = [
     # HAN: words of a recurrent layer, ragged
     HierarchicalCase(BF16, **_DOCUMENTS, **_256, mask=False),
     HierarchicalCase(BF16, **_DOCUMENTS, **_100),
+    HierarchicalCase(BF16, **_DOCUMENTS, **{**_256, "D": 200}),
     HierarchicalCase(F16, 64, 640, 12_800, 64, 64, 32, context="row", activation="relu"),
     HierarchicalCase(F32, **_DOCUMENTS, **_256, mask=False),
     HierarchicalCase(F32, **_DOCUMENTS, **_100, context="segment"),
