@@ -10,11 +10,20 @@ from dataclasses import dataclass
 
 import _location
 import _pairwise
+import pytest
 import torch
 from _compare import Operator
 from torch import Tensor
 
 from fused_attn import statistics_pooling
+
+
+def assert_raises(given: dict, error: type[Exception], text: str) -> None:
+    """`statistics_pooling` of frames (2, 5, 3) and what is given raises; a tuple is the shape of a tensor."""
+    made = {name: torch.rand(x) if isinstance(x, tuple) else x for name, x in given.items()}
+    with pytest.raises(error) as caught:
+        statistics_pooling(torch.rand(2, 5, 3), **made)
+    assert str(caught.value).startswith(text)
 
 
 def operator(**options) -> Operator:

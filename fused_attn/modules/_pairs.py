@@ -87,6 +87,10 @@ class HeadsAttention(Attention):
         """Rows that are the same for all heads: where padded one head of them."""
         return self._repeat(x) if x.dim() == 2 or self.num_heads == 1 else x.unsqueeze(1)
 
+    def _values(self, value: Any, key: Tensor) -> Any:
+        """Values that are rows as the keys are, for all heads; what has heads already, None and False stay."""
+        return self._of_heads(value) if isinstance(value, Tensor) and value.dim() == key.dim() else value
+
     def _repeat(self, x: Tensor) -> Tensor:
         """The same rows for every head."""
         return x.unsqueeze(1).expand(-1, self.num_heads, *x.shape[1:]) if self.num_heads > 1 else x

@@ -213,7 +213,7 @@ class ConcatAttention(HeadsAttention):
         return concat_attention(
             self._split(q),
             self._split(k),
-            self._of_heads(value) if isinstance(value, Tensor) and value.dim() == key.dim() else value,
+            self._values(value, key),
             v if self.num_heads > 1 else v[0],
             activation=self.activation,
             score_activation=self.score_activation,

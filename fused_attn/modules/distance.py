@@ -83,8 +83,6 @@ class DistanceAttention(PairsAttention):
     ) -> Any:
         q, v = project(self.query_proj, query), self.log_v.exp()
         k = self._project_keys(key) if projected is None else projected
-        value = key if value is None else value
-        if isinstance(value, Tensor) and value.dim() == key.dim():
-            value = self._of_heads(value)
+        value = self._values(key if value is None else value, key)
         v = v if self.num_heads > 1 else v[0]
         return distance_attention(self._split(q), self._split(k), value, v, p=self.p, **options)

@@ -116,10 +116,7 @@ class GeneralAttention(PairsAttention):
         projected: Tensor | None,
         **options: Any,
     ) -> Any:
-        if isinstance(value, Tensor) and value.dim() == key.dim():
-            value = self._of_heads(value)
-        elif value is None and projected is not None:
-            value = self._of_heads(key)
+        value = self._values(key if value is None and projected is not None else value, key)
         k = self._of_heads(key) if projected is None else self._split(projected)
         w = self.weight if projected is None else None
         q = self._repeat(query)
