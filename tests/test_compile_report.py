@@ -23,6 +23,7 @@ TANH = "bfloat16 B4 H1 Tq256 Tk512 A128 Dv128 tanh"
 MANY = [f"bfloat16 B4 H8 Tq4096 Tk4096 {widths}" for widths in ("D64 Dv64", "D128 Dv128", "D128 shared window")]
 COUNTED = sorted({GATED, TANH, *MANY, *BUDGETS})
 BRIEF = ["sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"]
+NVIDIA_ONLY = {"_recurrent_group_fwd_kernel"}
 
 
 def report(folder: Path, *options: str) -> list[dict]:
@@ -65,7 +66,8 @@ def test_each_kernel_compiles_in_one_case_for_the_other_chips(rows, tmp_path):
     brief = report(tmp_path, "--brief", "--usage", "--target", *BRIEF)
     assert not failures(brief)
     for target in BRIEF:
-        assert {r["kernel"] for r in brief if r["target"] == target} == {r["kernel"] for r in rows}, target
+        wanted = {r["kernel"] for r in rows} - (NVIDIA_ONLY if target.startswith("gfx") else set())
+        assert {r["kernel"] for r in brief if r["target"] == target} == wanted, target
 
 
 @pytest.mark.long

@@ -124,7 +124,7 @@ COMPILED = [
     WordCase(F16, **{**_LARGE, "A": 64}, ragged=True),
     WordCase(F32, 16, 8, 8, 3000, 20, mask=True),
 ]
-BRIEF = COMPILED[2:3]
+BRIEF = [COMPILED[2], COMPILED[-1]]
 VARIED = {
     "recurrent": [
         WordCase(BF16, 3, 1, 1, 64, 64),
