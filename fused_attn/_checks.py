@@ -608,31 +608,45 @@ def check_mask(check: Checker, mask: Tensor | None, full: tuple[int, int, int, i
         or (len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, queries))
     )
     if not fits:
-        words = [word for word in ("B", "H", "Tq", "Tk") if word in check.sizes]
-        having = ", ".join(f"{word} = {check.sizes[word]} from {check.sources[word]}" for word in words)
         # Not taken: where B = Tq it would be one of keys, and nobody would notice.
         hint = ", pass (Tq, Tk) as mask[None]" if (*shape, last) == (queries, keys) else ""
         raise ValueError(
             "mask: expected shape (B, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with "
-            f"{having}; got {tuple(mask.shape)}{hint}; {TRUE_IS_VISIBLE}"
+            f"{_having(check)}; got {tuple(mask.shape)}{hint}; {TRUE_IS_VISIBLE}"
         )
+
+
+def _having(check: Checker) -> str:
+    """The sizes of the pairs, and where each is from."""
+    words = [word for word in ("B", "H", "Tq", "Tk") if word in check.sizes]
+    return ", ".join(f"{word} = {check.sizes[word]} from {check.sources[word]}" for word in words)
 
 
 def check_score_bias(check: Checker, score_bias: Tensor | None, full: Sequence[int]) -> None:
-    """Check that a bias broadcasts to the scores, whose shape is `full`."""
+    """Check that a bias has the axes of the scores, whose shape is `full`, each as long or 1; or one axis, of keys.
+
+    Of two or three axes fewer the first would be heads or queries to PyTorch's broadcasting, and the batch to a mask:
+    where both are as long nobody would notice. So it has to be 1, of any sizes: a call is not refused for its batch.
+    """
     if score_bias is None:
         return
     check("score_bias", score_bias)
-    fits = len(score_bias.shape) <= len(full) and all(
-        n in (1, m) for n, m in zip(reversed(score_bias.shape), reversed(full), strict=False)
+    shape, names = tuple(score_bias.shape), ("B", "H", "Tq", "Tk") if len(full) == 4 else ("B", "Tq", "Tk")
+    if _broadcasts(shape, full) and (len(shape) in (0, 1, len(full)) or shape[0] == 1):
+        return
+    missing = len(full) - len(shape)
+    readings = []
+    if missing > 0 and len(shape) > 1:
+        nones = ", ".join(["None"] * missing)
+        for index, first in ((nones, names[missing]), (f":, {nones}", "B")):
+            words = (first, *names[missing + 1 :])
+            if _broadcasts(shape, (full[names.index(first)], *full[missing + 1 :])):
+                readings.append(f"score_bias[{index}] of {_in_words(words)}")
+    raise ValueError(
+        f"score_bias: expected shape {_in_words(names)}, 1 for any, or (Tk,), with {_having(check)}; got {shape}"
+        f"{'; pass ' if readings else ''}{', '.join(readings)}"
     )
-    if not fits:
-        words = "(B, H, Tq, Tk)" if len(full) == 4 else "(B, Tq, Tk)"
-        shape, hint = tuple(score_bias.shape), ""
-        if shape == (full[0], full[-1]):  # forms of a mask
-            hint = f"; one a key: pass score_bias[:, {'None, None' if len(full) == 4 else 'None'}]"
-        elif len(full) == 4 and shape == (full[0], *full[2:]):
-            hint = "; one for all heads: pass score_bias[:, None]"
-        raise ValueError(
-            f"score_bias: expected a shape that broadcasts to {words} = {tuple(full)}; got {shape}{hint}"
-        )
+
+
+def _broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))

@@ -131,8 +131,9 @@ def concat_attention(
         Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
         queries that see it: a cache that is not yet written may hold NaN.
     score_bias
-        Added to the scores: broadcastable to ``(B, Tq, Tk)``, or with heads to ``(B, H, Tq, Tk)``; in the dtype
-        of `query` or float32. Of packed rows in the order of the weights: ``(P,)``, ``(P, 1)`` or ``(P, H)``.
+        Added to the scores: ``(B, Tq, Tk)``, or with heads ``(B, H, Tq, Tk)``, where any may be 1, or ``(Tk,)``; in
+        the dtype of `query` or float32. It is not expanded. Of ``(Tq, Tk)`` pass ``score_bias[None]``, of ``(B, Tk)``
+        ``score_bias[:, None]``. Of packed rows in the order of the weights: ``(P,)``, ``(P, 1)`` or ``(P, H)``.
     cu_seqlens_q, cu_seqlens_k
         int32 ``(S + 1,)``, of packed rows: queries of sequence s see the keys of sequence s. Of one side alone
         ``(B + 1,)``: the other is padded, and a mask of keys hides what is past their ends. Or none where

@@ -194,7 +194,7 @@ def _pairs() -> None:
             "key": r(B, 2, T, 4),
             "value": r(B, 2, T, 3),
             "v": r(2, 4),
-            "score_bias": r(2, T, T),
+            "score_bias": r(1, 2, T, T),
             "mask": seen(B, T),
         },
     )
@@ -212,7 +212,7 @@ def _pairs() -> None:
             "value": r(B, 2, T, 4),
             "v": r(2, 4),
             "mask": seen(B, T),
-            "score_bias": r(2, T, T),
+            "score_bias": r(1, 2, T, T),
         },
     )
     add(
@@ -280,7 +280,7 @@ def _pairs() -> None:
             "value": r(B, 2, T, 3),
             "weight": r(2, 3, 4),
             "scale": r(2),
-            "score_bias": r(2, T, T),
+            "score_bias": r(1, 2, T, T),
             "mask": seen(B, T),
         },
     )
@@ -291,7 +291,7 @@ def _pairs() -> None:
             "query": r(B, 2, 1, 3),
             "key": r(B, 1, T, 4),
             "weight": r(2, 3, 4),
-            "score_bias": r(2, 1, T),
+            "score_bias": r(1, 2, 1, T),
             "mask": seen(B, T),
         },
     )

@@ -67,7 +67,8 @@ class Case(_pairwise.Factors):
     mask: str = "none"  # none, keys, padding, pairs (both with rows that see nothing), empty or expanded (stride 0);
     # packed only keys, of which a sequence has none that is seen
     window: Window | None = None
-    score_bias: str | None = None  # axes: b, h, q, k, or 1 (H: 1 for the heads); h and H go without heads
+    score_bias: str | None = None  # axes: b, h, q, k, or 1 (H: 1 for the heads); h and H go without heads, 1 before
+    # all but k alone
     layout: str = "contiguous"  # contiguous, transposed, strided (the last axis) or expanded (batch or heads)
     dropout_p: float = 0.0
     return_weights: bool = True  # where padded
@@ -99,6 +100,8 @@ class Case(_pairwise.Factors):
         if self.score_bias is not None:
             sizes = {"b": self.batch, "h": self.heads, "H": 1, "q": self.queries, "k": self.keys, "1": 1}
             axes = self.score_bias if self.heads is not None else self.score_bias.replace("h", "").replace("H", "")
+            if len(axes) > 1:
+                axes = axes.rjust(3 if self.heads is None else 4, "1")
             bias = torch.randn([sizes[axis] for axis in axes], generator=rng)
             made["score_bias"] = self._laid_out(bias.to(device, self.dtype))
         if self.mask != "none":

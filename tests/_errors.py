@@ -253,6 +253,14 @@ MASK = (
     "mask: expected shape (B, Tk), (B, Tq, Tk) or (B, H, Tq, Tk), 1 for any but Tk, with B = 2 from query, "
     "{heads}Tq = 3 from query, Tk = 5 from key; got {came}; True = may be attended"
 )
+BIAS = (
+    "score_bias: expected shape (B, Tq, Tk), 1 for any, or (Tk,), with B = {} from query, Tq = 3 from query, "
+    "Tk = 5 from key; got {}; pass "
+)
+BIAS_HEADS = (
+    "score_bias: expected shape (B, H, Tq, Tk), 1 for any, or (Tk,), with B = 2 from query, H = 2 from query, "
+    "Tq = 3 from query, Tk = 5 from key; got {}; pass "
+)
 PAIRS = {
     "query of rank 2 without cu_seqlens": value_error("query", query=floats(TQ, A)),
     "query of rank 5": value_error("query", query=floats(1, B, H, TQ, A)),
@@ -279,9 +287,18 @@ PAIRS = {
     "score_bias of other queries": value_error("score_bias", score_bias=floats(TQ + 1, 1)),
     "score_bias with heads alone": value_error("score_bias", score_bias=floats(B, 1, TQ, TK)),
     "score_bias of a mask's form": value_error(
-        "score_bias: expected a shape that broadcasts to (B, Tq, Tk) = (2, 3, 5); got (2, 5); "
-        "one a key: pass score_bias[:, None]",
-        score_bias=floats(B, TK),
+        BIAS.format(2, (2, 5)) + "score_bias[:, None] of (B, Tk)", score_bias=floats(B, TK)
+    ),
+    "score_bias of pairs alone": value_error(
+        BIAS.format(2, (3, 5)) + "score_bias[None] of (Tq, Tk)", score_bias=floats(TQ, TK)
+    ),
+    "score_bias of as many queries as sequences": value_error(
+        BIAS.format(3, (3, 5)) + "score_bias[None] of (Tq, Tk), score_bias[:, None] of (B, Tk)",
+        query=floats(TQ, TQ, A),
+        key=floats(TQ, TK, A),
+        value=floats(TQ, TK, DV),
+        mask=None,
+        score_bias=floats(TQ, TK),
     ),
     "score_bias of no keys": value_error("score_bias", score_bias=floats(0)),
     "window is a number": type_error("window: expected a pair (left, right) of int or None; got 3", window=3),
@@ -294,9 +311,11 @@ PAIRS_HEADS = {
     ),
     "score_bias of other heads": value_error("score_bias", score_bias=floats(H + 1, 1, 1)),
     "score_bias of a mask's form, of keys": value_error(
-        "score_bias: expected a shape that broadcasts to (B, H, Tq, Tk) = (2, 2, 3, 5); got (2, 5); "
-        "one a key: pass score_bias[:, None, None]",
-        score_bias=floats(B, TK),
+        BIAS_HEADS.format((2, 5)) + "score_bias[:, None, None] of (B, Tk)", score_bias=floats(B, TK)
+    ),
+    "score_bias of heads or sequences": value_error(
+        BIAS_HEADS.format((2, 3, 5)) + "score_bias[None] of (H, Tq, Tk), score_bias[:, None] of (B, Tq, Tk)",
+        score_bias=floats(H, TQ, TK),
     ),
 }
 PAIRS_PACKED = {

@@ -68,6 +68,7 @@ PACKED = {
     "cu_seqlens_k": CU_M,
 }
 MASKED = {"mask": bools(B, TK), "score_bias": floats(B, TQ, TK)}
+MASKED_HEADS = {**MASKED, "score_bias": floats(B, H, TQ, TK)}
 SCORE = Score(floats(D, A), floats(A), floats(A))
 WORDS = {"w_y": floats(D, A), "w_h": floats(C, A), "w_r": floats(D, A), "w": floats(A), "w_t": floats(D, D)}
 STEP = {
@@ -178,7 +179,7 @@ ROWS: dict[str, Row] = {
         },
     ),
     "concat": Row(_function("concat_attention"), {**PAIRS, "v": floats(A), **MASKED}),
-    "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED}),
+    "concat, heads": Row(_function("concat_attention"), {**HEADS, "v": floats(H, A), **MASKED_HEADS}),
     "concat, packed": Row(_function("concat_attention"), {**PACKED, "v": floats(A)}),
     "distance": Row(_function("distance_attention"), {**PAIRS, "v": floats(A), **MASKED}),
     "distance, packed": Row(_function("distance_attention"), {**PACKED, "v": floats(A)}),
@@ -193,7 +194,7 @@ ROWS: dict[str, Row] = {
         },
     ),
     "general": Row(_function("general_attention"), {**PAIRS, "weight": floats(A, A), **MASKED}),
-    "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED}),
+    "general, heads": Row(_function("general_attention"), {**HEADS, "weight": floats(H, A, A), **MASKED_HEADS}),
     "general, dot": Row(_function("general_attention"), {"query": PAIRS["query"], "key": PAIRS["key"]}),
     "general, packed": Row(_function("general_attention"), {**PACKED, "weight": floats(A, A)}),
     "general, packed keys": Row(
@@ -299,7 +300,7 @@ ROWS: dict[str, Row] = {
     ),
     "DistanceAttention": Row(
         _module("DistanceAttention", D, C, A, num_heads=H),
-        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED},
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED_HEADS},
     ),
     "ConcatAttention": Row(
         _module("ConcatAttention", D, C, A, context_dims=[R], num_heads=H),
@@ -308,12 +309,12 @@ ROWS: dict[str, Row] = {
             "key": floats(B, TK, C),
             "value": floats(B, TK, DV),
             "contexts": [floats(B, R)],
-            **MASKED,
+            **MASKED_HEADS,
         },
     ),
     "GeneralAttention": Row(
         _module("GeneralAttention", D, C, num_heads=H),
-        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED},
+        {"query": floats(B, TQ, D), "key": floats(B, TK, C), "value": floats(B, TK, DV), **MASKED_HEADS},
     ),
     "GeneralAttention, packed": Row(
         _module("GeneralAttention", D, C),

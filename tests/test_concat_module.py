@@ -48,7 +48,7 @@ def test_contexts_add_their_projections_to_the_score(heads, equal, device):
     ).to(device)
     query, key, contexts = inputs(device, keys=4 if equal else 6)
     mask, window = torch.rand(2, key.shape[1], device=device) < 0.8, (1, 2)
-    score_bias = torch.randn(4, 1, device=device) * torch.randn(key.shape[1], device=device)
+    score_bias = torch.randn(*[1] * (1 if heads == 1 else 2), 4, key.shape[1], device=device)
 
     p = dict(module.named_parameters())
     sequence, by_query, by_key = (x @ p[f"context_projs.{i}.weight"].T for i, x in enumerate(contexts))

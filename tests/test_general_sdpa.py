@@ -118,7 +118,7 @@ def test_agrees_with_flex_attention(impl, device):
 
     def score(s, b, h, i, j):
         shown = (i - 5 <= j) & (j <= i + 2)
-        return torch.where(shown, torch.tanh(s) + t["score_bias"][h, i, j], -torch.inf)
+        return torch.where(shown, torch.tanh(s) + t["score_bias"][0, h, i, j], -torch.inf)
 
     with torch.no_grad():
         want = flex_attention(t["query"], t["key"], t["value"], score_mod=score, scale=case.scale)

@@ -45,7 +45,7 @@ def folds(monkeypatch):
 @pytest.mark.parametrize("value", [False, True], ids=["keys", "values"])
 def test_heads_of_one_query_are_queries_of_one_head(value, weight, mask, impl, folds, device):
     tensors = inputs(device, value=value, weight=weight)
-    tensors["score_bias"] = torch.randn(H, 1, TK, device=device)
+    tensors["score_bias"] = torch.randn(1, H, 1, TK, device=device)
     if mask != "none":
         shown = torch.rand(B, *((1,) if mask == "keys" else (H,)), 1, TK, device=device) < 0.6
         if mask == "some see nothing":

@@ -66,6 +66,20 @@ def test_huge_score_biases_match_the_reference(dtype, make, impl, device):
 
 @every_impl
 @each_family
+@pytest.mark.parametrize("axes", ["hqk", "1k"])
+def test_a_bias_of_fewer_axes_may_begin_with_1(axes, make, impl, device):
+    case = make(batch=2, queries=2, keys=5, attn_dim=3, heads=1, score_bias=axes)
+    tensors = case.tensors(device)
+    want = evaluate(case.op, tensors, "reference")
+    tensors["score_bias"] = tensors["score_bias"].reshape((1, 2, 5) if axes == "hqk" else (1, 5))
+    got = evaluate(case.op, tensors, impl)
+    torch.testing.assert_close(got.outputs, want.outputs)
+    got.gradients["score_bias"] = got.gradients["score_bias"].view_as(want.gradients["score_bias"])
+    torch.testing.assert_close(got.gradients, want.gradients)
+
+
+@every_impl
+@each_family
 @pytest.mark.parametrize("heads", [None, 2])
 def test_bias_of_minus_infinity_hides_a_key_as_the_mask_does(heads, make, impl, device):
     case = make(heads=heads, queries=7, keys=35, attn_dim=3, score_bias="bhqk", mask="pairs")

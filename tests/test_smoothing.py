@@ -203,7 +203,7 @@ def pairs(device, heads, queries=1, dtype=torch.float32):
         "value": torch.randn(*lead, 9, 5),
     }
     made["v"] = torch.randn(6) if heads is None else torch.randn(heads, 6)
-    made["score_bias"] = torch.randn(queries, 9)
+    made["score_bias"] = torch.randn(*[1] * len(lead), queries, 9)
     made = {name: x.to(device, dtype) for name, x in made.items()}
     made["mask"] = torch.arange(9, device=device) < torch.tensor([[9], [4], [0]], device=device)
     return made
