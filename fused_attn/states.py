@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._checks import check_flag
 from ._jagged import is_jagged, of_rows, rows_of
 from ._softmax import pivot_of, softmax
 
@@ -42,7 +43,7 @@ class State(NamedTuple):
 pytree._register_namedtuple(State, serialized_type_name="fused_attn.State")  # for `torch.export.save`
 
 
-def merge(states: State | Iterable[State]) -> State:
+def merge(states: State | Iterable[State], *, stacked: bool = False) -> State:
     r"""Join states of the same queries over disjoint keys: the state over all of these, exactly.
 
     .. math:: m = \max_p m_p, \quad l = \sum_p e^{m_p - m} l_p, \quad out = \sum_p \frac{e^{m_p - m} l_p}{l} out_p
@@ -53,9 +54,11 @@ def merge(states: State | Iterable[State]) -> State:
     Parameters
     ----------
     states
-        One or more of ``(out (*rows, Dv), m (*rows), log_l (*rows))``, or one `State` whose tensors have the parts as
-        first axis: ``(out (P, *rows, Dv), m (P, *rows), log_l (P, *rows))``. 16-bit tensors are computed with in
-        float32. Those of jagged queries are jagged: a sequence of them, of the same offsets.
+        A sequence of one or more of ``(out (*rows, Dv), m (*rows), log_l (*rows))``. 16-bit tensors are computed with
+        in float32. Those of jagged queries are jagged, of the same offsets.
+    stacked
+        Whether `states` is one `State` whose tensors have the parts as first axis, ``(out (P, *rows, Dv),
+        m (P, *rows), log_l (P, *rows))``. It is said, for the first axis of a state alone is its batch.
 
     Returns
     -------
@@ -65,15 +68,20 @@ def merge(states: State | Iterable[State]) -> State:
     Raises
     ------
     ValueError, TypeError
-        For no states, what are no states, and tensors that do not fit together.
+        For no states, what are no states, one that is not said to be stacked, and tensors that do not fit together.
 
     """
-    if isinstance(states, State):
-        _check("states", states, parts=True)
-        out, m, log_l = states
+    if check_flag("stacked", stacked):
+        _check("states", cast("State", states), parts=True)
+        out, m, log_l = cast("State", states)
     else:
+        if isinstance(states, State):
+            raise TypeError(
+                "states: expected a sequence of them; got one State, merged already; where its first axis is "
+                "of parts pass stacked=True"
+            )
         if isinstance(states, Tensor) or not isinstance(states, Iterable):
-            raise TypeError(f"states: expected a State or a sequence of them; got {type(states).__name__}")
+            raise TypeError(f"states: expected a sequence of them; got {type(states).__name__}")
         parts = list(states)
         if not parts:
             raise ValueError("states: expected one State or more; got none")
@@ -147,6 +155,10 @@ def _check(name: str, state: State, *, parts: bool) -> None:
     for field, x in zip(State._fields, state, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}.{field}: expected a torch.Tensor; got {type(x).__name__}")
+        if is_jagged(x):
+            raise TypeError(
+                f"{name}.{field}: expected a dense tensor, jagged states come in a sequence; got a jagged one"
+            )
         if not x.is_floating_point():
             raise TypeError(f"{name}.{field}: expected a floating dtype; got {x.dtype}")
         if x.device != state[0].device:

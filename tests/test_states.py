@@ -131,7 +131,7 @@ def split(case, stack: bool = False):
         for part, window in parts_of(case, {n: x for n, x in arguments.items() if n != "impl"}):
             here = case if window == (None, None) else dataclasses.replace(case, window=window)
             states.append(returning(here, return_state=True)(impl=arguments["impl"], **part))
-        state = merge(State(*map(torch.stack, zip(*states, strict=True))) if stack else states)
+        state = merge(State(*map(torch.stack, zip(*states, strict=True))) if stack else states, stacked=stack)
         wide = torch.promote_types(torch.float32, next(iter(part.values())).dtype)
         assert {x.dtype for each in (state, *states) for x in each} == {wide}
         return state.out.to(next(iter(part.values())).dtype), finite(state.lse)
@@ -403,7 +403,7 @@ def textbook(out: Tensor, m: Tensor, log_l: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("rows", [(5,), (2, 3, 7), (1,)])
 def test_a_merge_is_a_softmax_of_parts(rows):
     given = states(*rows)
-    got = merge(given)
+    got = merge(given, stacked=True)
     out, lse = textbook(*given)
     torch.testing.assert_close(got.out, out)
     torch.testing.assert_close(got.lse, lse)
@@ -428,7 +428,8 @@ def test_order_and_steps_of_a_merge_do_not_matter(order):
 def test_scores_so_large_that_their_sum_has_no_room_beside_them():
     """m + log l in float32 would be off by 64 here."""
     m = torch.tensor([[1e9, -3e38], [1e9, 3e38]])
-    got = merge(State(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), m, torch.tensor([[0.5, 1.0], [0.0, 1.0]])))
+    given = State(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), m, torch.tensor([[0.5, 1.0], [0.0, 1.0]]))
+    got = merge(given, stacked=True)
     shares = torch.softmax(torch.tensor([0.5, 0.0]), 0)
     torch.testing.assert_close(got.out, torch.stack([shares[0] + 3 * shares[1], torch.tensor(4.0)])[:, None])
     log_l = torch.logsumexp(torch.tensor([[0.5, 0.0], [1.0, -torch.inf]]), -1)
@@ -437,7 +438,7 @@ def test_scores_so_large_that_their_sum_has_no_room_beside_them():
 
 def results(out: Tensor, m: Tensor, log_l: Tensor) -> tuple[Tensor, Tensor]:
     """What depends on m + log_l alone: m is a constant, and log_l has all."""
-    state = merge(State(out, m, log_l))
+    state = merge(State(out, m, log_l), stacked=True)
     return state.out, finite(state.lse)
 
 
@@ -474,20 +475,20 @@ def test_a_merge_composes():
     each = torch.vmap(func.grad(loss))(*batch)
     torch.testing.assert_close(each[1], func.grad(loss)(*(x[1] for x in batch)))
     exported = torch.export.export(Merged(), given).module()(*given)
-    for x, y in zip(exported, merge(given), strict=True):
+    for x, y in zip(exported, merge(given, stacked=True), strict=True):
         torch.testing.assert_close(x, y)
 
 
 class Merged(torch.nn.Module):
     def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
-        return tuple(merge(State(*state)))
+        return tuple(merge(State(*state), stacked=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_states_of_16_bits_are_merged_in_float32(dtype):
     wide = states(5, dtype=torch.float32)
     narrow = State(wide.out.to(dtype), wide.m, wide.log_l)
-    got, want = merge(narrow), merge(narrow._replace(out=narrow.out.float()))
+    got, want = (merge(x, stacked=True) for x in (narrow, narrow._replace(out=narrow.out.float())))
     assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(got, want, strict=True))
     parts = [State(narrow.out[0], wide.m[0], wide.log_l[0]), State(wide.out[1], wide.m[1], wide.log_l[1])]
     assert all(x.dtype == torch.float32 for x in merge(parts))
@@ -497,6 +498,7 @@ def one(*rows: int) -> State:
     return State(*(torch.zeros((*rows, *more)) for more in ((4,), (), ())))
 
 
+JAGGED = State(*(torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 1, 3])) for x in one(3)))
 THERE = State(*(x.to("meta") for x in one(2)))
 
 
@@ -504,8 +506,8 @@ THERE = State(*(x.to("meta") for x in one(2)))
     ("given", "error", "text"),
     [
         ([], ValueError, "states: expected one State or more; got none"),
-        (3, TypeError, "states: expected a State or a sequence"),
-        (torch.zeros(3), TypeError, "states: expected a State or a sequence"),
+        (3, TypeError, "states: expected a sequence of them; got "),
+        (torch.zeros(3), TypeError, "states: expected a sequence of them; got "),
         ([one(2), torch.zeros(3)], TypeError, "states[1]: expected a State, (out, m, log_l); got a Tensor"),
         (
             [(one(2), torch.zeros(3))],
@@ -518,6 +520,22 @@ THERE = State(*(x.to("meta") for x in one(2)))
         ([one(2)._replace(log_l=torch.ones(2).int())], TypeError, "states[0].log_l: expected a floating dtype; got "),
         ([one(2)._replace(m=THERE.m)], ValueError, "states[0].m: expected cpu, from states[0].out; got meta"),
         ([one(2), THERE], ValueError, "states[1]: expected cpu, from states[0]; got meta"),
+        (
+            one(3, 2),
+            TypeError,
+            "states: expected a sequence of them; got one State, merged already; where",
+        ),
+        (JAGGED, TypeError, "states: expected a sequence of them; got one State, merged already; where"),
+    ],
+)
+def test_a_bad_merge_names_what_is_wrong(given, error, text):
+    with pytest.raises(error, match=f"^{re.escape(text)}"):
+        merge(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
         (one(0, 2), ValueError, "states.out: expected shape (P, *rows, Dv) with P >= 1; got (0, 2, 4)"),
         (one(), ValueError, "states.out: expected shape (P, *rows, Dv) with P >= 1; got (4,)"),
         (
@@ -525,8 +543,19 @@ THERE = State(*(x.to("meta") for x in one(2)))
             ValueError,
             "states.log_l: expected shape (3, 2), from out; got (3,)",
         ),
+        ([one(2), one(2)], TypeError, "states: expected a State, (out, m, log_l); got a list"),
+        (
+            JAGGED,
+            TypeError,
+            "states.out: expected a dense tensor, jagged states come in a sequence; got a jagged one",
+        ),
     ],
 )
-def test_a_bad_merge_names_what_is_wrong(given, error, text):
+def test_a_bad_stacked_merge_names_what_is_wrong(given, error, text):
     with pytest.raises(error, match=f"^{re.escape(text)}"):
-        merge(given)
+        merge(given, stacked=True)
+
+
+def test_whether_states_are_stacked_is_a_bool():
+    with pytest.raises(TypeError, match=r"^stacked: expected True or False; got 0"):
+        merge([one(2)], stacked=0)
