@@ -199,8 +199,7 @@ def general_attention(
     activation
         Of the product: identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     score_activation
-        "logsigmoid", see `location_attention`. It has no kernel: ``"triton"`` raises, and ``"auto"`` is the
-        reference, which stores Tq·Tk.
+        "logsigmoid", see `location_attention`: of the score with its bias.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
         where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed rows: of keys
@@ -257,7 +256,7 @@ def general_attention(
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
     factor = scale if isinstance(scale, Tensor) else None
-    options = (activation, 1.0, None, None, dropout_p)
+    options = (activation, 1.0, None, None, dropout_p, score_activation)
     wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     given = check_pairs(
         _TABLES[weight is not None],
@@ -270,16 +269,14 @@ def general_attention(
     if factor is None:
         inputs = inputs._replace(scale=check_scale(scale, query.dtype))
     check_score_activation("score_activation", score_activation)
-    unsupported, plain = "has no float64" if query.dtype == torch.float64 else None, score_activation == "identity"
-    unsupported = unsupported if plain else f"has no score_activation here; got {score_activation!r}"
-    kernel = use_triton(impl, query.device, unsupported)
-    sdpa = plain and impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    sdpa = impl == "auto" and wanted == PLAIN and _sdpa_serves(inputs, (weight, factor), kernel)
     folds = _heads_fold(inputs)
     if (folds or kernel or sdpa) and (weight is not None or factor is not None):
         inputs, weight, factor = _projected(inputs, weight, factor, sdpa or not kernel), None, None
     inputs = _folded(inputs) if folds else of_all_heads(inputs)
     if not (kernel or sdpa):
-        more = {"weight": weight, "factor": factor, "score_activation": score_activation, "pairs": wanted.pairs}
+        more = {"weight": weight, "factor": factor, "pairs": wanted.pairs}
         results = by_formula(_GENERAL.formula, inputs, wanted, **more)
     else:
         exact = not sdpa and keeps_exact(*inputs[:4], state=wanted.state)
@@ -339,9 +336,9 @@ def _sdpa_serves(inputs: GeneralInputs, factors: tuple[Tensor | None, ...], kern
     """
     if forward_mode():
         return False
-    query, key, value, bias, mask, _, _, _, activation, scale, left, right, dropout_p = inputs
-    same = activation == "identity" and scale > 0 and dropout_p == 0 and bias is None and not inputs.packed
-    if not same or left is not None or right not in (None, 0):
+    query, key, value, bias, mask, _, _, _, activation, scale, left, right, dropout_p, score_activation = inputs
+    same = activation == score_activation == "identity" and scale > 0 and dropout_p == 0
+    if not same or bias is not None or inputs.packed or left is not None or right not in (None, 0):
         return False
     if value is not None and value.shape[-1] != key.shape[-1]:
         return False  # only its backend without a fused kernel takes these

@@ -338,8 +338,8 @@ def concat_attention(
         bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only, "pairs": pairs}
-    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
+    options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
+    return _attend(scores, value, score_bias, *structure, score_activation, bad=bad, **options)
 
 
 @looked_at_after
@@ -349,7 +349,6 @@ def general_attention(
     *,
     weight: Tensor | None = None,
     factor: Tensor | None = None,
-    score_activation: str = "identity",
     weights_only: bool = False,
     pairs: bool = True,
 ) -> tuple[Tensor, ...]:
@@ -360,7 +359,8 @@ def general_attention(
     `weight`: W, ``(Dq, Dk)`` or ``(H, Dq, Dk)``, for queries ``(B, H, Tq, Dq)``; None: the identity. `factor`: a
     further scale, ``()`` or ``(H,)``. The results are those of `concat_attention`.
     """
-    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p = spread(inputs)
+    inputs = spread(inputs)
+    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p, _ = inputs
     query, key, value = readable(mask, query, key, key if value is None else value)
     query, key, weight = widened(query, key, weight)
     bad = None
@@ -371,8 +371,8 @@ def general_attention(
     scores = scale * (scores if factor is None else factor[..., None, None] * scores)
     scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"score_activation": score_activation, "weights_only": weights_only, "pairs": pairs}
-    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
+    options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
+    return _attend(scores, value, score_bias, *structure, inputs.score_activation, bad=bad, **options)
 
 
 def spread(inputs: P) -> P:
@@ -458,9 +458,9 @@ def _attend(
     left: int | None,
     right: int | None,
     dropout_p: float,
+    score_activation: str = "identity",
     *,
     bad: Tensor | None = None,
-    score_activation: str = "identity",
     weights_only: bool = False,
     pairs: bool = True,
 ) -> tuple[Tensor, ...]:

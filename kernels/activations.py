@@ -63,6 +63,12 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def log_sigmoid_grad(y):
+    """Derivative of log σ at x, 1 - σ(x), given y = log σ(x)."""
+    return -exp_less_one(y)
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
     """act(x), by the name that the public functions use; "abs" and "square" are of distance attention."""
     if ACT == "tanh":

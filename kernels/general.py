@@ -1,14 +1,16 @@
 """General (bilinear and dot) attention: s_ij = act(scale q_i · k_j) + bias_ij, softmax over j, weighted sum.
 
+With `SMOOTH` the softmax is of log σ(s_ij), whose e^s is a sigmoid.
+
 Tiles of queries meet tiles of keys on matrix units, with an online softmax (FlashAttention; Dao et al. 2022): nothing
 of size Tq·Tk is stored. A bilinear weight has met the queries before.
 
 - 16-bit inputs work in base 2, 2^(s log2 e): the factor log2 e shares the multiplication with `scale`, and one
   instruction makes the exponential. float32 inputs (`EXACT`, unless PyTorch is set to allow TF32) and calls that
-  return the scores or have a bias are `NATURAL`: they take e^s itself, see `softmax.exp`. In float32 the rounding of
-  s log2 e would be a relative error of keys that weigh alike, and of a bias that is the least float32 it would be
-  -inf, which hides. The maximum that is kept for the backward is in the units of the
-  scores: converted and back it would be off by one step, which at 1e9 is 64.
+  return the scores, have a bias or are `SMOOTH` are `NATURAL`: they take e^s itself, see `softmax.exp`. In float32
+  the rounding of s log2 e would be a relative error of keys that weigh alike, and of a bias that is the least float32
+  it would be -inf, which hides. The maximum that is kept for the backward is in the units of the scores: converted
+  and back it would be off by one step, which at 1e9 is 64.
 - Where the values are the keys (`SHARED`) one load of a tile serves both products: half the traffic, which decides
   when there are few queries. A tile holds widths up to 256; wider keys (`WIDE`) are loaded in parts for the score,
   and the values' width is divided among programs, each of which makes the scores again.
@@ -27,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, log_sigmoid
 from .arguments import (
     constants,
     head_ptr,
@@ -136,7 +138,10 @@ def tile_scores(x, i, j, inside, bias, left, window, size, flags, EDGE: tl.const
     rate: tl.constexpr = 1.0 if flags.NATURAL else LOG2E
     y = x if flags.ACT == "identity" else activate(x * size.scale, flags.ACT, flags.FAST)
     shown = in_window(window, i, j, inside & left) if EDGE else inside  # after the product, which needs the registers
-    return score(y, bias, size.scale, rate, flags.ACT), y, shown
+    s = score(y, bias, size.scale, rate, flags.ACT)
+    if flags.SMOOTH:
+        s = log_sigmoid(s)
+    return s, y, shown
 
 
 @triton.jit
@@ -429,6 +434,7 @@ class Flags(NamedTuple):
     """What kernels are compiled for; see above."""
 
     ACT: str
+    SMOOTH: bool  # scores go through the logarithm of the sigmoid
     FAST: bool
     FMA: bool
     EXACT: bool
@@ -464,6 +470,7 @@ class Call(NamedTuple):
     chip: Chip
     seqs: int
     busy: int  # of mask, bias and dropout factor, those that a pair has
+    active: bool  # whether scores are more than a product and a bias
     size: Size
     flags: Flags  # but for what blocks decide
     args: dict[str, object]  # by the kernels' names
@@ -476,7 +483,7 @@ def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: boo
     not with those that are not finite.
     """
     query, key, value, score_bias, mask, cu_seqlens_q, cu_seqlens_k, seed, activation, *options = inputs
-    scale, left, right, dropout_p = options
+    scale, left, right, dropout_p, score_activation = options
     chip, packed_q, packed_k = chip_of(query.device), cu_seqlens_q is not None, cu_seqlens_k is not None
     (B, H, Tq, D), Tk = query.shape, key.shape[2]
     query, key = unit(query), unit(key)
@@ -498,13 +505,15 @@ def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: boo
     exact = key.dtype == torch.float32 and precise["PRECISION"] == "ieee"
     seqs = next((x.numel() - 1 for x in (cu_seqlens_q, cu_seqlens_k) if x is not None), B)
     busy = sum(x is not None for x in (score_bias, pair_mask, seed))
+    smooth = score_activation == "logsigmoid"
     size = Size(H, D, values.shape[-1], scale)
     flags = Flags(
         ACT=activation,
+        SMOOTH=smooth,
         FAST=chip.backend == "cuda" and key.element_size() == 2,
         FMA=exact and chip.backend != "interpreter",
         EXACT=exact,
-        NATURAL=exact or natural or score_bias is not None,
+        NATURAL=exact or natural or score_bias is not None or smooth,
         SHARED=value is None,
         MASKED=mask is not None,
         PARTS=parts,
@@ -533,7 +542,7 @@ def prepare(inputs: GeneralInputs, natural: bool, scored: bool, *, backward: boo
         "window": window(left, right),
         "size": size._replace(D=width(size.D), DV=width(size.DV)),
     }
-    return Call(chip, seqs, busy, size, flags, args)
+    return Call(chip, seqs, busy, smooth or activation != "identity", size, flags, args)
 
 
 def _codes(rows: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
@@ -577,8 +586,7 @@ def general_fwd(
         return out.zero_(), no_key(lse), scores, exact.zero_()
     busy = call.busy + need_scores
     length, itemsize = LONG if inputs.packed else Tq, key.element_size()
-    active = call.flags.ACT != "identity"
-    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS, active)
+    blocks = fwd_blocks(call.chip, itemsize, length, D, DV, not busy, busy, call.flags.PARTS, call.active)
     items = partition(call.seqs, Tq, blocks.M, cu_seqlens_q)
     dv_blocks = cdiv(DV, blocks.DV)
     splits = max(1, min(2 * call.chip.cores // (items.count * H * dv_blocks), cdiv(Tk, 2 * blocks.N)))

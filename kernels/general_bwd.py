@@ -2,7 +2,8 @@
 
 With x_ij = scale q_i · k_j, a_ij = exp(s_ij - m_i) / l_i, κ_ij the dropout factor, δ_i = dO_i · o_i - l_i dl_i:
 
-    g_ij = a_ij (κ_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias
+    g_ij = a_ij (κ_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias,
+                                                                   with `SMOOTH` times 1 - σ(s_ij)
     dq_i = scale Σ_j g_ij act'(x_ij) k_j          dk_j = scale Σ_i g_ij act'(x_ij) q_i
     dvalue_j = Σ_i κ_ij a_ij dO_i
 
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate_grad
+from .activations import activate_grad, log_sigmoid_grad
 from .arguments import launch, pitch
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
 from .general import (
@@ -146,6 +147,8 @@ def _general_gradient(
         g = p * (dp * keep - delta)
     if given.dscores is not None:
         g += dscores
+    if flags.SMOOTH:
+        g *= log_sigmoid_grad(s)
     if TEST:
         p = tl.where(shown, p, 0.0)
         g = tl.where(shown, g, 0.0)  # by itself: values that are hidden may be NaN
@@ -584,7 +587,7 @@ def general_bwd(
 
         lengths = (LONG, LONG) if inputs.packed else (Tq, Tk)
         plain = not (busy or call.flags.MASKED)
-        terms = plain, busy, parts, call.flags.ACT != "identity"
+        terms = plain, busy, parts, call.active
         for_q, for_k = bwd_blocks(call.chip, key.element_size(), *lengths, D, DV, *terms, call.flags.SHARED)
         # A launch for δ: float32 takes the rounding of o out, the others have it from that for dq, if there is one.
         fine = exact and (need_q or need_k or need_bias)

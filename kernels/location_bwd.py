@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_grad, exp_less_one
+from .activations import activate, activate_grad, log_sigmoid_grad
 from .arguments import constants, launch, pitch, sequence_ptr, width
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, unpressed, whole_rows
 from .inputs import LocationInputs
@@ -106,8 +106,8 @@ def _location_bwd_dz_kernel(
             ds += tl.load(given.dscores + at, mask=visible, other=0.0)
         p_at = (item * blocks.T + tl.arange(0, blocks.T))[:, None] * size.R + r[None, :]
         tl.store(work.p + p_at, p, mask=(r < size.R)[None, :])
-    if flags.SMOOTH:  # 1 - sigmoid of the score, from its logarithm
-        ds *= -exp_less_one(tl.load(result.scores + at, mask=visible, other=0.0))
+    if flags.SMOOTH:
+        ds *= log_sigmoid_grad(tl.load(result.scores + at, mask=visible, other=0.0))
     slot = item * blocks.T + tl.arange(0, blocks.T)
     if work.ds is not None:
         tl.store(work.ds + slot[:, None] * size.R + r[None, :], ds, mask=(r < size.R)[None, :])

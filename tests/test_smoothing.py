@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import _general
 import pytest
 import torch
 from _compare import IMPLS, assert_matches_reference, evaluate, in_double
@@ -217,10 +218,23 @@ def pairs_by_hand(additive):
         else:
             s = 0.7 * query @ key.mT
         s = torch.sigmoid(s + score_bias).masked_fill(~mask[:, None] if s.dim() == 3 else ~mask[:, None, None], 0)
-        alpha = s / s.sum(-1, keepdim=True).clamp(min=1e-30)
+        alpha = s / s.sum(-1, keepdim=True).clamp(min=1e-300)
         return alpha @ value, alpha
 
     return by_hand
+
+
+both_scores = pytest.mark.parametrize("additive", [False, True], ids=["general", "concat"])
+
+
+def attend(additive):
+    """One of the two with the options of `pairs_by_hand`."""
+    op, options = (concat_attention, {}) if additive else (general_attention, {"scale": 0.7})
+    return lambda **given: op(**given, **options, return_weights=True)
+
+
+def without(name, tensors):
+    return {other: x for other, x in tensors.items() if other != name}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -237,39 +251,133 @@ def test_a_step_of_concat_in_16_bits(dtype, device):
     assert_matches_reference(op, pairs(device, 2, dtype=dtype), dtype=dtype)
 
 
+# What pairs of queries and keys have: tiles that are seen whole, in part, and past the ends.
+OF_PAIRS = {
+    "plain": {},
+    "a step": {"queries": 1, "keys": 130, "return_weights": False},
+    "window": {"queries": 70, "keys": 130, "window": (30, 0), "return_weights": False},
+    "mask": {"mask": "keys", "heads": 2},
+    "everything": {"heads": 2, "mask": "pairs", "score_bias": "bhqk", "window": (9, 4), "dropout_p": 0.3},
+    "relu": {"activation": "relu", "mask": "empty", "score_bias": "k"},
+    "wide": {"attn_dim": 70, "value_dim": 70, "through": ("weights",)},
+    "ragged": {"ragged": True, "heads": 2, "mask": "keys", "window": (None, 2), "dropout_p": 0.3},
+}
+PAIRED = {"general": _general.Case}
+paired = pytest.mark.parametrize("make", PAIRED.values(), ids=PAIRED.keys())
+
+
+@pytest.mark.kernel
+@paired
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OF_PAIRS.values(), ids=OF_PAIRS.keys())
+def test_the_kernel_of_pairs_matches_the_reference(options, dtype, make, device):
+    case = make(dtype, **options)
+    assert_matches_reference(smooth(case.op), case.tensors(device), dtype=dtype, through=case.through)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", ["none", "matrix"])
+def test_the_kernel_of_keys_that_are_values_matches_the_reference(weight, dtype, device):
+    case = _general.Case(dtype, own_value=False, weight=weight, mask="padding")
+    assert_matches_reference(smooth(case.op), case.tensors(device), dtype=dtype)
+
+
+@pytest.mark.kernel
+@paired
+@pytest.mark.parametrize("name", ["query", "key", "value", "score_bias"])
+def test_one_gradient_alone_of_pairs_is_that_of_the_reference(name, make, device):
+    case = make(heads=2, score_bias="hqk")
+    assert_matches_reference(smooth(case.op), case.tensors(device), wrt=[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@both_scores
+@pytest.mark.parametrize("shift", [-80.0, 30.0, 1e4, -1e4])
+def test_pairs_at_any_size_of_the_scores(shift, additive, impl, device):
+    """Where the sigmoid underflows too, and where it is 1; far below 0 the softmax is that of the scores."""
+    if additive and impl == "triton":
+        pytest.skip("by the reference alone")
+    tensors = pairs(device, 2, 4) if additive else without("v", pairs(device, 2, 4))
+    tensors["score_bias"] = tensors["score_bias"] + shift
+    plain = attend(additive)
+    by_hand = pairs_by_hand(additive) if shift > -100 else lambda *, impl, **given: plain(impl=impl, **given)
+    assert_is(smooth(plain), by_hand, tensors, impl, large=True)
+
+
+@pytest.mark.kernel
+@both_scores
+@pytest.mark.parametrize("shift", [8.0, 14.0])
+def test_a_small_slope_is_not_lost(shift, additive, device):
+    """It is 1 - σ(s), of which a difference would leave nothing."""
+    if additive:
+        pytest.skip("by the reference alone")
+    tensors = pairs(device, 2, 4) if additive else without("v", pairs(device, 2, 4))
+    tensors["score_bias"] = tensors["score_bias"] + shift
+    assert_matches_reference(smooth(attend(additive)), tensors, wrt=["query", "key", "score_bias"], large=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@paired
+def test_scores_and_states_of_pairs_are_of_the_logarithm(make, impl, device):
+    case = dataclasses.replace(make(heads=2, mask="keys", score_bias="hqk"), return_weights=False)
+    tensors = case.tensors(device)
+    raw = case.op(**tensors, impl="reference", return_scores=True)[1]
+    want = torch.where(raw == -torch.inf, raw, torch.nn.functional.logsigmoid(raw))
+    out, log_weights, scores, lse = smooth(case.op)(
+        **tensors, impl=impl, return_log_weights=True, return_scores=True, return_lse=True
+    )
+    torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, want.logsumexp(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_weights, want.log_softmax(-1), rtol=1e-4, atol=1e-5)
+    halves = []
+    for keys in (slice(0, 20), slice(20, None)):
+        of_keys = {"key": -2, "value": -2, "score_bias": -1, "mask": -1}
+        part = {
+            n: x.movedim(of_keys[n], 0)[keys].movedim(0, of_keys[n]) if n in of_keys else x
+            for n, x in tensors.items()
+        }
+        halves.append(smooth(case.op)(**part, impl=impl, return_state=True))
+    torch.testing.assert_close(merge(halves).out, out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heads", [None, 3])
-@pytest.mark.parametrize("additive", [False, True], ids=["general", "concat"])
+@both_scores
 @pytest.mark.parametrize("name", ["key", "score_bias"])
-def test_pairs_that_are_hidden_and_nan_have_no_gradient(name, additive, heads, device):
+@pytest.mark.parametrize("form", ["pairs", "keys", "window"])
+def test_pairs_that_are_hidden_and_nan_have_no_gradient(form, name, additive, heads, impl, device):
     """A key that no query sees, and a bias of it."""
-    clean = pairs(device, heads, 4)
-    clean["mask"] = torch.ones(3, 4, 9, dtype=torch.bool, device=device)
-    clean["mask"][..., 8] = False
-    clean["mask"] = clean["mask"] if heads is None else clean["mask"][:, None]
-    if not additive:
-        del clean["v"]
+    if additive and impl == "triton":
+        pytest.skip("by the reference alone")
+    clean = pairs(device, heads, 4) if additive else without("v", pairs(device, heads, 4))
+    clean["mask"] = torch.ones(3, 9, dtype=torch.bool, device=device)
+    window = (None, 4) if form == "window" else None
+    if form != "window":
+        clean["mask"][:, 8] = False
+    if form == "pairs":
+        clean["mask"] = clean["mask"][:, None].expand(-1, 4, -1)
+        clean["mask"] = clean["mask"] if heads is None else clean["mask"][:, None]
     axis = -1 if name == "score_bias" else -2
     spoilt = {**clean, name: clean[name].index_fill(axis, torch.tensor([8], device=device), torch.nan)}
-    op = smooth(concat_attention if additive else general_attention)
-    of_clean, of_spoilt = (evaluate(op, tensors, "reference") for tensors in (clean, spoilt))
+    op = smooth(lambda **given: attend(additive)(**given, window=window))
+    of_clean, of_spoilt = (evaluate(op, tensors, impl) for tensors in (clean, spoilt))
     for got, want in zip(of_spoilt, of_clean, strict=True):
         for at, x in want.items():
             torch.testing.assert_close(got[at], x, msg=lambda text, at=at: f"{at}: {text}")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heads", [None, 3])
 @pytest.mark.parametrize("queries", [1, 4])
-@pytest.mark.parametrize("additive", [False, True], ids=["general", "concat"])
-def test_pairs_by_pytorch(additive, queries, heads, device):
-    """By `auto` too, which has no other path."""
-    tensors = pairs(device, heads, queries)
-    if not additive:
-        del tensors["v"]
-    attend, options = (concat_attention, {}) if additive else (general_attention, {"scale": 0.7})
-    op = smooth(lambda **given: attend(**given, **options, return_weights=True))
-    assert_is(op, pairs_by_hand(additive), tensors, "reference")
-    if queries > 1 or not additive:
-        got, want = (evaluate(op, tensors, impl) for impl in ("auto", "reference"))
+@both_scores
+def test_pairs_are_sigmoids_over_their_sum(additive, queries, heads, impl, device):
+    tensors = pairs(device, heads, queries) if additive else without("v", pairs(device, heads, queries))
+    if additive and impl == "triton":
+        pytest.skip("by the reference alone")
+    assert_is(smooth(attend(additive)), pairs_by_hand(additive), tensors, impl)
+    if impl == "reference":  # on a CPU "auto" is that
+        got, want = (evaluate(smooth(attend(additive)), tensors, way) for way in ("auto", "reference"))
         for of_got, of_want in zip(got, want, strict=True):
             torch.testing.assert_close(of_got, of_want)
 
@@ -280,9 +388,6 @@ def test_pairs_without_a_kernel_say_so(device):
     for given in (tensors, pairs(device, 2) | {"dropout_p": 0.5}):
         with pytest.raises(ValueError, match=r"^impl: 'triton' has a score_activation for one query a sequence only"):
             concat_attention(**given, score_activation="logsigmoid", impl="triton")
-    tensors.pop("v")
-    with pytest.raises(ValueError, match=r"^impl: 'triton' has no score_activation here; got 'logsigmoid'"):
-        general_attention(**tensors, score_activation="logsigmoid", impl="triton")
 
 
 @pytest.mark.parametrize("make", [lambda **o: ConcatAttention(3, 5, 4, **o), lambda **o: GeneralAttention(3, 5, **o)])

@@ -90,6 +90,7 @@ class GeneralCase(PairCase):
     activation: str = "identity"
     weights: bool = False  # whether they are returned, and have a gradient
     state: bool = False  # likewise the state
+    smooth: bool = False  # the score goes through the logarithm of the sigmoid
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -101,6 +102,7 @@ class GeneralCase(PairCase):
             "window" * (self.window != (None, None)),
             "weights" * self.weights,
             "state" * self.state,
+            "smooth" * self.smooth,
             self._of_ragged(),
             "dropout" * (self.dropout > 0),
             "tf32" * self.tf32,
@@ -117,7 +119,8 @@ class GeneralCase(PairCase):
             None if self.DV is None else self._empty(*keys, self.DV),
             *self._structure(),
         )
-        inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout)
+        smooth = "logsigmoid" if self.smooth else "identity"
+        inputs = GeneralInputs(*tensors, self.activation, 0.125, *self.window, self.dropout, smooth)
         exact = self.dtype.itemsize == 2
         natural = self.weights or self.state
         out, lse, scores, more = general.general_fwd(inputs, self.weights, self.B * self.Tq * self.Tk, natural, exact)
@@ -160,6 +163,13 @@ COMPILED = [
     GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, state=True),
     GeneralCase(F16, 4, 8, 1024, 1024, 64, mask=2, state=True),
     GeneralCase(BF16, 4, 4, 512, 512, 256, window=(None, 0), state=True),
+    # the logarithm of the sigmoid
+    GeneralCase(BF16, 4, 8, 1024, 1024, 64, 64, smooth=True),
+    GeneralCase(BF16, 4, 8, 1024, 1024, 128, 128, mask=2, smooth=True),
+    GeneralCase(BF16, 4, 4, 512, 512, 256, window=(None, 0), smooth=True),
+    GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "tanh", **_ALL, smooth=True),
+    GeneralCase(F16, 16, 2, 256, 256, 128, 100, ragged=True, **{**_ALL, "window": (None, -1)}, smooth=True),
+    GeneralCase(F32, 4, 8, 1024, 1024, 128, 128, **_ALL, smooth=True),
     # everything at once, and ragged
     GeneralCase(BF16, 4, 8, 512, 512, 128, 128, "tanh", **_ALL),
     GeneralCase(BF16, 4, 4, 512, 512, 256, 256, "gelu", **_ALL),
