@@ -339,7 +339,7 @@ def concat_attention(
     scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
     options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
-    return _attend(scores, value, score_bias, *structure, score_activation, bad=bad, **options)
+    return _attend(scores, value, score_bias, *structure, bad=bad, score_activation=score_activation, **options)
 
 
 @looked_at_after
@@ -372,7 +372,8 @@ def general_attention(
     scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
     options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
-    return _attend(scores, value, score_bias, *structure, inputs.score_activation, bad=bad, **options)
+    options["score_activation"] = inputs.score_activation
+    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
 def spread(inputs: P) -> P:
@@ -458,9 +459,9 @@ def _attend(
     left: int | None,
     right: int | None,
     dropout_p: float,
-    score_activation: str = "identity",
     *,
     bad: Tensor | None = None,
+    score_activation: str = "identity",
     weights_only: bool = False,
     pairs: bool = True,
 ) -> tuple[Tensor, ...]:
