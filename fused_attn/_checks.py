@@ -460,10 +460,22 @@ def check_cu_seqlens(name: str, cu: Tensor, rows: int, device: torch.device) -> 
         range does in `torch.nn.Embedding`.
 
     """
+    check_form_of_offsets(name, cu, device)
+    check_offsets(name, cu, rows, "packed rows")
+
+
+def check_form_of_offsets(name: str, cu: Tensor, device: torch.device | None = None) -> None:
+    """Check all of offsets but their values."""
     of_64 = f"; int64 offsets: pass {name}.int()" if isinstance(cu, Tensor) and cu.dtype == torch.int64 else ""
     hint = OFFSETS_HINT + of_64
     check_tensor(name, cu, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], device=device, hint=hint)
-    check_offsets(name, cu, rows, "packed rows")
+    check_any_offsets(name, cu)
+
+
+def check_any_offsets(name: str, x: Tensor) -> None:
+    """ValueError for no offset at all."""
+    if x.numel() == 0:
+        raise ValueError(f"{name}: expected at least one offset, 0; got an empty tensor")
 
 
 def know(x: Tensor, what: str, count: int) -> Tensor:
@@ -486,12 +498,11 @@ def check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
         For no offset at all; for the values as `check_cu_seqlens` does.
 
     """
-    if x.numel() == 0:
-        raise ValueError(f"{name}: expected at least one offset, 0; got an empty tensor")
+    check_any_offsets(name, x)
     if _known(x, "offsets", rows):
         return
     good = (x[0] == 0) & (x[-1] == rows) & (x[1:] >= x[:-1]).all()
-    check_values(name, x, good, f"non-decreasing offsets from 0 to the number of {of}", rows)
+    check_values(name, x, good, f"non-decreasing offsets from 0 to the number of {of}", rows, of)
 
 
 def check_indices(name: str, x: Tensor, count: int, of: str) -> None:
@@ -514,16 +525,21 @@ def _leave_to_functorch() -> None:
 _leave_to_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_operators._leave_to_autograd`
 
 
-def check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None) -> None:
-    """Check that what `x` holds is `good`, a bool; a ValueError as `check_cu_seqlens` raises it."""
-    _check_values(name, x, good, expected, count)
+def check_values(
+    name: str, x: Tensor, good: Tensor, expected: str, count: int | None = None, offsets_into: str = ""
+) -> None:
+    """Check that what `x` holds is `good`, a bool; a ValueError as `check_cu_seqlens` raises it.
+
+    offsets_into: what `x` are offsets into, if they are; of these there are `count`, or nobody knows how many.
+    """
+    _check_values(name, x, good, expected, count, offsets_into)
 
 
-def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None) -> None:
+def _check_values(name: str, x: Tensor, good: Tensor, expected: str, count: int | None, offsets_into: str) -> None:
     x, good = every_sample(x), every_sample(good)
     if not _holds(good, f"{name}: expected {expected}"):
         came = x.tolist() if x.numel() < 100 else x  # PyTorch shows the ends of a long one
-        cause = "" if count is None or "offsets" not in expected else _cause_of_offsets(x, count)
+        cause = _cause_of_offsets(name, x, count, offsets_into) if offsets_into else ""
         raise ValueError(f"{name}: expected {expected}{'' if count is None else f', {count}'}; got {came}{cause}")
 
 
@@ -548,15 +564,35 @@ def check_pair_count(name: str, came: int, count: Tensor) -> None:
         )
 
 
-def _cause_of_offsets(x: Tensor, rows: int) -> str:
-    """The likely reason of wrong offsets, or nothing."""
+def _cause_of_offsets(name: str, x: Tensor, rows: int | None, of: str) -> str:
+    """The likely reason of wrong offsets into so many rows, None where nobody knows how many; or nothing."""
     if x.dim() != 1:  # of every sample of a `vmap`
         return ""
-    if int(x.sum()) == rows and bool((x >= 0).all()):
-        return "; looks like lengths: pass Segments.from_lengths(...) of them"
-    if int(x[-1]) == rows and bool((x[1:] >= x[:-1]).all()) and int(x[0]) > 0:
+    numbers = x.tolist()
+    first, last, total, steps = numbers[0], numbers[-1], sum(numbers), x.diff().tolist()
+    falls = [i + 1 for i, step in enumerate(steps) if step < 0]
+    make = "their sums, F.pad(x.cumsum(0), (1, 0))," if of == "edges" else "Segments.from_lengths(...)"
+    lengths = f"; looks like lengths: pass {make} of them"
+    if min(numbers) >= 0 and total == rows:
+        return lengths
+    if falls and min(numbers) >= 0 and first > 0:
+        return lengths if rows is None else f"{lengths}, here of {total} {of}"
+    if falls:
+        i = falls[0]
+        return f"; {name}[{i}] = {numbers[i]} is less than {name}[{i - 1}] = {numbers[i - 1]}"
+    if first != 0 and rows is None:
+        return f"{lengths}, or as if the leading 0 is missing"
+    if first != 0 and last == rows:
         return "; looks as if the leading 0 is missing"
-    return ""
+    if first != 0:
+        return f"; looks as if they count from {first}: pass {name} - {first}" if last - first == rows else ""
+    if len(numbers) == rows and 0 in steps and last < rows:
+        return f"; looks like the sequence of each row: pass {make} of torch.bincount(...) of them"
+    if of != "edges" and steps and steps[0] == 0 and steps[-1] == rows and steps == sorted(steps):
+        return "; looks as if lengths were expected and offsets came: pass Segments.from_offsets(...) of these"
+    if rows is not None and last < rows:
+        return f"; they end at {last}, and the last is to be {rows}: {of} of padding are left out"
+    return f"; they are offsets into {last} {of}"
 
 
 # --- Queries and keys ----------------------------------------------------------------------------------------------

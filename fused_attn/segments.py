@@ -8,7 +8,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._checks import OFFSETS_HINT, check_offsets, check_tensor, know
+from ._checks import check_form_of_offsets, check_tensor, check_values, know
+
+_LENGTHS = "a tensor of the number of rows of each sequence"
 
 
 @dataclass(eq=False)
@@ -37,11 +39,11 @@ class Segments:
             For what are no offsets, on a GPU too: their values are read here, once.
 
         """
-        check_tensor("offsets", offsets, shapes=[("(S + 1,)", (None,))], dtypes=[torch.int32], hint=OFFSETS_HINT)
-        if offsets.numel() == 0:
-            raise ValueError("offsets: expected at least one offset, 0; got an empty tensor")
-        rows = int(offsets[-1])
-        check_offsets("offsets", offsets.cpu(), rows, "packed rows")
+        check_form_of_offsets("offsets", offsets)
+        numbers = offsets.cpu()
+        good = (numbers[0] == 0) & (numbers[1:] >= numbers[:-1]).all()
+        check_values("offsets", numbers, good, "non-decreasing offsets from 0", offsets_into="packed rows")
+        rows = int(numbers[-1])
         with torch.inference_mode(False):
             return cls(know(offsets.clone(), "offsets", rows))
 
@@ -55,7 +57,7 @@ class Segments:
             For what are no lengths.
 
         """
-        check_tensor("lengths", lengths, shapes=[("(S,)", (None,))], dtypes=[torch.int32, torch.int64])
+        check_tensor("lengths", lengths, shapes=[("(S,)", (None,))], dtypes=[torch.int32, torch.int64], hint=_LENGTHS)
         if bool((lengths < 0).any()):
             raise ValueError(f"lengths: expected lengths of at least 0; got {lengths.tolist()}")
         total = lengths.long().cumsum(0)
@@ -74,7 +76,8 @@ class Segments:
 
         """
         if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
-            raise TypeError("x: expected a nested tensor of layout=torch.jagged; got another")
+            came = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a nested tensor of layout=torch.jagged; got {came}")
         return cls.from_offsets(x.offsets().int())  # type: ignore[attr-defined]
 
     @classmethod

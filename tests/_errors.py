@@ -640,6 +640,11 @@ ON_CPU = {
             "from under 0": value_error("cu_seqlens: expected non-decreasing offsets", cu_seqlens=CU_N - 1)
         },
         "graph": {
+            "indptr of degrees": value_error(
+                f"indptr: expected non-decreasing offsets from 0 to the number of edges, {E}; got [4, 0, 3, 1, 0]; "
+                "looks like lengths: pass their sums, F.pad(x.cumsum(0), (1, 0)), of them",
+                indptr=ints(4, 0, 3, 1, 0),
+            ),
             "indptr not from 0": value_error("indptr", indptr=ints(1, 4, 4, 7, E)),
             "indptr that ends early": value_error("indptr", indptr=ints(0, 4, 4, 7, E - 1)),
             "indptr that ends late": value_error("indptr", indptr=ints(0, 4, 4, 7, E + 1)),
@@ -663,6 +668,11 @@ ON_CPU = {
             "outer_offsets not from 0": value_error(
                 "outer_offsets: expected non-decreasing offsets from 0", outer_offsets=ints(1, 2, S)
             ),
+            "outer_offsets of counts": value_error(
+                "outer_offsets: expected non-decreasing offsets from 0 to the number of segments, 3; got [1, 2]; "
+                "looks like lengths: pass Segments.from_lengths(...) of them",
+                outer_offsets=ints(1, 2),
+            ),
             "outer_offsets past S": value_error(
                 "outer_offsets: expected non-decreasing offsets from 0", outer_offsets=ints(0, 1, S + 1)
             ),
@@ -672,6 +682,31 @@ ON_CPU = {
         },
     }.items()
     for title, bad in table.items()
+}
+
+# Offsets into nine rows that are wrong, and what the error says of why.
+_LENGTHS = "looks like lengths: pass Segments.from_lengths(...) of them"
+CAUSES = {
+    "lengths": ([3, 2, 4], _LENGTHS),
+    "lengths with a 0 before": ([0, 5, 4], _LENGTHS),
+    "one length": ([9], _LENGTHS),
+    "lengths of other rows": ([3, 2, 5], f"{_LENGTHS}, here of 10 packed rows"),
+    "no leading 0": ([3, 5, 9], "looks as if the leading 0 is missing"),
+    "counted from 1": ([1, 4, 6, 10], "looks as if they count from 1: pass cu_seqlens - 1"),
+    "from 2 to nowhere": ([2, 4, 8], None),
+    "no end": ([0, 3, 5], "they end at 5, and the last is to be 9: packed rows of padding are left out"),
+    "one 0": ([0], "they end at 0, and the last is to be 9: packed rows of padding are left out"),
+    "of other rows": ([0, 3, 5, 10], "they are offsets into 10 packed rows"),
+    "a fall": ([0, 5, 3, 9], "cu_seqlens[2] = 3 is less than cu_seqlens[1] = 5"),
+    "under 0": ([0, -1, 3, 9], "cu_seqlens[1] = -1 is less than cu_seqlens[0] = 0"),
+    "a sequence a row": (
+        [0, 0, 0, 1, 1, 2, 2, 2, 2],
+        "looks like the sequence of each row: pass Segments.from_lengths(...) of torch.bincount(...) of them",
+    ),
+    "offsets taken for lengths": (
+        [0, 0, 3, 8, 17],
+        "looks as if lengths were expected and offsets came: pass Segments.from_offsets(...) of these",
+    ),
 }
 
 CONSTRUCTORS = {

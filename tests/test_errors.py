@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from _compare import IMPLS
-from _errors import BAD, CONSTRUCTORS, ON_CPU
+from _errors import BAD, CAUSES, CONSTRUCTORS, ON_CPU
 from _inputs import ROWS, A, B, D, floats, map_tensors
+
+from fused_attn import location_attention
 
 COMPILED = [
     "location, gated: w of a layer",
@@ -60,6 +62,15 @@ def test_a_bad_call_raises_with_the_name(row, bad, device):
 def test_on_the_cpu_a_bad_call_raises_with_the_name(row, bad):
     """Wrong numbers in a structure stop the program on a GPU, which a test cannot survive."""
     assert_raises(row, bad, torch.device("cpu"))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("numbers", "cause"), CAUSES.values(), ids=CAUSES.keys())
+def test_wrong_offsets_are_told_their_likely_cause(numbers, cause):
+    with pytest.raises(ValueError, match=r"^cu_seqlens: expected non-decreasing offsets") as raised:
+        location_attention(torch.zeros(9, D), torch.zeros(D), cu_seqlens=torch.tensor(numbers, dtype=torch.int32))
+    said = "cu_seqlens: expected non-decreasing offsets from 0 to the number of packed rows, 9; got "
+    assert str(raised.value) == f"{said}{numbers}{'' if cause is None else f'; {cause}'}"
 
 
 @pytest.mark.parametrize("title", COMPILED)

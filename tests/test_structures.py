@@ -150,14 +150,33 @@ def test_padded_rows_are_the_packed_ones():
     ("make", "error", "text"),
     [
         (lambda: Segments.from_offsets([0, 3]), TypeError, "offsets: expected a torch.Tensor"),
-        (lambda: Segments.from_offsets(offsets(LENGTHS).long()), TypeError, "offsets: expected .*int32"),
+        (
+            lambda: Segments.from_offsets(offsets(LENGTHS).long()),
+            TypeError,
+            "offsets: expected .*int32; got int64.* offsets.int",
+        ),
         (lambda: Segments.from_offsets(offsets([])[:0]), ValueError, "offsets: expected at least one offset"),
         (lambda: Segments.from_offsets(torch.tensor([0, 3, 2]).int()), ValueError, "offsets: expected non-decr"),
-        (lambda: Segments.from_offsets(torch.tensor([1, 3]).int()), ValueError, "offsets: expected non-decr"),
+        (
+            lambda: Segments.from_offsets(torch.tensor([1, 3]).int()),
+            ValueError,
+            "offsets: expected non-decr.* from 0; got .*; looks like lengths: .*, or as if the leading 0 is missing$",
+        ),
+        (
+            lambda: Segments.from_offsets(torch.tensor([3, 1]).int()),
+            ValueError,
+            "offsets: expected non-decr.* from 0; got .*; looks like lengths: pass .* of them$",
+        ),
         (lambda: Segments.from_lengths(torch.tensor([1, -1])), ValueError, "lengths: expected lengths of at least 0"),
         (lambda: Segments.from_lengths(torch.tensor([2**31])), ValueError, "lengths: expected fewer than"),
         (lambda: Segments.from_lengths(r(3)), TypeError, "lengths: expected .*int32"),
-        (lambda: Segments.from_jagged(r(3, 4)), TypeError, "x: expected a nested tensor"),
+        (lambda: Segments.from_lengths([3, 4]), TypeError, "lengths: .* got list; a tensor of the number of rows"),
+        (
+            lambda: Segments.from_jagged(r(3, 4)),
+            TypeError,
+            "x: expected a nested tensor .*; got layout torch.strided",
+        ),
+        (lambda: Segments.from_jagged([3]), TypeError, "x: expected a nested tensor of .*; got list"),
         (lambda: Graph.from_csr(offsets([1, 2]), torch.tensor([0, 1, 5]).int(), 5), ValueError, "indices: expected"),
         (lambda: Graph.from_csr(offsets([1, 1]), torch.tensor([0, 1, 4]).int(), 5), ValueError, "indptr: expected"),
         (
