@@ -426,11 +426,11 @@ def check_count(name: str, value: Any, least: int = 0) -> int:
     return count
 
 
-def check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+def check_window(window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
     """The window's sides, both open where there is none; TypeError for what is no pair of int or None."""
     if window is None:
         return None, None
-    good = isinstance(window, tuple) and len(window) == 2
+    good = isinstance(window, (tuple, list)) and len(window) == 2
     if not good or any(n is not None and (isinstance(n, bool) or not _integral(n)) for n in window):
         raise TypeError(f"window: expected a pair (left, right) of int or None; got {show(window)}")
     # Past any length is open: the kernels add a side to a position, in int32.

@@ -206,9 +206,9 @@ def general_attention(
         ``(M,)``, of pairs, in the order of the weights, ``(P, 1)`` or ``(P, H)``; one axis is always of keys.
         Rows that it lets no query or key use are never read: they may be NaN.
     window
-        ``(left, right)``: key j is visible to query i iff ``i - left <= j <= i + right``; None for an open side.
-        Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row reaches only the
-        queries that see it: a cache that is not yet written may hold NaN.
+        ``(left, right)``, a tuple or list: key j is visible to query i iff ``i - left <= j <= i + right``; None for
+        an open side. Causal is ``(None, 0)``, strictly causal ``(None, -1)``. Tiles outside are skipped, and a row
+        reaches only the queries that see it: a cache that is not yet written may hold NaN.
     score_bias
         Added to the scores: ``(B, Tq, Tk)``, or with heads ``(B, H, Tq, Tk)``, where any may be 1, or ``(Tk,)``; in
         the dtype of `query` or float32. It is not expanded. Of ``(Tq, Tk)`` pass ``score_bias[None]``, of ``(B, Tk)``

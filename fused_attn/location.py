@@ -165,8 +165,8 @@ def location_attention(
         Added before the activation; its width is that of the projection (A, R, or none for ``w (D,)``).
         Padded: ``(B, A)`` or ``(B, 1, A)`` a sequence, ``(B, T, A)`` a row. Packed: ``(S, A)`` a sequence or
         ``(N, A)`` a row, or with the choice made explicit ``(S, 1, A)`` and ``(1, N, A)``, which is needed where
-        S = N. A list or tuple of contexts, of either kind, is their sum: those of sequences are expanded where
-        there are some of rows too, and not else.
+        S = N. Beside a jagged `h`: ``(S, A)`` or ``(S, 1, A)``, or jagged. A list or tuple of contexts, of either
+        kind, is their sum: those of sequences are expanded where there are some of rows too, and not else.
     value
         What is summed: ``(B, T, Dv)`` or ``(N, Dv)``; the keys where None. False: nothing is, and there is no output;
         what else is asked for is returned, alone or as a tuple. (The kernels sum 16 features of the keys.)
@@ -179,9 +179,10 @@ def location_attention(
     mask
         bool ``(B, T)`` or ``(N,)``, True = may be attended. What is masked is never read: it may be NaN.
     window
-        ``(left, right)``, None for an open side; None for one output a sequence. Causal is ``(None, 0)``, strictly
-        causal ``(None, -1)``. The mask is of keys: what it hides has an output, over the keys that it sees. A row of
-        NaN reaches only the positions that see it, and no gradient where nothing comes back to those.
+        ``(left, right)``, a tuple or list, None for an open side; None for one output a sequence. Causal is
+        ``(None, 0)``, strictly causal ``(None, -1)``. The mask is of keys: what it hides has an output, over the keys
+        that it sees. A row of NaN reaches only the positions that see it, and no gradient where nothing comes back to
+        those.
     score_bias
         ``(B, T)`` or ``(N,)``, in the dtype of `h` or float32: a log-prior, added to the scores of every hop.
     cu_seqlens
@@ -240,7 +241,7 @@ def location_attention(
     offsets = None
     if h.is_nested:
         h, offsets, context, value, score_bias, cu_seqlens = _unpack_jagged(
-            h, context, value, score_bias, mask, cu_seqlens
+            h, context, value, score_bias, mask, cu_seqlens, wide=v is not None or not _is_vector(w)
         )
     gate_w, gate_b = _split_gate(gate)
     context, context_per_row = _validate_location(
@@ -375,15 +376,22 @@ def _window_weights(inputs: WindowInputs, lse: Tensor, *, log: bool) -> Tensor:
     return reference.spoil(weights, spoilt & shown)
 
 
+def _is_vector(w: Any) -> bool:
+    return isinstance(w, Tensor) and w.dim() == 1
+
+
 def _num_sequences(h: Tensor, cu_seqlens: Tensor | None) -> int:
     return h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _unpack_jagged(
     h: Tensor, context: Tensor | Sequence[Tensor] | None, value: Tensor | None, score_bias: Tensor | None,
-    mask: Tensor | None, cu_seqlens: Tensor | None, bias_name: str = "score_bias",
+    mask: Tensor | None, cu_seqlens: Tensor | None, *, bias_name: str = "score_bias", wide: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | Sequence[Tensor] | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence."""
+    """Packed rows and offsets of a jagged batch; contexts take the form that says a row or a sequence.
+
+    wide: whether contexts have an axis of features.
+    """
     if h.layout != torch.jagged:
         raise ValueError("h: expected layout=torch.jagged for a nested tensor; got the strided layout")
     if mask is not None:
@@ -409,7 +417,7 @@ def _unpack_jagged(
 
     def of_kind(name: str, context: Tensor) -> Tensor:
         is_jagged = isinstance(context, Tensor) and context.is_nested
-        return packed(name, context)[None] if is_jagged else _a_sequence(name, context, offsets)
+        return packed(name, context)[None] if is_jagged else _a_sequence(name, context, offsets, wide)
 
     if isinstance(context, (tuple, list)):
         context = [of_kind(f"context[{i}]", x) for i, x in enumerate(context)]
@@ -420,12 +428,14 @@ def _unpack_jagged(
     return rows, offsets, context, value, score_bias, offsets.to(torch.int32)
 
 
-def _a_sequence(name: str, context: Tensor, offsets: Tensor) -> Tensor:
+def _a_sequence(name: str, context: Tensor, offsets: Tensor, wide: bool = True) -> Tensor:
     """The form that says one vector a sequence of a jagged h; what is no tensor is left to the checks."""
     if not isinstance(context, Tensor) or context.layout != torch.strided:
         return context
-    seqs = offsets.shape[0] - 1
-    if context.dim() not in (1, 2) or context.shape[0] != seqs:
+    seqs, axes = offsets.shape[0] - 1, 1 + wide
+    if context.dim() == axes + 1 and tuple(context.shape[:2]) == (seqs, 1):
+        return context
+    if context.dim() != axes or context.shape[0] != seqs:
         raise ValueError(
             f"{name}: expected a vector a sequence, S = {seqs} from h, or a jagged tensor of one a row; "
             f"got {tuple(context.shape)}"
@@ -453,7 +463,7 @@ def _validate_location(
     cu_seqlens: Tensor | None, activation: str, gate_activation: str, dropout_p: float, *, jagged: bool = False,
 ) -> tuple[Tensor | None, bool]:  # fmt: skip
     """Check every argument; return what `one_context` makes of the context."""
-    inner = "A" if v is not None else "" if isinstance(w, Tensor) and w.dim() == 1 else "R"
+    inner = "A" if v is not None else "" if _is_vector(w) else "R"
     check = Checker(_TABLES[cu_seqlens is not None, inner])
     check("h", h)
     if cu_seqlens is not None:

@@ -385,7 +385,7 @@ BAD_OPTIONS: dict[str, dict[type[Exception], list[Any]]] = {
     "floor": {ValueError: [NAN, INFINITE, -1.0, HUGE, 1e300], TypeError: ["1", None, [], {}, False]},
     "window": {
         TypeError: [
-            *(3, [], {}, "ab", [None, 0], (1,), (1, 2, 3)),
+            *(3, [], {}, "ab", {3, 5}, [None, 0.5], (1,), (1, 2, 3), [1, 2, 3]),
             *((0.5, 0), (None, 0.5), (True, 0), (None, True), (NAN, 0), ([], 0)),
         ]
     },

@@ -45,7 +45,7 @@ def test_several_contexts_are_their_sum(form, score, impl, device):
         given = structure
         if form == "jagged":
             nested = [torch.nested.nested_tensor_from_jagged(x, cu.long()) for x in (h, row)]
-            h, contexts, given = nested[0], (sequence, nested[1], more), {}
+            h, contexts, given = nested[0], (sequence, nested[1], more[:, None]), {}
         return location_attention(h, w, v=v, context=contexts, **given, impl=impl)
 
     def by_hand(*, impl, h, v=None, w=None, sequence, row, more):
@@ -79,6 +79,23 @@ def test_a_context_of_one_row_is_one_a_sequence(rows, impl, device):
         return lambda **given: fn(**given, more=None)
 
     same(evaluate(without(op), alone, impl), evaluate(without(by_hand), alone, impl))
+
+
+@pytest.mark.parametrize("score", ["linear", "mlp", "of one feature"])
+def test_a_context_of_one_row_beside_jagged_rows_is_one_a_sequence(score, device):
+    h = torch.randn(3, D, device=device)  # as many rows as sequences, so that what is said counts
+    nested = torch.nested.nested_tensor_from_jagged(h, offsets((2, 0, 1), device).long())
+    width = {"linear": (), "mlp": (A,), "of one feature": (1,)}[score]
+    w, context = torch.randn(D, *width, device=device), torch.randn(3, *width, device=device)
+    v = None if score == "linear" else torch.randn(*width, device=device)
+    want = location_attention(h, w, None, v, context=context[:, None], cu_seqlens=offsets((2, 0, 1), device))
+    for given in (context, context[:, None]):
+        torch.testing.assert_close(location_attention(nested, w, None, v, context=given), want)
+    with pytest.raises(ValueError, match=r"^context: expected a vector a sequence, S = 3 from h, or a jagged"):
+        location_attention(nested, w, None, v, context=context[None])
+    pool = LocationAttention(D, None if score == "linear" else A, context_dim=2).to(device)
+    context = torch.randn(3, 2, device=device)
+    torch.testing.assert_close(pool(nested, context=context[:, None]), pool(nested, context=context))
 
 
 def test_a_context_of_one_row_is_not_expanded(monkeypatch, device):

@@ -214,7 +214,7 @@ def test_numpy_scalars_are_numbers():
     query, key, v = floats(B, TQ, A), floats(B, TK, A), floats(A)
     want = concat_attention(query, key, key, v, window=(1, None), return_weights=True)
     got = concat_attention(
-        query, key, key, v, window=(np.int64(1), None), dropout_p=np.float32(0), return_weights=np.bool_(True)
+        query, key, key, v, window=[np.int64(1), None], dropout_p=np.float32(0), return_weights=np.bool_(True)
     )
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     options = ConcatAttention(np.int64(D), np.int32(D), A, dropout=np.float32(0.5)).dropout
