@@ -53,13 +53,12 @@ def assert_only_scores_differ(without: nn.Module, attends: nn.Module) -> None:
 
 
 def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:
-    """One batch can be learned, the score is in its range, and the panels are matrices of weights with labels."""
+    """A batch can be learned, scores and localisations of every arm are in their range, and panels are weights."""
     torch.manual_seed(0)
-    model = task.build(True)
-    baseline = task.build(False)
+    model, baseline = task.build("attention"), task.build("uniform")
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in baseline.parameters())
-    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
-    optimizer = torch.optim.Adam(model.parameters(), task.learning_rate)
+    batch = next(iter(task.batches(torch.Generator().manual_seed(0), 0)))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -69,11 +68,21 @@ def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:
         losses.append(loss.item())
     assert torch.isfinite(torch.tensor(losses)).all()
     assert losses[-1] < losses[0]
-    model.eval()
+    for arm in task.arms:
+        trained = model if arm == "attention" else task.build(arm)
+        assert torch.isfinite(task.loss(trained, batch))
+        with torch.no_grad():
+            for split in ("validation", "test"):
+                score, located = task.judge(trained.eval(), split)
+                assert low <= score <= 1.0
+                assert all(0 <= x <= 1 + 1e-5 for x in located.values())
+                assert arm != "oracle" or all(x > 0.999 for x in located.values())
+    for baseline in task.baselines.values():
+        assert low <= baseline("validation") <= 1.0
     with torch.no_grad():
-        assert low <= task.score(model) <= 1.0
-        panels = task.panels(model)
+        panels = task.panels(model.eval())
     assert panels
     for panel in panels:
         assert panel.weights.shape == (len(panel.rows), len(panel.columns)), panel.title
+        assert panel.truth is None or panel.truth.shape == panel.weights.shape, panel.title
         torch.testing.assert_close(panel.weights.sum(-1).cpu(), torch.ones(len(panel.rows)))

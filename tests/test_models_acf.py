@@ -195,15 +195,15 @@ def test_kernel_matches_the_reference(form, device):
 
 def test_task_holds_out_choices():
     data = world(0)
-    both = torch.cat([data.chosen, data.held_out], 1).sort(1).values
-    assert (both[:, 1:] > both[:, :-1]).all()  # no item twice, in training or held out
-    assert data.likes.gather(1, data.held_out).all()
+    both = torch.cat([data.chosen, data.validation, data.test], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # no item twice, in two splits
+    assert data.likes.gather(1, torch.cat([data.validation, data.test], 1)).all()
 
 
 @each_form
 def test_task_learns(form):
     task = make(0, torch.device("cpu"), form)
-    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
+    batch = next(iter(task.batches(torch.Generator().manual_seed(0), 0)))
     assert not (batch.history[batch.mask] == batch.items.repeat_interleave(batch.mask.sum(1))).any()
     assert (batch.history == batch.items[:, None]).sum(1).eq(1).all()
     assert not (batch.history == batch.others[:, None]).any()

@@ -5,7 +5,7 @@ import torch
 from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import CAN
-from fused_attn.models.tasks.can import BATCH, HELD_OUT, PLACES, TRAIN, make, split
+from fused_attn.models.tasks.can import BATCH, PLACES, STORIES, draw_stories, make
 
 WORD, HIDDEN, CONTEXT = 3, 4, 5
 LENGTHS = [[2, 3, 1], [3, 0, 2], [0, 0, 0]]  # also an empty sentence between two, and an empty story
@@ -204,11 +204,11 @@ def test_kernel_matches_the_reference(device):
 
 
 def test_task_holds_out_stories():
-    train, held_out = split(0)
-    assert (len(train), len(held_out)) == (TRAIN, HELD_OUT)
-    assert not {x.story for x in train} & {x.story for x in held_out}
-    assert {x.answer for x in held_out} == set(PLACES)
-    for example in held_out[:50]:  # the last move of the person in question
+    examples = draw_stories(0)
+    assert {split: len(some) for split, some in examples.items()} == STORIES
+    assert len({x.story for some in examples.values() for x in some}) == sum(STORIES.values())
+    assert {x.answer for x in examples["test"]} == set(PLACES)
+    for example in examples["test"][:50]:  # the last move of the person in question
         person = example.question.split()[-1]
         moves = [s.split()[-1] for s in example.story if s.startswith(person) and " to the " in s]
         assert moves[-1] == example.answer
@@ -216,6 +216,6 @@ def test_task_holds_out_stories():
 
 def test_task_learns():
     task = make(0, torch.device("cpu"))
-    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
+    batch = next(iter(task.batches(torch.Generator().manual_seed(0), 0)))
     assert len(batch.answers) == BATCH
     check_task(task)

@@ -1,4 +1,4 @@
-"""`python -m fused_attn.models`: trains both arms with every seed, prints, draws and stores."""
+"""`python -m fused_attn.models`: trains every arm with every seed, resumes, prints, draws and stores."""
 
 import io
 import json
@@ -15,58 +15,123 @@ pytest.importorskip("rich", reason="the tables are printed with rich")
 pytest.importorskip("sklearn", reason="some data are scikit-learn's")
 
 from fused_attn.models import __main__ as cli
-from fused_attn.models import _progress
-from fused_attn.models.tasks import SYSTEMS, Panel, Task
+from fused_attn.models import _progress, protocol
+from fused_attn.models.tasks import SYSTEMS, Outcome, Panel, Task
 
 made = []
+judged = []
+ARMS = ("attention", "uniform")
+COMMIT = "0123abc"
 
 
 def make(seed: int, device: torch.device) -> Task:
     """A line through the origin; only with attention is there anything to train."""
 
-    def build(attention: bool) -> nn.Module:
-        made.append((seed, attention))
+    def build(arm: str) -> nn.Module:
+        made.append((seed, arm))
         model = nn.Linear(1, 1, bias=False).to(device)
-        nn.init.zeros_(model.weight).requires_grad_(attention)
+        nn.init.zeros_(model.weight).requires_grad_(arm == "attention")
         return nn.Sequential(model, nn.PReLU(init=1.0).to(device))
 
+    def judge(model: nn.Module, split: str) -> Outcome:
+        assert not model.training
+        judged.append(split)
+        return Outcome(1 - (model(x) - 3 * x).abs().mean().item() / 6, {"place": 0.5})
+
     x = torch.tensor([[1.0], [2.0]], device=device)
+    shades = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
     return Task(
         build,
-        batches=lambda order: [x[torch.randperm(2, generator=order).to(device)]],
+        batches=lambda order, epoch: [x[torch.randperm(2, generator=order).to(device)]],
         loss=lambda model, x: (model(x) - 3 * x).square().mean(),
-        score=lambda model: 1 - (model(x) - 3 * x).abs().mean().item() / 6,
-        panels=lambda model: [Panel("two rows", torch.tensor([[0.2, 0.8], [1.0, 0.0]]), ["a", "b"], ["x", "y"])] * 2,
+        judge=judge,
+        panels=lambda model: [Panel("two rows", shades, ["a", "b"], ["x", "y"], shades > 0.5)] * 2,
+        arms=ARMS,
+        baselines={"zero": lambda split: 0.25 if split == "test" else 0.5},
         epochs=60,
-        learning_rate=0.1,
     )
 
 
-def run(monkeypatch, *arguments):
-    finder = SimpleNamespace(import_module=lambda *_: SimpleNamespace(make=make))
-    monkeypatch.setattr(cli, "importlib", finder)
-    monkeypatch.setattr(sys, "argv", ["models", *arguments])
+@pytest.fixture(autouse=True)
+def _plan(monkeypatch, tmp_path):
+    """A frozen plan with settings of all systems, and the task above in place of theirs."""
+    plan = tmp_path / "settings.json"
+    settings = {name: {arm: {"setting": [0.1, 0.0]} for arm in ARMS} for name in SYSTEMS}
+    plan.write_text(json.dumps({"frozen": COMMIT, "settings": settings}))
+    monkeypatch.setattr(protocol, "PLAN", plan)
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda *_: SimpleNamespace(make=make)))
+
+
+def run(monkeypatch, folder, *arguments):
+    monkeypatch.setattr(sys, "argv", ["models", *arguments, "--output", str(folder / "new"), "--device", "cpu"])
     made.clear()
+    judged.clear()
     return cli.main()
 
 
+def stored(folder, name="results"):
+    return [json.loads(line) for line in (folder / "new" / f"{name}.jsonl").read_text().splitlines()]
+
+
 def test_trains_prints_draws_and_stores(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "scores.json"
-    assert run(monkeypatch, "mil", "--seeds", "2", "--output", str(tmp_path / "new"), "--json", str(out)) == 0
-    assert made == [(0, True), (0, False), (1, True), (1, False)]
-    (row,) = json.loads(out.read_text())["rows"]
-    assert (row["system"], row["metric"]) == ("mil", SYSTEMS["mil"].metric)
-    assert all(x > 0.9 for x in row["attention"])
-    assert all(x < 0.4 for x in row["uniform"])
+    assert run(monkeypatch, tmp_path, "mil", "--seeds", "2") == 0
+    seeds = protocol.final_seeds(COMMIT, 2)
+    assert made == [(seed, arm) for arm in ARMS for seed in seeds]
+    rows = stored(tmp_path)
+    assert [(r["system"], r["arm"], r["seed"]) for r in rows] == [
+        ("mil", arm, seed) for arm in (*ARMS, "zero") for seed in seeds
+    ]
+    assert all(r["score"] > 0.9 and r["curve"] and r["frozen"] == COMMIT for r in rows[:2])
+    assert all(r["score"] < 0.4 for r in rows[2:4])
+    assert [r["score"] for r in rows[4:]] == [0.25, 0.25]
+    assert judged.count("test") == 4  # once an arm and seed
     printed = " ".join(capsys.readouterr().out.split())
-    assert "attention helps" in printed
-    assert "2 of 2 seeds" in printed
+    assert "attention helps: +0." in printed
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"results.jsonl", "mil.png", "mil-curves.png"}
     assert (tmp_path / "new" / "mil.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_done_is_not_done_again(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--arm", "uniform")
+    first = stored(tmp_path)
+    assert len(first) == 1
+    run(monkeypatch, tmp_path, "mil", "--seeds", "2")
+    rows = stored(tmp_path)
+    assert rows[:1] == first
+    assert len({(r["arm"], r["seed"]) for r in rows}) == len(rows) == 6
+    run(monkeypatch, tmp_path, "mil", "--seeds", "2")
+    assert made == []
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "1")  # another experiment
+    assert len(made) == 2
+
+
+def test_before_the_tasks_are_frozen_no_test_data_is_judged(monkeypatch, tmp_path):
+    protocol.PLAN.write_text(protocol.PLAN.read_text().replace(f'"{COMMIT}"', "null"))
+    run(monkeypatch, tmp_path, "mil", "--seeds", "2")
+    assert set(judged) == {"validation"}
+    assert [seed for seed, _ in made] == [0, 1, 0, 1]
+    assert [r["score"] for r in stored(tmp_path, "validation") if r["arm"] == "zero"] == [0.5, 0.5]
+
+
+def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
+    protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
+    assert run(monkeypatch, tmp_path, "mil", "--search", "--arm", "attention") == 0
+    assert [arm for _, arm in made] == ["attention"] * len(protocol.GRID)
+    assert set(judged) == {"validation"}
+    found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]["attention"]
+    assert found["setting"] == [1e-2, 0.0]  # of what is tried, this learns fastest
+    assert len(found["validation"]) == len(protocol.GRID)
+    assert protocol.read_plan().settings == {"mil": {"attention": protocol.Setting(1e-2, 0.0)}}
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "2")
+    chosen = {r["arm"]: r["setting"]["learning_rate"] for r in stored(tmp_path) if "setting" in r}
+    assert chosen == {"attention": 1e-2, "uniform": protocol.DEFAULT.learning_rate}
+
+
 def test_all_are_trained_and_epochs_can_be_chosen(monkeypatch, tmp_path):
-    assert run(monkeypatch, "all", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)) == 0
-    assert {path.stem for path in tmp_path.iterdir()} == set(SYSTEMS)
+    assert run(monkeypatch, tmp_path, "all", "--seeds", "1", "--epochs", "1") == 0
+    assert {path.stem for path in (tmp_path / "new").glob("*.png")} == {
+        f"{name}{end}" for name in SYSTEMS for end in ("", "-curves")
+    }
     assert len(made) == 2 * len(SYSTEMS)
 
 
@@ -80,17 +145,14 @@ class Pipe(io.StringIO):
 
 
 def test_progress_is_lines_that_are_flushed_where_the_output_is_no_terminal(monkeypatch, tmp_path):
-    pipe, seen = Pipe(), []
+    pipe = Pipe()
     monkeypatch.setattr(sys, "stdout", pipe)
-    monkeypatch.setattr(cli, "draw", lambda *args: seen.append(pipe.flushed))
     monkeypatch.setattr(_progress, "SECONDS", 0.0)
-    run(monkeypatch, "mil", "--seeds", "1", "--epochs", "3", "--output", str(tmp_path))
-    assert ["4 of 6" in text for text in seen] == [False]  # drawn after the first arm, whose lines came before
-    assert "3 of 6" in seen[0]
-    lines = pipe.flushed.splitlines()
-    for attention, first in (("with   ", 0), ("without", 3)):
-        shown = [line for line in lines if f"seed 0, {attention} attention" in line]
-        assert [line.split(": ")[2].split(" epochs")[0] for line in shown] == [f"{first + i} of 6" for i in range(4)]
+    monkeypatch.setattr(cli, "score_table", lambda *args: pipe.flushed)
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "4")
+    lines = [line.split(" trainings")[0] for line in pipe.flushed.splitlines()]
+    assert lines[:5] == [f"mil, attention, seed 1: {x:.3g} of 3" for x in (0, 0.25, 0.5, 0.75, 0.99)]
+    assert "mil, uniform, seed 1: 1 of 3" in lines
 
 
 @pytest.mark.parametrize(
@@ -108,7 +170,7 @@ def test_one_thread_unless_more_are_asked_for(monkeypatch, tmp_path, environment
         monkeypatch.setenv(name, value)
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    run(monkeypatch, "mil", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path), *arguments)
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "1", *arguments)
     assert seen == threads
 
 
@@ -128,24 +190,14 @@ runpy.run_module("fused_attn.models", run_name="__main__")
     assert (done.returncode, done.stderr) == (1, "matplotlib is not installed: pip install 'fused_attn[demo]'\n")
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["mil", "--seeds", "0"], ["mil", "--threads", "0"], []])
-def test_bad_arguments_end_with_the_usage(monkeypatch, arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["mil", "--seeds", "0"], ["mil", "--threads", "0"], ["mil", "--jobs", "0"], []]
+)
+def test_bad_arguments_end_with_the_usage(monkeypatch, tmp_path, arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, *arguments)
+        run(monkeypatch, tmp_path, *arguments)
     assert end.value.code == 2
     assert "usage" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("attention", "uniform", "words"),
-    [
-        ([0.9, 0.8], [0.5, 0.7], "attention helps: +0.250"),
-        ([0.9, 0.6], [0.5, 0.7], "attention does not clearly help: +0.150 on average, better with 1 of 2"),
-        ([0.5, 0.6], [0.5, 0.7], "attention does not help: -0.050"),
-    ],
-)
-def test_verdict(attention, uniform, words):
-    assert words in cli.verdict({True: attention, False: uniform})
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -164,9 +164,9 @@ def few_documents(monkeypatch):
 
 @pytest.mark.usefixtures("few_documents")
 def test_task():
-    train, held_out = task.split(0)
-    assert not {x.top for x in train} & {x.top for x in held_out}
-    assert len(held_out) == 6
+    data = task.split(0)
+    assert {split: len(some) for split, some in data.items()} == {"train": 14, "validation": 4, "test": 6}
+    assert sum(len({x.top for x in some}) for some in data.values()) == len({x.top for x in task.documents()})
     check_task(task.make(0, torch.device("cpu")), low=-1.0)
 
 

@@ -5,7 +5,7 @@ import torch
 from _models import assert_formula, check_kernel, check_task
 
 from fused_attn.models import DADM
-from fused_attn.models.tasks.dadm import HELD_OUT_DAYS, MODELS, TRAIN_DAYS, days, make
+from fused_attn.models.tasks.dadm import MODELS, TEST_DAYS, TRAIN_DAYS, VALIDATION_DAYS, days, make
 
 M, CONTENT, ATTN, STATE = 4, 3, 5, 2
 OPTIONS = {
@@ -158,7 +158,7 @@ def test_kernel_matches_the_reference(name, device):
 
 def test_task_holds_out_later_days():
     pools = days(0)
-    assert len(pools) == MODELS + TRAIN_DAYS + HELD_OUT_DAYS
+    assert len(pools) == MODELS + TRAIN_DAYS + VALIDATION_DAYS + TEST_DAYS
     assert [int(pool.day[0]) for pool in pools] == list(range(len(pools)))
     rows = torch.cat([pool.content for pool in pools])
     assert len(rows.unique(dim=0)) == len(rows)
@@ -166,7 +166,7 @@ def test_task_holds_out_later_days():
 
 def test_task_learns():
     task = make(0, torch.device("cpu"))
-    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
+    batch = next(iter(task.batches(torch.Generator().manual_seed(0), 0)))
     assert batch[0].day.min() >= MODELS
     assert batch[0].day.max() < MODELS + TRAIN_DAYS
     check_task(task)

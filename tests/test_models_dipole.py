@@ -136,15 +136,14 @@ def test_kernel(device):
 
 @pytest.mark.parametrize("score", ["location", "general", "concat"])
 def test_task(score, monkeypatch):
-    monkeypatch.setattr(task, "TRAIN", 64)
-    monkeypatch.setattr(task, "HELD_OUT", 20)
-    train, held_out = task.split(0)
-    assert not {history for history, _ in train} & {history for history, _ in held_out}
+    monkeypatch.setattr(task, "PATIENTS", {"train": 64, "validation": 20, "test": 20})
+    patients = task.draw_patients(0)
+    assert len({history for some in patients.values() for history, _ in some}) == 104
     check_task(task.make(0, torch.device("cpu"), score=score))
 
 
 def test_the_complaint_names_the_disease():
-    for history, disease in task.split(1)[1][:50]:
+    for history, disease in task.draw_patients(1)["test"][:50]:
         (past,) = {code for visit in history[:-1] for code in visit if code.split()[0] == disease.split()[0]}
         assert past == disease
         assert history[-1][0] == f"{disease.split()[0]} pain"

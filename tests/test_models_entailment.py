@@ -203,8 +203,8 @@ def test_labels_are_right_and_words_do_not_tell_them():
 def test_held_out_combinations_are_new():
     from fused_attn.models.tasks import entailment
 
-    train, held_out = entailment.make_pairs(0)
-    known = set().union(*(pair.said for pair in train))
-    assert all(pair.asked - known for pair in held_out)
-    for pairs_ in (train, held_out):
+    data = entailment.make_pairs(0)
+    known = set().union(*(pair.said for pair in data["train"]))
+    assert all(pair.asked - known for pair in data["validation"] + data["test"])
+    for pairs_ in data.values():
         assert [sum(p.label == i for p in pairs_) for i in range(3)] == [len(pairs_) // 3] * 3

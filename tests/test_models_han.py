@@ -136,7 +136,9 @@ def test_task():
 def test_held_out_documents_are_new_and_names_are_gone():
     from fused_attn.models.tasks import han
 
-    train, held_out = han.split_documents(han.read_documents(), 0)
+    train, validation, test = han.split_documents(han.read_documents(), 0).values()
+    assert not {d.origin for d in validation} & {d.origin for d in test}
+    held_out = validation + test
     assert not {d.origin for d in train} & {d.origin for d in held_out}
     assert {d.topic for d in train} == {d.topic for d in held_out} == {*range(len(han.TOPICS))}
     known = [d.words() for d in train]

@@ -122,13 +122,31 @@ def test_held_out_images_are_not_trained_on_and_bags_are_as_described():
     from fused_attn.models.tasks import mil
 
     digits = mil.load_digits().target
-    train, test = mil.split_images(digits, 0)
-    assert not {*train} & {*test}
-    assert len({*train} | {*test}) == len(digits)
-    for pool in (train, test):
-        for i, bag in enumerate(mil.make_bags(pool, digits, 40, np.random.default_rng(0))):
-            assert {*bag.tolist()} <= {*pool}
+    pools = mil.split_images(digits, 0)
+    assert sorted(np.concatenate([*pools.values()])) == list(range(len(digits)))
+    rng = np.random.default_rng(0)
+    for pool in pools.values():
+        for label in (0, 1) * 20:
+            bag = mil.draw_bag(pool, digits, label, rng)
+            assert {*bag.tolist()} <= {*pool.tolist()}
             assert len({*bag.tolist()}) == len(bag)
             assert mil.SIZES[0] <= len(bag) <= mil.SIZES[1]
-            nines = int((digits[bag] == mil.POSITIVE).sum())
-            assert (1 <= nines <= len(bag) // 8) if i % 2 == 0 else nines == 0
+            nines, fours = ((digits[bag] == digit).sum() for digit in (9, 4))
+            assert nines + fours in mil.KEYS
+            assert min(nines, fours) >= 1
+            assert (nines > fours) == label
+
+
+def test_bags_that_are_taken_are_whole():
+    pytest.importorskip("sklearn")
+    import numpy as np
+
+    from fused_attn.models.tasks import mil
+
+    bags = mil.make_bags(np.arange(1797), 6, np.random.default_rng(0))
+    some = bags.take(torch.tensor([4, 0]))
+    parts = bags.images.split(bags.cu_seqlens.diff().tolist())
+    assert torch.equal(some.images, torch.cat([parts[4], parts[0]]))
+    assert some.cu_seqlens.tolist() == [0, len(parts[4]), len(parts[4]) + len(parts[0])]
+    assert torch.equal(some.labels, bags.labels[[4, 0]])
+    assert torch.equal(some.key, (some.digits == 9) | (some.digits == 4))

@@ -148,9 +148,9 @@ def few_docstrings(monkeypatch):
 
 @pytest.mark.usefixtures("few_docstrings")
 def test_task():
-    train, held_out = task.split(0)
-    assert not {x.top for x in train} & {x.top for x in held_out}
-    assert len(held_out) == 24
+    data = task.split(0)
+    assert {split: len(some) for split, some in data.items()} == {"train": 72, "validation": 24, "test": 24}
+    assert sum(len({x.top for x in some}) for some in data.values()) == 10
     check_task(task.make(0, torch.device("cpu")))
 
 

@@ -125,8 +125,7 @@ def test_kernel(device):
 
 
 def test_task(monkeypatch):
-    monkeypatch.setattr(task, "TRAIN", 64)
-    monkeypatch.setattr(task, "HELD_OUT", 20)
+    monkeypatch.setattr(task, "WELLS", {"train": 64, "validation": 20, "test": 20})
     check_task(task.make(0, torch.device("cpu")))
 
 

@@ -1,7 +1,8 @@
-"""Train a published system with and without attention: `python -m fused_attn.models NAME` (one to two minutes).
+"""Compare a published system's attention with what a sceptic would try: `python -m fused_attn.models NAME`.
 
-On one CPU thread, since layers this small lose by a second one, and by far where another program keeps it busy;
---threads or OMP_NUM_THREADS say otherwise.
+Every arm is trained with five seeds (some two minutes a seed on one thread) and judged on test data that nothing was
+chosen on; `fused_attn/models/protocol.py` says how. What is done is kept in --results, so that a run that was cut
+off goes on there. Layers this small lose by a second thread: --jobs trains several arms at once instead.
 """
 
 from __future__ import annotations
@@ -11,149 +12,227 @@ import importlib
 import json
 import os
 import platform
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
-from ._progress import progress
-from .tasks import SYSTEMS, Panel, Task
+from . import protocol
+from ._progress import Show, progress
+from .tasks import SYSTEMS, TEST, VALIDATION, Task
 
 if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neither
     from rich.console import Console
     from rich.table import Table
 
-
-def train(task: Task, attention: bool, seed: int, epochs: int, tick: Callable[[], None] = lambda: None) -> nn.Module:
-    """A trained model in evaluation mode; `tick` is called after each epoch."""
-    torch.manual_seed(seed)
-    model = task.build(attention)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], task.learning_rate)
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for batch in task.batches(order):
-            optimizer.zero_grad()
-            task.loss(model, batch).backward()
-            optimizer.step()
-        tick()
-    return model.eval()
+    from ._summary import Row
 
 
-def experiment(name: str, seeds: int, epochs: int | None, output: Path, console: Console) -> dict[bool, list[float]]:
-    """Held-out scores of every seed, by whether there is attention. Draws the weights of the first seed."""
-    make = importlib.import_module(f".tasks.{name}", __package__).make
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores: dict[bool, list[float]] = {True: [], False: []}
-    with progress(console) as show:
-        for seed in range(seeds):
-            task = make(seed, device)
-            total = task.epochs if epochs is None else epochs
-            for arm, attention in enumerate(scores):
-                what = f"{name} on {device.type}: seed {seed}, {'with' if attention else 'without':7} attention"
-                done = (2 * seed + arm) * total
+class Unit(NamedTuple):
+    """One training, or one baseline."""
 
-                def tick(what: str = what, all_epochs: int = 2 * seeds * total) -> None:
+    system: str
+    arm: str
+    number: int  # of its seed, from 0
+    seed: int
+    device: str
+    epochs: int | None
+    split: str
+    setting: protocol.Setting | None
+    pictures: Path | None  # the folder, for the unit whose weights are drawn
+
+    def __str__(self) -> str:
+        return f"{self.system}, {self.arm}, seed {self.number + 1}"
+
+
+def make_task(system: str, seed: int, device: str) -> Task:
+    """The task of a system with one seed."""
+    task: Task = importlib.import_module(f".tasks.{system}", __package__).make(seed, torch.device(device))
+    return task
+
+
+def work(unit: Unit, show: Show | None = None, place: tuple[int, int] = (0, 1)) -> Row:
+    """Train and judge; `show` is told of each epoch, where it is given."""
+    task = make_task(unit.system, unit.seed, unit.device)
+    epoch, most = 0, unit.epochs or task.epochs
+
+    def tick() -> None:
+        nonlocal epoch
+        epoch += 1
+        if show is not None:
+            show(str(unit), place[0] + min(epoch / most, 0.99), place[1])
+
+    row, model = protocol.run(task, unit.arm, unit.setting, unit.seed, tick, epochs=unit.epochs, split=unit.split)
+    if unit.pictures is not None and model is not None:
+        from ._pictures import draw_weights
+
+        with torch.no_grad():
+            draw_weights(task.panels(model), unit.pictures / f"{unit.system}.png")
+    return {"system": unit.system, **row}
+
+
+def work_all(units: list[Unit], jobs: int, console: Console) -> Iterator[Row]:
+    """The row of each unit, in the order in which they are done."""
+    with progress(console, "trainings") as show:
+        if jobs == 1:
+            for i, unit in enumerate(units):
+                show(str(unit), i, len(units))
+                yield work(unit, show, (i, len(units)))
+            return
+        with ProcessPoolExecutor(
+            jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
+        ) as pool:
+            begun = {pool.submit(work, unit): unit for unit in units}
+            for i, done in enumerate(as_completed(begun), 1):
+                show(str(begun[done]), i, len(units))
+                yield done.result()
+
+
+def search(names: list[str], arms: list[str] | None, device: str, console: Console) -> None:
+    """Choose settings on validation scores, and store them."""
+    with progress(console, "trainings") as show:
+        for name in names:
+            task = make_task(name, protocol.SEARCH_SEED, device)
+            chosen = [arm for arm in task.arms if arms is None or arm in arms]
+            done, total = 0, len(chosen) * len(protocol.GRID)
+            for arm in chosen:
+
+                def tick(what: str = f"{name}, {arm}: search", total: int = total) -> None:
                     nonlocal done
-                    show(what, done, all_epochs)
                     done += 1
+                    show(what, done, total)
 
-                tick()
-                model = train(task, attention, seed, total, tick)
-                with torch.no_grad():
-                    scores[attention].append(task.score(model))
-                    if attention and seed == 0:
-                        draw(task.panels(model), output / f"{name}.png")
-    return scores
+                protocol.store_settings(name, arm, protocol.search(task, arm, tick))
 
 
-def verdict(scores: dict[bool, list[float]]) -> str:
-    """Whether attention helped, in words."""
-    gains = [a - b for a, b in zip(scores[True], scores[False], strict=True)]
-    better = sum(gain > 0 for gain in gains)
-    gain = statistics.mean(gains)
-    word = "helps" if gain > 0 and better == len(gains) else "does not clearly help" if gain > 0 else "does not help"
-    return f"attention {word}: {gain:+.3f} on average, better with {better} of {len(gains)} seeds"
-
-
-def score_table(name: str, scores: dict[bool, list[float]]) -> Table:
-    """Held-out scores, a row with and a row without attention."""
+def score_table(name: str, rows: list[Row]) -> Table:
+    """Test scores, an arm a row, and the difference of each from attention."""
     from rich.table import Table
 
-    system = SYSTEMS[name]
-    table = Table("", title=f"{system.title}: held-out {system.metric}", caption=f"{system.data}; {verdict(scores)}")
-    for column in ["mean", *(f"seed {i}" for i in range(len(scores[True])))]:
+    from . import _summary
+
+    system, arms = SYSTEMS[name], _summary.by_arm(rows, name)
+    caption = f"{system.data}; {_summary.verdict(arms)}"
+    table = Table("", title=f"{system.title}: {system.metric}", caption=caption)
+    for column in ("mean ± deviation", "attention less it, 95 %", f"located {system.located}".strip(), "seeds"):
         table.add_column(column, justify="right")
-    for attention, row in scores.items():
-        cells = (f"{x:.3f}" for x in [statistics.mean(row), *row])
-        table.add_row("attention" if attention else "uniform weights", *cells)
+    for arm, seeds in arms.items():
+        gain = None if arm == "attention" else _summary.difference(arms.get("attention", {}), seeds)
+        values = _summary.scores(seeds)
+        table.add_row(
+            arm,
+            _summary.mean_and_deviation(values),
+            "" if gain is None else str(gain),
+            _summary.located(seeds),
+            " ".join(f"{x:.3f}" for x in values),
+        )
     return table
 
 
-def draw(panels: list[Panel], path: Path) -> None:
-    """Save the weights as shades, an example below the other."""
-    import matplotlib as mpl
+def draw(name: str, rows: list[Row], folder: Path) -> None:
+    """The learning curves of a system."""
+    from . import _summary
+    from ._pictures import draw_curves
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    system = SYSTEMS[name]
+    arms = {arm: list(seeds.values()) for arm, seeds in _summary.by_arm(rows, name).items()}
+    draw_curves(arms, system.metric, system.title, folder / f"{name}-curves.png")
 
-    heights = [len(panel.rows) + 2.5 for panel in panels]
-    figure, axes = plt.subplots(
-        len(panels),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-        figsize=(max(6.0, 1 + 0.45 * max(len(p.columns) for p in panels)), 0.6 + 0.42 * sum(heights)),
+
+def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: str | None) -> list[Unit]:
+    """What is asked for and not done yet."""
+    plan, done = protocol.read_plan(), {(r["system"], r["arm"], r["seed"]) for r in rows}
+    numbers = range(args.seeds)
+    seeds = list(numbers) if frozen is None else protocol.final_seeds(frozen, args.seeds)
+    units = []
+    for name in args.names:
+        task = make_task(name, protocol.SEARCH_SEED, device)
+        for arm in (*task.arms, *task.baselines):
+            if args.arm is not None and arm not in args.arm:
+                continue
+            setting = plan.settings.get(name, {}).get(arm, protocol.DEFAULT)
+            for number, seed in zip(numbers, seeds, strict=True):
+                if (name, arm, seed) not in done:
+                    pictures = args.output if number == 0 and arm == "attention" else None
+                    split = TEST if frozen else VALIDATION
+                    units.append(Unit(name, arm, number, seed, device, args.epochs, split, setting, pictures))
+    return units
+
+
+def parse() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(prog="python -m fused_attn.models", description=(__doc__ or "").splitlines()[0])
+    choices = [*SYSTEMS, "all"]
+    parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
+    help_ = f"how many (default: {protocol.SEEDS}, at most 6)"
+    parser.add_argument("--seeds", type=int, default=protocol.SEEDS, help=help_, metavar="N")
+    parser.add_argument("--arm", action="append", help="only this one; may be given more than once")
+    parser.add_argument("--epochs", type=int, help="at most (default: the task's own)")
+    parser.add_argument("--output", type=Path, default=Path("models_output"), help="folder for the pictures")
+    parser.add_argument("--results", type=Path, help="JSON lines, which are added to (default: in --output)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
+    parser.add_argument("--threads", type=int, help="of a training; default: OMP_NUM_THREADS, or 1")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--search", action="store_true", help="choose settings on validation scores and store them")
+    parser.add_argument(
+        "--validation", action="store_true", help="seeds 0, 1, ... judged on validation data; no test"
     )
-    for axis, panel in zip(axes[:, 0], panels, strict=True):
-        axis.imshow(panel.weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axis.set_title(panel.title, fontsize=9, loc="left")
-        axis.set_xticks(range(len(panel.columns)), panel.columns, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    args = parser.parse_args()
+    if not 1 <= args.seeds <= 6:
+        parser.error(f"--seeds: expected 1 to 6; got {args.seeds}")
+    for name in ("threads", "jobs", "epochs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1; got {getattr(args, name)}")
+    args.names = list(SYSTEMS) if "all" in args.names else args.names
+    return args
 
 
 def main() -> int:
-    """Train, print the table, save the picture and, where asked, the scores."""
-    parser = argparse.ArgumentParser(prog="python -m fused_attn.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "names", nargs="+", choices=[*SYSTEMS, "all"], metavar="NAME", help=", ".join([*SYSTEMS, "all"])
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)", metavar="N")
-    parser.add_argument("--epochs", type=int, help="default: the task's own")
-    parser.add_argument("--output", type=Path, default=Path("models_output"), help="folder for the pictures")
-    parser.add_argument("--json", type=Path, help="write the scores there")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: OMP_NUM_THREADS, or 1")
-    args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error(f"--seeds: expected at least 1; got {args.seeds}")
-    if args.threads is not None and args.threads < 1:
-        parser.error(f"--threads: expected at least 1; got {args.threads}")
+    """Train what is left to train, print the tables, save rows and pictures."""
+    args = parse()
     try:
         import matplotlib  # noqa: F401
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"{error.name} is not installed: pip install 'fused_attn[demo]'")
+    from ._summary import read_rows
+
     if args.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(args.threads or 1)
-    console, rows = Console(), []
-    for name in SYSTEMS if "all" in args.names else args.names:
-        scores = experiment(name, args.seeds, args.epochs, args.output, console)
-        console.print(score_table(name, scores))
-        console.print(f"weights of seed 0: {args.output / f'{name}.png'}")
-        rows.append(
-            {"system": name, "metric": SYSTEMS[name].metric, "attention": scores[True], "uniform": scores[False]}
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console()
+    if args.search:
+        search(args.names, args.arm, device, console)
+        return 0
+    frozen = None if args.validation else protocol.read_plan().frozen
+    if frozen is None:
+        console.print(
+            "Scores are of validation data, by which settings may still be chosen; test data is not looked at."
         )
-    if args.json:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        args.json.write_text(
-            json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-        )
+    where = {
+        "frozen": frozen,
+        "epochs": args.epochs,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    path = args.results or args.output / ("results.jsonl" if frozen else "validation.jsonl")
+    rows = (
+        [] if args.validation else [r for r in read_rows(path) if (r["frozen"], r["epochs"]) == (frozen, args.epochs)]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for row in work_all(plan_units(args, device, rows, frozen), args.jobs, console):
+        rows.append(row | where)
+        with path.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+    for name in args.names:
+        console.print(score_table(name, rows))
+        draw(name, rows, args.output)
+    console.print(f"rows: {path}; pictures: {args.output}")
     return 0
 
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 SECONDS = 2.0  # between two lines of the same description
 
-Show = Callable[[str, int, int], None]
+Show = Callable[[str, float, int], None]
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Show]:
-    """A function to call with (description, epochs done, epochs in all) before the first and after each epoch."""
+def progress(console: Console, units: str = "epochs") -> Iterator[Show]:
+    """A function to call with (description, units done, units in all) before the first and after each of them."""
     if console.is_terminal:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -29,11 +29,11 @@ def progress(console: Console) -> Iterator[Show]:
     start = time.monotonic()
     last, said = start, ""
 
-    def line(what: str, done: int, total: int) -> None:
+    def line(what: str, done: float, total: int) -> None:
         nonlocal last, said
         now = time.monotonic()
         if what != said or done == total or now - last >= SECONDS:
-            text = f"{what}: {done} of {total} epochs, {now - start:.0f} s"
+            text = f"{what}: {done:.3g} of {total} {units}, {now - start:.0f} s"
             console.print(text, highlight=False, markup=False, soft_wrap=True)  # which flushes
             last, said = now, what
 

@@ -12,8 +12,8 @@ from .._ops import Impl
 from ..general import general_attention
 from ..location import location_attention
 from ..modules import LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_lengths, check_sizes, encode, length_mask
-from ._uniform import freeze_uniform
 
 _ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 

@@ -12,8 +12,8 @@ from .._checks import check_tensor
 from .._ops import Impl
 from ..general import general_attention
 from ..modules import ConcatAttention, LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_indices, check_lengths, check_sizes, encode, length_mask
-from ._uniform import freeze_uniform
 
 
 class CRSum(nn.Module):

@@ -9,8 +9,8 @@ from .._checks import check_tensor
 from .._ops import Impl
 from ..location import location_attention
 from ..modules import ConcatAttention, LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_indices, check_sizes
-from ._uniform import freeze_uniform
 
 
 class DADM(nn.Module):

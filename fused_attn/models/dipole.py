@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from .._checks import check_tensor
 from .._ops import Impl
 from ..modules import ConcatAttention, GeneralAttention, LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_lengths, check_sizes, encode, length_mask
-from ._uniform import freeze_uniform
 
 
 class Dipole(nn.Module):

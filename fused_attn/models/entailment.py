@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .._ops import Impl
 from ..modules import ConcatAttention, WordByWordAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_indices, check_lengths, check_sizes, length_mask
-from ._uniform import freeze_uniform
 
 MODES = ("attention", "word_by_word")
 STARTS = ("cell", "both")

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from .._checks import check_cu_seqlens
 from .._ops import Impl
 from ..modules import HierarchicalAttention, RaggedRNN
+from ._arms import freeze_uniform
 from ._padded import check_indices, check_sizes
-from ._uniform import freeze_uniform
 
 
 class HAN(nn.Module):

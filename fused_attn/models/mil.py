@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from .._ops import Impl
 from ..modules import LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_sizes
-from ._uniform import freeze_uniform
 
 
 class GatedMIL(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._ops import Impl
 from ..modules import LocationAttention
+from ._arms import freeze_uniform
 from ._padded import check_choice, check_indices, check_lengths, check_sizes, encode, length_mask
-from ._uniform import freeze_uniform
 
 
 class PositionalAttention(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .._checks import check_tensor
 from .._ops import Impl
 from ..modules import HierarchicalAttention
+from ._arms import freeze_uniform
 from ._padded import check_lengths, check_sizes, encode, length_mask
-from ._uniform import freeze_uniform
 
 
 class Rock(nn.Module):

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
 
 class Panel(NamedTuple):
-    """The attention weights of one held-out example: dark is much."""
+    """The attention weights of one test example: dark is much."""
 
     title: str
     weights: Tensor  # (rows, columns)
     rows: list[str]
     columns: list[str]
+    truth: Tensor | None = None  # bool (rows, columns): what the weights should be on, which is marked
+
+
+class Outcome(NamedTuple):
+    """How a model does on one split."""
+
+    score: float
+    """Of the task; higher is better."""
+    localisation: Mapping[str, float] = {}
+    """By level of attention, how far the weights are on what the truth names, from 0 to 1; empty without a truth."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The data of one seed, and how the system is trained and judged on it."""
+    """The data of one seed, in three splits, and the arms that are compared on it.
 
-    build: Callable[[bool], nn.Module]
-    """Whether with attention -> a fresh model, in training mode."""
-    batches: Callable[[torch.Generator], Iterable[Any]]
-    """One epoch of training batches, in an order that the generator draws."""
+    An arm is trained by `protocol.fit`, alike for all; a baseline trains itself. Whatever is chosen is chosen on the
+    validation split.
+    """
+
+    build: Callable[[str], nn.Module]
+    """The name of an arm -> a fresh model, in training mode."""
+    batches: Callable[[torch.Generator, int], Iterable[Any]]
+    """Training batches of an epoch, in an order that the generator draws; its number, from 0, may decide which."""
     loss: Callable[[nn.Module, Any], Tensor]
     """Of one batch."""
-    score: Callable[[nn.Module], float]
-    """Of a model in evaluation mode, on held-out data; higher is better."""
+    judge: Callable[[nn.Module, str], Outcome]
+    """Of a model in evaluation mode, on the validation or the test split."""
     panels: Callable[[nn.Module], list[Panel]]
-    """The weights on a few held-out examples: the first ones, not chosen by hand."""
-    epochs: int
-    learning_rate: float = 1e-3
+    """The weights on a few test examples: the first ones, not chosen by hand."""
+    arms: tuple[str, ...] = ("attention", "uniform", "oracle")
+    baselines: Mapping[str, Callable[[str], float]] = field(default_factory=dict)
+    """By name, what a sceptic would try: the score on a split of what was chosen on the validation split."""
+    epochs: int = 30
+    """At most; training ends earlier where the validation score does not get better."""
 
 
 class System(NamedTuple):
@@ -46,6 +65,8 @@ class System(NamedTuple):
     structure: str
     data: str  # what it is trained on; "generated" is said where it is
     metric: str
+    located: str = ""
+    """What `Outcome.localisation` measures."""
 
 
 SYSTEMS: dict[str, System] = {

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arms import is_oracle, make_oracle
 from ..acf import ACF, ACFWeights, bpr_loss
-from . import Panel, Task
+from . import VALIDATION, Outcome, Panel, Task
 
 USERS, ITEMS, SUBJECTS, COMPONENTS, FEATURES = 600, 120, 12, 4, 12
-LIKED, CHOSEN, HELD_OUT, CHANCE, NOISE = 1, 12, 4, 0.2, 0.3
-DIM, BATCH, L2 = 16, 200, 1e-4
+LIKED, CHOSEN, HELD_OUT, CHANCE, NOISE = 1, 12, 3, 0.2, 0.3
+DIM, BATCH = 16, 200
 
 
 class World(NamedTuple):
@@ -24,7 +25,8 @@ class World(NamedTuple):
     tastes: Tensor  # (USERS, SUBJECTS), hidden
     likes: Tensor  # (USERS, ITEMS), hidden: an item has a subject of the user's taste
     chosen: Tensor  # (USERS, CHOSEN): some of the liked items, to train on
-    held_out: Tensor  # (USERS, HELD_OUT): others
+    validation: Tensor  # (USERS, HELD_OUT): others
+    test: Tensor  # (USERS, HELD_OUT): others again
 
 
 class Batch(NamedTuple):
@@ -50,11 +52,11 @@ def world(seed: int) -> World:
     likes = tastes[:, subjects].any(-1)
     draw = torch.rand(USERS, ITEMS, generator=rng)
     order = torch.where(likes, draw, 2.0).argsort(1)  # what a user likes comes first
-    assert likes.gather(1, order[:, : CHOSEN + HELD_OUT]).all(), "a user likes fewer items than are taken"
-    chosen, held_out = order[:, :CHOSEN], order[:, CHOSEN : CHOSEN + HELD_OUT]
+    assert likes.gather(1, order[:, : CHOSEN + 2 * HELD_OUT]).all(), "a user likes fewer items than are taken"
+    chosen, validation, test, _ = order.split([CHOSEN, HELD_OUT, HELD_OUT, ITEMS - CHOSEN - 2 * HELD_OUT], 1)
     strays = torch.where(likes, 2.0, draw).argsort(1)[:, :CHOSEN]
     chosen = torch.where(torch.rand(USERS, CHOSEN, generator=rng) < CHANCE, strays, chosen)
-    return World(codes[subjects] + NOISE * noise, subjects, tastes, likes, chosen, held_out)
+    return World(codes[subjects] + NOISE * noise, subjects, tastes, likes, chosen, validation, test)
 
 
 def auc(positive: Tensor, scores: Tensor, negative: Tensor) -> Tensor:
@@ -70,17 +72,28 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
     taken = torch.zeros(USERS, ITEMS, dtype=torch.bool, device=device).scatter(1, data.chosen, True)
     strangers = (~taken).float()
 
+    def truth(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which items, and which components of each, tell of the user's taste; all of them where none does."""
+        liked = (
+            data.tastes[batch.users].gather(1, data.subjects[batch.history].flatten(1)).view(*batch.history.shape, -1)
+        )
+        items = liked.any(-1) & batch.mask
+        return items | ~items.any(-1, keepdim=True), liked | ~liked.any(-1, keepdim=True)
+
     def forward(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, ACFWeights]:
-        return model(
+        liked, told = truth(batch) if is_oracle(model) else (True, None)
+        result: tuple[Tensor, ACFWeights] = model(
             batch.users,
             items,
             batch.history,
             data.components[batch.history],
-            history_mask=batch.mask,
+            history_mask=batch.mask & liked,
+            component_mask=told,
             return_weights=True,
         )
+        return result
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
         for pairs in torch.randperm(USERS * CHOSEN, generator=generator).split(BATCH):
             users, place = (pairs // CHOSEN).to(device), (pairs % CHOSEN).to(device)
             history = data.chosen[users]
@@ -91,20 +104,30 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         scores, _ = forward(model, batch, torch.stack([batch.items, batch.others], 1))
-        return bpr_loss(scores[:, 0], scores[:, 1], model.parameters(), L2)
+        return bpr_loss(scores[:, 0], scores[:, 1])
 
     def everyone(users: Tensor) -> Batch:
         history = data.chosen[users]
         return Batch(users, users, users, history, torch.ones_like(history, dtype=torch.bool))
 
-    def score(model: nn.Module) -> float:
-        users = torch.arange(USERS, device=device)
-        scores, _ = forward(model, everyone(users), torch.arange(ITEMS, device=device).expand(USERS, -1))
-        return auc(scores.gather(1, data.held_out), scores, ~data.likes).mean().item()
+    def judge(model: nn.Module, split: str) -> Outcome:
+        batch = everyone(torch.arange(USERS, device=device))
+        scores, weights = forward(model, batch, torch.arange(ITEMS, device=device).expand(USERS, -1))
+        wanted = data.validation if split == VALIDATION else data.test
+        items, components = truth(batch)
+        told = ~components.all(-1)  # items of the user's taste
+        return Outcome(
+            auc(scores.gather(1, wanted), scores, ~data.likes).mean().item(),
+            {
+                "items": (weights.items * items).sum(-1).mean().item(),
+                "components": (weights.components * components).sum(-1)[told].mean().item(),
+            },
+        )
 
     def panels(model: nn.Module) -> list[Panel]:
         users = torch.arange(2, device=device)
         _, weights = forward(model, everyone(users), users)
+        items, components = truth(everyone(users))
         result = []
         for i in range(len(users)):
             likes = data.tastes[i].nonzero()[:, 0].tolist()
@@ -118,17 +141,22 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
                     weights.items[i : i + 1],
                     ["α"],
                     [f"item {n}" for n in data.chosen[i].tolist()],
+                    items[i : i + 1],
                 ),
                 Panel(
                     f"Components of each item, by subject (* liked by user {i})",
                     weights.components[i],
                     rows,
                     [f"component {m + 1}" for m in range(COMPONENTS)],
+                    components[i] & ~components[i].all(-1, keepdim=True),
                 ),
             ]
         return result
 
-    def build(attention: bool) -> nn.Module:
-        return ACF(USERS, ITEMS, FEATURES, DIM, form=form, attention=attention).to(device)
+    def build(arm: str) -> nn.Module:
+        model = ACF(USERS, ITEMS, FEATURES, DIM, form=form, attention=arm == "attention")
+        if arm == "oracle":
+            make_oracle(model)
+        return model.to(device)
 
-    return Task(build, batches, loss, score, panels, epochs=30, learning_rate=3e-3)
+    return Task(build, batches, loss, judge, panels, epochs=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..can import CAN, CANWeights
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
 PEOPLE = ("mary", "john", "daniel", "sandra")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
@@ -33,7 +34,7 @@ WORDS = (
 )
 INDEX = {word: i for i, word in enumerate(WORDS)}
 SENTENCES, LENGTH, QUESTION = 6, 5, 3
-TRAIN, HELD_OUT, BATCH = 4000, 600, 50
+STORIES, BATCH = {TRAIN: 4000, VALIDATION: 500, TEST: 1000}, 50
 
 
 class Example(NamedTuple):
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
     question: Tensor  # (B, Lq)
     question_lengths: Tensor  # (B,)
     answers: Tensor  # (B,), an index into PLACES
+    truth: Tensor  # bool (B, S), the sentence that says it
 
 
 class Reader(nn.Module):
@@ -113,39 +115,45 @@ def collate(examples: list[Example], device: torch.device) -> Batch:
                 row[j] = INDEX[word]
     answers = torch.tensor([PLACES.index(x.answer) for x in examples])
     lengths = (words > 0).sum(-1)
-    return Batch(*(x.to(device) for x in (words, lengths, question, (question > 0).sum(-1), answers)))
+    moves = (words[..., 0] == question[:, None, -1]) & (words[..., 2] == INDEX["to"])
+    last = (moves * torch.arange(1, sentences + 1)).argmax(-1)  # the last move of who is asked for
+    truth = torch.arange(sentences) == last[:, None]
+    return Batch(*(x.to(device) for x in (words, lengths, question, (question > 0).sum(-1), answers, truth)))
 
 
-def split(seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples: no story is in both, nor twice in one."""
+def draw_stories(seed: int) -> dict[str, list[Example]]:
+    """The examples of each split: no story is in two, nor twice in one."""
     rng = random.Random(seed)
     stories: dict[tuple[str, ...], Example] = {}
-    while len(stories) < TRAIN + HELD_OUT:
+    while len(stories) < sum(STORIES.values()):
         example = tell(rng)
         stories.setdefault(example.story, example)
-    examples = list(stories.values())
-    rng.shuffle(examples)
-    return examples[:TRAIN], examples[TRAIN:]
+    examples = iter(rng.sample(list(stories.values()), len(stories)))
+    return {split: list(itertools.islice(examples, count)) for split, count in STORIES.items()}
 
 
 def make(seed: int, device: torch.device) -> Task:
     """Answer with a place: which of six."""
-    train, held_out = split(seed)
-    data, test = collate(train, device), collate(held_out, device)
+    examples = draw_stories(seed)
+    data = {split: collate(some, device) for split, some in examples.items()}
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
-        for rows in torch.randperm(len(train), generator=generator).to(device).split(BATCH):
-            yield Batch(*(x[rows] for x in data))
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
+        for rows in torch.randperm(STORIES[TRAIN], generator=generator).to(device).split(BATCH):
+            yield Batch(*(x[rows] for x in data[TRAIN]))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch)[0], batch.answers)
 
-    def score(model: nn.Module) -> float:
-        return (model(test)[0].argmax(-1) == test.answers).float().mean().item()
+    def judge(model: nn.Module, split: str) -> Outcome:
+        batch = data[split]
+        scores, weights = model(batch)
+        right = (scores.argmax(-1) == batch.answers).float().mean().item()
+        return Outcome(right, {"sentences": (weights.sentences * batch.truth).sum(-1).mean().item()})
 
     def panels(model: nn.Module) -> list[Panel]:
-        shown = held_out[:2]
-        scores, weights = model(collate(shown, device))
+        shown = examples[TEST][:2]
+        batch = collate(shown, device)
+        scores, weights = model(batch)
         result = []
         for i, example in enumerate(shown):
             n = len(example.story)
@@ -156,6 +164,7 @@ def make(seed: int, device: torch.device) -> Task:
                     weights.sentences[i : i + 1, :n],
                     ["β"],
                     list(example.story),
+                    batch.truth[i : i + 1, :n],
                 ),
                 Panel(
                     "Words of each sentence",
@@ -166,12 +175,7 @@ def make(seed: int, device: torch.device) -> Task:
             ]
         return result
 
-    return Task(
-        lambda attention: Reader(32, attention).to(device),
-        batches,
-        loss,
-        score,
-        panels,
-        epochs=11,
-        learning_rate=1e-2,
-    )
+    def build(arm: str) -> nn.Module:
+        return Reader(32, arm == "attention").to(device)
+
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)

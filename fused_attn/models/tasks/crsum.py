@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..crsum import CRSum
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._stdlib import docstrings
 
 WORDS, SENTENCES, BATCH = 30, 25, 8
@@ -95,11 +95,12 @@ def documents() -> tuple[Document, ...]:
     return tuple(result)
 
 
-def split(seed: int) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, of different top-level modules: a quarter of these is held out."""
+def split(seed: int) -> dict[str, list[Document]]:
+    """The documents of each split, of different top-level modules (20 % for validation, 25 % for test)."""
     tops = sorted({x.top for x in documents()})
-    held_out = set(random.Random(seed).sample(tops, len(tops) // 4))
-    return [x for x in documents() if x.top not in held_out], [x for x in documents() if x.top in held_out]
+    chosen = random.Random(seed).sample(tops, len(tops) // 4 + len(tops) // 5)
+    where = {top: TEST if i < len(tops) // 4 else VALIDATION for i, top in enumerate(chosen)}
+    return {name: [x for x in documents() if where.get(x.top, TRAIN) == name] for name in (TRAIN, VALIDATION, TEST)}
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 def make(seed: int, device: torch.device) -> Task:
     """Regress on the centrality; judged by the rank correlation inside each document."""
-    train, held_out = split(seed)
+    data = split(seed)
+    train = data[TRAIN]
 
     def collate(chosen: list[Document]) -> Batch:
         shape = len(chosen), max(len(x.sentences) for x in chosen)
@@ -129,14 +131,16 @@ def make(seed: int, device: torch.device) -> Task:
         lengths = torch.tensor([len(x.sentences) for x in chosen])
         return Batch(*(x.to(device) for x in (words, word_lengths, lengths, importance)))
 
-    test = collate(held_out)
+    judged = {name: collate(data[name]) for name in (VALIDATION, TEST)}
 
-    def build(attention: bool) -> nn.Module:
-        model = CRSum(VECTORS, embed_dim=64, hidden_dim=64, attn_dim=32, window=5, mlp_dim=32, attention=attention)
+    def build(arm: str) -> nn.Module:
+        model = CRSum(
+            VECTORS, embed_dim=64, hidden_dim=64, attn_dim=32, window=5, mlp_dim=32, attention=arm == "attention"
+        )
         model.embed.requires_grad_(False)
         return model.to(device)
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
         for rows in torch.randperm(len(train), generator=generator).split(BATCH):
             yield collate([train[i] for i in rows.tolist()])
 
@@ -144,17 +148,18 @@ def make(seed: int, device: torch.device) -> Task:
         error = 10 * (model(*batch[:3]) - batch.importance)  # they are about 0.1
         return error.square().sum() / batch.lengths.sum()
 
-    def correlation(model: nn.Module) -> float:
-        scores = model(*test[:3])
+    def judge(model: nn.Module, split: str) -> Outcome:
+        batch = judged[split]
+        scores = model(*batch[:3])
         each = [
             rank_correlation(row[:n], wanted[:n])
-            for row, wanted, n in zip(scores, test.importance, test.lengths.tolist(), strict=True)
+            for row, wanted, n in zip(scores, batch.importance, batch.lengths.tolist(), strict=True)
         ]
-        return sum(each) / len(each)
+        return Outcome(sum(each) / len(each))
 
     def panels(model: nn.Module) -> list[Panel]:
         result = []
-        for x in held_out[:2]:
+        for x in data[TEST][:2]:
             _, word_weights, weights = model(*collate([x])[:3], return_weights=True)
             middle, words = len(x.sentences) // 2, [" ".join(sentence) for sentence in x.sentences]
             near = [t for t in range(middle - 5, middle + 6) if 0 <= t < len(words) and t != middle]
@@ -167,4 +172,4 @@ def make(seed: int, device: torch.device) -> Task:
             )
         return result
 
-    return Task(build, batches, loss, correlation, panels, epochs=6, learning_rate=2e-3)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=20)

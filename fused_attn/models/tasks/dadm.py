@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..dadm import DADM
-from . import Panel, Task
+from . import TEST, VALIDATION, Outcome, Panel, Task
 
 MODELS = 7  # one a day of the first week
 CATEGORIES, TOPICS, ARTICLES = 6, 12, 120  # ARTICLES a day
-TRAIN_DAYS, HELD_OUT_DAYS = 84, 14
+TRAIN_DAYS, VALIDATION_DAYS, TEST_DAYS = 84, 14, 28
 BASE, WEEKDAY, DRIFT, CATEGORY = 0.7, 0.7, 0.5, 1.0
 WEEK = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
@@ -42,7 +42,7 @@ def days(seed: int) -> list[Day]:
     centres = CATEGORY * torch.randn(CATEGORIES, TOPICS, generator=rng)
     base, weekly = taste(BASE), taste(WEEKDAY, 7)
     result = []
-    for day in range(MODELS + TRAIN_DAYS + HELD_OUT_DAYS):
+    for day in range(MODELS + TRAIN_DAYS + VALIDATION_DAYS + TEST_DAYS):
         favour = torch.softmax(1.5 * torch.randn(CATEGORIES, generator=rng), 0)
         category = torch.multinomial(favour, ARTICLES, replacement=True, generator=rng)
         content = centres[category] + torch.randn(ARTICLES, TOPICS, generator=rng)
@@ -83,7 +83,7 @@ def auc(scores: Tensor, picked: Tensor) -> float:
 
 
 def make(seed: int, device: torch.device) -> Task:
-    """Seven models learn from a day each; DADM learns in twelve weeks which to trust, and is judged on two more."""
+    """Seven models learn from a day each; DADM learns in twelve weeks which to trust, and is judged on four more."""
     pools = days(seed)
     weights = torch.stack([logistic(features(day), day.picked) for day in pools[:MODELS]])
 
@@ -91,12 +91,13 @@ def make(seed: int, device: torch.device) -> Task:
         return Day(*(x.to(device) for x in pool)), torch.sigmoid(features(pool) @ weights.T).to(device)
 
     train, opinions = ready(join(pools[MODELS : MODELS + TRAIN_DAYS]))
-    test = [ready(day) for day in pools[MODELS + TRAIN_DAYS :]]
+    later = [ready(day) for day in pools[MODELS + TRAIN_DAYS :]]
+    judged = {VALIDATION: later[:VALIDATION_DAYS], TEST: later[VALIDATION_DAYS:]}
 
     def forward(model: nn.Module, pool: Day, predictions: Tensor) -> tuple[Tensor, Tensor]:
         return model(pool.content, predictions, pool.weekday, pool.category, return_weights=True)
 
-    def batches(generator: torch.Generator) -> Iterable[tuple[Day, Tensor]]:
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[tuple[Day, Tensor]]:
         for rows in torch.randperm(len(opinions), generator=generator).to(device).split(100):
             yield Day(*(x[rows] for x in train)), opinions[rows]
 
@@ -104,12 +105,17 @@ def make(seed: int, device: torch.device) -> Task:
         # The models are sure of themselves: away from 0 and 1, one wrong vote is not an infinite loss.
         return nn.functional.binary_cross_entropy(forward(model, *batch)[0].clamp(1e-4, 1 - 1e-4), batch[0].picked)
 
-    def score(model: nn.Module) -> float:
-        return sum(auc(forward(model, *day)[0], day[0].picked) for day in test) / len(test)
+    def judge(model: nn.Module, split: str) -> Outcome:
+        aucs, same = [], []
+        for day, predictions in judged[split]:
+            out, weights = forward(model, day, predictions)
+            aucs.append(auc(out, day.picked))
+            same.append(weights.gather(1, day.weekday[:, None]).mean().item())
+        return Outcome(sum(aucs) / len(aucs), {"weekday": sum(same) / len(same)})
 
     def panels(model: nn.Module) -> list[Panel]:
         result = []
-        for day, predictions in test[:3]:
+        for day, predictions in judged[TEST][:3]:
             order = day.category.argsort(stable=True)
             _, counts = day.category.unique(return_counts=True)
             firsts = order[torch.cumsum(counts, 0) - counts]  # the first article of each category
@@ -124,7 +130,9 @@ def make(seed: int, device: torch.device) -> Task:
             )
         return result
 
-    def build(attention: bool) -> nn.Module:
-        return DADM(MODELS, TOPICS, 16, num_times=7, num_categories=CATEGORIES, attention=attention).to(device)
+    def build(arm: str) -> nn.Module:
+        return DADM(MODELS, TOPICS, 16, num_times=7, num_categories=CATEGORIES, attention=arm == "attention").to(
+            device
+        )
 
-    return Task(build, batches, loss, score, panels, epochs=20, learning_rate=5e-3)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arms import make_oracle, on_truth
 from ..dipole import Dipole
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
 ORGANS = ("heart", "lung", "kidney", "liver", "skin", "joint")
 FORMS = ("a", "b", "c", "d")
@@ -20,7 +22,7 @@ ROUTINE = tuple(f"routine {i}" for i in range(20))
 CODES = (*DISEASES, *COMPLAINTS, *ROUTINE)
 INDEX = {code: i for i, code in enumerate(CODES)}
 VISITS, BATCH = 20, 64
-TRAIN, HELD_OUT = 3000, 1000
+PATIENTS = {TRAIN: 3000, VALIDATION: 600, TEST: 1000}
 
 Visit = tuple[str, ...]
 
@@ -31,6 +33,7 @@ class Batch(NamedTuple):
     visits: Tensor  # (B, T, codes)
     lengths: Tensor  # (B,)
     next_disease: Tensor  # (B,), an index into DISEASES
+    truth: Tensor  # bool (B, T), the visit that had it
 
 
 def patient(rng: random.Random) -> tuple[tuple[Visit, ...], str]:
@@ -50,15 +53,15 @@ def patient(rng: random.Random) -> tuple[tuple[Visit, ...], str]:
     return tuple(tuple(visit) for visit in history), diseases[which]
 
 
-def split(seed: int) -> tuple[list[tuple[tuple[Visit, ...], str]], list[tuple[tuple[Visit, ...], str]]]:
-    """Training and held-out patients: no history is in both."""
+def draw_patients(seed: int) -> dict[str, list[tuple[tuple[Visit, ...], str]]]:
+    """The patients of each split: no history is in two."""
     rng = random.Random(seed)
     patients: dict[tuple[Visit, ...], str] = {}
-    while len(patients) < TRAIN + HELD_OUT:
+    while len(patients) < sum(PATIENTS.values()):
         history, disease = patient(rng)
         patients[history] = disease
-    everyone = list(patients.items())
-    return everyone[:TRAIN], everyone[TRAIN:]
+    everyone = iter(patients.items())
+    return {split: list(itertools.islice(everyone, count)) for split, count in PATIENTS.items()}
 
 
 def collate(patients: list[tuple[tuple[Visit, ...], str]], device: torch.device) -> Batch:
@@ -68,44 +71,58 @@ def collate(patients: list[tuple[tuple[Visit, ...], str]], device: torch.device)
         for t, visit in enumerate(history):
             visits[b, t, [INDEX[code] for code in visit]] = 1
     lengths = torch.tensor([len(history) for history, _ in patients])
-    return Batch(
-        visits.to(device), lengths.to(device), torch.tensor([DISEASES.index(x) for _, x in patients], device=device)
-    )
+    diseases = torch.tensor([DISEASES.index(disease) for _, disease in patients])
+    truth = visits[torch.arange(len(patients)), :, diseases] > 0  # diseases come first among the codes
+    return Batch(*(x.to(device) for x in (visits, lengths, diseases, truth)))
 
 
 def make(seed: int, device: torch.device, *, score: str = "concat") -> Task:
     """Predict the next disease after the last visit, where every earlier visit may be seen: one of 24."""
-    train, held_out = split(seed)
-    every, test = collate(train, device), collate(held_out, device)
+    patients = draw_patients(seed)
+    data = {split: collate(some, device) for split, some in patients.items()}
 
-    def build(attention: bool) -> nn.Module:
+    def build(arm: str) -> nn.Module:
         model = Dipole(
-            len(CODES), len(DISEASES), embed_dim=48, hidden_dim=32, score=score, attn_dim=32, attention=attention
+            len(CODES),
+            len(DISEASES),
+            embed_dim=48,
+            hidden_dim=32,
+            score=score,
+            attn_dim=32,
+            attention=arm == "attention",
         )
+        if arm == "oracle":
+            make_oracle(model)
         return model.to(device)
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
-        for rows in torch.randperm(TRAIN, generator=generator).to(device).split(BATCH):
-            yield Batch(*(x[rows] for x in every))
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
+        for rows in torch.randperm(PATIENTS[TRAIN], generator=generator).to(device).split(BATCH):
+            yield Batch(*(x[rows] for x in data[TRAIN]))
 
-    def last(model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch.visits, batch.lengths)[torch.arange(len(batch.lengths), device=device), batch.lengths - 1]
+    def last(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits after the last visit, and its weights over the others."""
+        with on_truth(model, model.get_submodule("attend"), batch.truth):
+            logits, weights = model(batch.visits, batch.lengths, return_weights=True)
+        at = torch.arange(len(batch.lengths), device=device), batch.lengths - 1
+        return logits[at], weights[at]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(last(model, batch), batch.next_disease)
+        return nn.functional.cross_entropy(last(model, batch)[0], batch.next_disease)
 
-    def accuracy(model: nn.Module) -> float:
-        return (last(model, test).argmax(-1) == test.next_disease).float().mean().item()
+    def judge(model: nn.Module, split: str) -> Outcome:
+        logits, weights = last(model, data[split])
+        right = (logits.argmax(-1) == data[split].next_disease).float().mean().item()
+        return Outcome(right, {"visits": (weights * data[split].truth).sum(-1).mean().item()})
 
     def panels(model: nn.Module) -> list[Panel]:
         result = []
-        for history, disease in held_out[:3]:
+        for history, disease in patients[TEST][:3]:
             batch = collate([(history, disease)], device)
-            logits, weights = model(batch.visits, batch.lengths, return_weights=True)
-            guess = DISEASES[int(logits[0, -1].argmax())]
+            logits, weights = last(model, batch)
+            guess = DISEASES[int(logits.argmax())]
             names = [visit[0] if visit[0] in DISEASES else "routine" for visit in history[:-1]]
             title = f"then: {disease} (predicted: {guess})"
-            result.append(Panel(title, weights[0, -1:, :-1], [history[-1][0]], names))
+            result.append(Panel(title, weights[:, :-1], [history[-1][0]], names, batch.truth[:, :-1]))
         return result
 
-    return Task(build, batches, loss, accuracy, panels, epochs=8, learning_rate=3e-3)
+    return Task(build, batches, loss, judge, panels, epochs=30)

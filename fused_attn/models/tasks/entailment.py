@@ -8,8 +8,7 @@ premise says so, contradiction if it says otherwise, neutral if it does not tell
 With two groups, both entailment and contradiction have a value that fits the claim and one that does not: which words
 there are does not tell them apart, it matters whose they are. The three labels are equally frequent, and the
 hypothesis is drawn apart from the label. Held out are combinations: each noun has a number, a colour or a place that
-no training premise and no training claim brings together with it, and each held-out pair is about one of those. The
-number of epochs is a budget: both arms still learn when it ends.
+no training premise and no training claim brings together with it, and each held-out pair is about one of those.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..entailment import Entailment
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
 LABELS = ("entailment", "contradiction", "neutral")
 KINDS = {
@@ -39,7 +38,7 @@ VALUES = {
     "place": (*SIDES["outside"], *SIDES["inside"]),
 }
 GROUPS = (1, 2, 2, 2)  # in a premise, drawn from these
-PAIRS, HELD_OUT, BATCH, DIM = 12000, 600, 128, 48
+PAIRS, BATCH, DIM = {TRAIN: 12000, VALIDATION: 600, TEST: 900}, 128, 48
 
 
 class Pair(NamedTuple):
@@ -108,24 +107,25 @@ def draw_pair(rng: random.Random, label: int) -> Pair:
     )
 
 
-def make_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and held-out pairs."""
+def make_pairs(seed: int) -> dict[str, list[Pair]]:
+    """The pairs of each split; those for validation and test have combinations that were not trained on."""
     rng = random.Random(seed)
     values = [value for some in VALUES.values() for value in some]
     new = {(noun, rng.choice(values)) for noun in KIND_OF}
-    train: list[Pair] = []
-    held_out: list[Pair] = []
-    for pairs, count in ((train, PAIRS), (held_out, HELD_OUT)):
+    result: dict[str, list[Pair]] = {}
+    for split, count in PAIRS.items():
+        pairs = result[split] = []
         while len(pairs) < count:
             pair = draw_pair(rng, len(pairs) % len(LABELS))
-            if not pair.said & new if pairs is train else pair.asked & new:
+            if not pair.said & new if split == TRAIN else pair.asked & new:
                 pairs.append(pair)
-    return train, held_out
+    return result
 
 
 def make(seed: int, device: torch.device) -> Task:
     """The pairs of one seed."""
-    train, held_out = make_pairs(seed)
+    data = make_pairs(seed)
+    train = data[TRAIN]
     vocabulary = {w: i for i, w in enumerate(sorted({w for p in train for w in (*p.premise, *p.hypothesis)}))}
 
     def pad(sentences: list[list[str]]) -> tuple[Tensor, Tensor]:
@@ -137,26 +137,30 @@ def make(seed: int, device: torch.device) -> Task:
         labels = torch.tensor([pair.label for pair in pairs], device=device)
         return *pad([pair.premise for pair in pairs]), *pad([pair.hypothesis for pair in pairs]), labels
 
-    def build(attention: bool) -> nn.Module:
-        return Entailment(len(vocabulary), len(LABELS), embed_dim=DIM, hidden=DIM, attention=attention).to(device)
+    def build(arm: str) -> nn.Module:
+        return Entailment(len(vocabulary), len(LABELS), embed_dim=DIM, hidden=DIM, attention=arm == "attention").to(
+            device
+        )
 
-    def batches(order: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        for chosen in torch.randperm(PAIRS, generator=order).split(BATCH):
+    def batches(order: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        for chosen in torch.randperm(len(train), generator=order).split(BATCH):
             yield tensors([train[i] for i in chosen])
 
     def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return F.cross_entropy(model(*batch[:-1]), batch[-1])
 
-    def score(model: nn.Module) -> float:
-        *sentences, labels = tensors(held_out)
-        return float((model(*sentences).argmax(1) == labels).float().mean())
+    held_out = {split: tensors(data[split]) for split in (VALIDATION, TEST)}
+
+    def judge(model: nn.Module, split: str) -> Outcome:
+        *sentences, labels = held_out[split]
+        return Outcome(float((model(*sentences).argmax(1) == labels).float().mean()))
 
     def panels(model: nn.Module) -> list[Panel]:
         shown = []
-        for pair in held_out[:3]:
+        for pair in data[TEST][:3]:
             logits, weights = model(*tensors([pair])[:-1], return_weights=True)
             title = f"{LABELS[pair.label]}, taken for {LABELS[int(logits.argmax())]}"
             shown.append(Panel(title, weights[0], pair.hypothesis, pair.premise))
         return shown
 
-    return Task(build, batches, loss, score, panels, epochs=10, learning_rate=8e-3)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=20)

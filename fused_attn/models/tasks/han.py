@@ -5,13 +5,15 @@ blank lines, and up to a full stop, a colon or a semicolon, is a sentence.
 
 What would give the package away is removed: a word stays only if it is met in training documents of at least three
 topics, so that no name of a module or class decides by itself; others become the one word "*". Held out are whole
-top-level classes and functions with all docstrings inside (30 % of each topic's), without documents that repeat one
-of the training documents: whose words are to 80 % the same. Words are counted in training documents only.
+top-level classes and functions with all docstrings inside (of each topic 20 % for validation and 30 % for test),
+without documents that repeat one of the training documents: whose words are to 80 % the same. Words are counted in
+training documents only.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import re
 import sysconfig
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..han import HAN
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
 TOPICS = {
     "asyncio": ("asyncio",),
@@ -39,7 +41,7 @@ TOPICS = {
 }
 LEAST_WORDS, MOST_WORDS, MOST_SENTENCES = 15, 24, 12  # of a document; of a sentence; of a document
 TOPICS_OF_A_WORD, DOCUMENTS_OF_A_WORD = 3, 4
-HELD_OUT, ALIKE = 0.3, 0.8
+HELD_OUT, ALIKE = {VALIDATION: 0.2, TEST: 0.3}, 0.8
 EMBED, HIDDEN, BATCH = 32, 24, 32
 
 
@@ -80,22 +82,27 @@ def split_sentences(text: str) -> list[list[str]]:
     return [sentence for sentence in words if sentence][:MOST_SENTENCES]
 
 
-def split_documents(documents: Sequence[Document], seed: int) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and those held out."""
+def split_documents(documents: Sequence[Document], seed: int) -> dict[str, list[Document]]:
+    """The documents of each split."""
     rng = random.Random(seed)
     origins: dict[int, set[str]] = defaultdict(set)
     for document in documents:
         origins[document.topic].add(document.origin)
-    held_out = {
-        origin for topic in origins.values() for origin in rng.sample(sorted(topic), int(HELD_OUT * len(topic)))
+    where: dict[str, str] = {}
+    for topic in origins.values():
+        shuffled = iter(rng.sample(sorted(topic), len(topic)))
+        for name, share in HELD_OUT.items():
+            where |= dict.fromkeys(itertools.islice(shuffled, int(share * len(topic))), name)
+    parts = {
+        name: [document for document in documents if where.get(document.origin, TRAIN) == name]
+        for name in (TRAIN, *HELD_OUT)
     }
-    train = [document for document in documents if document.origin not in held_out]
-    known = [document.words() for document in train]
+    known = [document.words() for document in parts[TRAIN]]
 
     def repeats(words: set[str]) -> bool:
         return any(len(words & other) >= ALIKE * len(words | other) for other in known)
 
-    return train, [d for d in documents if d.origin in held_out and not repeats(d.words())]
+    return parts | {name: [d for d in parts[name] if not repeats(d.words())] for name in HELD_OUT}
 
 
 def find_vocabulary(train: list[Document]) -> dict[str, int]:
@@ -112,7 +119,8 @@ def find_vocabulary(train: list[Document]) -> dict[str, int]:
 
 def make(seed: int, device: torch.device) -> Task:
     """The documents of one seed."""
-    train, held_out = split_documents(read_documents(), seed)
+    data = split_documents(read_documents(), seed)
+    train = data[TRAIN]
     vocabulary = find_vocabulary(train)
 
     def pack(some: list[Document]) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,25 +135,32 @@ def make(seed: int, device: torch.device) -> Task:
     def topics(some: list[Document]) -> Tensor:
         return torch.tensor([document.topic for document in some], device=device)
 
-    def build(attention: bool) -> nn.Module:
+    def build(arm: str) -> nn.Module:
         return HAN(
-            len(vocabulary) + 1, len(TOPICS), embed_dim=EMBED, hidden=HIDDEN, attn_dim=2 * HIDDEN, attention=attention
+            len(vocabulary) + 1,
+            len(TOPICS),
+            embed_dim=EMBED,
+            hidden=HIDDEN,
+            attn_dim=2 * HIDDEN,
+            attention=arm == "attention",
         ).to(device)
 
-    def batches(order: torch.Generator) -> Iterator[list[Document]]:
+    def batches(order: torch.Generator, epoch: int) -> Iterator[list[Document]]:
         for chosen in torch.randperm(len(train), generator=order).split(BATCH):
             yield [train[i] for i in chosen]
 
     def loss(model: nn.Module, batch: list[Document]) -> Tensor:
         return F.cross_entropy(model(*pack(batch)), topics(batch))
 
-    def score(model: nn.Module) -> float:
-        right = model(*pack(held_out)).argmax(1) == topics(held_out)
-        return float(right.float().mean())
+    judged = {name: (pack(data[name]), topics(data[name])) for name in HELD_OUT}
+
+    def judge(model: nn.Module, split: str) -> Outcome:
+        packed, wanted = judged[split]
+        return Outcome(float((model(*packed).argmax(1) == wanted).float().mean()))
 
     def panels(model: nn.Module) -> list[Panel]:
         shown = []
-        for document in [d for d in held_out if len(d.sentences) in range(3, 6)][:2]:
+        for document in [d for d in data[TEST] if len(d.sentences) in range(3, 6)][:2]:
             logits, words, sentences = model(*pack([document]), return_weights=True)
             rows = [[w if w in vocabulary else "*" for w in sentence[:14]] for sentence in document.sentences]
             said, wanted = list(TOPICS)[int(logits.argmax())], list(TOPICS)[document.topic]
@@ -157,4 +172,4 @@ def make(seed: int, device: torch.device) -> Task:
             shown.append(Panel("the words of the sentence with most attention", of_best[None], ["attention"], tokens))
         return shown
 
-    return Task(build, batches, loss, score, panels, epochs=15, learning_rate=2e-3)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)

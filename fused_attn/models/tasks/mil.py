@@ -1,13 +1,18 @@
-"""Which bags of handwritten digits hold a nine (the task of Ilse et al. 2018, on scikit-learn's real 8 × 8 images).
+"""Do the nines in a bag of handwritten digits outnumber the fours? Only the bag has a label.
 
-The images are split 60 : 40, stratified by digit, before bags are made: no held-out image is trained on. A bag has 8
-to 32 images, and its size is drawn apart from its label. Half of the bags are positive: n images with 1 to n // 8
-nines. The rest is drawn uniformly from the other nine digits, without replacement within a bag.
+A variant of the task of Ilse et al. 2018 on scikit-learn's real 8 × 8 images, whose label needs two kinds of key
+instances and their counts: a bag of 20 to 60 images holds 3, 5 or 7 nines and fours together, at least one of each,
+and which there are more of is the label. One image does not decide, so that a maximum cannot; and most of a bag says
+nothing, which a mean must learn to cancel.
+
+Images are split before bags are made, stratified by digit: 50 % to train on, 20 % for validation and 30 % for test
+bags. The other eight digits are drawn uniformly. Size and number of keys are drawn apart from the label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,31 +22,65 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from .._arms import make_oracle, on_truth
 from ..mil import GatedMIL
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
-POSITIVE = 9
-SIZES = (8, 32)
-BAGS, HELD_OUT = 300, 400
+MORE, LESS = 9, 4
+SIZES, KEYS = (40, 80), (3, 5, 7)
+BAGS = {TRAIN: 400, VALIDATION: 200, TEST: 400}
 DIM, ATTN_DIM, BATCH = 64, 32, 10
 
 
-def split_images(digits: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images to train on, and of those held out."""
-    train, test = train_test_split(np.arange(len(digits)), test_size=0.4, stratify=digits, random_state=seed)
-    return train, test
+class Bags(NamedTuple):
+    """Packed bags."""
+
+    images: Tensor  # (N, 1, 8, 8)
+    cu_seqlens: Tensor  # (S + 1,)
+    labels: Tensor  # (S,), 0 or 1
+    key: Tensor  # (N,), whether it is a nine or a four
+    digits: Tensor  # (N,)
+
+    def take(self, which: Tensor) -> Bags:
+        """Some of them, packed."""
+        starts, lengths = self.cu_seqlens[:-1][which], self.cu_seqlens.diff()[which]
+        rows = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
+        rows = rows.to(self.images.device)
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return Bags(self.images[rows], offsets, self.labels[which], self.key[rows], self.digits[rows])
 
 
-def make_bags(pool: np.ndarray, digits: np.ndarray, count: int, rng: np.random.Generator) -> list[Tensor]:
-    """Indices of the images of `count` bags; those at even places hold a nine."""
-    nines, others = pool[digits[pool] == POSITIVE], pool[digits[pool] != POSITIVE]
-    bags = []
-    for i in range(count):
-        size = rng.integers(*SIZES, endpoint=True)
-        held = rng.integers(1, size // 8, endpoint=True) if i % 2 == 0 else 0
-        drawn = rng.choice(nines, held, replace=False), rng.choice(others, size - held, replace=False)
-        bags.append(torch.from_numpy(rng.permutation(np.concatenate(drawn))))
-    return bags
+def split_images(digits: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Indices of the images of each split."""
+    train, rest = train_test_split(np.arange(len(digits)), test_size=0.5, stratify=digits, random_state=seed)
+    validation, test = train_test_split(rest, test_size=0.6, stratify=digits[rest], random_state=seed)
+    return {TRAIN: train, VALIDATION: validation, TEST: test}
+
+
+def draw_bag(pool: np.ndarray, digits: np.ndarray, label: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the images of one bag."""
+    size, keys = rng.integers(*SIZES, endpoint=True), rng.choice(KEYS)
+    most = rng.integers(keys // 2 + 1, keys)  # of the kind that there is more of; one of the other at least
+    counts = {MORE: most if label else keys - most, LESS: keys - most if label else most}
+    drawn = [rng.choice(pool[digits[pool] == digit], count, replace=False) for digit, count in counts.items()]
+    others = pool[~np.isin(digits[pool], (MORE, LESS))]
+    drawn.append(rng.choice(others, size - keys, replace=False))
+    return rng.permutation(np.concatenate(drawn))
+
+
+def make_bags(pool: np.ndarray, count: int, rng: np.random.Generator) -> Bags:
+    """Bags from the images of a split, every other one positive."""
+    data = load_digits()
+    labels = [i % 2 for i in range(count)]
+    bags = [draw_bag(pool, data.target, label, rng) for label in labels]
+    rows = np.concatenate(bags)
+    digits = torch.from_numpy(data.target[rows])
+    images = torch.tensor(data.images[rows] / 16, dtype=torch.float32)[:, None]
+    offsets = F.pad(torch.tensor([len(bag) for bag in bags]).cumsum(0), (1, 0)).int()
+    return Bags(images, offsets, torch.tensor(labels, dtype=torch.float32), torch.isin(digits, KEY_DIGITS), digits)
+
+
+KEY_DIGITS = torch.tensor([MORE, LESS])
 
 
 def encoder() -> nn.Module:
@@ -58,42 +97,71 @@ def encoder() -> nn.Module:
     )
 
 
+class MaxMIL(nn.Module):
+    """The largest of each feature over the bag, in place of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder()
+        self.head = nn.Linear(DIM, 1)
+
+    def forward(self, images: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits ``(S, 1)``."""
+        return self.head(torch.segment_reduce(self.encoder(images), "max", offsets=cu_seqlens, axis=0))
+
+
+def instance_auc(weights: Tensor, bags: Bags) -> float:
+    """How well the weights tell key instances from the others of their bag: the mean area under the curve."""
+    parts = (x.split(bags.cu_seqlens.diff().tolist()) for x in (bags.key.cpu(), weights.cpu()))
+    return float(np.mean([roc_auc_score(key, w) for key, w in zip(*parts, strict=True)]))
+
+
 def make(seed: int, device: torch.device) -> Task:
     """The bags of one seed."""
-    data = load_digits()
-    images = torch.tensor(data.images / 16, dtype=torch.float32, device=device)[:, None]
-    train, test = split_images(data.target, seed)
     rng = np.random.default_rng(seed)
-    bags, held_out = make_bags(train, data.target, BAGS, rng), make_bags(test, data.target, HELD_OUT, rng)
+    pools = split_images(load_digits().target, seed)
+    data = {
+        split: Bags(*(x.to(device) for x in make_bags(pools[split], count, rng))) for split, count in BAGS.items()
+    }
 
-    def pack(some: list[Tensor]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(bag) for bag in some])
-        return images[torch.cat(some).to(device)], F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+    def build(arm: str) -> nn.Module:
+        if arm == "max":
+            return MaxMIL().to(device)
+        model = GatedMIL(encoder(), DIM, ATTN_DIM, attention=arm == "attention")
+        if arm == "oracle":
+            make_oracle(model)
+        return model.to(device)
 
-    def labels(which: Iterable[int]) -> Tensor:
-        return torch.tensor([float(i % 2 == 0) for i in which], device=device)
+    def forward(model: nn.Module, bags: Bags) -> tuple[Tensor, Tensor | None]:
+        """Logits ``(S,)``, and the weights of an attention."""
+        if isinstance(model, MaxMIL):
+            return model(bags.images, bags.cu_seqlens)[:, 0], None
+        with on_truth(model, model.get_submodule("pooling"), bags.key):
+            logits, weights = model(bags.images, bags.cu_seqlens, return_weights=True)
+        return logits[:, 0], weights
 
-    def build(attention: bool) -> nn.Module:
-        return GatedMIL(encoder(), DIM, ATTN_DIM, attention=attention).to(device)
+    def batches(order: torch.Generator, epoch: int) -> Iterator[Bags]:
+        for chosen in torch.randperm(BAGS[TRAIN], generator=order).split(BATCH):
+            yield data[TRAIN].take(chosen.to(device))
 
-    def batches(order: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for chosen in torch.randperm(BAGS, generator=order).split(BATCH):
-            yield *pack([bags[i] for i in chosen]), labels(chosen.tolist())
+    def loss(model: nn.Module, batch: Bags) -> Tensor:
+        return F.binary_cross_entropy_with_logits(forward(model, batch)[0], batch.labels)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        instances, cu_seqlens, wanted = batch
-        return F.binary_cross_entropy_with_logits(model(instances, cu_seqlens)[:, 0], wanted)
-
-    def score(model: nn.Module) -> float:
-        logits = model(*pack(held_out))[:, 0]
-        return float(roc_auc_score(labels(range(HELD_OUT)).cpu(), logits.cpu()))
+    def judge(model: nn.Module, split: str) -> Outcome:
+        bags = data[split]
+        logits, weights = forward(model, bags)
+        located = {} if weights is None else {"instances": instance_auc(weights, bags)}
+        return Outcome(float(roc_auc_score(bags.labels.cpu(), logits.cpu())), located)
 
     def panels(model: nn.Module) -> list[Panel]:
         shown = []
-        for i, bag in enumerate(held_out[:4]):
-            logits, weights = model(*pack([bag]), return_weights=True)
-            title = f"{'a positive' if i % 2 == 0 else 'a negative'} bag: positive by {float(logits.sigmoid()):.0%}"
-            shown.append(Panel(title, weights[None], ["attention"], [str(data.target[k]) for k in bag.tolist()]))
+        for i in range(4):
+            bag = data[TEST].take(torch.tensor([i], device=device))
+            logits, weights = forward(model, bag)
+            assert weights is not None
+            title = f"{'more' if bag.labels[0] else 'fewer'} nines than fours: more by {float(logits.sigmoid()):.0%}"
+            names = [str(digit) for digit in bag.digits.tolist()]
+            shown.append(Panel(title, weights[None], ["attention"], names, bag.key[None]))
         return shown
 
-    return Task(build, batches, loss, score, panels, epochs=30)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform", "max", "oracle"), epochs=60)

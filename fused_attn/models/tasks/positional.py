@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..positional import PositionalAttention
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._stdlib import docstrings
 
 QUESTION, ANSWER = 16, 40  # words that are kept
@@ -58,17 +58,20 @@ def pairs() -> tuple[Pair, ...]:
     return tuple(found.values())
 
 
-def split(seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs, from different top-level modules: about a fifth is held out."""
+def split(seed: int) -> dict[str, list[Pair]]:
+    """The pairs of each split, from different top-level modules: about a fifth each for validation and test."""
     everything = pairs()
     modules = sorted({pair.top for pair in everything})
     random.Random(seed).shuffle(modules)
     sizes = Counter(pair.top for pair in everything)
-    held_out: set[str] = set()
+    held_out: dict[str, set[str]] = {VALIDATION: set(), TEST: set()}
     for module in modules:
-        if sum(sizes[m] for m in held_out) + sizes[module] <= len(everything) / 5:
-            held_out.add(module)
-    return [x for x in everything if x.top not in held_out], [x for x in everything if x.top in held_out]
+        for some in held_out.values():
+            if sum(sizes[m] for m in some) + sizes[module] <= len(everything) / 5:
+                some.add(module)
+                break
+    where = {module: split for split, some in held_out.items() for module in some}
+    return {split: [x for x in everything if where.get(x.top, TRAIN) == split] for split in (TRAIN, *held_out)}
 
 
 def pad(texts: list[tuple[str, ...]], index: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,7 +84,8 @@ def pad(texts: list[tuple[str, ...]], index: dict[str, int], device: torch.devic
 
 def make(seed: int, device: torch.device) -> Task:
     """Find the right one of 10 bodies. All come from modules that were not trained on."""
-    train, held_out = split(seed)
+    data = split(seed)
+    train = data[TRAIN]
     counts = Counter(word for pair in train for word in pair.question + pair.answer)
     index = {word: i for i, (word, n) in enumerate(counts.most_common(), 1) if n > 1}
 
@@ -94,10 +98,13 @@ def make(seed: int, device: torch.device) -> Task:
             (ring[:, None] + torch.arange(CHOICES, device=device)) % len(chosen),
         )
 
-    shuffled = random.Random(seed).sample(held_out, len(held_out))
-    test = [collate(shuffled[i : i + 100]) for i in range(0, len(shuffled) - CHOICES, 100)]
+    shuffled = {name: random.Random(seed).sample(data[name], len(data[name])) for name in (VALIDATION, TEST)}
+    judged = {
+        name: [collate(some[i : i + 100]) for i in range(0, len(some) - CHOICES, 100)]
+        for name, some in shuffled.items()
+    }
 
-    def build(attention: bool) -> nn.Module:
+    def build(arm: str) -> nn.Module:
         model = PositionalAttention(
             1 + max(index.values()),
             embed_dim=64,
@@ -106,11 +113,11 @@ def make(seed: int, device: torch.device) -> Task:
             positions=ANSWER,
             sigma=SIGMA,
             common=COMMON,
-            attention=attention,
+            attention=arm == "attention",
         )
         return model.to(device)
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
         for rows in torch.randperm(len(train), generator=generator).split(BATCH):
             if len(rows) >= CHOICES:
                 yield collate([train[i] for i in rows.tolist()])
@@ -119,15 +126,15 @@ def make(seed: int, device: torch.device) -> Task:
         near = model(*batch)  # its softmax is the similarity's share among the candidates
         return nn.functional.cross_entropy(near, near.new_zeros(len(near), dtype=torch.int64))
 
-    def reciprocal_rank(model: nn.Module) -> float:
-        near = torch.cat([model(*batch) for batch in test])
-        return (near >= near[:, :1]).sum(1).reciprocal().mean().item()
+    def judge(model: nn.Module, split: str) -> Outcome:
+        near = torch.cat([model(*batch) for batch in judged[split]])
+        return Outcome((near >= near[:, :1]).sum(1).reciprocal().mean().item())
 
     def panels(model: nn.Module) -> list[Panel]:
         result = []
-        for pair in [x for x in shuffled if len(x.answer) <= 25][:3]:  # what fits the picture
+        for pair in [x for x in shuffled[TEST] if len(x.answer) <= 25][:3]:  # what fits the picture
             weights = model(*collate([pair])[:4], return_weights=True)[1]
             result.append(Panel(" ".join(pair.question), weights[0], ["weight"], list(pair.answer)))
         return result
 
-    return Task(build, batches, loss, reciprocal_rank, panels, epochs=4, learning_rate=3e-3)
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=12)

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arms import make_oracle, on_truth
 from ..rock import Rock
-from . import Panel, Task
+from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
 CURVES = ("gamma", "resistivity", "density", "neutron", "sonic")
 DEPTHS, THICKNESS, BATCH = 36, 9, 50
-TRAIN, HELD_OUT = 2000, 1000
+WELLS = {TRAIN: 2000, VALIDATION: 600, TEST: 1000}
 RAMP = torch.linspace(0, 1, THICKNESS)
 FACIES = {  # what sedimentologists read from the shape of a curve
     "bell": 1 - RAMP,
@@ -31,6 +32,13 @@ class Batch(NamedTuple):
     facies: Tensor  # (B,), an index into FACIES
     curve: Tensor  # (B,), the curve that shows it
     top: Tensor  # (B,), and from which depth on
+
+    def truth(self) -> Tensor:
+        """Bool ``(B, n, T)``: the depths that show the facies."""
+        depth = torch.arange(self.logs.shape[2], device=self.logs.device)
+        inside = (depth >= self.top[:, None]) & (depth < self.top[:, None] + THICKNESS)
+        shows = torch.arange(self.logs.shape[1], device=self.logs.device) == self.curve[:, None]
+        return inside[:, None] & shows[..., None]
 
 
 def wells(count: int, generator: torch.Generator) -> Batch:
@@ -58,30 +66,52 @@ def wells(count: int, generator: torch.Generator) -> Batch:
 def make(seed: int, device: torch.device) -> Task:
     """Name the facies, one of four."""
     generator = torch.Generator().manual_seed(seed)
-    train, test = (Batch(*(x.to(device) for x in wells(count, generator))) for count in (TRAIN, HELD_OUT))
+    data = {split: Batch(*(x.to(device) for x in wells(count, generator))) for split, count in WELLS.items()}
+    test = data[TEST]
 
-    def build(attention: bool) -> nn.Module:
-        model = Rock(len(CURVES), len(FACIES), hidden_dim=16, attn_dim=16, shared=True, attention=attention)
+    def build(arm: str) -> nn.Module:
+        model = Rock(len(CURVES), len(FACIES), hidden_dim=16, attn_dim=16, shared=True, attention=arm == "attention")
+        if arm == "oracle":
+            make_oracle(model)
         return model.to(device)
 
-    def batches(generator: torch.Generator) -> Iterable[Batch]:
-        for rows in torch.randperm(TRAIN, generator=generator).to(device).split(BATCH):
-            yield Batch(*(x[rows] for x in train))
+    def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
+        for rows in torch.randperm(WELLS[TRAIN], generator=generator).to(device).split(BATCH):
+            yield Batch(*(x[rows] for x in data[TRAIN]))
+
+    def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        inside = torch.arange(DEPTHS, device=device) < batch.lengths[..., None]
+        with on_truth(model, model.get_submodule("attend"), batch.truth()[inside]):
+            result: tuple[Tensor, Tensor, Tensor] = model(batch.logs, batch.lengths, return_weights=True)
+        return result
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(batch.logs, batch.lengths), batch.facies)
+        return nn.functional.cross_entropy(forward(model, batch)[0], batch.facies)
 
-    def accuracy(model: nn.Module) -> float:
-        return (model(test.logs, test.lengths).argmax(-1) == test.facies).float().mean().item()
+    def judge(model: nn.Module, split: str) -> Outcome:
+        batch = data[split]
+        logits, depths, curves = forward(model, batch)
+        truth = batch.truth()
+        return Outcome(
+            (logits.argmax(-1) == batch.facies).float().mean().item(),
+            {
+                "curves": (curves * truth.any(-1)).sum(-1).mean().item(),
+                "depths": (depths * truth).sum((1, 2)).mean().item(),  # of the curve that shows it
+            },
+        )
 
     def panels(model: nn.Module) -> list[Panel]:
-        _, depths, curves = model(test.logs[:2], test.lengths[:2], return_weights=True)
+        first = Batch(*(x[:2] for x in test))
+        _, depths, curves = forward(model, first)
+        truth = first.truth()
         result = []
         for i in range(2):
             name, shows, top = list(FACIES)[test.facies[i]], CURVES[test.curve[i]], int(test.top[i])
             title = f"{name} in {shows}, depths {top} to {top + THICKNESS - 1}: weights of the depths"
-            result.append(Panel(title, depths[i], list(CURVES), [str(t) for t in range(DEPTHS)]))
-            result.append(Panel("and of the curves", curves[i : i + 1], ["weight"], list(CURVES)))
+            result.append(Panel(title, depths[i], list(CURVES), [str(t) for t in range(DEPTHS)], truth[i]))
+            result.append(
+                Panel("and of the curves", curves[i : i + 1], ["weight"], list(CURVES), truth[i].any(-1)[None])
+            )
         return result
 
-    return Task(build, batches, loss, accuracy, panels, epochs=8, learning_rate=1e-2)
+    return Task(build, batches, loss, judge, panels, epochs=30)

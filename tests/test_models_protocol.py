@@ -1,0 +1,115 @@
+"""How arms are compared: early stopping, seeds, what is decayed, oracles; what the stored rows say."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import ConcatAttention, LocationAttention
+from fused_attn.models import _summary, protocol
+from fused_attn.models._arms import is_oracle, make_oracle, on_truth, undecayed
+from fused_attn.models.tasks import Outcome, Task
+
+SETTING = protocol.Setting(0.1, 0.0)
+
+
+def task(scores, epochs=30):
+    """One weight that every epoch adds to, and validation scores that are given."""
+    given = iter(scores)
+
+    def batches(order, epoch):
+        seen.append(epoch)
+        return [torch.ones(1, 1)]
+
+    seen: list[int] = []
+    return seen, Task(
+        build=lambda arm: nn.Linear(1, 1),
+        batches=batches,
+        loss=lambda model, x: -model(x).mean(),
+        judge=lambda model, split: Outcome(next(given)),
+        panels=lambda model: [],
+        epochs=epochs,
+    )
+
+
+def test_the_best_epoch_is_kept_and_training_ends_when_nothing_gets_better():
+    scores = [0.1, 0.5, 0.2, *[0.3] * 40]
+    seen, some = task(scores)
+    model, curve = protocol.fit(some, "attention", SETTING, 0)
+    assert curve == scores[: 2 + protocol.PATIENCE]
+    assert seen == list(range(2 + protocol.PATIENCE))
+    _, twice = task([0.1, 0.5])
+    torch.testing.assert_close(model.weight, protocol.fit(twice, "attention", SETTING, 0, epochs=2).model.weight)
+    assert not model.training
+
+
+def test_a_score_of_nan_is_never_the_best():
+    _, some = task([math.nan, 0.2, math.nan, 0.1], epochs=4)
+    assert protocol.fit(some, "attention", SETTING, 0).curve == [-math.inf, 0.2, -math.inf, 0.1]
+
+
+def test_seeds_follow_from_the_commit():
+    seeds = protocol.final_seeds("abc")
+    assert seeds == protocol.final_seeds("abc")
+    assert len({*seeds, *protocol.final_seeds("abd")}) == 2 * protocol.SEEDS
+    assert protocol.final_seeds("abc", 2) == seeds[:2]
+
+
+def test_the_stored_plan_can_be_read():
+    plan = protocol.read_plan()
+    assert all(x in protocol.GRID for arms in plan.settings.values() for x in arms.values())
+
+
+def test_attention_is_not_decayed():
+    model = nn.ModuleDict({"attend": ConcatAttention(3, 3, 4), "head": nn.Linear(3, 2), "norm": nn.LayerNorm(3)})
+    decayed = {name for name, p in model.named_parameters() if p not in undecayed(model)}
+    assert decayed == {"head.weight"}
+
+
+def test_an_oracle_is_the_mean_over_the_truth():
+    h, truth = torch.randn(2, 5, 3), torch.rand(2, 5) < 0.5
+    truth[:, 0] = True
+    own = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    model = nn.ModuleDict({"attend": LocationAttention(3, 4)})
+    plain = model["attend"](h)
+    with on_truth(model, model["attend"], truth):
+        assert torch.equal(model["attend"](h), plain)  # of no oracle nothing changes
+    make_oracle(model)
+    assert is_oracle(model)
+    for mask in (None, own):
+        seen = truth if mask is None else truth & mask
+        with on_truth(model, model["attend"], truth):
+            got = model["attend"](h, mask=mask)
+        torch.testing.assert_close(got, torch.stack([x[m].mean(0) for x, m in zip(h, seen, strict=True)]))
+    torch.testing.assert_close(model["attend"](h), h.mean(1))
+
+
+def test_bootstrap():
+    mean, low, high = _summary.bootstrap([1.0, 1.0, 1.0])
+    assert (mean, low, high) == (1, 1, 1)
+    mean, low, high = _summary.bootstrap([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert mean == pytest.approx(0.2)
+    assert (low, high) == (pytest.approx(0.08), pytest.approx(0.32))
+    with pytest.raises(ValueError, match="1 to 6"):
+        _summary.bootstrap([])
+
+
+def test_differences_are_of_the_seeds_that_both_have(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert _summary.read_rows(path) == []
+    rows = [
+        {"system": system, "arm": arm, "seed": seed, "score": score}
+        for system, arm, seed, score in (
+            ("a", "attention", 1, 0.9),
+            ("a", "attention", 2, 0.8),
+            ("a", "uniform", 2, 0.5),
+            ("b", "uniform", 1, 0.0),
+        )
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms = _summary.by_arm(_summary.read_rows(path), "a")
+    assert _summary.difference(arms["attention"], arms["uniform"]).mean == pytest.approx(0.3)
+    assert _summary.verdict(arms) == "attention helps: +0.300 [+0.300, +0.300]"
+    assert _summary.mean_and_deviation(_summary.scores(arms["attention"])) == "0.850 ± 0.071"
