@@ -29,15 +29,17 @@ class Rows(NamedTuple):
     """A tensor (N, H, width) with unit stride on the last axis; no pointer where there is none."""
 
     ptr: Tensor | None
-    stride_n: int
-    stride_h: int
+    stride_n: int  # see `units`
+    stride_h: int  # the same
+    UNIT: Any
 
 
 def rows(x: Tensor | None) -> Rows:
     """A tensor (N, H, width), or (H, width) for all rows alike."""
     if x is None:
-        return Rows(None, 0, 0)
-    return Rows(x, 0 if x.dim() == 2 else stride_of(x, 0), stride_of(x, x.dim() - 2))
+        return Rows(None, 0, 0, _UNITS[16])
+    strides = 0 if x.dim() == 2 else stride_of(x, 0), stride_of(x, x.dim() - 2)
+    return Rows(x, *strides, _UNITS[math.gcd(16, *strides)])
 
 
 class Sequences(NamedTuple):
@@ -153,9 +155,15 @@ def pairs_as(x: Tensor | None, shape: tuple[int, ...], *, packed: bool, whole: b
 
 
 @triton.jit
+def units(n, UNIT: tl.constexpr):
+    """A stride n, which is whole units: so that the compiler knows too."""
+    return n if UNIT == 16 else n // UNIT * UNIT
+
+
+@triton.jit
 def pitch(x):
-    """From a row to the next, which is whole units."""
-    return x.stride_t if x.UNIT == 16 else x.stride_t // x.UNIT * x.UNIT
+    """From a row to the next."""
+    return units(x.stride_t, x.UNIT)
 
 
 @triton.jit

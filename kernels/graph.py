@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .arguments import constants, launch, rows
+from .arguments import constants, launch, rows, units, width
 from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, pow2, unit, unpressed
 from .graph_hubs import Csr, Hubs, edges_of
 from .inputs import GraphInputs
@@ -38,14 +38,15 @@ from .tiles import store_rows
 def load_heads(x, node, h, d, H, D):
     """A node's rows of the heads h, the features d: [BLOCK_H, BLOCK_D] float32."""
     keep = (h < H)[:, None] & (d < D)[None, :]
-    at = x.ptr + node * x.stride_n + h[:, None] * x.stride_h + d[None, :]
+    at = x.ptr + node * units(x.stride_n, x.UNIT) + h[:, None] * units(x.stride_h, x.UNIT) + d[None, :]
     return tl.load(at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_edges(x, nodes, keep, h, d, H, D):
     """Gathered rows of the nodes [BLOCK_E], their heads h, the features d: [BLOCK_E, BLOCK_H, BLOCK_D] float32."""
-    at = nodes[:, None, None] * x.stride_n + h[None, :, None] * x.stride_h + d[None, None, :]
+    at = nodes[:, None, None] * units(x.stride_n, x.UNIT) + h[None, :, None] * units(x.stride_h, x.UNIT)
+    at += d[None, None, :]
     keep = keep[:, None, None] & (h < H)[None, :, None] & (d < D)[None, None, :]
     return tl.load(x.ptr + at, mask=keep, other=0.0).to(tl.float32)
 
@@ -170,6 +171,12 @@ def graph_blocks(chip: Chip, nodes: int, edges: int, H: int, A: int, DV: int) ->
     return Blocks(tile, heads, width, value_width, pow2(tile * row // 128, 1, 4))
 
 
+def registers_of(chip: Chip, itemsize: int, A: int, DV: int) -> dict[str, int]:
+    """As `unpressed`; and for rows walked in parts, and long ones in float32, which ptxas pressed into 64 and 80."""
+    long = max(A, DV) > (128 if itemsize == 4 else 256)
+    return all_registers(chip) if long else unpressed(chip, A, DV)
+
+
 class Size(NamedTuple):
     """Heads, width of the score, width of the values."""
 
@@ -232,7 +239,7 @@ def prepare(inputs: GraphInputs) -> Call:
         "edge": rows(edge),
         "csr": hubs.csr,
         "dropout": dropout(seed, dropout_p),
-        "size": Size(H, A, DV),
+        "size": Size(H, width(A), width(DV)),
         "flags": constants(flags),
     }
     return Call(chip, blocks, hubs, args)
@@ -257,8 +264,7 @@ def graph_fwd(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, Tensor, Te
     part = State(hubs.parts(H, DV), hubs.parts(H, 2), None)
     args = {**call.args, **hubs.lengths, "result": State(out, lse, scores, exact if need_exact else None)}
     args["part"] = part
-    pressed = blocks.A < A or blocks.DV < DV
-    registers = all_registers(call.chip) if pressed else unpressed(call.chip, A, DV)
+    registers = registers_of(call.chip, key.element_size(), A, DV)
     launch(_graph_fwd_kernel, (hubs.items, cdiv(H, blocks.H), cdiv(DV, blocks.DV)), args, blocks, **registers)
     hubs.join(part, args["result"], args["size"])
     return out, lse, scores, exact

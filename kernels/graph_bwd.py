@@ -28,7 +28,7 @@ from torch import Tensor
 from .activations import activate, activate_grad
 from .arguments import constants, launch, rows
 from .chip import LENGTHS, all_registers, cdiv, unpressed
-from .graph import State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare
+from .graph import State, edge_sums, edge_tile, graph_blocks, load_edges, load_heads, prepare, registers_of
 from .graph_hubs import Csr, edges_of, join_or_next, slots_of
 from .inputs import GraphInputs
 from .masks import dropout_scale
@@ -304,8 +304,7 @@ def graph_bwd(
     if query.numel() == 0 or indices.numel() == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     call = prepare(inputs)
-    hubs, size = call.hubs, call.args["size"]
-    H, A, DV = size
+    hubs, (H, A), DV = call.hubs, v.shape, out.shape[2]
     need_q, need_k, need_v, need_value, need_edge = needs
     scores = scores.contiguous()
     args = {
@@ -346,9 +345,9 @@ def graph_bwd(
         "key_steps": keys.lengths["steps"],
         "key_blocks": constants(key_blocks),
     }
-    # Where the compiler put numbers on the stack: rows of many numbers, narrow ones, those walked in parts.
-    narrow, wide = blocks.H * max(blocks.A, blocks.DV) <= 64, blocks.A < A or blocks.DV < DV
-    options = registers if narrow or wide else unpressed(call.chip, A, DV)
+    # Where the compiler put numbers on the stack: rows of many numbers, narrow ones.
+    narrow = blocks.H * max(blocks.A, blocks.DV) <= 64
+    options = registers if narrow else registers_of(call.chip, key.element_size(), A, DV)
     if programs or need_k or need_value:
         sources = keys.items if need_k or need_value else 0
         grid = programs + sources, heads, max(cdiv(A, blocks.A), cdiv(DV, blocks.DV))

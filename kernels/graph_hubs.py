@@ -196,9 +196,10 @@ class Hubs(NamedTuple):
     def join(self, part: Any, result: Any, size: Any) -> None:
         """Write the hubs' rows of the forward's `result`, a `graph.State`, of those of their pieces."""
         if self.slots:
-            blocks = self.join_blocks(size.DV)
+            DV = part.out.shape[2]
+            blocks = self.join_blocks(DV)
             args = {"part": part, "csr": self.csr, "result": result, **self.lengths, "size": size}
-            options = unpressed(chip_of(self.csr.indptr.device), size.DV)
+            options = unpressed(chip_of(self.csr.indptr.device), DV)
             launch(_graph_join_kernel, (self.joins(part.out, blocks),), args, blocks, **options)
 
     def join_blocks(self, *widths: int) -> JoinBlocks:

@@ -71,6 +71,17 @@ def test_rows_wider_than_a_tile_match_the_reference(dims, dropout_p, device):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("value_dim", [None, 36], ids=["keys", "values"])
+def test_calls_of_several_widths_one_after_another_match_the_reference(value_dim, layout, device):
+    """Whole vectors of 4, of 8, of 16, and none: of the first two the width is known to the compiler."""
+    piece = kernels.graph_blocks(chip_of(device), 1, 1, 2, 12, 36).piece
+    for width, edges in ((100, 9), (24, 9), (112, 9), (7, 9), (12, 2 * piece + 3), (100, 9)):
+        graph = "hub" if edges > piece else "random"
+        check(Case(edges=edges, attn_dim=width, value_dim=value_dim, layout=layout, graph=graph), device)
+
+
+@pytest.mark.kernel
 def test_more_nodes_than_programs_of_the_backward_match_the_reference(device):
     """A program then walks several nodes: 64 programs in the interpreter."""
     check(Case(queries=75, keys=3, edges=70, attn_dim=2, value_dim=None, heads=None, edge=False), device)

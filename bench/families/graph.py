@@ -148,6 +148,11 @@ COMPILED = [
     GraphCase(BF16, 10_000, 80_000, 2, 600, edge=True),
     GraphCase(F32, 10_000, 80_000, 2, 40, 1000, activation="leaky_relu:0.01"),
     GraphCase(F32, 10_000, 80_000, 20, 3, 1, edge=True, activation="elu"),
+    # whole vectors of 4, and long rows in float32, which took more registers than ptxas gave
+    GraphCase(BF16, 10_000, 80_000, 2, 100, edge=True),
+    GraphCase(BF16, 10_000, 80_000, 2, 300),
+    GraphCase(F32, 10_000, 80_000, 2, 112, 224, edge=True, weights=True, dropout=0.1),
+    GraphCase(F32, 10_000, 30_000, 8, 256, weights=True, dropout=0.1, activation="elu"),
     GraphCase(BF16, 100, 300, 1, 1, 1, edge=True, weights=True),  # all strides are 1
 ]
 BRIEF = COMPILED[:1]
@@ -156,6 +161,7 @@ VARIED = {
         GraphCase(F32, 1, 1, 8, 8),
         GraphCase(BF16, 1, 1, 4, 64, dropout=0.1),
         GraphCase(F32, 1, 1, 3, 33, 100, keys=1, edge=True, weights=True),
+        GraphCase(BF16, 1, 1, 2, 36, edge=True),
     ]
 }
 
