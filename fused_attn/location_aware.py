@@ -19,53 +19,87 @@ from ._checks import (
     check_activation,
     check_dropout,
     check_flag,
+    check_offsets,
     check_score_activation,
     mask_of,
+    offsets_of,
 )
 from ._dropout import draw_seed, dropout_scale
 from ._habits import explicit
+from ._jagged import is_jagged, of_rows, rows_of
 from ._operators import Operator, exact_of, launcher
-from ._ops import Impl, keeps_exact, may_ask, under_autocast, use_triton, weights_of_rows
+from ._ops import Impl, exports_from_one, keeps_exact, may_ask, under_autocast, use_triton, weights_of_rows
 from ._softmax import softmax
 from .kernels.inputs import LocationAwareInputs, LocationAwareSequenceInputs, LocationInputs
 from .location import LOCATION
+from .segments import Offsets, as_offsets
 
-_ONE: Table = {
-    "query": argument("B A", "first"),
-    "key": argument("B Tk A"),
-    "value": argument("B Tk Dv"),
-    "v": argument("A", linear=True),
-    "previous": argument("B Tk"),
-    "conv_weight": argument("C K", hint="that of a `nn.Conv1d` of one channel without its middle axis"),
-    "u": argument("C A", linear=True),
-    "mask": mask_of("B Tk"),
-    "score_bias": argument("B Tk", "bias", optional=True),
+
+def _table(packed: bool, channels: bool) -> Table:
+    seq, rows, offsets = ("S", "N", "") if packed else ("B", "B Tk", "cu_seqlens")
+    history = ("N P" if packed else "B P Tk") if channels else rows
+    layer = "of as many channels as `previous` has" if channels else "of one channel without its middle axis"
+    return {
+        "query": argument(f"{seq} A", "first"),
+        "key": argument(f"{rows} A", offsets=offsets),
+        "value": argument(f"{rows} Dv", offsets=offsets),
+        "v": argument("A", linear=True),
+        "previous": argument(history, offsets=offsets),
+        "conv_weight": argument("C P K" if channels else "C K", hint=f"that of a `nn.Conv1d` {layer}"),
+        "u": argument("C A", linear=True),
+        "mask": mask_of(rows),
+        "score_bias": argument(rows, "bias", optional=True),
+        "cu_seqlens": offsets_of("S"),
+    }
+
+
+_STEP_TABLES = {  # by whether rows are packed, and the history has an axis of channels
+    (packed, channels): _table(packed, channels) for packed in (False, True) for channels in (False, True)
 }
-_SEVERAL: Table = _ONE | {
-    "previous": argument("B P Tk"),
-    "conv_weight": argument("C P K", hint="that of a `nn.Conv1d` of as many channels as `previous` has"),
-}
-_STEP_TABLES = {False: _ONE, True: _SEVERAL}  # by whether the history has an axis of channels
 _SEQUENCE_TABLES = {
-    channels: table
+    channels: _STEP_TABLES[False, channels]
     | {
         "query": argument("B Tq A", "first"),
-        "previous": table["previous"]._replace(optional=True),
+        "previous": _STEP_TABLES[False, channels]["previous"]._replace(optional=True),
     }
-    for channels, table in _STEP_TABLES.items()
+    for channels in (False, True)
 }
 
 
-def _with_features(key: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor) -> Tensor:
+def _windows(previous: Tensor, width: int, keys: int) -> Tensor:
+    """The last weights around each key, ``(B, Tk, K)`` or of several channels ``(B, P, Tk, K)``."""
+    half = width // 2
+    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
+    return padded.unfold(-1, width, 1)[..., :keys, :]
+
+
+def _windows_of_packed(previous: Tensor, width: int, cu_seqlens: Tensor) -> Tensor:
+    """The same of packed rows, ``(N, K)`` or ``(N, P, K)``: none reads over the ends of its sequence."""
+    rows = previous.shape[0]
+    segment, place = (x[0, :, None] for x in reference.positions(1, rows, cu_seqlens, previous.device))
+    offset = torch.arange(width, device=previous.device) - width // 2
+    near = place + offset
+    there = (near >= 0) & (near < cu_seqlens.diff()[segment])
+    at = torch.where(there, torch.arange(rows, device=previous.device)[:, None] + offset, 0)
+    windows = previous[at]
+    if previous.dim() == 1:
+        return windows.masked_fill(~there, 0)
+    return windows.masked_fill(~there[..., None], 0).mT
+
+
+def _with_features(
+    key: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The keys of a step: with what the filters make of the last weights.
 
     The convolution is a product with the windows of the weights: on a GPU cuDNN's would follow a TF32 setting of its
     own, which is on by default, and this one follows that of matrix products.
     """
     width = conv_weight.shape[-1]
-    half = width // 2
-    padded = F.pad(previous, (half, half + 1))  # one more than is used: unfold refuses a signal shorter than a window
-    windows = padded.unfold(-1, width, 1)[..., : key.shape[1], :]
+    if cu_seqlens is not None:
+        windows = _windows_of_packed(previous, width, cu_seqlens)
+        return torch.addmm(key, windows.flatten(1) @ conv_weight.flatten(1).t(), u)
+    windows = _windows(previous, width, key.shape[1])
     if previous.dim() == 3:  # the windows of a key, of all channels, are those of one filter
         windows, conv_weight = windows.transpose(1, 2).flatten(2), conv_weight.flatten(1)
     return torch.baddbmm(key, windows @ conv_weight.t(), u.expand(key.shape[0], -1, -1))
@@ -73,7 +107,7 @@ def _with_features(key: Tensor, previous: Tensor, conv_weight: Tensor, u: Tensor
 
 def over_channels(mask: Tensor, history: Tensor) -> Tensor:
     """A mask of keys, for a history that may have an axis of channels."""
-    return mask if history.dim() == 2 else mask[:, None]
+    return mask if history.dim() == mask.dim() else mask[:, None]
 
 
 def _history_shape(key: Tensor, conv_weight: Tensor) -> tuple[int, ...]:
@@ -92,19 +126,19 @@ def _next_history(history: Tensor, weights: Tensor, cumulative: bool) -> Tensor:
 
 def _as_pooling(inputs: LocationAwareInputs, score_activation: str) -> LocationInputs:
     """A step as location attention of keys with their features, which are made here."""
-    query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
+    query, key, value, v, previous, conv_weight, u, score_bias, mask, cu_seqlens, seed, activation, dropout_p = inputs
     wide = torch.promote_types(value.dtype, torch.float32)  # before sums of 16 bits overflow
     key, previous, conv_weight, u = (x.to(wide) for x in (key, previous, conv_weight, u))
     if mask is not None:  # what may be NaN, before it meets a number; a key that is hidden meets itself alone
         previous = previous.where(over_channels(mask, previous), 0)
-    key = _with_features(key, previous, conv_weight, u)
+    key = _with_features(key, previous, conv_weight, u, cu_seqlens)
     score = key, None, None, v[:, None], None, None, query
     options = activation, "sigmoid", dropout_p, False
-    return LocationInputs(*score, value, score_bias, mask, None, seed, *options, score_activation)
+    return LocationInputs(*score, value, score_bias, mask, cu_seqlens, seed, *options, score_activation)
 
 
 def _formula(inputs: LocationAwareInputs, score_activation: str = "identity") -> tuple[Tensor, Tensor]:
-    """A step on canonical arguments, in plain PyTorch: out ``(B, Dv)`` and weights ``(B, Tk)``."""
+    """A step on canonical arguments, in plain PyTorch: out ``(S, Dv)`` and weights, ``(B, Tk)`` or ``(N,)``."""
     out, weights = reference.location_attention(_as_pooling(inputs, score_activation), weights_only=True)
     return out[:, 0], weights[..., 0].to(inputs.value.dtype)
 
@@ -114,7 +148,7 @@ def _pooled(inputs: LocationAwareInputs, score_activation: str) -> tuple[Tensor,
     pooled = _as_pooling(inputs, score_activation)
     pooled = pooled._replace(h=pooled.h.to(inputs.key.dtype))
     out, lse, scores, _ = LOCATION(pooled, True, keeps_exact(*pooled[:9]))
-    return out[:, 0], weights_of_rows(scores, lse, None)[..., 0].to(inputs.value.dtype)
+    return out[:, 0], weights_of_rows(scores, lse, inputs.cu_seqlens)[..., 0].to(inputs.value.dtype)
 
 
 def _weights_of_steps(inputs: LocationAwareSequenceInputs, score_activation: str = "identity") -> tuple[Tensor]:
@@ -145,9 +179,9 @@ def _weights_of_steps(inputs: LocationAwareSequenceInputs, score_activation: str
 
 def _fake(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, ...]:
     value = inputs.value
-    rows = value.shape[:2]
+    rows = value.shape[:-1]
     return (
-        value.new_empty(value.shape[0], value.shape[2]),
+        value.new_empty(inputs.query.shape[0], value.shape[-1]),
         value.new_empty(rows),
         value.new_empty(rows if need_exact else (0,), dtype=torch.float32),
     )
@@ -203,6 +237,7 @@ _WALK = Operator(
 
 
 @explicit
+@exports_from_one
 @under_autocast("query", "key", "value", "v", "previous", "conv_weight", "u")
 def location_aware_attention(
     query: Tensor,
@@ -217,6 +252,7 @@ def location_aware_attention(
     score_activation: str = "identity",
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
+    cu_seqlens: Offsets | None = None,
     dropout_p: float = 0.0,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -233,18 +269,20 @@ def location_aware_attention(
     Parameters
     ----------
     query, key
-        Projected to the width A of the score: ``(B, A)`` and ``(B, Tk, A)``. float16, bfloat16, float32; float64 on a
-        CPU or by the reference.
+        Projected to the width A of the score: ``(B, A)`` and ``(B, Tk, A)``; with `cu_seqlens` the keys are packed,
+        ``(N, A)``, and the queries one a sequence, ``(S, A)``. float16, bfloat16, float32; float64 on a CPU or by the
+        reference.
     value
-        ``(B, Tk, Dv)``.
+        ``(B, Tk, Dv)``; packed ``(N, Dv)``.
     v
         ``(A,)``.
     previous
-        The last weights, ``(B, Tk)``, or what is made of them, as their sum over all steps; zeros before the first.
-        Or a history of P channels, ``(B, P, Tk)``: the last weights and their sum (Tacotron 2), the last few.
+        The last weights, ``(B, Tk)``, packed ``(N,)``, or what is made of them, as their sum over all steps; zeros
+        before the first. Or a history of P channels, ``(B, P, Tk)``, packed ``(N, P)``: the last weights and their
+        sum (Tacotron 2), the last few.
     conv_weight
         F, ``(C, K)``, of a history of P channels ``(C, P, K)``, as `torch.nn.Conv1d` has it (a cross-correlation), K
-        odd. Outside of the keys are zeros; f is the sum over the channels.
+        odd. Outside of a sequence's keys are zeros; f is the sum over the channels.
     u
         U, ``(C, A)``.
     activation
@@ -254,10 +292,15 @@ def location_aware_attention(
         then counts, comes in `score_bias`. On a GPU the keys of the step are then made as the reference makes them,
         and the kernel of location attention does the rest.
     mask
-        bool ``(B, Tk)``, True = may be attended. What it hides of keys, values and `previous` may be NaN; the
-        convolution takes it as zero.
+        bool ``(B, Tk)`` or ``(N,)``, True = may be attended. What it hides of keys, values and `previous` may be NaN;
+        the convolution takes it as zero.
     score_bias
-        ``(B, Tk)``, added to the scores, in the dtype of `query` or float32.
+        ``(B, Tk)`` or ``(N,)``, added to the scores, in the dtype of `query` or float32.
+    cu_seqlens
+        int32 ``(S + 1,)``: sequence s has the packed rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. Or none where
+        `key` is a jagged ``torch.nested`` tensor ``(S, T, A)``: what has a row a key is then jagged with its offsets,
+        `value` ``(S, T, Dv)``, `previous` ``(S, T)`` or ``(S, T, P)``, `score_bias` and `mask` ``(S, T)``, which may
+        also be of packed rows, and the weights that come back ``(S, T)``.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
     impl
@@ -267,8 +310,8 @@ def location_aware_attention(
     Returns
     -------
     (Tensor, Tensor)
-        Output ``(B, Dv)`` and weights ``(B, Tk)``, as they are before dropout. A sequence without a visible key has
-        zeros in both.
+        Output ``(B, Dv)`` and weights ``(B, Tk)``, packed ``(S, Dv)`` and ``(N,)``, as they are before dropout. A
+        sequence without a visible key has zeros in both.
 
     Raises
     ------
@@ -281,18 +324,31 @@ def location_aware_attention(
     of all weights so far).
 
     """
-    tables = _STEP_TABLES[isinstance(previous, Tensor) and previous.dim() == 3]
-    _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
+    cu_seqlens, jagged = as_offsets(cu_seqlens), None
+    if is_jagged(key):
+        jagged = rows_of("key", key)
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None with a jagged key, which has offsets; got a tensor")
+        key, cu_seqlens = jagged.packed, jagged.offsets.to(torch.int32)
+        value, previous = (of_rows(n, x, jagged, "key") for n, x in (("value", value), ("previous", previous)))
+        mask, score_bias = (
+            of_rows(n, x, jagged, "key") if is_jagged(x) else x
+            for n, x in (("mask", mask), ("score_bias", score_bias))
+        )
+    packed = cu_seqlens is not None
+    table = _STEP_TABLES[packed, isinstance(previous, Tensor) and previous.dim() == 3 - packed]
+    given = query, key, value, v, previous, conv_weight, u
+    _validate(table, *given, activation, mask, score_bias, dropout_p, cu_seqlens, jagged is not None)
     check_score_activation("score_activation", score_activation)
     seed = draw_seed(dropout_p, query.device)
-    tensors = query, key, value, v, previous, conv_weight, u, score_bias
-    inputs = LocationAwareInputs(*tensors, mask, seed, activation, float(dropout_p))
+    inputs = LocationAwareInputs(*given, score_bias, mask, cu_seqlens, seed, activation, float(dropout_p))
     if not use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
-        return _formula(inputs, score_activation)
-    if score_activation != "identity":
-        return _pooled(inputs, score_activation)
-    out, weights, _ = _STEP(inputs, keeps_exact(*tensors))
-    return out, weights
+        out, weights = _formula(inputs, score_activation)
+    elif score_activation != "identity":
+        out, weights = _pooled(inputs, score_activation)
+    else:
+        out, weights, _ = _STEP(inputs, keeps_exact(*given, score_bias))
+    return out, weights if jagged is None else jagged.nest(weights)
 
 
 @explicit
@@ -392,12 +448,24 @@ def _validate(
     mask: Tensor | None,
     score_bias: Tensor | None,
     dropout_p: float,
+    cu_seqlens: Tensor | None = None,
+    jagged: bool = False,
 ) -> None:
     """Check every argument: `concat_attention` would call some by another shape."""
     check = Checker(table)
+    check("query", query)
+    check("key", key)
+    if cu_seqlens is not None:
+        seqs = check.sizes["S"]
+        check.bind("S+1", seqs + 1, "query")
+        if not jagged:
+            check("cu_seqlens", cu_seqlens)
+            check_offsets("cu_seqlens", cu_seqlens, key.shape[0], "packed rows")
+        elif cu_seqlens.shape[0] != seqs + 1:
+            raise ValueError(
+                f"key: expected a jagged tensor of S = {seqs} sequences, from query; got {cu_seqlens.shape[0] - 1}"
+            )
     for name, x in (
-        ("query", query),
-        ("key", key),
         ("value", value),
         ("v", v),
         ("previous", previous),

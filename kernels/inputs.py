@@ -140,15 +140,16 @@ class WordByWordInputs(NamedTuple):
 class LocationAwareInputs(NamedTuple):
     """Of a step of location-aware attention."""
 
-    query: Tensor  # (B, A)
-    key: Tensor  # (B, Tk, A)
-    value: Tensor  # (B, Tk, Dv)
+    query: Tensor  # (S, A)
+    key: Tensor  # (B, Tk, A) or (N, A)
+    value: Tensor  # (B, Tk, Dv) or (N, Dv)
     v: Tensor  # (A,)
-    previous: Tensor  # (B, Tk), or of P channels (B, P, Tk)
+    previous: Tensor  # (B, Tk) or (N,), or of P channels (B, P, Tk) or (N, P)
     conv_weight: Tensor  # (C, K), or (C, P, K), K odd
     u: Tensor  # (C, A)
-    score_bias: Tensor | None  # (B, Tk)
-    mask: Tensor | None  # bool (B, Tk)
+    score_bias: Tensor | None  # (B, Tk) or (N,)
+    mask: Tensor | None  # bool (B, Tk) or (N,)
+    cu_seqlens: Tensor | None  # (S + 1,)
     seed: Tensor | None
     activation: str
     dropout_p: float

@@ -16,6 +16,9 @@ weights in float32, which the backward (location_aware_bwd.py) takes.
 
 One sequence makes several items where there are too few to fill the chip; `_aware_merge_kernel` joins their states,
 and divides the weights by the sum of all.
+
+Keys of packed rows are read where they lie, as those of one batch entry: a sequence is its rows from `first` up to
+`last`, and no window reads over these.
 """
 
 from typing import NamedTuple
@@ -27,7 +30,6 @@ from torch import Tensor
 
 from .activations import activate
 from .arguments import (
-    Sequences,
     constants,
     entries,
     entry_ptr,
@@ -39,13 +41,17 @@ from .arguments import (
     sequence_ptr,
     sequences,
 )
-from .chip import LENGTHS, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
+from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
 from .location import near
-from .masks import dropout, dropout_scale, unmasked
+from .masks import Items, Spans, dropout, dropout_scale, items_of, locate, partition, unmasked
 from .products import add_product
 from .softmax import exp, finish, join_states, made_once, online_softmax, pivot, rounded_product
 from .tiles import load_rows, load_weight
+
+PACKED_ROWS = 128
+"""Items of packed rows are so many rows, or twice as many, and so on: whole tiles of every kernel, so that the two of
+the backward have the same items."""
 
 # ---------------------------------------------------------------------------------------------------------------
 # Device helpers
@@ -74,21 +80,35 @@ def channel_and_places(n0, size, flags, blocks):
 
 
 @triton.jit
+def item_at(item, spans, Tk, num_seqs, per_seq, rows_per_item):
+    """(sequence, the batch entry that has its rows; first and past-the-last row of the sequence, and of the item)."""
+    seq, first, lo, hi, _items = locate(item, spans, Tk, num_seqs, per_seq, rows_per_item)
+    if spans.cu is None:
+        batch = seq
+        last = Tk
+    else:
+        batch = seq * 0
+        last = tl.load(spans.cu + seq + 1)
+    return seq, batch, first, last, first + lo, first + hi
+
+
+@triton.jit
 def windows(
     seen,  # (B, P, Tq, Tk): the weights that each step sees; (B, Tq, Tk) where P is 1
     mask,
-    seq,
+    batch,
     step,
     channel,
     t,  # [BLOCK_T] keys
     k,  # [BLOCK_K] places of a filter
-    T,
+    first,
+    last,
     size,
 ):
     """The weights around keys, [BLOCK_T, BLOCK_K], and which of them there are: what is hidden is not read."""
     at = t[:, None] + (k - size.K // 2)[None, :]
-    there = unmasked(mask, seq, at, (at >= 0) & (at < T) & (k < size.K)[None, :])
-    return load_pairs(seen, None, seq, seq * 0 + channel, step, at, 0, there).to(tl.float32), there
+    there = unmasked(mask, batch, at, (at >= first) & (at < last) & (k < size.K)[None, :])
+    return load_pairs(seen, None, batch, batch * 0 + channel, step, at, 0, there).to(tl.float32), there
 
 
 @triton.jit
@@ -105,12 +125,12 @@ def load_mixer(filters, c, a, size):
 
 
 @triton.jit
-def location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks):
+def location_features(seen, mask, batch, step, t, c, first, last, filters, size, flags, blocks):
     """f of keys and channels, [BLOCK_T, BLOCK_C]."""
     f = tl.zeros([t.shape[0], c.shape[0]], tl.float32)
     for n0 in range(0, all_places(size, flags, blocks), blocks.K):
         channel, k = channel_and_places(n0, size, flags, blocks)
-        x, _there = windows(seen, mask, seq, step, channel, t, k, T, size)
+        x, _there = windows(seen, mask, batch, step, channel, t, k, first, last, size)
         f = add_product(x, tl.trans(load_filter(filters, channel, c, k, size)), f, tl.float32, flags.PRECISION)
     return f
 
@@ -123,27 +143,29 @@ def query_and_keys(k_ptrs, keep, q_ptr, a, size):
 
 
 @triton.jit
-def add_features(z, seen, mask, seq, step, t, a, T, filters, size, flags, blocks):
+def add_features(z, seen, mask, batch, step, t, a, first, last, filters, size, flags, blocks):
     """z and f_j U of all channels, [BLOCK_T, BLOCK_A]."""
     for c0 in range(0, size.C, blocks.C):
         c = c0 + tl.arange(0, blocks.C)
-        f = location_features(seen, mask, seq, step, t, c, T, filters, size, flags, blocks)
+        f = location_features(seen, mask, batch, step, t, c, first, last, filters, size, flags, blocks)
         z = add_product(f, load_mixer(filters, c, a, size), z, tl.float32, flags.PRECISION)
     return z
 
 
 @triton.jit
-def score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, T, v_ptr, filters, size, flags, blocks):
+def score_keys(
+    k_ptrs, keep, q_ptr, seen, mask, bias, batch, step, t, first, last, v_ptr, filters, size, flags, blocks
+):
     """Scores [BLOCK_T], -inf where a key is hidden."""
     s = tl.zeros([t.shape[0]], tl.float32)
     for a0 in range(0, size.A, blocks.A):
         a = a0 + tl.arange(0, blocks.A)
         z = query_and_keys(k_ptrs, keep, q_ptr, a, size)
-        z = add_features(z, seen, mask, seq, step, t, a, T, filters, size, flags, blocks)
+        z = add_features(z, seen, mask, batch, step, t, a, first, last, filters, size, flags, blocks)
         v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
         s += tl.sum(rounded_product(v[None, :], activate(z, flags.ACT, flags.FAST)), axis=1)
     if bias.ptr is not None:
-        s += tl.load(entry_ptr(bias, seq, t), mask=keep, other=0.0).to(tl.float32)
+        s += tl.load(entry_ptr(bias, batch, t), mask=keep, other=0.0).to(tl.float32)
     return tl.where(keep, s, float("-inf"))
 
 
@@ -168,39 +190,41 @@ def _store_weights(result, at, p, inside):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _aware_fwd_kernel(
-    q,  # (B, 1, A)
-    k,  # (B, Tk, A)
+    q,  # (S, 1, A)
+    k,  # (B, Tk, A), where rows are packed (1, N, A), and so on
     value,  # (B, Tk, DV)
     v_ptr,  # (A,)
     filters,
     seen,  # (B, P, 1, Tk), or (B, 1, Tk)
     bias,  # (B, Tk) or None
     mask,  # (B, Tk) or None
+    spans,
     dropout,
     result,
+    num_seqs,
     per_seq,
     rows_per_item,
-    Tk,
+    Tk,  # N where rows are packed
     size,
     flags,
     blocks,
 ):
     item = tl.program_id(0)
-    seq = (item // per_seq).to(tl.int64)
-    lo = (item % per_seq) * rows_per_item
-    hi = tl.minimum(lo + rows_per_item, Tk)
+    seq, batch, first, last, lo, hi = item_at(item, spans, Tk, num_seqs, per_seq, rows_per_item)
     step = item * 0
     q_ptr = sequence_ptr(q, seq, step)
-    k_ptr = first_row(k, seq)
-    value_ptr = first_row(value, seq)
-    row0 = seq * Tk
+    k_ptr = first_row(k, batch)
+    value_ptr = first_row(value, batch)
+    row0 = batch * Tk
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
-        keep = unmasked(mask, seq, t, t < hi)
+        keep = unmasked(mask, batch, t, t < hi)
         k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
-        s = score_keys(k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, Tk, v_ptr, filters, size, flags, blocks)
+        s = score_keys(
+            k_ptrs, keep, q_ptr, seen, mask, bias, batch, step, t, first, last, v_ptr, filters, size, flags, blocks
+        )
         tl.store(result.scores + row0 + t, s, mask=t < hi)
         _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
     shift = pivot(m)
@@ -212,10 +236,10 @@ def _aware_fwd_kernel(
         acc = tl.zeros([blocks.DV], tl.float32)
         for t0 in range(lo, hi, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
-            keep = unmasked(mask, seq, t, t < hi)
+            keep = unmasked(mask, batch, t, t < hi)
             p = exp(tl.load(result.scores + row0 + t, mask=t < hi, other=float("-inf")) - shift, flags.FMA)
             if dropout.seed is not None:
-                p *= kept(dropout, seq, t)
+                p *= kept(dropout, seq, t - first)
             values = load_rows(value_ptr + t.to(tl.int64) * pitch(value), keep, d, size.DV)
             acc += tl.sum(p[:, None] * values.to(tl.float32), axis=0)
         if flags.SPLIT:
@@ -237,10 +261,18 @@ def _aware_fwd_kernel(
             _store_weights(result, row0 + t, exp(s - shift, flags.FMA) * inv, t < hi)
 
 
+@triton.jit
+def _store_block(result, row0, t, last, shift, inv, FMA: tl.constexpr):
+    s = tl.load(result.scores + row0 + t, mask=t < last, other=float("-inf"))
+    _store_weights(result, row0 + t, exp(s - shift, FMA) * inv, t < last)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _aware_merge_kernel(
+    spans,
     result,
     per_seq,
+    rows_per_item,
     Tk,
     size,
     flags,
@@ -253,20 +285,30 @@ def _aware_merge_kernel(
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)
     acc = tl.zeros([blocks.DV], tl.float32)
-    for i0 in range(0, per_seq, blocks.I):
+    if spans.cu is None:
+        item0 = seq * per_seq
+        items = per_seq
+    else:
+        item0, past = items_of(seq, spans, per_seq, rows_per_item)
+        items = past - item0
+    for i0 in range(0, items, blocks.I):
         i = i0 + tl.arange(0, blocks.I)
-        at = seq * per_seq + i
-        m_i = tl.load(result.m + at, mask=i < per_seq, other=float("-inf"))
-        l_i = tl.load(result.l + at, mask=i < per_seq, other=0.0)
-        o_i = load_rows(result.o + at * size.DV, i < per_seq, d, size.DV)
+        at = item0 + i
+        m_i = tl.load(result.m + at, mask=i < items, other=float("-inf"))
+        l_i = tl.load(result.l + at, mask=i < items, other=0.0)
+        o_i = load_rows(result.o + at * size.DV, i < items, d, size.DV)
         m, l, acc = join_states(m, l, acc, m_i, l_i, o_i, 1.0, flags.FMA)
     inv = finish(l)
     out = acc * inv
     tl.store(result.out + seq * size.DV + d, out.to(result.out.dtype.element_ty), mask=d < size.DV)
     t = block * blocks.T + tl.arange(0, blocks.T)
-    at = seq * Tk + t
-    s = tl.load(result.scores + at, mask=t < Tk, other=float("-inf"))
-    _store_weights(result, at, exp(s - pivot(m), flags.FMA) * inv, t < Tk)
+    if spans.cu is None:
+        _store_block(result, seq * Tk, t, Tk, pivot(m), inv, flags.FMA)
+    else:  # blocks are as many as a sequence of the mean length has
+        first = tl.load(spans.cu + seq)
+        last = tl.load(spans.cu + seq + 1)
+        for t0 in range(first, last, tl.num_programs(1) * blocks.T):
+            _store_block(result, seq * 0, t0 + t, last, pivot(m), inv, flags.FMA)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -324,9 +366,9 @@ class Result(NamedTuple):
     """What the forward leaves, float32 but for the first two; the last three where keys are split."""
 
     out: Tensor  # (B, DV) in the dtype of the values
-    weights: Tensor  # (B, Tk) in that dtype
-    exact: Tensor | None  # (B, Tk): the weights, None where that dtype is float32
-    scores: Tensor  # (B, Tk): scratch, the memory of what holds the weights in float32
+    weights: Tensor  # (B, Tk) or (N,) in that dtype
+    exact: Tensor | None  # the weights, None where that dtype is float32
+    scores: Tensor  # scratch, the memory of what holds the weights in float32
     o: Tensor | None  # (items, DV)
     m: Tensor | None  # (items,)
     l: Tensor | None
@@ -360,37 +402,47 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    length: int
+    length: int  # of the sequences, or how many rows are packed
     size: Size
     flags: Flags
+    cu_seqlens: Tensor | None
     args: dict[str, object]  # by the kernels' names
 
-    def items(self, rows: int, least: int) -> tuple[int, int]:
-        """Keys of an item, whole tiles of `rows` of them, at least `least`; and items of a sequence."""
-        parts = max(1, min(2 * self.chip.cores // self.seqs, self.length // least))
-        each = cdiv(cdiv(self.length, parts), rows) * rows
-        return each, cdiv(self.length, each)
+    def items(self, rows: int, least: int) -> Items:
+        """Whole tiles of `rows` keys, at least `least`, for two programs a core; of packed rows `PACKED_ROWS`."""
+        most = 2 * self.chip.cores // self.seqs
+        if self.cu_seqlens is not None:
+            parts = 2 * self.chip.cores if most > 1 else 1
+            rows = PACKED_ROWS
+        else:
+            parts = max(1, min(most, self.length // least))
+        return partition(self.seqs, self.length, cdiv(cdiv(self.length, parts), rows) * rows, self.cu_seqlens)
 
+    @property
+    def longest(self) -> int:
+        """The length that tiles are chosen for."""
+        return self.length if self.cu_seqlens is None else LONG
 
-def steps_of(x: Tensor) -> Sequences:
-    """A tensor (B, Tq, width) of one step or several."""
-    return sequences(unit(x), packed=False)
+    def args_of(self, items: Items) -> dict[str, object]:
+        """Arguments of a launch over items."""
+        return self.args | {"per_seq": items.per_seq, "rows_per_item": items.rows}
 
 
 def prepare(
-    query: Tensor,  # (B, Tq, A)
+    query: Tensor,  # (B, Tq, A); packed (S, 1, A)
     key: Tensor,
     value: Tensor | None,
     v: Tensor,
-    seen: Tensor,  # (B, P, Tq, Tk), or (B, Tq, Tk)
+    seen: Tensor,  # (B, P, Tq, Tk), or (B, Tq, Tk); packed with B = 1
     conv_weight: Tensor,
     u: Tensor,
     score_bias: Tensor | None,
     mask: Tensor | None,
     activation: str,
+    cu_seqlens: Tensor | None = None,
 ) -> Call:
     """Arguments by the kernels' names."""
-    chip = chip_of(key.device)
+    chip, packed = chip_of(key.device), cu_seqlens is not None
     narrow = key.element_size() == 2
     precision = str(matmul_flags(chip, torch.float32)["PRECISION"])
     if narrow and (chip.backend == "cuda" or chip.gfx == "gfx942"):
@@ -402,25 +454,27 @@ def prepare(
     size = Size(conv_weight.shape[0], conv_weight.shape[-1], key.shape[-1], 0 if value is None else value.shape[-1])
     conv_weight, u = near(conv_weight), near(u)
     args = {
-        "q": steps_of(query),
-        "k": steps_of(key),
-        "value": sequences(unit(value), packed=False),
+        "q": sequences(unit(query), packed=False),
+        "k": sequences(unit(key), packed=packed),
+        "value": sequences(unit(value), packed=packed),
         "v_ptr": v.contiguous(),
         "filters": Filters(conv_weight, stride_p, conv_weight.stride(0), conv_weight.stride(-1), u, *u.stride()),
         "seen": pairs(seen),
-        "bias": entries(score_bias, packed=False),
-        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=False),
-        "Tk": key.shape[1],
+        "bias": entries(score_bias, packed=packed),
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
+        "spans": Spans(cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()),
+        "num_seqs": query.shape[0],
+        "Tk": key.shape[-2],
         "size": size,
     }
-    return Call(chip, key.shape[0], key.shape[1], size, flags, args)
+    return Call(chip, query.shape[0], key.shape[-2], size, flags, cu_seqlens, args)
 
 
 def prepare_step(inputs: LocationAwareInputs) -> Call:
     """Arguments of a step."""
-    query, key, value, v, previous, conv_weight, u, score_bias, mask, seed, activation, dropout_p = inputs
-    seen = previous.unsqueeze(-2)
-    call = prepare(query[:, None], key, value, v, seen, conv_weight, u, score_bias, mask, activation)
+    query, key, value, v, previous, conv_weight, u, score_bias, mask, cu_seqlens, seed, activation, dropout_p = inputs
+    seen = (previous if cu_seqlens is None else previous.t()[None]).unsqueeze(-2)
+    call = prepare(query[:, None], key, value, v, seen, conv_weight, u, score_bias, mask, activation, cu_seqlens)
     call.args["dropout"] = dropout(seed, dropout_p)
     return call
 
@@ -431,28 +485,27 @@ def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[T
     The last only where `need_exact` says so, else it is empty.
     """
     key, value = inputs.key, inputs.value
-    (B, T, _), DV = key.shape, value.shape[-1]
-    out, weights = value.new_empty(B, DV), value.new_empty(B, T)
-    scores = weights if value.dtype == torch.float32 else value.new_empty(B, T, dtype=torch.float32)
+    rows, seqs, DV = value.shape[:-1], inputs.query.shape[0], value.shape[-1]
+    out, weights = value.new_empty(seqs, DV), value.new_empty(rows)
+    scores = weights if value.dtype == torch.float32 else value.new_empty(rows, dtype=torch.float32)
     exact = scores if need_exact else value.new_empty(0, dtype=torch.float32)
-    if B == 0 or T == 0:
+    if weights.numel() == 0:
         return out.zero_(), weights, exact
     call = prepare_step(inputs)
-    blocks = fwd_blocks(call.chip, key.element_size(), T, call.size)
-    rows, per_seq = call.items(blocks.T, 4 * blocks.T)
-    split = per_seq > 1
+    blocks = fwd_blocks(call.chip, key.element_size(), call.longest, call.size)
+    items = call.items(blocks.T, 4 * blocks.T)
+    split = items.per_seq != 1
     parts = [
-        value.new_empty(B * per_seq, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())
+        value.new_empty(items.count, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())
     ]
-    args = call.args | {
+    args = call.args_of(items) | {
         "result": Result(out, weights, None if scores is weights else scores, scores, *parts),
-        "per_seq": per_seq,
-        "rows_per_item": rows,
         "flags": constants(call.flags._replace(SPLIT=split)),
     }
-    launch(_aware_fwd_kernel, (B * per_seq,), args, blocks, **all_registers(call.chip))
+    launch(_aware_fwd_kernel, (items.count,), args, blocks, **all_registers(call.chip))
     if split:
         merge_blocks = MergeBlocks(16, pow2(DV, 16, 128), 256)
-        grid = B, max(cdiv(DV, merge_blocks.DV), cdiv(T, merge_blocks.T))
+        usual = call.length if inputs.cu_seqlens is None else cdiv(call.length, seqs)
+        grid = seqs, max(cdiv(DV, merge_blocks.DV), cdiv(usual, merge_blocks.T))
         launch(_aware_merge_kernel, grid, args, merge_blocks)
     return out, weights, exact

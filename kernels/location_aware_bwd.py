@@ -34,6 +34,7 @@ from .location_aware import (
     add_features,
     all_places,
     channel_and_places,
+    item_at,
     kept,
     load_filter,
     load_mixer,
@@ -42,27 +43,27 @@ from .location_aware import (
     query_and_keys,
     windows,
 )
-from .masks import unmasked
+from .masks import items_of, partition, unmasked
 from .products import add_product, tile_product
 from .softmax import rounded_product
-from .sums import sums
+from .sums import add_items, sums
 from .tiles import load_rows, store_rows
 
 
 class Given(NamedTuple):
     """Float32, contiguous: weights and their gradients, of which δ_i is the sum of so many parts."""
 
-    weights: Tensor  # (B, Tq, Tk)
-    g: Tensor  # (B, Tq, Tk)
-    delta: Tensor  # (B, Tq, parts)
+    weights: Tensor  # (B, Tq, Tk), where rows are packed (1, 1, N)
+    g: Tensor  # the same
+    delta: Tensor  # (B, Tq, parts), or (items,)
 
 
 class Made(NamedTuple):
     """What the programs leave, None where it is not wanted; float32 but for dk and dbias."""
 
-    dk: Tensor | None  # (B, Tk, A)
+    dk: Tensor | None  # (B, Tk, A), where rows are packed (1, N, A), and so on
     dbias: Tensor | None  # (B, Tk)
-    dq: Tensor | None  # (per_seq, B, Tq, A)
+    dq: Tensor | None  # (per_seq, B, Tq, A), or (items, A)
     dv: Tensor  # (items, A)
     du: Tensor | None  # (items, C, A); of filters all or none
     df: Tensor | None  # (blocks of A, items, C, P, K)
@@ -74,10 +75,12 @@ def _aware_bwd_values_kernel(
     value,  # (B, Tk, DV)
     mask,
     dropout,
-    do_ptr,  # (B, DV)
+    do_ptr,  # (S, DV)
     dweights,  # (B, Tk) or None
     given,
     dvalue_ptr,  # (B, Tk, DV) or None
+    spans,
+    num_seqs,
     per_seq,
     rows_per_item,
     Tk,
@@ -85,19 +88,18 @@ def _aware_bwd_values_kernel(
     blocks,
 ):
     item = tl.program_id(0)
-    seq = (item // per_seq).to(tl.int64)
-    lo = (item % per_seq) * rows_per_item
-    hi = tl.minimum(lo + rows_per_item, Tk)
-    value_ptr = first_row(value, seq)
+    seq, batch, first, _last, lo, hi = item_at(item, spans, Tk, num_seqs, per_seq, rows_per_item)
+    row0 = batch * Tk
+    value_ptr = first_row(value, batch)
     delta = tl.zeros([1], tl.float32)
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
-        keep = unmasked(mask, seq, t, inside)
-        alpha = tl.load(given.weights + seq * Tk + t, mask=keep, other=0.0)
+        keep = unmasked(mask, batch, t, inside)
+        alpha = tl.load(given.weights + row0 + t, mask=keep, other=0.0)
         p = alpha
         if dropout.seed is not None:
-            factor = kept(dropout, seq, t)
+            factor = kept(dropout, seq, t - first)
             p *= factor
         g = tl.zeros([blocks.T], tl.float32)
         for d0 in range(0, size.DV, blocks.DV):
@@ -107,52 +109,53 @@ def _aware_bwd_values_kernel(
             g += tl.sum(rounded_product(do, values), axis=1)
             if dvalue_ptr is not None:
                 dvalue = tl.where(keep[:, None], p[:, None] * do, 0.0)
-                store_rows(dvalue_ptr + (seq * Tk + t) * size.DV, dvalue, inside, d, size.DV)
+                store_rows(dvalue_ptr + (row0 + t) * size.DV, dvalue, inside, d, size.DV)
         if dropout.seed is not None:
             g *= factor
         if dweights.ptr is not None:
-            g += tl.load(entry_ptr(dweights, seq, t), mask=keep, other=0.0).to(tl.float32)
-        tl.store(given.g + seq * Tk + t, g, mask=inside)
+            g += tl.load(entry_ptr(dweights, batch, t), mask=keep, other=0.0).to(tl.float32)
+        tl.store(given.g + row0 + t, g, mask=inside)
         delta += tl.sum(alpha * g, axis=0)
     tl.store(given.delta + item + tl.arange(0, 1), delta)
 
 
 @triton.jit
-def gradient_of_scores(given, row, Tk, t, parts, keep, BLOCK: tl.constexpr):
-    """ds [BLOCK_T] of keys; row: sequence and step."""
+def gradient_of_scores(given, row, Tk, t, part0, parts, keep, BLOCK: tl.constexpr):
+    """ds [BLOCK_T] of keys; row: batch entry and step, whose δ has so many parts from `part0` on."""
     delta = tl.zeros([1], tl.float32)
     for i0 in range(0, parts, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
-        delta += tl.sum(tl.load(given.delta + row * parts + i, mask=i < parts, other=0.0), axis=0)
+        delta += tl.sum(tl.load(given.delta + part0 + i, mask=i < parts, other=0.0), axis=0)
     alpha = tl.load(given.weights + row * Tk + t, mask=keep, other=0.0)
     return tl.where(keep, alpha * (tl.load(given.g + row * Tk + t, mask=keep, other=0.0) - delta), 0.0)
 
 
 @triton.jit
-def _store_edges(e_ptr, part, parts, k, k_stride, T, size, blocks):
-    """Zeros of e where no key stands, by the first item and the last; e_ptr: (K, B, P, Tk) at [0, seq, channel]."""
+def _store_edges(e_ptr, lo, hi, k, k_stride, first, last, size, blocks):
+    """Zeros of e where no key stands, by the first item and the last; e_ptr: (K, B, P, Tk) at [0, batch, channel]."""
     half = size.K // 2
     zero = tl.zeros([blocks.K, blocks.K], tl.float32)
     ptrs = e_ptr + k[:, None] * k_stride
     for r0 in range(0, half, blocks.K):
         r = (r0 + tl.arange(0, blocks.K))[None, :]
-        there = (k < size.K)[:, None] & (r < T)
-        # e of a key j is at n = j + k - half: none is before k - half, and none after T - 1 + k - half.
-        tl.store(ptrs + r, zero, mask=there & (r < k[:, None] - half) & (part == 0))
-        tl.store(ptrs + (T - 1 - r), zero, mask=there & (r < half - k[:, None]) & (part == parts - 1))
+        there = (k < size.K)[:, None] & (r < last - first)
+        # e of a key j is at n = j + k - half: none is before k - half, and none after that of the last key.
+        tl.store(ptrs + (first + r), zero, mask=there & (r < k[:, None] - half) & (lo == first))
+        tl.store(ptrs + (last - 1 - r), zero, mask=there & (r < half - k[:, None]) & (hi == last))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _aware_bwd_scores_kernel(
-    q,  # (B, Tq, A)
-    k,  # (B, Tk, A)
+    q,  # (S, Tq, A)
+    k,  # (B, Tk, A), where rows are packed (1, N, A), and so on
     v_ptr,  # (A,)
     filters,
     seen,  # (B, P, Tq, Tk), or (B, Tq, Tk)
     mask,
+    spans,
     given,
     made,
-    splits,  # parts of δ
+    splits,  # parts of δ, where rows are not packed
     num_seqs,
     per_seq,
     rows_per_item,
@@ -164,21 +167,25 @@ def _aware_bwd_scores_kernel(
 ):
     """All that is made of dz, for the keys of an item, a block of features and one of channels."""
     item = tl.program_id(0)
-    items = num_seqs * per_seq
     block_a = tl.program_id(1)
     block_c = tl.program_id(2)
-    first = block_c == 0
-    seq = (item // per_seq).to(tl.int64)
-    part = item % per_seq
-    lo = part * rows_per_item
-    hi = tl.minimum(lo + rows_per_item, Tk)
+    once = block_c == 0
+    seq, batch, first, last, lo, hi = item_at(item, spans, Tk, num_seqs, per_seq, rows_per_item)
+    if spans.cu is None:
+        entries = num_seqs
+        items = num_seqs * per_seq
+        own = item % per_seq * num_seqs + seq
+    else:
+        entries = 1
+        items = tl.num_programs(0)
+        own = item
     a = block_a * blocks.A + tl.arange(0, blocks.A)
     c = block_c * blocks.C + tl.arange(0, blocks.C)
     v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
-    k_ptr = first_row(k, seq)
+    k_ptr = first_row(k, batch)
     dq_ptr = made.dq
     if dq_ptr is not None:
-        dq_ptr += (part * num_seqs + seq) * Tq * size.A
+        dq_ptr += own.to(tl.int64) * Tq * size.A
     df_ptr = made.df
     if df_ptr is not None:
         df_ptr += (block_a * items + item).to(tl.int64) * size.C * size.K * flags.P
@@ -188,19 +195,24 @@ def _aware_bwd_scores_kernel(
     for t0 in range(lo, hi, blocks.T):
         t = t0 + tl.arange(0, blocks.T)
         inside = t < hi
-        keep = unmasked(mask, seq, t, inside)
+        keep = unmasked(mask, batch, t, inside)
         k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
         dk = tl.zeros([blocks.T, blocks.A], tl.float32)
         dbias = tl.zeros([blocks.T], tl.float32)
         for i in range(0, Tq):
             step = i + item * 0  # a tensor for the interpreter too
-            ds = gradient_of_scores(given, seq * Tq + step, Tk, t, splits, keep, 32)
+            row = batch * Tq + step
+            if spans.cu is None:
+                ds = gradient_of_scores(given, row, Tk, t, row * splits, splits, keep, 32)
+            else:  # its parts are of these items
+                part0, past = items_of(seq, spans, per_seq, rows_per_item)
+                ds = gradient_of_scores(given, row, Tk, t, part0, past - part0, keep, 32)
             z = query_and_keys(k_ptrs, keep, sequence_ptr(q, seq, step), a, size)
             if flags.ONE_C:
-                f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
+                f = location_features(seen, mask, batch, step, t, c, first, last, filters, size, flags, blocks)
                 z = add_product(f, load_mixer(filters, c, a, size), z, tl.float32, flags.PRECISION)
             else:
-                z = add_features(z, seen, mask, seq, step, t, a, Tk, filters, size, flags, blocks)
+                z = add_features(z, seen, mask, batch, step, t, a, first, last, filters, size, flags, blocks)
             y = activate(z, flags.ACT, flags.FAST)
             dz = ds[:, None] * v[None, :] * activate_grad(z, y, flags.ACT, flags.FAST)
             dz = tl.where(keep[:, None], dz, 0.0)  # of a sequence that sees nothing z may be NaN
@@ -210,19 +222,19 @@ def _aware_bwd_scores_kernel(
             if flags.WALK:
                 if dq_ptr is not None:
                     dq = tl.sum(dz, axis=0)
-                    tl.store(dq_ptr + step * size.A + a, dq, mask=(a < size.A) & first)
+                    tl.store(dq_ptr + step * size.A + a, dq, mask=(a < size.A) & once)
             else:
                 dq += tl.sum(dz, axis=0)
             if made.du is not None or made.e is not None:
                 if not flags.ONE_C:
-                    f = location_features(seen, mask, seq, step, t, c, Tk, filters, size, flags, blocks)
+                    f = location_features(seen, mask, batch, step, t, c, first, last, filters, size, flags, blocks)
                 if made.du is not None:
                     du = add_product(tl.trans(f), dz, du, tl.float32, flags.PRECISION)
                 u = load_mixer(filters, c, a, size)
                 df = tile_product(dz, tl.trans(u), tl.float32, flags.PRECISION)
                 for n0 in range(0, all_places(size, flags, blocks), blocks.K):
                     channel, place = channel_and_places(n0, size, flags, blocks)
-                    x, there = windows(seen, mask, seq, step, channel, t, place, Tk, size)
+                    x, there = windows(seen, mask, batch, step, channel, t, place, first, last, size)
                     if df_ptr is not None:
                         at = df_ptr + (c.to(tl.int64)[:, None] * flags.P + channel) * size.K + place[None, :]
                         some = (c < size.C)[:, None] & (place < size.K)[None, :]
@@ -234,28 +246,34 @@ def _aware_bwd_scores_kernel(
                         w = load_filter(filters, channel, c, place, size)
                         e = tl.where(there, tile_product(df, w, tl.float32, flags.PRECISION), 0.0)
                         group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
-                        row = ((group + place) * num_seqs + seq) * flags.P + channel
+                        e_row = ((group + place) * entries + batch) * flags.P + channel
                         n = t[:, None] + (place - size.K // 2)[None, :]
-                        write = inside[:, None] & (n >= 0) & (n < Tk) & (place < size.K)[None, :]
-                        tl.store(made.e + row[None, :] * Tk + n, e, mask=write)
+                        write = inside[:, None] & (n >= first) & (n < last) & (place < size.K)[None, :]
+                        tl.store(made.e + e_row[None, :] * Tk + n, e, mask=write)
         if made.dk is not None:
-            store_rows(made.dk + (seq * Tk + t) * size.A, dk, inside & first, a, size.A)
+            store_rows(made.dk + (batch * Tk + t) * size.A, dk, inside & once, a, size.A)
         if made.dbias is not None:
             to = made.dbias.dtype.element_ty
-            tl.store(made.dbias + seq * Tk + t, dbias.to(to), mask=inside & first & (block_a == 0))
+            tl.store(made.dbias + batch * Tk + t, dbias.to(to), mask=inside & once & (block_a == 0))
 
     if not flags.WALK and dq_ptr is not None:
-        tl.store(dq_ptr + a, dq, mask=(a < size.A) & first)
-    tl.store(made.dv + item.to(tl.int64) * size.A + a, dv, mask=(a < size.A) & first)
+        tl.store(dq_ptr + a, dq, mask=(a < size.A) & once)
+    tl.store(made.dv + item.to(tl.int64) * size.A + a, dv, mask=(a < size.A) & once)
     if made.du is not None:
         store_rows(made.du + (item.to(tl.int64) * size.C + c) * size.A, du, c < size.C, a, size.A)
+    if spans.cu is not None and df_ptr is not None:  # of no keys: nothing was added to what nobody has written
+        for n0 in range(0, tl.where(lo < hi, 0, all_places(size, flags, blocks)), blocks.K):
+            channel, place = channel_and_places(n0, size, flags, blocks)
+            at = df_ptr + (c.to(tl.int64)[:, None] * flags.P + channel) * size.K + place[None, :]
+            some = (c < size.C)[:, None] & (place < size.K)[None, :]
+            tl.store(at, tl.zeros([blocks.C, blocks.K], tl.float32), mask=some)
     if made.e is not None:
         group = (block_c * tl.num_programs(1) + block_a).to(tl.int64) * size.K
         for n0 in range(0, all_places(size, flags, blocks), blocks.K):
             channel, place = channel_and_places(n0, size, flags, blocks)
-            e_ptr = made.e + ((group * num_seqs + seq) * flags.P + channel) * Tk
-            stride = num_seqs.to(tl.int64) * (Tk * flags.P)
-            _store_edges(e_ptr, part, per_seq, place.to(tl.int64), stride, Tk, size, blocks)
+            e_ptr = made.e + ((group * entries + batch) * flags.P + channel) * Tk
+            stride = (item * 0 + entries).to(tl.int64) * (Tk * flags.P)
+            _store_edges(e_ptr, lo, hi, place.to(tl.int64), stride, first, last, size, blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,9 +335,9 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     """
     query, key, v, previous, conv_weight, u, bias = like
     B, T, P, (C, K, A, _) = call.seqs, call.length, call.flags.P, call.size
-    Tq = given.weights.shape[1]
-    blocks = scores_blocks(call.chip, key.element_size(), T, call.size, Tq > 1, P)
-    rows, per_seq = (blocks.T, cdiv(T, blocks.T)) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
+    Tq, packed = given.weights.shape[1], call.cu_seqlens is not None
+    blocks = scores_blocks(call.chip, key.element_size(), call.longest, call.size, Tq > 1, P)
+    items = partition(B, T, blocks.T, None) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
     a_blocks, c_blocks = cdiv(A, blocks.A), cdiv(C, blocks.C)
     filters = want.conv_weight or want.u
 
@@ -329,34 +347,36 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     made = Made(
         torch.empty_like(key, memory_format=torch.contiguous_format) if want.key else None,
         torch.empty_like(bias, memory_format=torch.contiguous_format) if want.score_bias else None,
-        parts(want.query, per_seq, B, Tq, A),
-        parts(True, B * per_seq, A),
-        parts(filters, B * per_seq, C, A),
-        parts(filters, a_blocks, B * per_seq, C, P * K),
-        parts(want.previous, c_blocks * a_blocks * K, B * P, T),
+        parts(want.query, items.count * Tq, A),
+        parts(True, items.count, A),
+        parts(filters, items.count, C, A),
+        parts(filters, a_blocks, items.count, C, P * K),
+        parts(want.previous, c_blocks * a_blocks * K, P if packed else B * P, T),
     )
-    args = call.args | {
+    args = call.args_of(items) | {
         "given": given,
         "made": made,
-        "splits": given.delta.shape[2],
-        "num_seqs": B,
-        "per_seq": per_seq,
-        "rows_per_item": rows,
+        "splits": given.delta.shape[-1],
         "Tq": Tq,
         "flags": constants(call.flags._replace(WALK=Tq > 1, ONE_C=c_blocks == 1)),
     }
-    launch(_aware_bwd_scores_kernel, (B * per_seq, a_blocks, c_blocks), args, blocks, **all_registers(call.chip))
+    launch(_aware_bwd_scores_kernel, (items.count, a_blocks, c_blocks), args, blocks, **all_registers(call.chip))
+    dq_parts, alike = made.dq, items.per_seq > 0
     dq, dv, dprevious, df, du = sums(
         [
-            (None if made.dq is None else made.dq.view(per_seq, B * Tq, A), query.dtype),
+            (dq_parts.view(items.per_seq, B * Tq, A) if dq_parts is not None and alike else None, query.dtype),
             (made.dv if want.v else None, v.dtype),
             (made.e, torch.float32 if previous is None else previous.dtype),
             (made.df.view(-1, C, P * K) if made.df is not None and want.conv_weight else None, conv_weight.dtype),
             (made.du if want.u else None, u.dtype),
         ]
     )
+    if dq_parts is not None and not alike:
+        dq = query.new_empty(B, A)
+        add_items(dq_parts, dq, items, 0, items.count)
     dq = None if dq is None else dq.view(B, Tq, A)
-    dprevious = None if dprevious is None or previous is None else dprevious.view(previous.shape)
+    if dprevious is not None and previous is not None:
+        dprevious = dprevious.t().reshape(previous.shape) if packed else dprevious.view(previous.shape)
     df = None if df is None else df.view(conv_weight.shape)
     return [dq, made.dk, dv, dprevious, df, du, made.dbias]
 
@@ -371,27 +391,26 @@ def location_aware_bwd(
     """Gradients of (query, key, value, v, previous, conv_weight, u, score_bias), None where `needs` is False."""
     query, key, value, v, previous, conv_weight, u, score_bias, *_ = inputs
     want_value, want = needs[2], Wanted(*needs[:2], *needs[3:])
-    B, T = weights.shape
-    if B == 0 or T == 0:
+    if weights.numel() == 0:
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:8], needs, strict=True)]
     call = prepare_step(inputs)
-    blocks = values_blocks(call.chip, T, call.size.DV)
-    rows, per_seq = call.items(blocks.T, 2 * blocks.T)
-    g, delta = torch.empty_like(weights), weights.new_empty(B, 1, per_seq)
-    given = Given(weights, g, delta)
+    packed = inputs.cu_seqlens is not None
+    blocks = values_blocks(call.chip, call.longest, call.size.DV)
+    items = call.items(blocks.T, 2 * blocks.T)
+    g = torch.empty_like(weights)
+    given = Given(weights, g, weights.new_empty(items.count if packed else (call.seqs, 1, items.per_seq)))
     dvalue = torch.empty_like(value, memory_format=torch.contiguous_format) if want_value else None
-    args = call.args | {
+    args = call.args_of(items) | {
         "do_ptr": dout.contiguous(),
-        "dweights": entries(dweights, packed=False),
+        "dweights": entries(dweights, packed=packed),
         "given": given,
         "dvalue_ptr": dvalue,
-        "per_seq": per_seq,
-        "rows_per_item": rows,
     }
-    launch(_aware_bwd_values_kernel, (B * per_seq,), args, blocks)
+    launch(_aware_bwd_values_kernel, (items.count,), args, blocks)
     made: list[Tensor | None] = [None] * 7
     if any(want):
         like = (query, key, v, previous, conv_weight, u, score_bias)
-        made = of_scores(call, given._replace(weights=weights[:, None], g=g[:, None]), like, want)
+        rows = [x[None, None] if packed else x[:, None] for x in (weights, g)]  # of the one step
+        made = of_scores(call, given._replace(weights=rows[0], g=rows[1]), like, want)
     dq = None if made[0] is None else made[0][:, 0]
     return [dq, made[1], dvalue, *made[2:]]

@@ -82,7 +82,7 @@ def _aware_walk_fwd_kernel(
             keep = unmasked(mask, seq, t, t < Tk)
             k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
             s = score_keys(
-                k_ptrs, keep, q_ptr, seen, mask, bias, seq, now, t, Tk, v_ptr, filters, size, flags, blocks
+                k_ptrs, keep, q_ptr, seen, mask, bias, seq, now, t, 0, Tk, v_ptr, filters, size, flags, blocks
             )
             tl.store(w_ptr + t, s, mask=t < Tk)
             _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
@@ -156,14 +156,14 @@ def _aware_walk_bwd_kernel(
             t = t0 + tl.arange(0, blocks.T)
             keep = unmasked(mask, seq, t, t < Tk)
             k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
-            ds = gradient_of_scores(given, row, Tk, t, 1, keep, 1)
+            ds = gradient_of_scores(given, row, Tk, t, row, 1, keep, 1)
             for c0 in range(0, size.C, blocks.C):
                 c = c0 + tl.arange(0, blocks.C)
                 df = tl.zeros([blocks.T, blocks.C], tl.float32)
                 for a0 in range(0, size.A, blocks.A):
                     a = a0 + tl.arange(0, blocks.A)
                     z = query_and_keys(k_ptrs, keep, q_ptr, a, size)
-                    z = add_features(z, seen, mask, seq, step, t, a, Tk, filters, size, flags, blocks)
+                    z = add_features(z, seen, mask, seq, step, t, a, 0, Tk, filters, size, flags, blocks)
                     y = activate(z, flags.ACT, flags.FAST)
                     v = tl.load(v_ptr + a, mask=a < size.A, other=0.0).to(tl.float32)
                     dz = ds[:, None] * v[None, :] * activate_grad(z, y, flags.ACT, flags.FAST)

@@ -472,6 +472,22 @@ def _two_levels_and_steps() -> None:
         },
     )
     add(
+        "location-aware packed",
+        lambda i, c, **t: location_aware_attention(**t, cu_seqlens=c, impl=i),
+        lambda B, T: {
+            "query": r(B, 4),
+            "key": r(B * T, 4),
+            "value": r(B * T, 4),
+            "v": r(4),
+            "previous": r(B * T, 2),
+            "conv_weight": r(2, 2, 3),
+            "u": r(2, 4),
+            "mask": torch.ones(B * T, dtype=torch.bool),
+            "score_bias": r(B * T),
+            "c": offsets(B * T, B),
+        },
+    )
+    add(
         "location-aware sequence",
         lambda i, **t: location_aware_sequence(**t, cumulative=True, impl=i),
         lambda B, T: {

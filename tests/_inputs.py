@@ -82,6 +82,16 @@ STEP = {
     "mask": bools(B, TK),
     "score_bias": floats(B, TK),
 }
+STEP_PACKED = STEP | {
+    "query": floats(S, A),
+    "key": floats(N, A),
+    "value": floats(N, DV),
+    "previous": floats(N, R).abs(),
+    "conv_weight": floats(C, R, K),
+    "mask": bools(N),
+    "score_bias": floats(N),
+    "cu_seqlens": CU_N,
+}
 MLP_OF_FOUR = {
     "w1": floats(4 * D, A),
     "w2": floats(A, C),
@@ -272,6 +282,7 @@ ROWS: dict[str, Row] = {
         },
     ),
     "location aware": Row(_function("location_aware_attention"), STEP),
+    "location aware, packed": Row(_function("location_aware_attention"), STEP_PACKED),
     "LocationAttention": Row(
         _module("LocationAttention", D, A, hops=R, gated=True, context_dim=C),
         {
@@ -362,6 +373,10 @@ ROWS: dict[str, Row] = {
             "mask": bools(B, TK),
             "score_bias": floats(B, TK),
         },
+    ),
+    "LocationAwareAttention, packed": Row(
+        _module("LocationAwareAttention", D, C, A, channels=4, width=3),
+        {"query": floats(S, D), "key": floats(N, C), "previous": floats(N).abs(), "cu_seqlens": CU_N},
     ),
 }
 

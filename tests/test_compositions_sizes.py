@@ -109,7 +109,14 @@ def test_an_exported_program_takes_no_keys(name):
 
 
 # Of these a tensor has a row a sequence beside packed ones: a batch that PyTorch's exporter takes to be two at least.
-BATCHES = ("location packed, all options", "concat, packed keys", "general, packed queries", "target packed", *WORDS)
+BATCHES = (
+    "location packed, all options",
+    "concat, packed keys",
+    "general, packed queries",
+    "target packed",
+    "location-aware packed",
+    *WORDS,
+)
 
 
 @pytest.mark.parametrize("name", [name for name in PACKED if name not in BATCHES])
@@ -380,6 +387,15 @@ VARYING = {
     "words": (
         lambda x, cu, **o: f.word_by_word_attention(
             x, x, x[:4], x[:4], x[:4], x[0], x[:4], cu_seqlens_premise=cu, cu_seqlens_hypothesis=cu, **o
+        ),
+        CU,
+    ),
+    "step": (
+        lambda x, cu, **o: torch.cat(
+            [
+                y.flatten()
+                for y in f.location_aware_attention(x[:2], x, x, x[0], x[:, 0], x[:2, :3], x[2:4], cu_seqlens=cu, **o)
+            ]
         ),
         CU,
     ),

@@ -49,6 +49,7 @@ FIRST = {"h", "rows", "query", "premise", "edge_index", "indices", "x"}  # later
 LATER = {  # axes whose size an argument is the first to say, or says alone, in rows of such names
     *(("", name, -1) for name in ("value", "value", "indices", "hypothesis")),
     *(("", name, -2) for name in ("key", "hypothesis", "conv_weight", "outer_context")),
+    *((("location aware, packed", name, axis) for name, axis in (("previous", -1), ("conv_weight", -3)))),
     *((row, "key", -3) for row in ("concat, packed heads", "general, packed heads", "graph, heads")),
     *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
     *(("target", name, -1) for name in ("w1", "w2")),
@@ -90,6 +91,8 @@ def test_every_tensor_that_is_none_of_the_kind_raises_with_its_name(row):
                 continue  # these may be, together
             if kind == "jagged" and name in ("query", "key") and "cu_seqlens_q" in has:
                 continue  # and either of these
+            if kind == "jagged" and name in ("key", "previous", "mask") and "previous" in has:
+                continue  # and these
             if (kind, name) in {("rank 0", "score_bias"), ("meta", "edge_index")}:
                 continue  # a bias broadcasts, and the edges are alone
             came = raised(row, **{name: bad})

@@ -45,6 +45,16 @@ PACKED = {
         lambda **cu: f.word_by_word_attention(r(M, 4), r(N, 4), r(4, 4), r(4, 4), r(4, 4), w=r(4), w_t=r(4, 4), **cu),
         ("cu_seqlens_hypothesis", "cu_seqlens_premise"),
     ),
+    "location-aware": (
+        lambda **cu: f.location_aware_attention(
+            r(3, 4), r(N, 4), r(N, 5), r(4), r(N).abs(), conv_weight=r(2, 3), u=r(2, 4), **cu
+        ),
+        ("cu_seqlens",),
+    ),
+    "LocationAwareAttention": (
+        lambda **cu: module("LocationAwareAttention", 4, 4, 3)(r(3, 4), r(N, 4), **cu),
+        ("cu_seqlens",),
+    ),
     "LocationAttention": (lambda **cu: module("LocationAttention", 4, 3)(r(N, 4), **cu), ("cu_seqlens",)),
     "StatisticsPooling": (
         lambda **cu: module("StatisticsPooling", 4, 3, global_context=True)(r(N, 4), **cu),

@@ -7,7 +7,7 @@ reference makes the keys of the step in PyTorch, as the eager formula does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,13 +76,14 @@ class StepCase(CompileCase):
     bias: bool = False
     dropout: float = 0.0
     P: int = 0  # channels of the history; 0: it has no axis of them
+    ragged: bool = field(default=False, kw_only=True)
 
     lengths = ("Tk",)
 
     def _parts(self) -> tuple[str, ...]:
         options = ("mask" * self.mask, "bias" * self.bias, "dropout" * bool(self.dropout))
         sizes = f"B{self.B} Tk{self.Tk} A{self.A} Dv{self.Dv} C{self.C} K{self.K} {self.activation}"
-        return (sizes, f"P{self.P}" * bool(self.P), *options)
+        return (sizes, f"P{self.P}" * bool(self.P), *options, "ragged" * self.ragged)
 
     def _history(self) -> tuple[int, ...]:
         return (self.P,) if self.P else ()
@@ -93,11 +94,14 @@ class StepCase(CompileCase):
 
         B, Tk, A, Dv, C, K = self.B, self.Tk, self.A, self.Dv, self.C, self.K
         P = self._history()
-        shapes = (B, A), (B, Tk, A), (B, Tk, Dv), (A,), (B, *P, Tk), (C, *P, K), (C, A)
+        rows = (B * Tk,) if self.ragged else (B, Tk)
+        history = (*rows, *P) if self.ragged else (B, *P, Tk)
+        shapes = (B, A), (*rows, A), (*rows, Dv), (A,), history, (C, *P, K), (C, A)
         inputs = LocationAwareInputs(
             *(self._empty(*shape) for shape in shapes),
-            self._empty(B, Tk) if self.bias else None,
-            self._empty(B, Tk, dtype=torch.bool) if self.mask else None,
+            self._empty(*rows) if self.bias else None,
+            self._empty(*rows, dtype=torch.bool) if self.mask else None,
+            self._empty(B + 1, dtype=torch.int32) if self.ragged else None,
             self._seed(self.dropout),
             self.activation,
             self.dropout,
@@ -158,6 +162,11 @@ COMPILED = [
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
     WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
     WalkCase(F16, 32, 400, **_LAS, mask=True, Tq=50, P=5),
+    # packed rows: of several items a sequence, and of one
+    StepCase(BF16, 64, 800, **_TACOTRON, mask=True, ragged=True),
+    StepCase(F32, 64, 150, **_TACOTRON, P=2, ragged=True),
+    StepCase(F16, 300, 20, 100, 50, 3, 5, "relu", mask=True, bias=True, dropout=0.1, ragged=True),
+    StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", P=2, mask=True, bias=True, dropout=0.1, ragged=True),
     # utterances
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True),
     WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500),
@@ -170,6 +179,7 @@ VARIED = {
     "aware": [
         StepCase(BF16, 3, 1, 64, 64, 16, 31, mask=True),
         StepCase(F32, 3, 1, 100, 50, 3, 5, mask=True, bias=True, dropout=0.1),
+        StepCase(BF16, 3, 1, 64, 64, 16, 31, mask=True, ragged=True),
         WalkCase(BF16, 3, 1, 64, 64, 16, 31, mask=True, Tq=1, cumulative=True),
         WalkCase(F32, 3, 1, 100, 50, 3, 5, bias=True, Tq=1),
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ from .._checks import (
     width_of,
 )
 from .._habits import explicit
+from .._jagged import is_jagged, of_rows, rows_of
 from .._ops import Impl
 from ..location_aware import location_aware_attention, location_aware_sequence
 from ..recurrent import word_by_word_attention
@@ -36,15 +40,36 @@ _WORDS = {
     }
     for packed in (False, True)
 }
-_STEP = {
-    "query": argument("B query_dim", hint="one query a sequence: a step of the decoder"),
-    "key": argument("B Tk key_dim"),
-    "projected": argument("B Tk attn_dim", optional=True, hint="what project_keys made of key"),
-    "mask": mask_of("B Tk"),
-    "previous": argument("B Tk", optional=True),
+
+
+def _step(query: str, rows: str, history: str) -> Table:
+    made = "what project_keys made of key"
+    offsets = "" if rows == "N" else "cu_seqlens"
+    return {
+        "query": argument(query, hint="one query a sequence: a step of the decoder"),
+        "key": argument(f"{rows} key_dim", offsets=offsets),
+        "projected": argument(f"{rows} attn_dim", optional=True, hint=made, offsets=offsets),
+        "mask": mask_of(rows),
+        "previous": argument(rows, optional=True),
+        "history": argument(history, optional=True, hint="the last weights and what is made of them"),
+    }
+
+
+_STEPS = {
+    False: _step("B query_dim", "B Tk", "B history Tk"),
+    True: _step("S query_dim", "N", "N history"),  # rows are packed
 }
-_UTTERANCE = _STEP | {"query": argument("B Tq query_dim")}
-_HISTORY = argument("B history Tk", optional=True, hint="the last weights and what is made of them")
+_UTTERANCE = _STEPS[False] | {"query": argument("B Tq query_dim")}
+
+
+def _zeros_before(key: Tensor, channels: Sequence[int]) -> Tensor:
+    """What the first step sees."""
+    if is_jagged(key):
+        rows = rows_of("key", key)
+        return cast("Tensor", rows.nest(rows.packed.new_zeros(rows.packed.shape[0], *channels)))
+    if key.dim() == 2:  # packed
+        return key.new_zeros(key.shape[0], *channels)
+    return key.new_zeros(key.shape[0], *channels, key.shape[1])
 
 
 class WordByWordAttention(Attention):
@@ -198,16 +223,21 @@ class LocationAwareAttention(Attention):
     def project_keys(self, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, Tk, key_dim)`` to ``(B, Tk, attn_dim)``: the same at every step, so a decoder does it once.
 
-        mask: bool ``(B, Tk)``; where it is False, keys may be NaN. They are 0 here, in a copy, for 0 · NaN would be
-        in the gradient of the projection.
+        Packed ``(N, key_dim)`` to ``(N, attn_dim)``, and a jagged tensor to one. mask: bool ``(B, Tk)``, or ``(N,)``
+        of packed and jagged keys; where it is False, keys may be NaN. They are 0 here, in a copy, for 0 · NaN would
+        be in the gradient of the projection.
         """
-        check = module_checker(_STEP, weight_of(self.key_proj), key_dim=width_of(self.key_proj))
+        rows = rows_of("key", key) if is_jagged(key) else None
+        if rows is not None:
+            key, mask = rows.packed, of_rows("mask", mask, rows, "key") if is_jagged(mask) else mask
+        packed = rows is not None or (isinstance(key, Tensor) and key.dim() == 2)
+        check = module_checker(_STEPS[packed], weight_of(self.key_proj), key_dim=width_of(self.key_proj))
         check("key", key)
         check("mask", mask)
         if mask is not None:
             key = key.masked_fill(~mask[..., None], 0)
         projected: Tensor = self.key_proj(key)
-        return projected
+        return projected if rows is None else cast("Tensor", rows.nest(projected))
 
     @explicit
     def forward(
@@ -220,6 +250,7 @@ class LocationAwareAttention(Attention):
         projected: Tensor | None = None,
         mask: Tensor | None = None,
         score_bias: Tensor | None = None,
+        cu_seqlens: Offsets | None = None,
         impl: Impl = "auto",
     ) -> tuple[Tensor, Tensor]:
         """One step.
@@ -229,19 +260,20 @@ class LocationAwareAttention(Attention):
         query
             The decoder's state, ``(B, query_dim)``.
         key, value
-            ``(B, Tk, key_dim)`` and ``(B, Tk, Dv)``; the values are the keys where None.
+            ``(B, Tk, key_dim)`` and ``(B, Tk, Dv)``; the values are the keys where None. Packed or jagged as in
+            `location_aware_attention`.
         previous
             The weights of the last step, or their sum so far, ``(B, Tk)``; where the module's `history` is over 1
-            ``(B, history, Tk)``. None at the first step: zeros.
+            ``(B, history, Tk)``, packed ``(N, history)``. None at the first step: zeros.
         projected
             What `project_keys` made of `key`, and of the mask where hidden keys may be NaN; None: it is made here.
-        mask, score_bias, impl
+        mask, score_bias, cu_seqlens, impl
             As in `location_aware_attention`.
 
         Returns
         -------
         (Tensor, Tensor)
-            Context ``(B, Dv)`` and weights ``(B, Tk)``.
+            Context ``(B, Dv)`` and weights ``(B, Tk)``, packed ``(N,)``, of jagged keys jagged.
 
         Raises
         ------
@@ -249,21 +281,24 @@ class LocationAwareAttention(Attention):
             As in `location_aware_attention`; also for inputs of other widths, dtypes or devices than the parameters'.
 
         """
-        query, projected, value, v = self._given(_STEP, query, key, value, projected, mask, previous)
+        table = _STEPS[cu_seqlens is not None]
+        query, projected, value, v = self._given(table, query, key, value, projected, mask, previous)
         filters, mix = self._filters()
-        seen = key.shape[0], *filters.shape[1:-1], key.shape[1]
+        if previous is None:
+            previous = _zeros_before(key, filters.shape[1:-1])
         return location_aware_attention(
             query,
             projected,
             value,
             v,
-            key.new_zeros(seen) if previous is None else previous,
+            previous,
             filters,
             mix,
             activation=self.activation,
             score_activation=self.score_activation,
             mask=mask,
             score_bias=score_bias,
+            cu_seqlens=cu_seqlens,
             dropout_p=self._dropout_p,
             impl=impl,
         )
@@ -285,7 +320,7 @@ class LocationAwareAttention(Attention):
         """All steps of an utterance whose queries, ``(B, Tq, query_dim)``, are known.
 
         Contexts ``(B, Tq, Dv)`` and weights ``(B, Tq, Tk)``; `previous` is what the first step sees. Arguments are
-        those of a step and of `location_aware_sequence`, as are the errors.
+        those of a step and of `location_aware_sequence`, as are the errors. Padded only.
         """
         query, projected, value, v = self._given(_UTTERANCE, query, key, value, projected, mask, previous)
         filters, mix = self._filters()
@@ -317,8 +352,10 @@ class LocationAwareAttention(Attention):
         previous: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query and keys, checked and projected, values and v."""
+        if is_jagged(key) and table is not _UTTERANCE:
+            return self._given_jagged(query, key, value, projected, mask)
         check = module_checker(
-            table if self.history == 1 else table | {"previous": _HISTORY},
+            table,
             weight_of(self.key_proj),
             query_dim=width_of(self.query_proj),
             key_dim=width_of(self.key_proj),
@@ -328,8 +365,26 @@ class LocationAwareAttention(Attention):
         check("query", query)
         check("key", key)
         check("projected", projected)
-        check("previous", previous)
+        check("previous", previous, "previous" if self.history == 1 else "history")
         projected = self.project_keys(key, mask) if projected is None else projected
+        values = key if value is None else value
+        return project(self.query_proj, query), projected, values, read("score", self.score).weight[0]
+
+    def _given_jagged(
+        self, query: Tensor, key: Tensor, value: Tensor | None, projected: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of jagged keys; what is not projected is left to the function, whose names are the same."""
+        check = module_checker(
+            _STEPS[True],
+            weight_of(self.key_proj),
+            query_dim=width_of(self.query_proj),
+            attn_dim=width_of(self.score),
+        )
+        check("query", query)
+        if projected is None:
+            projected = self.project_keys(key, mask)
+        else:
+            check("projected", of_rows("projected", projected, rows_of("key", key), "key"))
         values = key if value is None else value
         return project(self.query_proj, query), projected, values, read("score", self.score).weight[0]
 
