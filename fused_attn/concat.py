@@ -119,8 +119,7 @@ def concat_attention(
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     score_activation
-        "logsigmoid", see `location_attention`: by the kernel where it is that of location attention, as of one query
-        a padded sequence. Else ``"triton"`` raises, and ``"auto"`` is the reference, which stores Tq·Tk·A.
+        "logsigmoid", see `location_attention`: of the score with its bias.
     mask
         bool, True = may be attended: of keys ``(B, Tk)``, of pairs ``(B, Tq, Tk)`` or with heads ``(B, H, Tq, Tk)``,
         where any but Tk may be 1; it is not expanded. Of ``(Tq, Tk)`` pass ``mask[None]``. Of packed rows: of keys
@@ -171,7 +170,7 @@ def concat_attention(
 
     """
     offsets = as_offsets(cu_seqlens_q), as_offsets(cu_seqlens_k)
-    options = (activation, None, None, dropout_p)
+    options = (activation, None, None, dropout_p, score_activation)
     wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights, value=value)
     given = check_pairs(
         _TABLES,
@@ -181,30 +180,26 @@ def concat_attention(
         wanted,
     )
     check_score_activation("score_activation", score_activation)
-    return attend(given, wanted, impl, score_activation)
+    return attend(given, wanted, impl)
 
 
-def attend(given: ConcatInputs, wanted: Wanted, impl: Impl, score_activation: str = "identity") -> Any:
+def attend(given: ConcatInputs, wanted: Wanted, impl: Impl) -> Any:
     """Of arguments that were checked: `concat_attention`, and with other features `distance_attention`."""
     inputs = canonical(given)
     query, _, _, v, *_ = inputs
     if v.dim() == 1:  # not by `expand` where there is one head: its gradient is a sum
         inputs = inputs._replace(v=v[None] if query.shape[1] == 1 else v.expand(query.shape[1], -1))
-    unsupported, plain = "has no float64" if query.dtype == torch.float64 else None, score_activation == "identity"
-    if not (plain or _pools(inputs, True)):
-        unsupported = "has a score_activation for one query a sequence only, and heads of one mask without dropout"
-    kernel = use_triton(impl, query.device, unsupported)
-    in_blocks = plain and impl == "auto" and query.device.type != "cuda" and not forward_mode()
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    in_blocks = impl == "auto" and query.device.type != "cuda" and not forward_mode()
     if query.shape[1] > 1 and query.shape[2] == 1 and inputs.activation != "identity" and not inputs.packed:
         in_blocks = False  # the features of one query's scores are as large as the keys: nothing to save
     in_blocks = in_blocks and not _few(inputs)
     if not (kernel or in_blocks):
-        formula = by_formula(_CONCAT.formula, inputs, wanted, score_activation=score_activation, pairs=wanted.pairs)
-        return shaped(given, wanted, *formula)
+        return shaped(given, wanted, *by_formula(_CONCAT.formula, inputs, wanted, pairs=wanted.pairs))
     if inputs.activation == "identity":
         inputs = _summed(inputs)
     if _pools(inputs, kernel):
-        return shaped(given, wanted, *_pooled(inputs, kernel, wanted, score_activation))
+        return shaped(given, wanted, *_pooled(inputs, kernel, wanted))
     inputs = of_all_heads(inputs)
     exact = not in_blocks and keeps_exact(inputs.value, *inputs[:5], state=wanted.state)
     out, lse, scores, wide = _CONCAT(inputs, wanted.pairs, count_pairs(inputs, wanted), exact, in_blocks)
@@ -264,7 +259,7 @@ def _pools(inputs: ConcatInputs, kernel: bool) -> bool:
     return kernel and alike and inputs.dropout_p == 0 and heads <= 128
 
 
-def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation: str) -> tuple[Any, ...]:
+def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted) -> tuple[Any, ...]:
     """(out, lse, scores, weights) of one query a sequence, by the location family.
 
     Its keys are projected already, and the query is their context. Heads are its hops: features of all heads side by
@@ -277,7 +272,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     factors to write before. Speed on a GPU not yet measured. On a CPU the reference's pooling is 9 times faster than
     the blocked path at B = 32, Tk = 512, A = Dv = 256.
     """
-    query, key, value, v, score_bias, mask, _, cu_seqlens, seed, activation, _, _, dropout_p = inputs
+    query, key, value, v, score_bias, mask, _, cu_seqlens, seed, activation, _, _, dropout_p, of_score = inputs
     heads, Tk = query.shape[1], key.shape[2]
     if not kernel:
         query, key, v = reference.widened(query, key, v)
@@ -296,7 +291,7 @@ def _pooled(inputs: ConcatInputs, kernel: bool, wanted: Wanted, score_activation
     else:
         bias = None if score_bias is None else score_bias.expand(query.shape[0], 1, 1, Tk).squeeze(2).squeeze(1)
     score = (keys, None, None, columns, None, None, side_by_side(query).squeeze(1))
-    options = (activation, "sigmoid", dropout_p, False, score_activation)
+    options = (activation, "sigmoid", dropout_p, False, of_score)
     pooled = LocationInputs(*score, value, bias, mask, cu_seqlens, seed, *options)
     if not kernel:
         out, lse, scores, weights = by_formula(LOCATION.formula, pooled, wanted)

@@ -312,9 +312,7 @@ def target_attention(inputs: TargetInputs, *, weights_only: bool = False) -> tup
 
 @looked_at_after
 @with_both_packed
-def concat_attention(
-    inputs: ConcatInputs, *, score_activation: str = "identity", weights_only: bool = False, pairs: bool = True
-) -> tuple[Tensor, ...]:
+def concat_attention(inputs: ConcatInputs, *, weights_only: bool = False, pairs: bool = True) -> tuple[Tensor, ...]:
     r"""Concat (additive) attention on canonical arguments, as `fused_attn.concat` passes them.
 
     .. math:: s_{ij} = v \cdot act(q_i + k_j) + \beta_{ij}, \quad o_i = \sum_j softmax_j(s_{ij}) \, value_j
@@ -328,7 +326,8 @@ def concat_attention(
     see `pair_starts`; with `weights_only` out and the weights before dropout. Without `pairs` nobody reads the last,
     which of packed rows is empty then: a compiled graph cannot hold its size.
     """
-    query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = spread(inputs)
+    inputs = spread(inputs)
+    query, key, value, v, score_bias, mask, *offsets, seed, activation, left, right, dropout_p, of_score = inputs
     query, key, value = readable(mask, query, key, value)
     query, key, v = widened(query, key, v)
     bad = None
@@ -338,8 +337,8 @@ def concat_attention(
         bad = bad_q | bad_k.mT
     scores = (v[:, None, None] * activate(activation, query[:, :, :, None] + key[:, :, None])).sum(-1)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
-    return _attend(scores, value, score_bias, *structure, bad=bad, score_activation=score_activation, **options)
+    options: dict[str, Any] = {"score_activation": of_score, "weights_only": weights_only, "pairs": pairs}
+    return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 
 @looked_at_after
@@ -360,7 +359,7 @@ def general_attention(
     further scale, ``()`` or ``(H,)``. The results are those of `concat_attention`.
     """
     inputs = spread(inputs)
-    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p, _ = inputs
+    query, key, value, score_bias, mask, *offsets, seed, activation, scale, left, right, dropout_p, of_score = inputs
     query, key, value = readable(mask, query, key, key if value is None else value)
     query, key, weight = widened(query, key, weight)
     bad = None
@@ -371,8 +370,7 @@ def general_attention(
     scores = scale * (scores if factor is None else factor[..., None, None] * scores)
     scores = activate(activation, scores)
     structure = (mask, *offsets, seed, left, right, dropout_p)
-    options: dict[str, Any] = {"weights_only": weights_only, "pairs": pairs}
-    options["score_activation"] = inputs.score_activation
+    options: dict[str, Any] = {"score_activation": of_score, "weights_only": weights_only, "pairs": pairs}
     return _attend(scores, value, score_bias, *structure, bad=bad, **options)
 
 

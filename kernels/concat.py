@@ -1,5 +1,7 @@
 """Concat (additive) attention: s_ij = v · act(q_i + k_j), softmax over j, weighted sum; no tanh an element.
 
+With `SMOOTH` the softmax is of log σ(s_ij), whose e^s is a sigmoid.
+
 Scores. tanh and sigmoid of a sum factor into exponentials made once a row (design 3.1): with
 
     tanh:     α = e^{2q}, β = e^{2k}:     Σ_d v_d tanh(q_d + k_d)  = Σ_d v_d - 2 Σ_d v_d / (1 + α_d β_d)
@@ -35,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, log_sigmoid
 from .arguments import (
     constants,
     entries,
@@ -206,14 +208,16 @@ def concat_scores(
 
 
 @triton.jit
-def add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window):
-    """Scores s of the queries i and keys j with their bias, and which of these pairs are visible."""
+def finished(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window, flags):
+    """What the softmax is of, from scores s of the queries i and keys j; and which of these pairs are visible."""
     i = i[:, None]
     j = j[None, :]
     inside = q_keep[:, None] & k_keep[None, :]
     shown = window_pairs(window, mask, k_side.pairs, seq, head, i, j, k_length, inside)
     if bias.ptr is not None:
         s += load_pairs(bias, k_side.pairs, seq, head, i, j, k_length, shown).to(tl.float32)
+    if flags.SMOOTH:
+        s = log_sigmoid(s)
     return s, shown
 
 
@@ -311,7 +315,7 @@ def _concat_fwd_kernel(
             flags,
             blocks,
         )
-        s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window)
+        s, shown = finished(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window, flags)
         s = tl.where(shown, s, float("-inf"))
         if result.scores is not None:
             pair = pairs_at(i[:, None], j[None, :], seq, head, q_side, k_side, k_length, Tq, Tk, size)
@@ -417,6 +421,7 @@ class Flags(NamedTuple):
     """What kernels are compiled for."""
 
     ACT: str
+    SMOOTH: bool  # scores go through the logarithm of the sigmoid
     FAST: bool
     FMA: bool
     FACTORED: bool
@@ -445,7 +450,7 @@ def prepare(inputs: ConcatInputs, scored: bool, lse: Tensor | None = None) -> Ca
     scored: a number a pair is returned, or comes back. lse: in a backward, which must not multiply with a query that
     sees nothing: it may be NaN.
     """
-    query, key, value, _, score_bias, mask, *offsets, seed, activation, left, right, dropout_p = inputs
+    query, key, value, _, score_bias, mask, *offsets, seed, activation, left, right, dropout_p, _ = inputs
     chip = chip_of(query.device)
     (B, H, Tq, A), Tk = query.shape, key.shape[2]
     packed_q, packed_k = (x is not None for x in offsets)
@@ -461,8 +466,10 @@ def prepare(inputs: ConcatInputs, scored: bool, lse: Tensor | None = None) -> Ca
         mask = None if mask.dim() == 2 else mask.view(torch.uint8)
     starts = pair_starts(inputs) if inputs.packed and (scored or mask is not None or score_bias is not None) else None
     size = Size(H, A, A + A % 2, value.shape[-1])
+    smooth = inputs.score_activation == "logsigmoid"
     flags = Flags(
         activation,
+        smooth,
         chip.backend == "cuda",
         chip.backend != "interpreter",
         activation in FACTOR,
@@ -487,7 +494,7 @@ def prepare(inputs: ConcatInputs, scored: bool, lse: Tensor | None = None) -> Ca
         "flags": constants(flags),
     }
     masked = inputs.packed and k_rows is not None
-    busy = masked or any(x is not None for x in (score_bias, mask, left, right, seed))
+    busy = masked or smooth or any(x is not None for x in (score_bias, mask, left, right, seed))
     return Call(chip, seqs, busy, starts, size, flags, args)
 
 
@@ -497,7 +504,7 @@ def concat_fwd(inputs: ConcatInputs, need_scores: bool, pairs: int, need_exact: 
     The scores are written only where `need_scores` says so, of packed rows so many `pairs`, the last only where
     `need_exact` does, for the backward, which takes differences with it; else they are empty.
     """
-    query, key, value, v, _, mask, *offsets, _, activation, left, right, _ = inputs
+    query, key, value, v, _, mask, *offsets, _, activation, left, right, _, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
     call = prepare(inputs, need_scores)
     (B, H, Tq, _), Tk, DV = query.shape, key.shape[2], value.shape[-1]

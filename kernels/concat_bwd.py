@@ -2,7 +2,8 @@
 
 With a_ij = exp(s_ij - m_i) / l_i, k_ij the dropout factor, δ_i = dO_i · o_i - l_i dl_i:
 
-    g_ij = a_ij (k_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias
+    g_ij = a_ij (k_ij dO_i · value_j - δ_i) + dscores_ij           the gradient of s_ij, and of its bias,
+                                                                   with `SMOOTH` times 1 - σ(s_ij)
     dvalue_j = Σ_i k_ij a_ij dO_i
     dq_id = Σ_j g_ij v_d act'(q_id + k_jd)        dk_jd = Σ_i g_ij v_d act'(q_id + k_jd)
     dv_d  = Σ_ij g_ij act(q_id + k_jd)
@@ -159,7 +160,7 @@ def _concat_bwd_gap_kernel(
     begin, end = split_tiles(tile0, tile1, split, splits)
     total = tl.zeros([blocks.M], tl.float32)
     for tile in range(begin, end):
-        p, _pk, gap, shown = tile_weights(
+        p, _pk, gap, _s, shown = tile_weights(
             q_item,
             tile,
             head,
@@ -463,7 +464,7 @@ def concat_bwd(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, score_bias), None where `needs` is False."""
-    query, key, value, v, score_bias, _, *offsets, _, activation, _, _, _ = inputs
+    query, key, value, v, score_bias, _, *offsets, _, activation, _, _, _, _ = inputs
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.contiguous() for x in offsets)
     call = prepare(inputs, dscores is not None, lse)
     need_q, need_k, need_value, need_v, need_bias = needs

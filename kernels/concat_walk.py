@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_grad
+from .activations import activate, activate_grad, log_sigmoid_grad
 from .arguments import entry_ptr, head_ptr, pitch
-from .concat import add_bias, concat_scores, reciprocal
+from .concat import concat_scores, finished, reciprocal
 from .concat_factors import pairs_at, rows_before
 from .masks import dropout_scale, unmasked, window_range
 from .products import add_product
@@ -68,7 +68,7 @@ def tile_weights(
     flags,
     blocks,
 ):
-    """(a, k ⊙ a, dO · k value, or with EXACT dO · (k value - o), visible pairs) of a pair of tiles."""
+    """(a, k ⊙ a, dO · k value, or with EXACT dO · (k value - o), the scores, visible pairs) of a pair of tiles."""
     seq, q_start, lo, hi = queries
     k_start, k_length, k_item0 = keys
     i = lo + tl.arange(0, blocks.M)
@@ -94,7 +94,7 @@ def tile_weights(
         flags,
         blocks,
     )
-    s, shown = add_bias(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window)
+    s, shown = finished(s, i, j, q_keep, k_keep, seq, head, bias, mask, k_side, k_length, window, flags)
     before = rows_before(seq, head, q_side, Tq, size.H)
     wide = before * size.DV + q_at * size.DV
     top, inv = load_lse(saved.lse + (before + q_at) * 2, q_keep)
@@ -122,7 +122,7 @@ def tile_weights(
             dp = add_product(do, tl.trans(values), dp, flags.COMPUTE, flags.PRECISION)
         if dropout.seed is not None:
             dp *= kept
-    return p, pk, dp, shown
+    return p, pk, dp, s, shown
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def gradient_tile(
     """One pair of tiles: g and k ⊙ a, queries contiguous; 0 where a key is not visible."""
     seq, q_start, lo, hi = queries
     if tiles_meet(window, lo, hi, tile * blocks.N, keys[1], blocks.N) & (lo < hi):
-        p, pk, dp, shown = tile_weights(
+        p, pk, dp, s, shown = tile_weights(
             q_item,
             tile,
             head,
@@ -189,6 +189,8 @@ def gradient_tile(
         pair = pairs_at(i[:, None], j[None, :], seq, head, q_side, k_side, keys[1], Tq, Tk, size)
         if saved.scores is not None:
             g += tl.load(saved.scores + pair, mask=shown, other=0.0)
+        if flags.SMOOTH:
+            g = tl.where(shown, g * log_sigmoid_grad(s), 0.0)
         if work.bias is not None:
             tl.store(work.bias + pair, g, mask=shown)
         m = tl.arange(0, blocks.M)[:, None]

@@ -69,6 +69,7 @@ class ConcatInputs(NamedTuple):
     left: int | None
     right: int | None
     dropout_p: float
+    score_activation: str = "identity"  # or "logsigmoid", of a score and its bias
 
     @property
     def packed(self) -> bool:

@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import _concat
 import _general
 import pytest
 import torch
-from _compare import IMPLS, assert_matches_reference, evaluate, in_double
+from _compare import IMPLS, assert_close, assert_matches_reference, evaluate, in_double
 from _location import Case
 
 from fused_attn import (
@@ -262,7 +263,7 @@ OF_PAIRS = {
     "wide": {"attn_dim": 70, "value_dim": 70, "through": ("weights",)},
     "ragged": {"ragged": True, "heads": 2, "mask": "keys", "window": (None, 2), "dropout_p": 0.3},
 }
-PAIRED = {"general": _general.Case}
+PAIRED = {"general": _general.Case, "concat": _concat.Case}
 paired = pytest.mark.parametrize("make", PAIRED.values(), ids=PAIRED.keys())
 
 
@@ -273,6 +274,16 @@ paired = pytest.mark.parametrize("make", PAIRED.values(), ids=PAIRED.keys())
 def test_the_kernel_of_pairs_matches_the_reference(options, dtype, make, device):
     case = make(dtype, **options)
     assert_matches_reference(smooth(case.op), case.tensors(device), dtype=dtype, through=case.through)
+
+
+@pytest.mark.parametrize("options", OF_PAIRS.values(), ids=OF_PAIRS.keys())
+def test_concat_in_blocks_matches_the_reference(options, device):
+    """As "auto" is on a CPU."""
+    case = _concat.Case(**options)
+    tensors = case.tensors(device)
+    assert_matches_reference(smooth(case.op), tensors, impl="auto", through=case.through)
+    got, want = (evaluate(smooth(case.op), in_double(tensors), impl) for impl in ("auto", "reference"))
+    assert_close(got, want)
 
 
 @pytest.mark.kernel
@@ -296,8 +307,6 @@ def test_one_gradient_alone_of_pairs_is_that_of_the_reference(name, make, device
 @pytest.mark.parametrize("shift", [-80.0, 30.0, 1e4, -1e4])
 def test_pairs_at_any_size_of_the_scores(shift, additive, impl, device):
     """Where the sigmoid underflows too, and where it is 1; far below 0 the softmax is that of the scores."""
-    if additive and impl == "triton":
-        pytest.skip("by the reference alone")
     tensors = pairs(device, 2, 4) if additive else without("v", pairs(device, 2, 4))
     tensors["score_bias"] = tensors["score_bias"] + shift
     plain = attend(additive)
@@ -310,8 +319,6 @@ def test_pairs_at_any_size_of_the_scores(shift, additive, impl, device):
 @pytest.mark.parametrize("shift", [8.0, 14.0])
 def test_a_small_slope_is_not_lost(shift, additive, device):
     """It is 1 - σ(s), of which a difference would leave nothing."""
-    if additive:
-        pytest.skip("by the reference alone")
     tensors = pairs(device, 2, 4) if additive else without("v", pairs(device, 2, 4))
     tensors["score_bias"] = tensors["score_bias"] + shift
     assert_matches_reference(smooth(attend(additive)), tensors, wrt=["query", "key", "score_bias"], large=True)
@@ -341,15 +348,13 @@ def test_scores_and_states_of_pairs_are_of_the_logarithm(make, impl, device):
     torch.testing.assert_close(merge(halves).out, out, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
 @pytest.mark.parametrize("heads", [None, 3])
 @both_scores
 @pytest.mark.parametrize("name", ["key", "score_bias"])
 @pytest.mark.parametrize("form", ["pairs", "keys", "window"])
 def test_pairs_that_are_hidden_and_nan_have_no_gradient(form, name, additive, heads, impl, device):
     """A key that no query sees, and a bias of it."""
-    if additive and impl == "triton":
-        pytest.skip("by the reference alone")
     clean = pairs(device, heads, 4) if additive else without("v", pairs(device, heads, 4))
     clean["mask"] = torch.ones(3, 9, dtype=torch.bool, device=device)
     window = (None, 4) if form == "window" else None
@@ -373,21 +378,7 @@ def test_pairs_that_are_hidden_and_nan_have_no_gradient(form, name, additive, he
 @both_scores
 def test_pairs_are_sigmoids_over_their_sum(additive, queries, heads, impl, device):
     tensors = pairs(device, heads, queries) if additive else without("v", pairs(device, heads, queries))
-    if additive and impl == "triton":
-        pytest.skip("by the reference alone")
     assert_is(smooth(attend(additive)), pairs_by_hand(additive), tensors, impl)
-    if impl == "reference":  # on a CPU "auto" is that
-        got, want = (evaluate(smooth(attend(additive)), tensors, way) for way in ("auto", "reference"))
-        for of_got, of_want in zip(got, want, strict=True):
-            torch.testing.assert_close(of_got, of_want)
-
-
-@pytest.mark.kernel
-def test_pairs_without_a_kernel_say_so(device):
-    tensors = pairs(device, 2, 4)
-    for given in (tensors, pairs(device, 2) | {"dropout_p": 0.5}):
-        with pytest.raises(ValueError, match=r"^impl: 'triton' has a score_activation for one query a sequence only"):
-            concat_attention(**given, score_activation="logsigmoid", impl="triton")
 
 
 @pytest.mark.parametrize("make", [lambda **o: ConcatAttention(3, 5, 4, **o), lambda **o: GeneralAttention(3, 5, **o)])

@@ -100,6 +100,7 @@ class ConcatCase(PairCase):
     DV: int
     activation: str = "tanh"
     weights: bool = False  # whether they are returned, and have a gradient
+    smooth: bool = False  # the score goes through the logarithm of the sigmoid
 
     def _parts(self) -> tuple[str, ...]:
         return (
@@ -108,6 +109,7 @@ class ConcatCase(PairCase):
             "bias" * self.bias,
             "window" * (self.window != (None, None)),
             "weights" * self.weights,
+            "smooth" * self.smooth,
             self._of_ragged(),
             "dropout" * (self.dropout > 0),
         )
@@ -119,7 +121,8 @@ class ConcatCase(PairCase):
         queries, keys = self._rows("queries"), self._rows("keys")
         rows = ((*queries, self.A), (*keys, self.A), (*keys, self.DV), (self.H, self.A))
         tensors = (*(self._empty(*shape) for shape in rows), *self._structure())
-        inputs = ConcatInputs(*tensors, self.activation, *self.window, self.dropout)
+        smooth = "logsigmoid" if self.smooth else "identity"
+        inputs = ConcatInputs(*tensors, self.activation, *self.window, self.dropout, smooth)
         exact = self.dtype.itemsize == 2
         out, lse, scores, more = concat.concat_fwd(inputs, self.weights, self.B * self.Tq * self.Tk, exact)
         needs = [True] * 4 + [self.bias]
@@ -166,6 +169,15 @@ COMPILED = [
     ConcatCase(BF16, 16, 2, 256, 256, 128, 128, ragged=True, bias=True),
     ConcatCase(BF16, 16, 1, 256, 256, 100, 100, "gelu", ragged=True, mask=3, bias=True, window=(100, 0), dropout=0.1),
     ConcatCase(F32, 16, 1, 256, 256, 128, 300, "silu", ragged=True, alone="queries", mask=3, bias=True, weights=True),
+    # the logarithm of the sigmoid
+    ConcatCase(BF16, 4, 1, 256, 512, 128, 128, smooth=True),
+    ConcatCase(BF16, 16, 1, 256, 256, 128, 512, "sigmoid", mask=2, weights=True, smooth=True),
+    ConcatCase(F16, 4, 4, 256, 256, 100, 100, "gelu", mask=3, bias=True, window=(100, 0), dropout=0.1, smooth=True),
+    ConcatCase(BF16, 16, 2, 256, 256, 128, 128, ragged=True, bias=True, weights=True, smooth=True),
+    ConcatCase(F32, 4, 1, 256, 512, 128, 128, smooth=True),
+    ConcatCase(
+        F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1, smooth=True
+    ),
     # ragged keys of which some are hidden
     ConcatCase(BF16, 16, 1, 256, 256, 128, 128, ragged=True, mask=2),
     ConcatCase(F32, 16, 1, 256, 256, 100, 300, "silu", ragged=True, mask=2, window=(100, 0), dropout=0.1),

@@ -19,8 +19,9 @@ gradient of a score, with the factor :math:`\kappa_{ij}` of dropout and :math:`p
 .. math:: g_{ij} = p_{ij} (\kappa_{ij} dO_i \cdot value_j - \delta_i + dlse_i) + dscores_{ij}, \quad
     \delta_i = \sum_j p_{ij} \kappa_{ij} dO_i \cdot value_j
 
-With the whole row at hand, p from its own maximum and sum, and δ from the row too, cancel as the reference's do;
-from lse and :math:`dO_i \cdot o_i` a gradient that should be 0 (one key has it all) came out as 2e-4.
+and where the softmax is of log σ that times 1 - σ. With the whole row at hand, p from its own maximum and sum, and
+δ from the row too, cancel as the reference's do; from lse and :math:`dO_i \cdot o_i` a gradient that should be 0 (one
+key has it all) came out as 2e-4.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class _Call:
 
     def __init__(self, inputs: ConcatInputs, *, guarded: bool = False) -> None:
         query, key, value, v, score_bias, mask, cu_seqlens_q, cu_seqlens_k, self.seed, *options = inputs
-        activation, self.left, self.right, self.dropout_p = options
+        activation, self.left, self.right, self.dropout_p, score_activation = options
+        self.smooth = score_activation == "logsigmoid"
         if mask is not None and mask.dim() != 3:  # what no query or key may use can hold anything, NaN too
             query, key, value = readable(mask, query, key, value)
         (self.B, self.H, self.Tq, self.A), self.Tk = query.shape, key.shape[2]
@@ -312,6 +314,7 @@ class _Call:
             s = s.masked_fill(self.bad_q[t.b, t.h, t.rows] | self.bad_k[t.b, t.h, t.cols].mT, torch.nan)
         if self.bias is not None:
             s += self.pairs(t, self.bias[0] if self.ragged else self.bias)
+        s = F.logsigmoid(s) if self.smooth else s
         return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
 
     def reached(self, t: _Tile, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -427,7 +430,9 @@ def _backward(
     dout = dout.to(call.dtype)
     for t in call.tiles():
         hidden, kept, do = call.hidden(t), call.kept(t), dout[t.b, t.h, t.rows]
-        p, _, total = _softmax(call.scores(t, hidden))
+        s = call.scores(t, hidden)
+        slope = torch.expm1(s).neg_() if call.smooth else None  # 1 - σ, from log σ
+        p, _, total = _softmax(s)
         p /= total.masked_fill_(total == 0, 1)
         if call.bad_q is not None and hidden is not None:
             p.masked_fill_(hidden, 0)
@@ -452,6 +457,8 @@ def _backward(
             more = p * of_lse if more is None else torch.addcmul(more, p, of_lse)
         if more is not None:
             g += more if hidden is None else more.masked_fill(hidden, 0)
+        if slope is not None:
+            g *= slope
         if dbias is not None:
             part = call.pairs(t, dbias[0] if call.ragged else dbias)
             part += g.sum_to_size(part.shape)

@@ -4,6 +4,34 @@ from mutant import Mutant
 
 CONCAT: tuple[Mutant, ...] = (
     Mutant(
+        "kernels/concat.py",
+        "        s = log_sigmoid(s)\n",
+        "        s += 0.0\n",
+        ("tests/test_smoothing.py", "-k", "pairs and concat"),
+        "the softmax of concat is of the scores, not of the logarithm of their sigmoid",
+    ),
+    Mutant(
+        "kernels/concat_walk.py",
+        "            g = tl.where(shown, g * log_sigmoid_grad(s), 0.0)\n",
+        "            g += 0.0\n",
+        ("tests/test_smoothing.py", "-k", "pairs and concat"),
+        "concat lacks the derivative of the sigmoid's logarithm",
+    ),
+    Mutant(
+        "kernels/concat_walk.py",
+        "            g = tl.where(shown, g * log_sigmoid_grad(s), 0.0)\n",
+        "            g *= log_sigmoid_grad(s)\n",
+        ("tests/test_smoothing.py", "-k", "hidden_and_nan"),
+        "a hidden pair of concat has the slope of its score, which may be NaN",
+    ),
+    Mutant(
+        "fused_attn/blocked/concat.py",
+        "            g *= slope\n",
+        "            g *= 1\n",
+        ("tests/test_smoothing.py", "-k", "in_blocks"),
+        "blocks lack the derivative of the sigmoid's logarithm",
+    ),
+    Mutant(
         "kernels/concat_factors.py",
         'tl.where(y == y, tl.abs(y), float("inf"))',
         'tl.where(y == y, -y, float("inf"))',
