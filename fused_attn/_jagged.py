@@ -50,6 +50,39 @@ def jagged_pairs(fn: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def jagged_history(fn: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of one query a sequence take the keys jagged; inside they are packed rows.
+
+    Values, and a mask unless it is packed, are as the keys, and what has a number a key is returned so.
+    """
+    order = tuple(inspect.signature(fn).parameters)
+    at = order.index("key")
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        key = args[at] if len(args) > at else kwargs.get("key")
+        if not is_jagged(key):
+            return fn(*args, **kwargs)
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError("cu_seqlens: expected None with a jagged key, which has offsets; got a tensor")
+        rows = rows_of("key", key)
+        given: dict[str, Any] = {**dict(zip(order, args, strict=False)), **kwargs}
+        given |= {"key": rows.packed, "cu_seqlens": rows.offsets.to(torch.int32)}
+        for name in ("value", "mask"):
+            x = given.get(name)
+            if x is not None and (name == "value" or is_jagged(x)):
+                given[name] = of_rows(name, x, rows, "key")
+        before = [given.pop(name) for name in order[: order.index("query")]]
+        results = cast("Callable[..., Any]", fn)(*before, **given)
+        kinds = _kinds(given)
+        if len(kinds) == 1:
+            return cast("R", results)
+        pairs = zip(kinds, results, strict=True)
+        return cast("R", tuple(rows.nest(x) if kind in OF_PAIRS else x for kind, x in pairs))
+
+    return wrapped
+
+
 def is_jagged(x: Any) -> TypeGuard[Tensor]:
     """Whether x is a tensor of the layout that `torch.nested` calls jagged."""
     return isinstance(x, Tensor) and x.layout == torch.jagged
@@ -57,6 +90,11 @@ def is_jagged(x: Any) -> TypeGuard[Tensor]:
 
 BESIDE = ("weights", "log_weights", "scores", "lse")  # in the order of results
 OF_PAIRS = BESIDE[:3]
+
+
+def _kinds(given: dict[str, Any]) -> list[str]:
+    """What a call returns, in its order; its flags were checked by it."""
+    return ["out"] * (given.get("value") is not False) + [kind for kind in BESIDE if given.get(f"return_{kind}")]
 
 
 class Rows(NamedTuple):
@@ -100,8 +138,7 @@ def _of_packed(fn: Callable[..., Any], given: dict[str, Any], before: list[Any])
             pairs = Rows(query.packed, _keys_of_queries(query, key, given), False)
             given[name] = of_rows(name, x, pairs, "the scores")
     results = fn(*before, **given)
-    kinds = ["out"] * (given.get("value") is not False)
-    kinds += [kind for kind in BESIDE if given.get(f"return_{kind}") is True]
+    kinds = _kinds(given)
     if not any(kind in OF_PAIRS for kind in kinds):
         return query.nest(results)
     pairs = Rows(query.packed, _keys_of_queries(query, key, given), False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference
 from ._checks import Checker, Table, argument, check_activation, check_flag, check_scale, mask_of, offsets_of
 from ._habits import explicit
+from ._jagged import jagged_history
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_of_rows
 from ._results import by_formula, check_wanted, returned
@@ -82,6 +83,7 @@ _TARGET = Operator(
 
 
 @explicit
+@jagged_history
 @exports_from_one
 @under_autocast("query", "key", "w1", "w2", "v", "b1", "b2", "b3", "value")
 def target_attention(
@@ -101,7 +103,10 @@ def target_attention(
     mask: Tensor | None = None,
     cu_seqlens: Offsets | None = None,
     return_weights: bool = False,
+    return_log_weights: bool = False,
     return_scores: bool = False,
+    return_lse: bool = False,
+    return_state: bool = False,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Any, ...]:
     r"""Target attention (DIN): an MLP scores every key of a user's history beside the one query, the target.
@@ -122,7 +127,8 @@ def target_attention(
         The target, ``(B, D)``; with `cu_seqlens` ``(S, D)``. float16, bfloat16 or float32; float64 by the reference
         only.
     key
-        The history, ``(B, T, D)``, or packed ``(N, D)`` with `cu_seqlens`.
+        The history, ``(B, T, D)``; packed ``(N, D)`` with `cu_seqlens`; or a jagged ``torch.nested`` tensor, whose
+        values, and a mask, are jagged too.
     w1, b1
         ``(4D, A)``, whose rows meet the query, the key, their difference and their product, and ``(A,)``: the order
         of DIN's published code, DeepCTR and RecBole.
@@ -148,20 +154,24 @@ def target_attention(
         Return the weights too: of a softmax, or the scores, 0 where the mask hides.
     return_scores
         Return the scores too, in float32 (float64 where the inputs are), -inf where the mask hides.
+    return_log_weights, return_lse, return_state
+        Of a softmax alone, see `location_attention`.
     impl
         ``"auto"``: the Triton kernel on a GPU, PyTorch elsewhere, for float64 and for more than 128 units of the
         second layer. ``"triton"`` and ``"reference"`` never fall back.
 
     Returns
     -------
-    Tensor or tuple
-        The output ``(B, Dv)``, S for B where ragged, alone, or a tuple of it and what is asked for, in the order
-        weights, scores. Both are ``(B, T)`` or packed ``(N,)``, and differentiable.
+    Tensor, State or tuple
+        The output ``(B, Dv)``, S for B where ragged, or the state alone, or a tuple of it and what is asked for, in
+        the order weights, log weights, scores, lse. The first three are ``(B, T)``, packed ``(N,)``, or jagged as the
+        history is; m, log_l and lse ``(B,)``. All are differentiable.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments that do not fit, and an `impl` that cannot run here.
+        For arguments that do not fit, what only a softmax has asked for without one, and an `impl` that cannot run
+        here.
 
     References
     ----------
@@ -171,8 +181,11 @@ def target_attention(
     cu_seqlens = as_offsets(cu_seqlens)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a torch.Tensor; got {type(query).__name__}")
-    wanted = check_wanted(return_weights, return_scores)
+    wanted = check_wanted(return_weights, return_scores, return_lse, return_state, return_log_weights)
     softmax = check_flag("softmax", softmax)
+    for name in () if softmax else ("log_weights", "lse", "state"):
+        if getattr(wanted, name):
+            raise ValueError(f"return_{name}: expected False without softmax=True, which it is of; got True")
     _validate(query, key, w1, w2, v, b1, b2, b3, value, mask, cu_seqlens, activation)
     scale = check_scale(scale, query.dtype)
 
@@ -189,8 +202,8 @@ def target_attention(
     elif w2 is not None and w2.shape[1] > MAX_UNITS:
         unsupported = f"holds at most {MAX_UNITS} units of the second layer"
     if use_triton(impl, query.device, unsupported):
-        out, lse, scores, _ = _TARGET(inputs, keeps_exact(*inputs[:10]))
-        weights = None
+        out, lse, scores, exact = _TARGET(inputs, keeps_exact(*inputs[:10], state=wanted.state))
+        out, weights = wanted.output_of(out, exact), None
     else:
         out, lse, scores, weights = by_formula(_TARGET.formula, inputs, wanted)
     if wanted.weights and weights is None and softmax:
@@ -198,8 +211,9 @@ def target_attention(
     elif wanted.weights and weights is None:
         weights = scores if mask is None else scores.masked_fill(~mask[..., None], 0)
 
-    of_keys = (None if x is None else x.squeeze(-1) for x in (weights, scores))
-    return returned(wanted, query.dtype, out.squeeze(1), None, *of_keys)
+    log_weights = weights_of_rows(scores, lse, cu_seqlens, log=True) if wanted.log_weights else None
+    of_keys = (None if x is None else x.squeeze(-1) for x in (weights, scores, log_weights))
+    return returned(wanted, query.dtype, out.squeeze(1), lse.squeeze(1) if wanted.normaliser else None, *of_keys)
 
 
 def _validate(

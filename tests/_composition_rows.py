@@ -283,6 +283,7 @@ def _pairs() -> None:
             "score_bias": r(1, 2, T, T),
             "mask": seen(B, T),
         },
+        kept=("score_bias", "scale"),
     )
     add(
         "general padded, one query, keys of one head",
@@ -522,6 +523,11 @@ def _scores_and_states() -> None:
         lambda i, **t: sunk(location_attention(**t, return_state=True, impl=i)),
         lambda B, T: {"h": r(B, T, 4), "w": r(4, 2)},
     )
+    add(
+        "target padded, states",
+        lambda i, **t: sunk(target_attention(**t, w2=None, softmax=True, return_state=True, impl=i)),
+        lambda B, T: {"query": r(B, 4), "key": r(B, T, 4), "w1": r(16, 3), "v": r(3), "mask": seen(B, T)},
+    )
     pairs: tuple[tuple[str, Callable, dict[str, Tensor]], ...] = (
         ("concat", concat_attention, {"v": r(4)}),
         ("general", general_attention, {}),
@@ -615,6 +621,14 @@ def _dropout_and_jagged() -> None:
         "location jagged",
         lambda i, h, c, **t: location_attention(torch.nested.nested_tensor_from_jagged(h, c.long()), **t, impl=i),
         lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3, 2), "c": offsets(B * T, B)},
+        columns=("compile", "inference_mode", "saved-tensor hooks"),
+    )
+    add(
+        "target jagged",
+        lambda i, key, c, **t: target_attention(
+            key=torch.nested.nested_tensor_from_jagged(key, c.long()), **t, w2=None, softmax=True, impl=i
+        ),
+        lambda B, T: {"key": r(B * T, 4), "query": r(B, 4), "w1": r(16, 3), "v": r(3), "c": offsets(B * T, B)},
         columns=("compile", "inference_mode", "saved-tensor hooks"),
     )
     add(

@@ -238,6 +238,33 @@ TARGET = {
     "mask of numbers": type_error("mask: expected dtype bool; got float32", mask=floats(B, TK)),
     "mask of other rows": value_error("mask: expected shape (B, T)", mask=bools(B, TK + 1)),
     "unknown activation": value_error("activation: expected one of identity, tanh", activation="dice"),
+    **{
+        f"{name} without a softmax": value_error(
+            f"{name}: expected False without softmax=True, which it is of; got True", **{name: True}
+        )
+        for name in ("return_log_weights", "return_lse", "return_state")
+    },
+    "jagged key with cu_seqlens": value_error(
+        "cu_seqlens: expected None with a jagged key, which has offsets; got a tensor",
+        key=JAGGED,
+        query=floats(S, D),
+        value=None,
+        mask=None,
+        cu_seqlens=CU_N,
+    ),
+    "jagged key with packed values": value_error(
+        "value: expected a jagged tensor, as key is; got (8, 6)",
+        key=JAGGED,
+        query=floats(S, D),
+        value=floats(N, D),
+        mask=None,
+    ),
+    "jagged key of other users": value_error(
+        "query: expected shape (S, D) with S = 3 from cu_seqlens; got (2, 6): S is 2",
+        key=JAGGED,
+        value=None,
+        mask=None,
+    ),
     "softmax of a number": type_error("softmax: expected True or False; got 1", softmax=1),
     "scale of infinity": value_error("scale: expected a finite number", scale=float("inf")),
 }

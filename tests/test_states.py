@@ -9,6 +9,7 @@ import _general
 import _graph
 import _location
 import _statistics_pooling
+import _target
 import pytest
 import torch
 from _compare import assert_as_exact, evaluate, in_double, rough_runs
@@ -41,6 +42,9 @@ PAIRS = {
     "location, gated": _location.Case(rows=300, score="gated", context="sequence"),
     "location, ragged": _location.Case(rows=43, ragged=True, mask="random", context="row", score_bias=True),
     "location, ragged hops": _location.Case(rows=43, ragged=True, score="projected_hops", context="sequence"),
+    "target": _target.Case(rows=63, mask="empty", value=7),
+    "target, one layer": _target.Case(rows=70, second=None, activation="relu", scale=0.3),
+    "target, ragged": _target.Case(rows=43, ragged=True, mask="random"),
     "graph": _graph.Case(queries=6, edges=40),
     "graph, a hub": _graph.Case(edges=300, graph="hub", heads=4, value_dim=None, edge=False),
     "graph, no heads": _graph.Case(queries=6, edges=40, heads=None, value_dim=None),
@@ -60,6 +64,8 @@ def returning(case, **flags):
         return _statistics_pooling.operator(activation=case.activation, floor=case.floor, **options)
     if isinstance(case, _graph.Case):
         return _graph.operator(activation=case.activation, **options)
+    if isinstance(case, _target.Case):
+        return _target.operator(**case.options, **options)
     if isinstance(case, _location.Case):
         return _location.operator(activation=case.activation, dropout_p=case.dropout_p, **options)
     options["window"] = case.window

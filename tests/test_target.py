@@ -226,6 +226,65 @@ def test_the_scores_have_gradients(softmax, device):
     assert_matches_reference(op, case.tensors(device))
 
 
+@each_impl
+def test_a_state_and_what_is_beside_it_are_of_the_softmax(impl, device):
+    case = Case(rows=15, mask="empty")
+    tensors = case.tensors(device)
+    names = ("weights", "log_weights", "scores", "lse", "state")
+    call = operator(**case.options, **{f"return_{name}": True for name in names})
+    state, weights, logs, scores, lse = call(impl=impl, **tensors)
+    torch.testing.assert_close(lse, scores.logsumexp(1))
+    torch.testing.assert_close(logs.exp(), weights)
+    torch.testing.assert_close(state.lse, lse)
+    torch.testing.assert_close(state.out, operator(**case.options)(impl=impl, **tensors)[0])
+
+
+@each_impl
+@with_softmax
+def test_a_jagged_history_is_its_rows(softmax, impl, device):
+    case = Case(rows=21, ragged=True, value=5, mask="random", softmax=softmax)
+    tensors = case.tensors(device)
+    beside = ("weights", "log_weights", "scores", "lse") if softmax else ("weights", "scores")
+    call = operator(**case.options, **{f"return_{name}": True for name in beside})
+    cu = tensors["cu_seqlens"].long()
+
+    def jagged(*, cu_seqlens, mask_too=False, **arguments):
+        names = ("key", "value", "mask") if mask_too else ("key", "value")
+        nested = {n: torch.nested.nested_tensor_from_jagged(arguments[n], cu) for n in names}
+        results = call(**{**arguments, **nested})
+        assert [x.is_nested for x in results] == [name in beside[:3] for name in ("out", *beside)]
+        return [x.values() if x.is_nested else x for x in results]
+
+    leaves = {n: x.requires_grad_(x.is_floating_point()) for n, x in tensors.items()}
+    inputs = [x for x in leaves.values() if x.requires_grad]
+
+    def with_gradients(call, **more):
+        results = call(impl=impl, **leaves, **more)
+        shown = [x.masked_fill(x == -torch.inf, 0) for x in results]
+        return [*shown, *torch.autograd.grad(sum((x * x).sum() for x in shown), inputs)]
+
+    want = with_gradients(call)
+    for more in ({}, {"mask_too": True}):
+        for x, y in zip(with_gradients(jagged, **more), want, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@each_impl
+def test_the_module_takes_a_jagged_history(impl, device):
+    module = TargetAttention(5, 6, softmax=True).to(device)
+    rows, query = torch.randn(9, 5, device=device), torch.randn(3, 5, device=device)
+    cu = offsets([4, 0, 5], device)
+    want, weights = module(query, rows, cu_seqlens=cu, return_weights=True, impl=impl)
+    nested = torch.nested.nested_tensor_from_jagged(rows, cu.long())
+    got, made = module(query, nested, return_weights=True, impl=impl)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(made.values(), weights)
+    assert made.offsets().tolist() == cu.tolist()
+    torch.testing.assert_close(module(query, nested, impl=impl), want)
+    state = module(query, nested, return_state=True, impl=impl)
+    torch.testing.assert_close(state.out, want)
+
+
 @pytest.mark.parametrize("units", [128, 129])
 def test_more_units_than_a_kernel_holds_go_to_the_reference(units, device):
     tensors = Case(rows=5, second=units).tensors(device)

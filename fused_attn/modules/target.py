@@ -18,6 +18,7 @@ from .._checks import (
     weight_of,
 )
 from .._habits import explicit
+from .._jagged import jagged_history
 from .._ops import Impl
 from ..segments import Offsets, as_offsets
 from ..target import target_attention
@@ -93,6 +94,7 @@ class TargetAttention(Attention):
         self.score = nn.Linear(attn_dim if second_dim is None else second_dim, 1, **made)
 
     @explicit
+    @jagged_history
     def forward(
         self,
         query: Tensor,
@@ -102,7 +104,10 @@ class TargetAttention(Attention):
         mask: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
         return_scores: bool = False,
+        return_lse: bool = False,
+        return_state: bool = False,
         impl: Impl = "auto",
     ) -> Tensor | tuple[Any, ...]:
         """Pool the history `key` for the target `query`; the rest is as in `target_attention`."""
@@ -128,6 +133,9 @@ class TargetAttention(Attention):
             mask=mask,
             cu_seqlens=cu_seqlens,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
             return_scores=return_scores,
+            return_lse=return_lse,
+            return_state=return_state,
             impl=impl,
         )
