@@ -151,9 +151,9 @@ def _pooled(inputs: LocationAwareInputs, score_activation: str) -> tuple[Tensor,
     return out[:, 0], weights_of_rows(scores, lse, inputs.cu_seqlens)[..., 0].to(inputs.value.dtype)
 
 
-def _weights_of_steps(inputs: LocationAwareSequenceInputs, score_activation: str = "identity") -> tuple[Tensor]:
+def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
     """The weights of all steps on canonical arguments, ``(B, Tq, Tk)`` in at least float32: the loop."""
-    query, key, v, previous, conv_weight, u, score_bias, mask, activation, cumulative = inputs
+    query, key, v, previous, conv_weight, u, score_bias, mask, activation, cumulative, score_activation = inputs
     wide = torch.promote_types(key.dtype, torch.float32)
     query, key, v, conv_weight, u = (x.to(wide) for x in (query, key, v, conv_weight, u))
     seen = key.new_zeros(_history_shape(key, conv_weight)) if previous is None else previous.to(wide)
@@ -386,8 +386,7 @@ def location_aware_sequence(
     key, value, v, conv_weight, u, activation, mask, score_bias, dropout_p, impl
         As in `location_aware_attention`. The bias is that of every step.
     score_activation
-        As there. No kernel walks steps with "logsigmoid": ``impl="triton"`` raises, and ``"auto"`` is the loop of
-        PyTorch, or pass steps one after the other to `location_aware_attention`.
+        As there, by the kernels that walk the steps; their backward then makes the scores again.
     previous
         What the first step sees, ``(B, Tk)``, or of P channels ``(B, P, Tk)``; zeros where None.
     cumulative
@@ -416,14 +415,12 @@ def location_aware_sequence(
     _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)
     check_score_activation("score_activation", score_activation)
     tensors = query, key, v, previous, conv_weight, u, score_bias
-    inputs = LocationAwareSequenceInputs(*tensors, mask, activation, check_flag("cumulative", cumulative))
-    unsupported = "has no float64" if query.dtype == torch.float64 else None
-    if score_activation != "identity":
-        unsupported = f"has no score_activation of a sequence; got {score_activation!r}"
-    if use_triton(impl, query.device, unsupported):
+    options = activation, check_flag("cumulative", cumulative), score_activation
+    inputs = LocationAwareSequenceInputs(*tensors, mask, *options)
+    if use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
         weights, _ = _WALK(inputs, may_ask(*tensors))
     else:
-        (weights,) = _weights_of_steps(inputs, score_activation)
+        (weights,) = _weights_of_steps(inputs)
     if mask is not None:
         value = value.masked_fill(~mask[..., None], 0)
     shares = weights

@@ -169,6 +169,7 @@ class LocationAwareSequenceInputs(NamedTuple):
     mask: Tensor | None  # bool (B, Tk)
     activation: str
     cumulative: bool
+    score_activation: str = "identity"  # or "logsigmoid", of a score and its bias
 
 
 class GraphInputs(NamedTuple):

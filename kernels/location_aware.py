@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, log_sigmoid
 from .arguments import (
     constants,
     entries,
@@ -166,6 +166,8 @@ def score_keys(
         s += tl.sum(rounded_product(v[None, :], activate(z, flags.ACT, flags.FAST)), axis=1)
     if bias.ptr is not None:
         s += tl.load(entry_ptr(bias, batch, t), mask=keep, other=0.0).to(tl.float32)
+    if flags.SMOOTH:
+        s = log_sigmoid(s)
     return tl.where(keep, s, float("-inf"))
 
 
@@ -395,6 +397,7 @@ class Flags(NamedTuple):
     SUM: bool = False  # a step sees the sum of all before it: see location_aware_walk.py
     WALK: bool = False  # several steps, and an item is one tile: see location_aware_bwd.py
     P: int = 1  # channels of the history
+    SMOOTH: bool = False  # scores go through the logarithm of the sigmoid: see location_aware_walk.py
 
 
 class Call(NamedTuple):

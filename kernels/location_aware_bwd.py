@@ -54,7 +54,7 @@ class Given(NamedTuple):
     """Float32, contiguous: weights and their gradients, of which δ_i is the sum of so many parts."""
 
     weights: Tensor  # (B, Tq, Tk), where rows are packed (1, 1, N)
-    g: Tensor  # the same
+    g: Tensor  # the same; with `SMOOTH` ds
     delta: Tensor  # (B, Tq, parts), or (items,)
 
 
@@ -120,8 +120,18 @@ def _aware_bwd_values_kernel(
 
 
 @triton.jit
-def gradient_of_scores(given, row, Tk, t, part0, parts, keep, BLOCK: tl.constexpr):
+def gradient_of_scores(given, row, Tk, t, part0, parts, keep, flags, BLOCK: tl.constexpr):
     """ds [BLOCK_T] of keys; row: batch entry and step, whose δ has so many parts from `part0` on."""
+    if flags.SMOOTH:  # which the walk has left in place of g
+        ds = tl.load(given.g + row * Tk + t, mask=keep, other=0.0)
+    else:
+        ds = gradient_of_softmax(given, row, Tk, t, part0, parts, keep, BLOCK)
+    return ds
+
+
+@triton.jit
+def gradient_of_softmax(given, row, Tk, t, part0, parts, keep, BLOCK: tl.constexpr):
+    """α (g - δ) [BLOCK_T] of keys."""
     delta = tl.zeros([1], tl.float32)
     for i0 in range(0, parts, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
@@ -203,10 +213,10 @@ def _aware_bwd_scores_kernel(
             step = i + item * 0  # a tensor for the interpreter too
             row = batch * Tq + step
             if spans.cu is None:
-                ds = gradient_of_scores(given, row, Tk, t, row * splits, splits, keep, 32)
+                ds = gradient_of_scores(given, row, Tk, t, row * splits, splits, keep, flags, 32)
             else:  # its parts are of these items
                 part0, past = items_of(seq, spans, per_seq, rows_per_item)
-                ds = gradient_of_scores(given, row, Tk, t, part0, past - part0, keep, 32)
+                ds = gradient_of_scores(given, row, Tk, t, part0, past - part0, keep, flags, 32)
             z = query_and_keys(k_ptrs, keep, sequence_ptr(q, seq, step), a, size)
             if flags.ONE_C:
                 f = location_features(seen, mask, batch, step, t, c, first, last, filters, size, flags, blocks)

@@ -8,6 +8,9 @@ the step before or, `SUM`, the sum of all before, and p_0 is given. With the nam
 Of a history of P channels, p_i has the last weights, the oldest first, and with `SUM` the last channel is the sum: of
 two, the last weights and the sum of all. Going on, each channel of weights becomes that of the one after it.
 
+With `SMOOTH` the softmax is of log σ(s), and ds is 1 - σ(s) times what it is else: the walk back makes the scores of
+a step again, and leaves ds in place of g.
+
 A step needs the keys only. The outputs Σ_j α_ij value_j are one matrix product of all weights after the walk, and the
 gradients of weights and values two before and after the walk back, by PyTorch.
 
@@ -25,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_grad
-from .arguments import constants, first_row, launch, pitch, sequence_ptr
+from .activations import activate, activate_grad, log_sigmoid_grad
+from .arguments import constants, entries, first_row, launch, pitch, sequence_ptr
 from .chip import LENGTHS, Chip, all_registers, even, pow2, rule, tile_rows
 from .inputs import LocationAwareSequenceInputs
 from .location_aware import (
@@ -42,7 +45,7 @@ from .location_aware import (
     query_and_keys,
     score_keys,
 )
-from .location_aware_bwd import Given, Wanted, gradient_of_scores, of_scores
+from .location_aware_bwd import Given, Wanted, gradient_of_scores, gradient_of_softmax, of_scores
 from .masks import unmasked
 from .products import add_product, tile_product
 from .softmax import exp, finish, online_softmax, pivot
@@ -115,6 +118,7 @@ def _aware_walk_bwd_kernel(
     v_ptr,  # (A,)
     filters,
     seen,  # (B, P, Tq, Tk), or (B, Tq, Tk)
+    bias,  # (B, Tk) with SMOOTH, or None
     mask,
     dweights_ptr,  # (B, Tq, Tk) float32, or None
     given,
@@ -152,11 +156,23 @@ def _aware_walk_bwd_kernel(
             delta += tl.sum(tl.load(given.weights + row * Tk + t, mask=keep, other=0.0) * g, axis=0)
         tl.store(given.delta + row + tl.arange(0, 1), delta)
         tl.debug_barrier()  # other threads read g and δ than have written them
+        if flags.SMOOTH:
+            for t0 in range(0, Tk, blocks.T):
+                t = t0 + tl.arange(0, blocks.T)
+                keep = unmasked(mask, seq, t, t < Tk)
+                k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
+                s = score_keys(
+                    k_ptrs, keep, q_ptr, seen, mask, bias, seq, step, t, 0, Tk, v_ptr, filters, size, flags, blocks
+                )
+                ds = gradient_of_softmax(given, row, Tk, t, row, 1, keep, 1) * log_sigmoid_grad(s)
+                tl.debug_barrier()  # threads that have the same keys read before one of them writes
+                tl.store(given.g + row * Tk + t, ds, mask=keep)
+            tl.debug_barrier()  # and other threads read ds
         for t0 in range(0, Tk, blocks.T):
             t = t0 + tl.arange(0, blocks.T)
             keep = unmasked(mask, seq, t, t < Tk)
             k_ptrs = k_ptr + t.to(tl.int64) * pitch(k)
-            ds = gradient_of_scores(given, row, Tk, t, row, 1, keep, 1)
+            ds = gradient_of_scores(given, row, Tk, t, row, 1, keep, flags, 1)
             for c0 in range(0, size.C, blocks.C):
                 c = c0 + tl.arange(0, blocks.C)
                 df = tl.zeros([blocks.T, blocks.C], tl.float32)
@@ -230,9 +246,9 @@ def channels_first(seen: Tensor) -> Tensor:
 
 
 def _prepare(inputs: LocationAwareSequenceInputs, seen: Tensor) -> Call:
-    query, key, v, _, conv_weight, u, score_bias, mask, activation, cumulative = inputs
+    query, key, v, _, conv_weight, u, score_bias, mask, activation, cumulative, score_activation = inputs
     call = prepare(query, key, None, v, seen, conv_weight, u, score_bias, mask, activation)
-    return call._replace(flags=call.flags._replace(SUM=cumulative))
+    return call._replace(flags=call.flags._replace(SUM=cumulative, SMOOTH=score_activation == "logsigmoid"))
 
 
 def location_aware_walk_fwd(inputs: LocationAwareSequenceInputs, need_seen: bool) -> tuple[Tensor, Tensor]:
@@ -277,6 +293,7 @@ def location_aware_walk_bwd(
     given = Given(weights, torch.empty_like(weights), weights.new_empty(B, Tq, 1))
     dp = weights.new_empty(seen[:, 0].shape)
     args = call.args | {
+        "bias": call.args["bias"] if call.flags.SMOOTH else entries(None, packed=False),
         "dweights_ptr": None if dweights is None else dweights.contiguous(),
         "given": given,
         "dp_ptr": dp,

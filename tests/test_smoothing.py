@@ -140,19 +140,19 @@ def test_scores_and_states_are_of_the_logarithm(impl, device):
     torch.testing.assert_close(merge(parts).out, out, rtol=1e-4, atol=1e-5)
 
 
-def aware(device, channels=()):
+def aware(device, channels=(), steps=(), *, keys=13, attn_dim=6, filters=2):
     torch.manual_seed(0)
     tensors = {
-        "query": torch.randn(3, 6),
-        "key": torch.randn(3, 13, 6),
-        "value": torch.randn(3, 13, 5),
-        "v": torch.randn(6),
-        "previous": torch.rand(3, *channels, 13),
-        "conv_weight": torch.randn(2, *channels, 3),
-        "u": torch.randn(2, 6),
-        "score_bias": torch.randn(3, 13),
+        "query": torch.randn(3, *steps, attn_dim),
+        "key": torch.randn(3, keys, attn_dim),
+        "value": torch.randn(3, keys, 5),
+        "v": torch.randn(attn_dim),
+        "previous": torch.rand(3, *channels, keys),
+        "conv_weight": torch.randn(filters, *channels, 3),
+        "u": torch.randn(filters, attn_dim),
+        "score_bias": torch.randn(3, keys),
     }
-    tensors["mask"] = torch.arange(13) < torch.tensor([[13], [5], [0]])
+    tensors["mask"] = torch.arange(keys) < torch.tensor([[keys], [5], [0]])
     return {name: x.to(device) for name, x in tensors.items()}
 
 
@@ -179,21 +179,62 @@ def test_location_aware_weights_are_sigmoids_over_their_sum(impl, device):
         return (alpha[:, None] @ value)[:, 0], alpha
 
     assert_is(smooth(location_aware_attention), by_hand, tensors, impl)
-    queries = torch.randn(3, 4, 6, device=device)
-    given = {name: x for name, x in tensors.items() if name not in ("query", "previous")}
-    outs, weights = smooth(location_aware_sequence)(query=queries, **given)
-    alpha = torch.zeros(3, 13, device=device)
-    for i in range(4):
-        out, alpha = by_hand(impl="", query=queries[:, i], previous=alpha, **given)
-        torch.testing.assert_close((outs[:, i], weights[:, i]), (out, alpha), rtol=1e-4, atol=1e-5)
+
+    def steps_by_hand(*, query, previous, **given):
+        found = []
+        for step in query.unbind(1):
+            found.append(by_hand(query=step, previous=previous, **given))
+            previous = found[-1][1]
+        return tuple(torch.stack(x, 1) for x in zip(*found, strict=True))
+
+    tensors["query"] = torch.randn(3, 4, 6, device=device)
+    assert_is(smooth(location_aware_sequence), steps_by_hand, tensors, impl)
+
+
+def walk(cumulative):
+    return smooth(lambda **given: location_aware_sequence(**given, cumulative=cumulative))
 
 
 @pytest.mark.kernel
-def test_a_sequence_of_steps_has_no_kernel(device):
-    tensors = aware(device)
-    query, _ = tensors.pop("query"), tensors.pop("previous")
-    with pytest.raises(ValueError, match=r"^impl: 'triton' has no score_activation of a sequence; got 'logsigmoid'"):
-        location_aware_sequence(query[:, None], **tensors, score_activation="logsigmoid", impl="triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(), (2,)])
+@pytest.mark.parametrize("cumulative", [False, True], ids=["last", "sum"])
+def test_a_sequence_of_steps_matches_the_reference(cumulative, channels, dtype, device):
+    tensors = {n: x.to(dtype) if x.is_floating_point() else x for n, x in aware(device, channels, (4,)).items()}
+    assert_matches_reference(walk(cumulative), tensors, dtype=dtype)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("sizes", [{"keys": 40}, {"attn_dim": 70}, {"keys": 19, "filters": 35}], ids=str)
+def test_a_sequence_of_more_than_a_tile_matches_the_reference(sizes, device):
+    tensors = aware(device, (), (3,), **sizes)
+    tensors["v"] /= tensors["v"].shape[0] ** 0.5
+    assert_matches_reference(walk(True), tensors)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", ["query", "key", "v", "previous", "conv_weight", "u", "score_bias"])
+def test_one_gradient_alone_of_a_sequence_is_that_of_the_reference(name, device):
+    assert_matches_reference(walk(False), aware(device, (), (3,)), wrt=[name])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shift", [-1e4, -80.0, 14.0, 1e4])
+def test_a_sequence_at_any_size_of_the_scores(shift, device):
+    """Gradients of the scores by themselves, which are small where σ is near 1."""
+    tensors = aware(device, (), (4,))
+    tensors["score_bias"] = tensors["score_bias"] + shift
+    assert_matches_reference(walk(False), tensors, wrt=["query", "key", "v", "score_bias"], large=True)
+
+
+@pytest.mark.kernel
+def test_a_sequence_never_reads_what_is_hidden(device):
+    clean = aware(device, (), (4,))
+    spoilt = {name: x.clone() for name, x in clean.items()}
+    for name in ("key", "value", "score_bias"):
+        spoilt[name][~clean["mask"]] = torch.nan
+    spoilt["query"][2] = torch.nan
+    assert_close(*(evaluate(walk(True), tensors, "triton") for tensors in (spoilt, clean)))
 
 
 def pairs(device, heads, queries=1, dtype=torch.float32):

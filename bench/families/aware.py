@@ -118,11 +118,12 @@ class WalkCase(StepCase):
 
     Tq: int = 1
     cumulative: bool = False
+    smooth: bool = False  # the score goes through the logarithm of the sigmoid
 
     lengths = ("Tk", "Tq")
 
     def _parts(self) -> tuple[str, ...]:
-        return (*super()._parts(), f"Tq{self.Tq}", "cumulative" * self.cumulative)
+        return (*super()._parts(), f"Tq{self.Tq}", "cumulative" * self.cumulative, "smooth" * self.smooth)
 
     def _launch(self) -> None:
         from fused_attn.kernels import location_aware_walk
@@ -137,6 +138,7 @@ class WalkCase(StepCase):
             self._empty(B, Tk, dtype=torch.bool) if self.mask else None,
             self.activation,
             self.cumulative,
+            "logsigmoid" if self.smooth else "identity",
         )
         location_aware_walk.location_aware_walk_fwd(inputs, False)
         weights, seen = location_aware_walk.location_aware_walk_fwd(inputs, True)
@@ -173,8 +175,13 @@ COMPILED = [
     WalkCase(BF16, 32, 400, **_LAS, mask=True, bias=True, Tq=50),
     WalkCase(F16, 30, 20, 100, 50, 3, 5, "relu", Tq=7),
     WalkCase(F32, 30, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, Tq=7, cumulative=True),
+    # the logarithm of the sigmoid
+    WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, bias=True, Tq=500, cumulative=True, P=2, smooth=True),
+    WalkCase(F32, 64, 150, **_TACOTRON, mask=True, bias=True, Tq=500, cumulative=True, P=2, smooth=True),
+    WalkCase(F16, 32, 400, **_LAS, mask=True, bias=True, Tq=50, smooth=True),
+    WalkCase(F32, 30, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, Tq=7, smooth=True),
 ]
-BRIEF = [*COMPILED[1:3], COMPILED[-5]]
+BRIEF = [*COMPILED[1:3], COMPILED[-9]]
 VARIED = {
     "aware": [
         StepCase(BF16, 3, 1, 64, 64, 16, 31, mask=True),

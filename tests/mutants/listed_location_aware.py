@@ -5,6 +5,27 @@ from mutant import Mutant
 LOCATION_AWARE: tuple[Mutant, ...] = (
     Mutant(
         "kernels/location_aware.py",
+        "        s = log_sigmoid(s)\n",
+        "        s += 0.0\n",
+        ("tests/test_smoothing.py", "-k", "sequence_of_steps"),
+        "steps have the softmax of the scores, not of the logarithm of their sigmoid",
+    ),
+    Mutant(
+        "kernels/location_aware_walk.py",
+        "gradient_of_softmax(given, row, Tk, t, row, 1, keep, 1) * log_sigmoid_grad(s)\n",
+        "gradient_of_softmax(given, row, Tk, t, row, 1, keep, 1) + 0.0 * s\n",
+        ("tests/test_smoothing.py", "-k", "sequence_of_steps"),
+        "steps lack the derivative of the sigmoid's logarithm",
+    ),
+    Mutant(
+        "kernels/location_aware_bwd.py",
+        "        ds = tl.load(given.g + row * Tk + t, mask=keep, other=0.0)\n",
+        "        ds = gradient_of_softmax(given, row, Tk, t, parts, keep, BLOCK)\n",
+        ("tests/test_smoothing.py", "-k", "sequence_of_steps"),
+        "the gradient of a softmax is taken twice",
+    ),
+    Mutant(
+        "kernels/location_aware.py",
         "    at = t[:, None] + (k - size.K // 2)[None, :]\n",
         "    at = t[:, None] + (k - size.K // 2 + 1)[None, :]\n",
         ("tests/test_location_aware.py", "-k", "by_hand"),
