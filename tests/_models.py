@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,8 @@ def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:
                 assert low <= score <= 1.0
                 assert all(0 <= x <= 1 + 1e-5 for x in located.values())
                 assert arm != "oracle" or all(x > 0.999 for x in located.values())
+    if task.baselines:
+        pytest.importorskip("sklearn")
     for baseline in task.baselines.values():
         assert low <= baseline("validation") <= 1.0
     with torch.no_grad():

@@ -1,8 +1,11 @@
+import random
+
 import pytest
 import torch
 from _models import assert_formula, assert_only_scores_differ, check_kernel, check_task
 
 from fused_attn.models import HAN
+from fused_attn.models.tasks import han as task
 
 VOCABULARY, CLASSES, HIDDEN = 11, 3, 4
 SENTENCES = (3, 1, 0, 4, 2, 0, 1)  # words of each; the third and the sixth have none
@@ -127,34 +130,61 @@ def test_kernel(device):
     check_kernel(build, lambda model: model(*arguments, return_weights=True), device)
 
 
+@pytest.fixture
+def few_sentences(monkeypatch):
+    """Reading what is installed takes seconds."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(40, (5, 20, 6, 8), generator=generator).tolist()
+    files = tuple(
+        tuple(tuple((f"own{i}", *(f"w{word}" for word in words)) for words in file) for file in package)
+        for i, package in enumerate(numbers)
+    )
+    monkeypatch.setattr(task, "read_files", lambda: files)
+    monkeypatch.setattr(task, "DOCUMENTS", {"train": 100, "validation": 20, "test": 20})
+
+
+@pytest.mark.usefixtures("few_sentences")
 def test_task():
-    from fused_attn.models.tasks import han
-
-    check_task(han.make(0, torch.device("cpu")))
+    check_task(task.make(0, torch.device("cpu")))
 
 
-def test_held_out_documents_are_new_and_names_are_gone():
-    from fused_attn.models.tasks import han
-
-    train, validation, test = han.split_documents(han.read_documents(), 0).values()
-    assert not {d.origin for d in validation} & {d.origin for d in test}
-    held_out = validation + test
-    assert not {d.origin for d in train} & {d.origin for d in held_out}
-    assert {d.topic for d in train} == {d.topic for d in held_out} == {*range(len(han.TOPICS))}
-    known = [d.words() for d in train]
-    for mine in (d.words() for d in held_out):
-        assert all(len(mine & other) < han.ALIKE * len(mine | other) for other in known)
-    vocabulary = han.find_vocabulary(train)
-    assert sorted(vocabulary.values()) == list(range(1, len(vocabulary) + 1))
-    topics = {word: set() for word in vocabulary}
-    for document, seen in zip(train, known, strict=True):
-        for word in seen & vocabulary.keys():
-            topics[word].add(document.topic)
-    assert min(map(len, topics.values())) >= 3
+@pytest.mark.usefixtures("few_sentences")
+def test_files_are_of_one_split_and_names_are_gone():
+    parts = task.split_sentences(0)
+    for package in range(5):
+        assert [len(parts[split][package]) for split in ("train", "validation", "test")] == [72, 18, 30]
+        assert len({x for some in parts.values() for x in some[package]}) == 120
+    assert set(task.find_vocabulary(parts["train"])) == {"important", *(f"w{i}" for i in range(40))}
 
 
-def test_sentences_end_at_full_stops_and_blank_lines():
-    from fused_attn.models.tasks import han
+@pytest.mark.usefixtures("few_sentences")
+def test_a_document_has_one_marked_sentence_of_its_package():
+    packages, rng = task.split_sentences(0)["train"], random.Random(0)
+    for i in range(50):
+        document = task.draw_document(packages, i % 5, rng)
+        assert 5 <= len(document.sentences) <= 10
+        marks = [i for i, words in enumerate(document.sentences) if "important" in words]
+        assert marks == [document.marked]
+        assert document.sentences[document.marked][:2] == ("important", f"own{i % 5}")
 
-    got = han.split_sentences("Return x.y.z, the Name.  See\nalso: 3.5\n\nlast_line")
-    assert got == [["return", "x", "y", "z", "the", "name"], ["see", "also"], ["last", "line"]]
+
+def test_sentences_are_the_paragraphs_of_docstrings():
+    words = "Return x.y.z, the Name of the thing. See also: 3.5 and some other words of it"
+    source = f"""def f():
+    '''{words}
+
+    >>> {words}
+
+    too few words
+
+    {words * 3}
+    '''
+"""
+    first, second = task.sentences_of(source.encode())
+    assert " ".join(first) == "return x y z the name of the thing see also and some other words of it"
+    assert len(second) == 32
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_the_kind is not installed"):
+        task.python_files("nothing_of_the_kind")

@@ -164,7 +164,7 @@ def store_settings(name: str, arm: str, scores: Mapping[Setting, float]) -> None
     """Keep what `search` found: the best setting, and all the scores that it was chosen by."""
     stored = json.loads(PLAN.read_text())
     stored["settings"].setdefault(name, {})[arm] = {
-        "setting": list(max(scores, key=scores.__getitem__)),
+        "setting": list(max(scores.items(), key=lambda x: x[1])[0]),
         "validation": {f"{x.learning_rate:g}, {x.weight_decay:g}": round(y, 4) for x, y in scores.items()},
     }
     PLAN.write_text(json.dumps(stored, indent=1) + "\n")

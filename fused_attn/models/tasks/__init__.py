@@ -107,7 +107,7 @@ SYSTEMS: dict[str, System] = {
         "Yang et al. 2016",
         "hierarchical_attention",
         "ragged sentences in ragged documents, a GRU between",
-        "docstrings of Python's library, by package",
+        "passages of installed packages' docstrings, of which one counts",
         "accuracy",
     ),
     "mil": System(
@@ -115,7 +115,7 @@ SYSTEMS: dict[str, System] = {
         "Ilse et al. 2018",
         "location_attention (gated)",
         "ragged bags",
-        "bags of scikit-learn's handwritten digits",
+        "bags of scikit-learn's handwritten digits: which digit is there more of",
         "AUC",
     ),
     "dipole": System(

@@ -1,24 +1,27 @@
-"""Which package a docstring of Python's standard library is from (real text; it differs between Python versions).
+"""Which package is the important sentence of a document from? Real text, put together to documents.
 
-A document is the docstring, of 15 words or more, of a module, class or function of one of seven topics. Text between
-blank lines, and up to a full stop, a colon or a semicolon, is a sentence.
+A sentence is a paragraph, or its first 32 words, from a docstring of numpy, scipy, scikit-learn, matplotlib or the
+standard library (as they are installed: the text differs between versions). A document has 5 to 10 sentences of any
+of them, one of which begins with "important": its package is the label. So the words alone do not tell, it matters
+in which sentence they are, and of that sentence it is a few words that tell.
 
-What would give the package away is removed: a word stays only if it is met in training documents of at least three
-topics, so that no name of a module or class decides by itself; others become the one word "*". Held out are whole
-top-level classes and functions with all docstrings inside (of each topic 20 % for validation and 30 % for test),
-without documents that repeat one of the training documents: whose words are to 80 % the same. Words are counted in
-training documents only.
+What would give the package away is removed: a word stays only if training sentences of at least three packages have
+it, others become the one word "*". Held out are whole files: of each package 15 % for validation and 25 % for test.
+
+The truth of both levels is the important sentence: its weight among the sentences. Which of its words should have
+weight is not known.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import random
 import re
 import sysconfig
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,149 +30,200 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arms import make_oracle, on_truth
 from ..han import HAN
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
+from ._baselines import counts, logistic_regression
 
-TOPICS = {
-    "asyncio": ("asyncio",),
-    "email": ("email",),
-    "importlib": ("importlib",),
-    "logging": ("logging",),
-    "unittest": ("unittest",),
-    "web": ("http", "urllib", "wsgiref"),
-    "xml": ("xml", "xmlrpc", "html"),
-}
-LEAST_WORDS, MOST_WORDS, MOST_SENTENCES = 15, 24, 12  # of a document; of a sentence; of a document
-TOPICS_OF_A_WORD, DOCUMENTS_OF_A_WORD = 3, 4
-HELD_OUT, ALIKE = {VALIDATION: 0.2, TEST: 0.3}, 0.8
-EMBED, HIDDEN, BATCH = 32, 24, 32
+PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "python")
+FILES = 80  # of each package, which are read in a few seconds
+WORDS, SENTENCES = (12, 32), (5, 10)  # of a sentence; of a document
+PACKAGES_OF_A_WORD, COUNT_OF_A_WORD = 3, 6
+SHARES = {TRAIN: 0.6, VALIDATION: 0.15, TEST: 0.25}  # of the files
+DOCUMENTS = {TRAIN: 3000, VALIDATION: 600, TEST: 1500}
+MARK = "important"
+EMBED, HIDDEN, BATCH = 32, 24, 50
+
+Sentence = tuple[str, ...]
 
 
 class Document(NamedTuple):
-    """Sentences of lower-case words; its topic, and the top-level class or function that it is from."""
+    """Sentences of lower-case words, which of them begins with the mark, and the package of that one."""
 
-    sentences: list[list[str]]
-    topic: int
-    origin: str
+    sentences: list[Sentence]
+    marked: int
+    package: int
 
-    def words(self) -> set[str]:
-        """All its words."""
-        return {word for sentence in self.sentences for word in sentence}
+
+class Batch(NamedTuple):
+    """Ragged documents."""
+
+    words: Tensor  # (N,)
+    sentences: Tensor  # (S + 1,)
+    documents: Tensor  # (G + 1,)
+    packages: Tensor  # (G,)
+    marked: Tensor  # bool (S,)
+
+
+def python_files(package: str) -> list[Path]:
+    """Files of a package, always the same ones of one version."""
+    if package == "python":
+        folder, tops = Path(sysconfig.get_paths()["stdlib"]), "*.py"
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed: pip install 'fused_attn[demo]'")
+        folder, tops = Path(spec.origin).parent, "**/*.py"
+    files = sorted(file for file in folder.glob(tops) if "tests" not in file.parts)
+    return random.Random(0).sample(files, min(FILES, len(files)))
+
+
+def sentences_of(source: bytes) -> Iterator[Sentence]:
+    """The first words of every paragraph of the docstrings that is no example and long enough to tell a package."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = (ast.get_docstring(node) or "").lower()
+            for paragraph in re.split(r"\n\s*\n", text):
+                words = tuple(re.findall(r"[a-z]+", paragraph))[: WORDS[1]]
+                if len(words) >= WORDS[0] and ">>>" not in paragraph:
+                    yield words
 
 
 @cache
-def read_documents() -> tuple[Document, ...]:
-    """The docstrings of all topics."""
-    library, documents = Path(sysconfig.get_paths()["stdlib"]), []
-    for topic, packages in enumerate(TOPICS.values()):
-        files = [file for package in packages for file in sorted((library / package).rglob("*.py"))]
-        for file in files:
-            module = ast.parse(file.read_text(encoding="utf-8"))
-            for top in (module, *module.body):
-                origin = f"{file.relative_to(library)}:{getattr(top, 'name', '')}"
-                for node in [module] if top is module else ast.walk(top):
-                    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                        sentences = split_sentences(ast.get_docstring(node) or "")
-                        if sum(map(len, sentences)) >= LEAST_WORDS:
-                            documents.append(Document(sentences, topic, origin))
-    return tuple(documents)
+def read_files() -> tuple[tuple[tuple[Sentence, ...], ...], ...]:
+    """By package and file, sentences that no file before had."""
+    seen: set[Sentence] = set()
+    packages = []
+    for package in PACKAGES:
+        files = []
+        for file in python_files(package):
+            new = dict.fromkeys(words for words in sentences_of(file.read_bytes()) if words not in seen)
+            seen |= new.keys()
+            files.append(tuple(new))
+        packages.append(tuple(file for file in files if file))
+    return tuple(packages)
 
 
-def split_sentences(text: str) -> list[list[str]]:
-    """Lower-case words of each sentence, of those that have any."""
-    parts = re.split(r"\n\s*\n|[.:;!?](?=\s|$)", text.lower())
-    words = (re.findall(r"[a-z]+", part)[:MOST_WORDS] for part in parts)
-    return [sentence for sentence in words if sentence][:MOST_SENTENCES]
-
-
-def split_documents(documents: Sequence[Document], seed: int) -> dict[str, list[Document]]:
-    """The documents of each split."""
+def split_sentences(seed: int) -> dict[str, list[list[Sentence]]]:
+    """By split and package, the sentences of its files."""
     rng = random.Random(seed)
-    origins: dict[int, set[str]] = defaultdict(set)
-    for document in documents:
-        origins[document.topic].add(document.origin)
-    where: dict[str, str] = {}
-    for topic in origins.values():
-        shuffled = iter(rng.sample(sorted(topic), len(topic)))
-        for name, share in HELD_OUT.items():
-            where |= dict.fromkeys(itertools.islice(shuffled, int(share * len(topic))), name)
-    parts = {
-        name: [document for document in documents if where.get(document.origin, TRAIN) == name]
-        for name in (TRAIN, *HELD_OUT)
-    }
-    known = [document.words() for document in parts[TRAIN]]
-
-    def repeats(words: set[str]) -> bool:
-        return any(len(words & other) >= ALIKE * len(words | other) for other in known)
-
-    return parts | {name: [d for d in parts[name] if not repeats(d.words())] for name in HELD_OUT}
+    result: dict[str, list[list[Sentence]]] = {split: [] for split in SHARES}
+    for files in read_files():
+        shuffled = rng.sample(files, len(files))
+        ends = [0, *(round(x * len(files)) for x in itertools.accumulate(SHARES.values()))]
+        for (start, end), sentences in zip(itertools.pairwise(ends), result.values(), strict=True):
+            sentences.append([sentence for file in shuffled[start:end] for sentence in file])
+    return result
 
 
-def find_vocabulary(train: list[Document]) -> dict[str, int]:
+def draw_document(packages: list[list[Sentence]], label: int, rng: random.Random) -> Document:
+    """Of sentences of any package, one of which is marked."""
+    sentences = [rng.choice(rng.choice(packages)) for _ in range(rng.randint(*SENTENCES))]
+    marked = rng.randrange(len(sentences))
+    sentences[marked] = (MARK, *rng.choice(packages[label]))
+    return Document(sentences, marked, label)
+
+
+def find_vocabulary(packages: list[list[Sentence]]) -> dict[str, int]:
     """The number of each word that stays, from 1; 0 is any other."""
-    topics: dict[str, set[int]] = defaultdict(set)
-    counts: dict[str, int] = defaultdict(int)
-    for document in train:
-        for word in document.words():
-            topics[word].add(document.topic)
-            counts[word] += 1
-    stay = (w for w in topics if len(topics[w]) >= TOPICS_OF_A_WORD and counts[w] >= DOCUMENTS_OF_A_WORD)
-    return {word: i for i, word in enumerate(sorted(stay), 1)}
+    where: dict[str, set[int]] = defaultdict(set)
+    count: Counter[str] = Counter()
+    for package, sentences in enumerate(packages):
+        for word in itertools.chain.from_iterable(sentences):
+            where[word].add(package)
+            count[word] += 1
+    stay = {w for w in where if len(where[w]) >= PACKAGES_OF_A_WORD and count[w] >= COUNT_OF_A_WORD} - {MARK}
+    return {word: i for i, word in enumerate(sorted({*stay, MARK}), 1)}
 
 
 def make(seed: int, device: torch.device) -> Task:
     """The documents of one seed."""
-    data = split_documents(read_documents(), seed)
-    train = data[TRAIN]
-    vocabulary = find_vocabulary(train)
+    rng = random.Random(seed)
+    sentences = split_sentences(seed)
+    vocabulary = find_vocabulary(sentences[TRAIN])
 
-    def pack(some: list[Document]) -> tuple[Tensor, Tensor, Tensor]:
-        sentences = [sentence for document in some for sentence in document.sentences]
-        tokens = torch.tensor([vocabulary.get(word, 0) for sentence in sentences for word in sentence])
+    def known(sentence: Sentence) -> Sentence:
+        """With * for words that are not in the vocabulary, and for a mark that is part of the text."""
+        return tuple(word if word in vocabulary and word != MARK else "*" for word in sentence)
+
+    packages = {
+        split: [[known(sentence) for sentence in some] for some in parts] for split, parts in sentences.items()
+    }
+    data = {
+        split: [draw_document(packages[split], i % len(PACKAGES), rng) for i in range(count)]
+        for split, count in DOCUMENTS.items()
+    }
+
+    def pack(some: list[Document]) -> Batch:
+        parts = [sentence for document in some for sentence in document.sentences]
 
         def offsets(lengths: list[int]) -> Tensor:
-            return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+            return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
-        return tokens.to(device), offsets([len(s) for s in sentences]), offsets([len(d.sentences) for d in some])
+        batch = Batch(
+            torch.tensor([vocabulary.get(word, 0) for sentence in parts for word in sentence]),
+            offsets([len(sentence) for sentence in parts]),
+            offsets([len(document.sentences) for document in some]),
+            torch.tensor([document.package for document in some]),
+            torch.tensor([i == document.marked for document in some for i in range(len(document.sentences))]),
+        )
+        return Batch(*(x.to(device) for x in batch))
 
-    def topics(some: list[Document]) -> Tensor:
-        return torch.tensor([document.topic for document in some], device=device)
+    judged = {split: pack(data[split]) for split in (VALIDATION, TEST)}
 
     def build(arm: str) -> nn.Module:
-        return HAN(
-            len(vocabulary) + 1,
-            len(TOPICS),
-            embed_dim=EMBED,
-            hidden=HIDDEN,
-            attn_dim=2 * HIDDEN,
-            attention=arm == "attention",
-        ).to(device)
+        sizes = {"embed_dim": EMBED, "hidden": HIDDEN, "attn_dim": 2 * HIDDEN}
+        model = HAN(len(vocabulary) + 1, len(PACKAGES), **sizes, attention=arm == "attention")
+        if arm == "oracle":
+            make_oracle(model)
+        return model.to(device)
 
-    def batches(order: torch.Generator, epoch: int) -> Iterator[list[Document]]:
-        for chosen in torch.randperm(len(train), generator=order).split(BATCH):
-            yield [train[i] for i in chosen]
+    def batches(order: torch.Generator, epoch: int) -> Iterator[Batch]:
+        drawn = random.Random(int(torch.randint(2**31, (), generator=order)))  # other documents in each epoch
+        for _ in range(DOCUMENTS[TRAIN] // BATCH):
+            labels = drawn.choices(range(len(PACKAGES)), k=BATCH)
+            yield pack([draw_document(packages[TRAIN], label, drawn) for label in labels])
 
-    def loss(model: nn.Module, batch: list[Document]) -> Tensor:
-        return F.cross_entropy(model(*pack(batch)), topics(batch))
+    def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights of the words and of the sentences."""
+        truth = batch.marked.repeat_interleave(batch.sentences.diff())
+        with on_truth(model, model.get_submodule("pooling"), truth):
+            result: tuple[Tensor, Tensor, Tensor] = model(*batch[:3], return_weights=True)
+        return result
 
-    judged = {name: (pack(data[name]), topics(data[name])) for name in HELD_OUT}
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(forward(model, batch)[0], batch.packages)
 
     def judge(model: nn.Module, split: str) -> Outcome:
-        packed, wanted = judged[split]
-        return Outcome(float((model(*packed).argmax(1) == wanted).float().mean()))
+        batch = judged[split]
+        logits, _, of_sentences = forward(model, batch)
+        located = of_sentences[batch.marked].mean().item()  # each document has one
+        return Outcome((logits.argmax(1) == batch.packages).float().mean().item(), {"sentences": located})
 
     def panels(model: nn.Module) -> list[Panel]:
         shown = []
-        for document in [d for d in data[TEST] if len(d.sentences) in range(3, 6)][:2]:
-            logits, words, sentences = model(*pack([document]), return_weights=True)
-            rows = [[w if w in vocabulary else "*" for w in sentence[:14]] for sentence in document.sentences]
-            said, wanted = list(TOPICS)[int(logits.argmax())], list(TOPICS)[document.topic]
-            title = f"sentences of a document of {wanted}, taken for {said}"
-            shown.append(Panel(title, sentences[None], ["attention"], [" ".join(row[:3]) for row in rows]))
-            best = int(sentences.argmax())
-            of_best = words.split([len(s) for s in document.sentences])[best]
-            tokens = [w if w in vocabulary else "*" for w in document.sentences[best]]
-            shown.append(Panel("the words of the sentence with most attention", of_best[None], ["attention"], tokens))
+        for document in [d for d in data[TEST] if len(d.sentences) <= 6][:2]:
+            batch = pack([document])
+            logits, of_words, of_sentences = forward(model, batch)
+            said, wanted = PACKAGES[int(logits.argmax())], PACKAGES[document.package]
+            title = f"sentences of a document, the marked one of {wanted}, taken for {said}"
+            names = [" ".join(sentence[:3]) for sentence in document.sentences]
+            shown.append(Panel(title, of_sentences[None], ["attention"], names, batch.marked[None]))
+            each = of_words.split([len(sentence) for sentence in document.sentences])
+            words = list(document.sentences[document.marked])
+            shown.append(Panel("the words of the marked sentence", each[document.marked][None], ["attention"], words))
         return shown
 
-    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)
+    def baseline(words: Callable[[Document], list[str]]) -> Callable[[str], float]:
+        def score(split: str) -> float:
+            x = counts({name: [words(document) for document in some] for name, some in data.items()})
+            y = {name: [document.package for document in some] for name, some in data.items()}
+            return logistic_regression(x, y, split)
+
+        return score
+
+    baselines: Mapping[str, Callable[[str], float]] = {
+        "bag of words": baseline(lambda document: [word for sentence in document.sentences for word in sentence]),
+        "bag of words, marked sentence": baseline(lambda document: [*document.sentences[document.marked]]),
+    }
+    return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)
