@@ -191,6 +191,32 @@ def test_which_instance():
     torch.testing.assert_close(sums + head.bias, got[0])
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+def test_din_with_dice(softmax):
+    """The layers of DeepCTR-Torch one after the other, in eval mode, on the four parts side by side."""
+    query, key, *alphas = draw((3, 4), (3, 7, 4), (6,), (5,))
+    layers = [nn.Linear(16, 6), nn.Linear(6, 5), nn.Linear(5, 1)]
+    norms = [nn.BatchNorm1d(6, eps=1e-8), nn.BatchNorm1d(5, eps=1e-8)]
+    model = nn.ModuleList([*layers, *norms]).double()
+    for norm in norms:
+        norm(torch.randn(50, norm.num_features, dtype=torch.float64) * 2 + 1)  # so that it has statistics
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    model.eval()
+    mask = first(7, (7, 3, 1))
+    q = query[:, None].expand_as(key)
+    x = torch.cat([q, key, q - key, q * key], -1)
+    for layer, norm, alpha in zip(layers[:2], norms, alphas, strict=True):
+        z = layer(x)
+        p = torch.sigmoid(norm(z.mT).mT)
+        x = alpha * (1 - p) * z + p * z
+    scores = layers[2](x)[..., 0]
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(1) if softmax else scores * mask
+    got = recipe("DIN's Dice", "din")(query, key, layers, norms, alphas, mask, softmax)
+    leaves = [query, key, *alphas, *(x for name, x in model.named_parameters() if not softmax or name != "2.bias")]
+    assert_alike(got, (weights[:, None] @ key)[:, 0], leaves)
+
+
 def test_every_recipe_was_tested():
     assert _recipes.named_in(Path(__file__)) == set(_recipes.sections("recipes"))
 
