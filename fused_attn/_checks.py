@@ -598,17 +598,13 @@ def _cause_of_offsets(name: str, x: Tensor, rows: int | None, of: str) -> str:
 # --- Queries and keys ----------------------------------------------------------------------------------------------
 
 
-def check_packed(given: dict[str, Any], queries: Tensor | None, keys: Tensor | None, names: tuple[str, str]) -> bool:
-    """Whether rows are packed: by both offsets or none. What is `given` goes with padded rows only."""
-    packed = queries is not None
-    if packed != (keys is not None):
-        raise ValueError(f"{names[packed]}: expected offsets with the other side's, packed rows need both; got None")
-    for name, x in given.items() if packed else ():
+def refuse_packed(rows: str, **given: Any) -> None:
+    """Raise for what is `given` and goes with padded rows only, where those of this name are packed."""
+    for name, x in given.items():
         if x is True:
-            raise ValueError(f"{name}: expected False with packed rows, pad the batch to see them; got True")
+            raise ValueError(f"{name}: expected False with a packed {rows}, pad the batch to see them; got True")
         if x is not None and x is not False:
-            raise ValueError(f"{name}: expected None with packed rows; got {_a_tensor(x)}")
-    return packed
+            raise ValueError(f"{name}: expected None with a packed {rows}; got {_a_tensor(x)}")
 
 
 def _a_tensor(x: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import torch
@@ -14,9 +15,10 @@ from ._checks import (
     argument,
     check_both,
     check_flag,
-    check_packed,
+    check_one_side,
     mask_of,
     offsets_of,
+    refuse_packed,
 )
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
@@ -27,24 +29,26 @@ from .segments import Offsets, as_offsets
 _OFFSETS = ("cu_seqlens_premise", "cu_seqlens_hypothesis")
 
 
-def _table(*, packed: bool) -> Table:
+def _table(premise: bool, hypothesis: bool) -> Table:
+    """By which of them is packed."""
+    seq = "S" if premise and hypothesis else "B"
     return {
-        "premise": argument("N D" if packed else "B Ty D", "first", offsets="" if packed else "cu_seqlens_premise"),
-        "hypothesis": argument("M Dh" if packed else "B Th Dh", offsets="" if packed else "cu_seqlens_hypothesis"),
+        "premise": argument("N D" if premise else "B Ty D", "first", offsets="" if premise else _OFFSETS[0]),
+        "hypothesis": argument("M Dh" if hypothesis else "B Th Dh", offsets="" if hypothesis else _OFFSETS[1]),
         "w": argument("A", linear=True),
         "w_y": argument("D A", linear=True),
         "w_h": argument("Dh A", linear=True),
         "w_r": argument("D A", linear=True),
         "w_t": argument("D D", linear=True),
-        "state": argument("S D" if packed else "B D", optional=True),
+        "state": argument(f"{seq} D", optional=True),
         "mask": mask_of("B Ty"),
-        "cu_seqlens_premise": offsets_of("S"),
-        "cu_seqlens_hypothesis": offsets_of("S"),
+        "cu_seqlens_premise": offsets_of(seq),
+        "cu_seqlens_hypothesis": offsets_of(seq),
         "offsets": offsets_of("any"),
     }
 
 
-_TABLES = {packed: _table(packed=packed) for packed in (False, True)}
+_TABLES = {sides: _table(*sides) for sides in itertools.product((False, True), (False, True))}
 
 
 def _fake(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
@@ -140,8 +144,8 @@ def word_by_word_attention(
     Parameters
     ----------
     premise, hypothesis
-        Y ``(B, Ty, D)`` and h ``(B, Th, Dh)``; packed ``(N, D)`` and ``(M, Dh)`` with both ``cu_seqlens``. float16,
-        bfloat16, float32; float64 on a CPU or by the reference.
+        Y ``(B, Ty, D)`` and h ``(B, Th, Dh)``; packed ``(N, D)`` and ``(M, Dh)``, both or one of them, with its
+        ``cu_seqlens``. float16, bfloat16, float32; float64 on a CPU or by the reference.
     w_y, w_h, w_r
         ``(D, A)``, ``(Dh, A)``, ``(D, A)``. The first two meet their rows before the kernel, in one product each.
     w
@@ -152,14 +156,15 @@ def word_by_word_attention(
         r_0, ``(B, D)``, or packed one for each of S sequences, ``(S, D)``; zeros where None. The last r of a first
         part of the hypothesis goes on with its second part.
     mask
-        bool ``(B, Ty)``, True = this word of the premise may be attended; not with packed rows. Words that it hides
+        bool ``(B, Ty)``, True = this word of the premise may be attended; not with a packed one. Words that it hides
         may be NaN. A padded hypothesis needs no mask: states come in order, so those up to its length are right, and
         its last is ``r[arange(B), length - 1]``. What follows is to be ignored, and its padding has to be finite.
     cu_seqlens_premise, cu_seqlens_hypothesis
-        int32 ``(S + 1,)``, both or none: hypothesis s reads premise s. Either may be empty. Last states are at
-        ``cu_seqlens_hypothesis[1:] - 1``, where no hypothesis is empty.
+        int32 ``(S + 1,)``, of packed rows: hypothesis s reads premise s. Of one side alone ``(B + 1,)``, and the
+        other is padded. Any may be empty. Last states are at ``cu_seqlens_hypothesis[1:] - 1``, where no hypothesis
+        is empty.
     return_weights
-        Return the weights too (padded batches only). They are differentiable.
+        Return the weights too (of a padded premise only). They are differentiable.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), the reference elsewhere. ``"triton"`` and
         ``"reference"`` never fall back. The reference is a loop over t, and pads packed rows to the longest sequence,
@@ -169,12 +174,13 @@ def word_by_word_attention(
     -------
     Tensor or (Tensor, Tensor)
         r of every step, ``(B, Th, D)`` or packed ``(M, D)``, of which the last is ``r[:, -1]``; weights
-        ``(B, Th, Ty)``.
+        ``(B, Th, Ty)``, or ``(M, Ty)``.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments that do not fit, packed rows whose weights are asked for, and an `impl` that cannot run here.
+        For arguments that do not fit, a packed premise whose weights are asked for, and an `impl` that cannot run
+        here.
 
     References
     ----------
@@ -224,10 +230,9 @@ def _validate_word_by_word(
     return_weights: bool,
 ) -> None:
     """Check every argument."""
-    packed = check_packed(
-        {"mask": mask, "return_weights": return_weights}, cu_seqlens_premise, cu_seqlens_hypothesis, _OFFSETS
-    )
-    check = Checker(_TABLES[packed])
+    if cu_seqlens_premise is not None:
+        refuse_packed("premise", mask=mask, return_weights=return_weights)
+    check = Checker(_TABLES[cu_seqlens_premise is not None, cu_seqlens_hypothesis is not None])
     for name, x in (
         ("premise", premise),
         ("hypothesis", hypothesis),
@@ -242,5 +247,9 @@ def _validate_word_by_word(
         both = cu_seqlens_premise, cu_seqlens_hypothesis
         check_both(check, _OFFSETS, both, (premise.shape[0], hypothesis.shape[0]))
         check.bind("S", cu_seqlens_premise.shape[0] - 1, "cu_seqlens_premise")
+    elif cu_seqlens_premise is not None:
+        check_one_side(check, _OFFSETS[0], cu_seqlens_premise, premise.shape[0])
+    elif cu_seqlens_hypothesis is not None:
+        check_one_side(check, _OFFSETS[1], cu_seqlens_hypothesis, hypothesis.shape[0])
     check("state", state)
     check("mask", mask)

@@ -530,8 +530,8 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
 
     The state is r_0, zeros where None. Packed rows are padded here, see `pad`.
 
-    Returns r of every step, ``(B, Th, D)`` or ``(M, D)``, and in at least float32 the weights ``(B, Th, Ty)``, of
-    which packed rows have none, ``(0,)``.
+    Returns r of every step, ``(B, Th, D)`` or ``(M, D)``, and in at least float32 the weights ``(B, Th, Ty)`` or
+    ``(M, Ty)``, of which a packed premise has none, ``(0,)``.
     """
     value, hypothesis, *weights_of, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     if mask is not None:  # words that may be NaN, before they meet a number
@@ -540,8 +540,9 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     rows = value, hypothesis, *weights_of
     value, hypothesis, w_y, w_h, w_r, w, w_t = (x.to(wide) for x in rows)  # before they overflow
     key, query = value @ w_y, hypothesis @ w_h
-    if cu_seqlens_premise is not None and cu_seqlens_hypothesis is not None:
+    if cu_seqlens_premise is not None:
         (key, value), mask = pad(cu_seqlens_premise, key, value)
+    if cu_seqlens_hypothesis is not None:
         (query,), _ = pad(cu_seqlens_hypothesis, query)
     hidden = None if mask is None else ~mask
     r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
@@ -561,8 +562,8 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     out, weights = (torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights))
     if cu_seqlens_hypothesis is not None:
         seq, t = positions(1, hypothesis.shape[0], cu_seqlens_hypothesis, query.device)
-        out, weights = out[seq[0], t[0]], weights.new_zeros(0)
-    return out.to(dtype), weights
+        out, weights = out[seq[0], t[0]], weights[seq[0], t[0]]
+    return out.to(dtype), weights if cu_seqlens_premise is None else weights.new_zeros(0)
 
 
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:

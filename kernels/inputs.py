@@ -132,9 +132,9 @@ class WordByWordInputs(NamedTuple):
     w_r: Tensor  # (D, A)
     w: Tensor  # (A,)
     w_t: Tensor  # (D, D)
-    state: Tensor | None  # (B, D)
+    state: Tensor | None  # (S, D)
     mask: Tensor | None  # bool (B, Ty)
-    cu_seqlens_premise: Tensor | None  # (S + 1,)
+    cu_seqlens_premise: Tensor | None  # (S + 1,); where one side alone has them, S = B of the other
     cu_seqlens_hypothesis: Tensor | None  # (S + 1,)
 
 

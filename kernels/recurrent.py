@@ -95,10 +95,10 @@ def _recurrent_fwd_kernel(
     q_ptr = sequence_ptr(q, seq, q_start)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
-    out_ptr = result.out + (seq * Th + q_start) * size.D  # packed: Th = Ty = 0
+    out_ptr = result.out + (seq * Th + q_start) * size.D  # of packed rows Th is 0, or Ty
     weights_ptr = result.weights
     if weights_ptr is not None:
-        weights_ptr += seq * Th * Ty
+        weights_ptr += (seq * Th + q_start) * Ty
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -266,7 +266,7 @@ class Result(NamedTuple):
     """What the forward leaves."""
 
     out: Tensor  # (B, Th, D)
-    weights: Tensor | None  # (B, Th, Ty) float32
+    weights: Tensor | None  # (B, Th, Ty) or (M, Ty) float32
     parts: Tensor | None  # what is scratch of groups, see `group_parts`
 
 
@@ -275,7 +275,8 @@ class Call(NamedTuple):
 
     chip: Chip
     seqs: int
-    packed: bool
+    q_packed: bool  # rows of the hypothesis
+    k_packed: bool  # those of the premise
     size: Size
     flags: Flags
     args: dict[str, Any]
@@ -284,10 +285,14 @@ class Call(NamedTuple):
 def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
     """Arguments by the kernels' names; key: the premise, projected."""
     value, hypothesis, *_, w_r, w, w_t, _, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
-    chip, packed = chip_of(value.device), cu_seqlens_premise is not None
+    chip, k_packed, q_packed = (
+        chip_of(value.device),
+        cu_seqlens_premise is not None,
+        cu_seqlens_hypothesis is not None,
+    )
     value, w_r, w_t = (unit(x) for x in (value, w_r, w_t))
     spans = (Spans(x if x is None else x.contiguous()) for x in (cu_seqlens_hypothesis, cu_seqlens_premise))
-    seqs = cu_seqlens_premise.numel() - 1 if packed else value.shape[0]
+    seqs = value.shape[0] if cu_seqlens_premise is None else cu_seqlens_premise.numel() - 1
     A, D = size = Size(w.shape[0], value.shape[-1])
     fast = chip.backend == "cuda" and key.element_size() == 2
     matmul = matmul_flags(chip, key.dtype)
@@ -295,19 +300,19 @@ def prepare(inputs: WordByWordInputs, key: Tensor) -> Call:
     dot = key.dtype == torch.bfloat16 and not hip and (interpreter or even(A, D))
     flags = Flags(fast, not interpreter, hip, False, fast, dot, False, **matmul)
     args = {
-        "k": sequences(key, packed=packed),
-        "value": sequences(value, packed=packed),
+        "k": sequences(key, packed=k_packed),
+        "value": sequences(value, packed=k_packed),
         "w_ptr": w.contiguous(),
         "w_r": matrix(w_r),
         "w_t": matrix(w_t),
-        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
+        "mask": entries(None if mask is None else mask.view(torch.uint8), packed=k_packed),
         **dict(zip(("q_spans", "k_spans"), spans, strict=True)),
         "size": Size(width(A), width(D)),
-        "Th": 0 if packed else hypothesis.shape[1],
-        "Ty": 0 if packed else value.shape[1],
+        "Th": 0 if q_packed else hypothesis.shape[1],
+        "Ty": 0 if k_packed else value.shape[1],
         "num_seqs": seqs,
     }
-    return Call(chip, seqs, packed, size, flags, args)
+    return Call(chip, seqs, q_packed, k_packed, size, flags, args)
 
 
 Form = tuple[int, Blocks | GroupBlocks]
@@ -321,12 +326,12 @@ def forms(call: Call, per_element: int, longest: int, *, grouped: bool) -> list[
     grouped: rows of 16 bits that are held are those of `GroupBlocks`.
     """
     chip, (A, D) = call.chip, call.size
-    usual = cdiv(2 * longest, call.seqs) if call.packed else longest
+    usual = cdiv(2 * longest, call.seqs) if call.k_packed else longest
     held: Blocks | GroupBlocks | None = None
     if grouped and call.args["k"].ptr.element_size() == 2 and chip.backend != "hip":
-        held = group_blocks(chip, call.seqs, usual, A, D, packed=call.packed)
+        held = group_blocks(chip, call.seqs, usual, A, D, packed=call.q_packed or call.k_packed)
     held = held or held_blocks(chip, per_element, usual, A, D)
-    made = [(held.N, held)] if held is not None and (call.packed or longest <= held.N) else []
+    made = [(held.N, held)] if held is not None and (call.k_packed or longest <= held.N) else []
     if held is None or longest > held.N:
         made.append((-1, stream_blocks(chip, per_element, longest, A, D)))
     return made
@@ -362,7 +367,7 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
     """(out, weights, states, key): the first as `fused_attn.reference.word_by_word_attention` has them.
 
     states: in float32 r before each step, its c and tanh(r W_t), ``(B, Th, D + A + D)`` or packed. key: the premise,
-    projected. They, and the weights (of padded batches only), are empty where they are not needed.
+    projected. They, and the weights (of padded premises only), are empty where they are not needed.
     """
     premise, hypothesis, w_y, w_h, *_, state, _, _, _ = inputs
     key = premise @ w_y
@@ -377,7 +382,7 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
     states = empty(*(rows if need_states else (call.seqs, 2)), D + A + D)
     if out.numel():
         more = {
-            "q": sequences(hypothesis @ w_h, packed=call.packed),
+            "q": sequences(hypothesis @ w_h, packed=call.q_packed),
             "s_ptr": empty(*premise.shape[:-1]),
             "first_ptr": None if state is None else state.contiguous(),
             "state_ptr": states,

@@ -43,7 +43,7 @@ class Given(NamedTuple):
 
     states: Tensor  # float32 (B, Th, D + A + D), or packed: r before each step, its c and u
     dout: Tensor | None  # (B, Th, D)
-    dweights: Tensor | None  # (B, Th, Ty) float32
+    dweights: Tensor | None  # (B, Th, Ty) or (M, Ty) float32
 
 
 class Scratch(NamedTuple):
@@ -141,7 +141,7 @@ def _recurrent_bwd_kernel(
     steps = tl.where(own, steps, 0)
     k_ptr = sequence_ptr(k, seq, k_start)
     value_ptr = sequence_ptr(value, seq, k_start)
-    q_row0 = seq * Th + q_start  # packed: Th = Ty = 0
+    q_row0 = seq * Th + q_start  # of packed rows Th is 0, or Ty
     k_row0 = seq * Ty + k_start
     dk_ptr = made.dk + k_row0 * size.A
     dvalue_ptr = made.dvalue + k_row0 * size.D
@@ -182,7 +182,7 @@ def _recurrent_bwd_kernel(
         c_ptr = given.states + (q_row0 + t) * (size.D + size.A + size.D) + size.D
         u_ptr = c_ptr + size.A
         dz_ptr = made.dz + (q_row0 + t) * (size.A + size.D)
-        pairs = (seq * Th + t) * Ty
+        pairs = (q_row0 + t) * Ty
         if flags.HELD:
             c = tl.load(c_ptr + a, mask=a < size.A, other=0.0)
             dr = tl.load(dr_ptr + d, mask=d < size.D, other=0.0)
@@ -310,7 +310,7 @@ def recurrent_bwd(
     rows, words = hypothesis.shape[:-1], premise.shape[:-1]
     chosen = forms(call, 4, premise.shape[-2], grouped=False)
     # What is streamed is added to, in float32; packed rows may be, and by their lengths would be one variant more.
-    dtype = torch.float32 if call.packed or chosen[-1][0] < 0 else premise.dtype
+    dtype = torch.float32 if call.k_packed or chosen[-1][0] < 0 else premise.dtype
     dz, dw = premise.new_empty(*rows, A + D), empty(call.seqs, A)
     dk, dpremise = (premise.new_empty(*words, width, dtype=dtype) for width in (A, D))
     dstate = premise.new_empty(call.seqs, D) if needs[7] else None
@@ -324,8 +324,8 @@ def recurrent_bwd(
     dk, dpremise, dq = dk.to(premise.dtype), dpremise.to(premise.dtype), dz[..., :A]
     pairs = [
         (call.args["value"], dk) if needs[2] else None,
-        (sequences(unit(hypothesis), packed=call.packed), dq) if needs[3] else None,
-        (sequences(states[..., :D], packed=call.packed), dz) if needs[4] or needs[6] else None,
+        (sequences(unit(hypothesis), packed=call.q_packed), dq) if needs[3] else None,
+        (sequences(states[..., :D], packed=call.q_packed), dz) if needs[4] or needs[6] else None,
     ]
     parts = weight_parts(call.chip, call.args["mask"], premise.dtype, pairs)
     of_r, of_t = (None, None) if parts[2] is None else (parts[2][..., :A], parts[2][..., A:])

@@ -136,11 +136,11 @@ def _recurrent_group_fwd_kernel(
     wide_d = None if flags.WHOLE else size.D
     width = size.D + size.A + size.D
     q_ptrs = sequence_ptr(q, seq, q_start)
-    out_ptrs = result.out + (seq * Th + q_start) * size.D  # packed: Th = Ty = 0
+    out_ptrs = result.out + (seq * Th + q_start) * size.D  # of packed rows Th is 0, or Ty
     state_ptrs = state_ptr + (seq * Th + q_start) * width
     weights_ptrs = result.weights
     if weights_ptrs is not None:
-        weights_ptrs += seq * Th * Ty
+        weights_ptrs += (seq * Th + q_start) * Ty
     row = tl.arange(0, _ROWS)
     parts_ptr = result.parts + tl.program_id(0).to(tl.int64) * (4 * S * size.D)
     r = tl.zeros([S, blocks.D], tl.float32)

@@ -457,6 +457,18 @@ def _two_levels_and_steps() -> None:
             "c": offsets(B * T, B),
         },
     )
+    for side, other in (("premise", "hypothesis"), ("hypothesis", "premise")):
+        add(
+            f"word by word, packed {side}",
+            lambda i, c, side=side, **t: word_by_word_attention(**t, **{f"cu_seqlens_{side}": c}, impl=i),
+            lambda B, T, side=side, other=other: {
+                side: r(B * T, 4),
+                other: r(B, T, 4),
+                **{n: r(*s) for n, s in words.items()},
+                "state": r(B, 4),
+                "c": offsets(B * T, B),
+            },
+        )
     add(
         "location-aware",
         lambda i, **t: location_aware_attention(**t, impl=i),

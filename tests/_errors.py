@@ -591,8 +591,32 @@ WORDS_PACKED = {
     "padded hypothesis": value_error("hypothesis", hypothesis=floats(B, TQ, C)),
     "mask": value_error("mask", mask=bools(N)),
     "return_weights": value_error("return_weights", return_weights=True),
-    "cu_seqlens_premise is missing": value_error("cu_seqlens_premise", cu_seqlens_premise=None),
-    "cu_seqlens_hypothesis is missing": value_error("cu_seqlens_hypothesis", cu_seqlens_hypothesis=None),
+    "cu_seqlens_premise is missing": value_error(
+        "premise: expected shape (B, Ty, D); got (8, 6); packed rows go with cu_seqlens_premise",
+        cu_seqlens_premise=None,
+    ),
+    "cu_seqlens_hypothesis is missing": value_error(
+        "hypothesis: expected shape (B, Th, Dh); got (9, 3); packed rows go with cu_seqlens_hypothesis",
+        cu_seqlens_hypothesis=None,
+    ),
+    "premise padded alone, of another batch": value_error(
+        "cu_seqlens_hypothesis: expected shape (B + 1,) with B + 1 = 3 from premise; got (4,)",
+        premise=floats(B, TK, D),
+        cu_seqlens_premise=None,
+        state=None,
+    ),
+    "hypothesis padded alone, of another batch": value_error(
+        "cu_seqlens_premise: expected shape (B + 1,) with B + 1 = 3 from hypothesis; got (4,)",
+        hypothesis=floats(B, TQ, C),
+        cu_seqlens_hypothesis=None,
+        state=None,
+    ),
+    "hypothesis padded alone, with weights": value_error(
+        "return_weights: expected False with a packed premise, pad the batch to see them; got True",
+        hypothesis=floats(S, TQ, C),
+        cu_seqlens_hypothesis=None,
+        return_weights=True,
+    ),
     "cu_seqlens_hypothesis of other pairs": value_error("cu_seqlens_hypothesis", cu_seqlens_hypothesis=ints(0, M)),
 }
 STEP = {

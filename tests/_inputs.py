@@ -281,6 +281,27 @@ ROWS: dict[str, Row] = {
             "cu_seqlens_hypothesis": CU_M,
         },
     ),
+    "word by word, packed premise": Row(
+        _function("word_by_word_attention"),
+        {
+            "premise": floats(N, D),
+            "hypothesis": floats(S, TQ, C),
+            **WORDS,
+            "state": floats(S, D),
+            "cu_seqlens_premise": CU_N,
+        },
+    ),
+    "word by word, packed hypothesis": Row(
+        _function("word_by_word_attention"),
+        {
+            "premise": floats(S, TK, D),
+            "hypothesis": floats(M, C),
+            **WORDS,
+            "state": floats(S, D),
+            "mask": bools(S, TK),
+            "cu_seqlens_hypothesis": CU_M,
+        },
+    ),
     "location aware": Row(_function("location_aware_attention"), STEP),
     "location aware, packed": Row(_function("location_aware_attention"), STEP_PACKED),
     "LocationAttention": Row(

@@ -40,12 +40,16 @@ class Case(_pairwise.Factors):
     state: bool = False
     mask: str = "none"  # none, some, padding, empty (of a sequence no word is seen) or expanded (stride 0)
     ragged: bool = False
+    alone: str = ""  # of ragged batches: "premise" or "hypothesis", where the other is padded
     layout: str = "contiguous"  # contiguous, swapped (the first two axes) or strided (the last one)
-    return_weights: bool = True  # where padded
+    return_weights: bool = True  # where the premise is padded
 
     @property
     def op(self) -> Operator:
-        return operator(return_weights=self.return_weights and not self.ragged)
+        return operator(return_weights=self.return_weights and not self.packed("premise"))
+
+    def packed(self, side: str) -> bool:
+        return self.ragged and self.alone in ("", side)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Random inputs by name; the same on every device."""
@@ -56,11 +60,11 @@ class Case(_pairwise.Factors):
 
         lengths = split_rows(self.premise, few=2), split_rows(self.hypothesis, few=1)
         batch = len(lengths[0]) if self.ragged else self.batch
-        lead = () if self.ragged else (batch,)
+        lead = {side: () if self.packed(side) else (batch,) for side in ("premise", "hypothesis")}
         D, A = self.dim, self.attn_dim
         tensors = {
-            "premise": made(*lead, self.premise, D),
-            "hypothesis": made(*lead, self.hypothesis, self.hypothesis_dim),
+            "premise": made(*lead["premise"], self.premise, D),
+            "hypothesis": made(*lead["hypothesis"], self.hypothesis, self.hypothesis_dim),
             "w_y": made(D, A, scale=1 / math.sqrt(D)),
             "w_h": made(self.hypothesis_dim, A, scale=1 / math.sqrt(self.hypothesis_dim)),
             "w_r": made(D, A, scale=1 / math.sqrt(D)),
@@ -79,8 +83,9 @@ class Case(_pairwise.Factors):
             elif self.mask == "expanded":
                 mask = mask[:1].expand(batch, -1)
             tensors["mask"] = mask.to(device) if self.mask == "expanded" else self._laid_out(mask.to(device))
-        if self.ragged:
-            tensors["cu_seqlens_premise"], tensors["cu_seqlens_hypothesis"] = (offsets(x, device) for x in lengths)
+        for side, each in zip(lead, lengths, strict=True):
+            if self.packed(side):
+                tensors[f"cu_seqlens_{side}"] = offsets(each, device)
         return tensors
 
     def _laid_out(self, x: Tensor) -> Tensor:

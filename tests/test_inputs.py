@@ -50,6 +50,7 @@ LATER = {  # axes whose size an argument is the first to say, or says alone, in 
     *(("", name, -1) for name in ("value", "value", "indices", "hypothesis")),
     *(("", name, -2) for name in ("key", "hypothesis", "conv_weight", "outer_context")),
     *((("location aware, packed", name, axis) for name, axis in (("previous", -1), ("conv_weight", -3)))),
+    ("word by word, packed premise", "hypothesis", -3),
     *((row, "key", -3) for row in ("concat, packed heads", "general, packed heads", "graph, heads")),
     *((row, "w", -1) for row in ("location, gated", "location, packed", "location, window", "stat", "word by word")),
     *(("target", name, -1) for name in ("w1", "w2")),

@@ -52,6 +52,13 @@ PACKED = {name: FACTORS[name] for name in ("dtype", "dim", "attn_dim", "state", 
     "hypothesis": (1, 9),
     "ragged": (True,),
 }
+PACKED_PREMISE = PACKED | {"hypothesis": (1, 3), "alone": ("premise",)}
+PACKED_HYPOTHESIS = PACKED | {
+    "premise": (3, 20, 40),
+    "mask": ("none", "some", "padding"),
+    "return_weights": (True, False),
+    "alone": ("hypothesis",),
+}
 HELD = Case(state=True, mask="some")
 STREAMED = Case(batch=1, premise=35, hypothesis=3, dim=19, attn_dim=33, state=True, mask="some")
 RAGGED = Case(premise=41, hypothesis=9, ragged=True, state=True)
@@ -62,7 +69,9 @@ each_form = pytest.mark.parametrize("case", FORMS.values(), ids=FORMS.keys())
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("case", [*pairwise(FACTORS), *pairwise(PACKED)], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for table in (FACTORS, PACKED, PACKED_PREMISE, PACKED_HYPOTHESIS) for c in pairwise(table)], ids=str
+)
 def test_kernel_matches_the_reference_for_every_pair_of_factors(case, device):
     check(case, device)
 
@@ -99,6 +108,8 @@ def test_the_forms_are_what_they_are_called(device):
         Case(batch=5, hypothesis=3, dim=8, attn_dim=12, state=True, mask="some"),
         Case(batch=5, premise=17, hypothesis=2, dim=16, attn_dim=16, mask="empty", return_weights=False),
         Case(premise=41, hypothesis=19, dim=12, attn_dim=8, ragged=True, state=True),
+        Case(premise=15, hypothesis=19, dim=12, attn_dim=8, ragged=True, alone="hypothesis", mask="some"),
+        Case(premise=41, hypothesis=3, dim=12, attn_dim=8, ragged=True, alone="premise", state=True),
     ],
     ids=str,
 )
@@ -346,6 +357,38 @@ def test_offsets_of_any_stride_are_those_offsets(impl, device):
     case = Case(ragged=True)
     tensors = case.tensors(device)
     assert_identical(evaluate(case.op, strided_offsets(tensors), impl), evaluate(case.op, tensors, impl))
+
+
+@every_impl
+@pytest.mark.parametrize("alone", ["premise", "hypothesis"])
+def test_rows_packed_on_one_side_alone_are_those_packed_on_both(alone, impl, device):
+    case = Case(premise=14, hypothesis=5, ragged=True, alone=alone, state=True, return_weights=False)
+    t = case.tensors(device)
+    other = "hypothesis" if alone == "premise" else "premise"
+    count, rows, _ = t[other].shape
+
+    def packed(*, impl, **given):
+        even = torch.arange(count + 1, dtype=torch.int32, device=device) * rows
+        out = operator()(impl=impl, **given | {other: given[other].flatten(0, 1), f"cu_seqlens_{other}": even})
+        return out if other == "premise" else out.unflatten(0, (count, rows))
+
+    assert_close(evaluate(case.op, t, impl), evaluate(packed, t, impl))
+
+
+@every_impl
+def test_weights_of_a_packed_hypothesis_are_those_of_a_padded_one(impl, device):
+    case = Case(premise=14, hypothesis=9, ragged=True, alone="hypothesis", mask="some")
+    t = case.tensors(device)
+    out, weights = case.op(impl=impl, **t)
+    assert weights.shape == (9, 14)
+    for s, (lo, hi) in enumerate(itertools.pairwise(t["cu_seqlens_hypothesis"].tolist())):
+        own = {name: t[name][s : s + 1] for name in ("premise", "mask")} | {
+            "hypothesis": t["hypothesis"][None, lo:hi]
+        }
+        alone = operator(return_weights=True)(
+            impl=impl, **own, **{n: t[n] for n in ("w_y", "w_h", "w_r", "w", "w_t")}
+        )
+        torch.testing.assert_close((out[None, lo:hi], weights[None, lo:hi]), alone)
 
 
 @every_impl

@@ -82,11 +82,12 @@ class WordCase(CompileCase):
     mask: bool = False
     weights: bool = False  # whether they are returned, and have a gradient
     ragged: bool = False
+    alone: str = ""  # of ragged rows: "premise" or "hypothesis", where the others are padded
 
     lengths = ("Tk", "Tq")
 
     def _parts(self) -> tuple[str, ...]:
-        options = ("mask" * self.mask, "weights" * self.weights, "ragged" * self.ragged)
+        options = ("mask" * self.mask, "weights" * self.weights, f"ragged {self.alone}".strip() * self.ragged)
         return (f"B{self.B} Ty{self.Tk} Th{self.Tq} D{self.D} A{self.A}", *options)
 
     def _launch(self) -> None:
@@ -94,11 +95,12 @@ class WordCase(CompileCase):
         from fused_attn.kernels.inputs import WordByWordInputs
 
         B, Tk, Tq, D, A = self.B, self.Tk, self.Tq, self.D, self.A
-        premise, hypothesis = ((B * Tk,), (B * Tq,)) if self.ragged else ((B, Tk), (B, Tq))
-        offsets = self._empty(B + 1, dtype=torch.int32) if self.ragged else None
+        packed = [self.ragged and self.alone in ("", side) for side in ("premise", "hypothesis")]
+        premise, hypothesis = ((B * T,) if one else (B, T) for one, T in zip(packed, (Tk, Tq), strict=True))
+        offsets = [self._empty(B + 1, dtype=torch.int32) if one else None for one in packed]
         shapes = ((*premise, D), (*hypothesis, D), (D, A), (D, A), (D, A), (A,), (D, D), (B, D))
         mask = self._empty(B, Tk, dtype=torch.bool) if self.mask else None
-        inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, offsets, offsets)
+        inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, *offsets)
         recurrent.recurrent_fwd(inputs, self.weights, False)
         out, weights, states, key = recurrent.recurrent_fwd(inputs, self.weights, True)
         dweights = weights if self.weights else None
@@ -111,6 +113,8 @@ COMPILED = [
     WordCase(F32, **_SNLI, D=159, A=159, mask=True),
     WordCase(F16, **_SNLI, **_128, mask=True, weights=True),
     WordCase(BF16, **_SNLI, **_128, ragged=True),
+    WordCase(BF16, **_SNLI, **_128, mask=True, weights=True, ragged=True, alone="hypothesis"),
+    WordCase(F32, **_SNLI, **_100, ragged=True, alone="premise"),
     # as much as is held on chip: few words of great width, many of small width
     WordCase(BF16, **_LARGE, mask=True),
     WordCase(F32, **_LARGE),
@@ -122,6 +126,7 @@ COMPILED = [
     WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True),
     WordCase(F32, 16, 50, 32, 1000, 2000),
     WordCase(F16, **{**_LARGE, "A": 64}, ragged=True),
+    WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True, ragged=True, alone="hypothesis"),
     WordCase(F32, 16, 8, 8, 3000, 20, mask=True),
 ]
 BRIEF = [COMPILED[2], COMPILED[-1]]
@@ -131,6 +136,8 @@ VARIED = {
         WordCase(F32, 3, 1, 1, 100, 50, mask=True, weights=True),
         WordCase(BF16, 3, 1, 1, 100, 100, ragged=True),
         WordCase(F32, 3, 1, 1, 1000, 2000, mask=True),
+        WordCase(BF16, 3, 1, 1, 64, 64, mask=True, weights=True, ragged=True, alone="hypothesis"),
+        WordCase(BF16, 3, 1, 1, 100, 100, ragged=True, alone="premise"),
     ]
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -28,18 +29,22 @@ from ..recurrent import word_by_word_attention
 from ..segments import Offsets
 from ._layers import Attention, counts, factory, project, read
 
-_WORDS = {
-    packed: {
+
+def _words(premise: bool, hypothesis: bool) -> Table:
+    """By which of them is packed."""
+    return {
         "premise": argument(
-            "N premise_dim" if packed else "B Ty premise_dim", offsets="" if packed else "cu_seqlens_premise"
+            "N premise_dim" if premise else "B Ty premise_dim", offsets="" if premise else "cu_seqlens_premise"
         ),
         "hypothesis": argument(
-            "M hypothesis_dim" if packed else "B Th hypothesis_dim", offsets="" if packed else "cu_seqlens_hypothesis"
+            "M hypothesis_dim" if hypothesis else "B Th hypothesis_dim",
+            offsets="" if hypothesis else "cu_seqlens_hypothesis",
         ),
-        "state": argument("S premise_dim" if packed else "B premise_dim", optional=True),
+        "state": argument("S premise_dim" if premise and hypothesis else "B premise_dim", optional=True),
     }
-    for packed in (False, True)
-}
+
+
+_WORDS = {sides: _words(*sides) for sides in itertools.product((False, True), (False, True))}
 
 
 def _step(query: str, rows: str, history: str) -> Table:
@@ -132,7 +137,7 @@ class WordByWordAttention(Attention):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """r of every word of the hypothesis; shapes, results and errors are those of `word_by_word_attention`."""
         check = module_checker(
-            _WORDS[cu_seqlens_premise is not None],
+            _WORDS[cu_seqlens_premise is not None, cu_seqlens_hypothesis is not None],
             weight_of(self.premise_proj),
             premise_dim=width_of(self.premise_proj),
             hypothesis_dim=width_of(self.hypothesis_proj),
