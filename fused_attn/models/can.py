@@ -29,6 +29,20 @@ class CANWeights(NamedTuple):
     """β over the sentences, ``(B, S)``."""
 
 
+class _Dot(nn.Module):
+    """Attention by a dot product, whose weights are uniform with a scale of 0."""
+
+    def __init__(self, scale: float, impl: Impl) -> None:
+        super().__init__()
+        self.scale, self.impl = scale, impl
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor | None = None, *, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output and weights."""
+        return general_attention(query, key, value, scale=self.scale, mask=mask, return_weights=True, impl=self.impl)
+
+
 class CAN(nn.Module):
     r"""What a story says about a question: attention over words, given what was read before, then over sentences.
 
@@ -89,6 +103,8 @@ class CAN(nn.Module):
         self.score_proj = nn.Linear(context_dim, context_dim)  # W_ee, b2
         self.sentence_gru = nn.GRUCell(hidden_dim, context_dim)
         self.feedback_proj = nn.Linear(hidden_dim, context_dim)  # W_rf
+        self.attend_words = _Dot(1.0 if attention else 0.0, impl)
+        self.attend_sentences = _Dot(1.0 if attention else 0.0, impl)
         if not attention:
             freeze_uniform(self)
 
@@ -136,15 +152,12 @@ class CAN(nn.Module):
             "tuple[Tensor, Tensor]", self.question_pool(g, mask=asked, return_weights=True, impl=self.impl)
         )
         u = _ACTIVATIONS[self.activation](self.question_proj(pooled))
-        scale = 1.0 if self.attention else 0.0
         projected = self.word_proj(h)
         state = u.new_zeros(u.shape)
         states, alphas = [], []
         for t in range(sentences):
             e = torch.sigmoid(self.score_proj(torch.tanh(self.state_proj(state)[:, None] + projected[:, t])))
-            y, alpha = general_attention(
-                u[:, None], e, h[:, t], scale=scale, mask=shown[:, t], return_weights=True, impl=self.impl
-            )
+            y, alpha = self.attend_words(u[:, None], e, h[:, t], mask=shown[:, t])
             state = torch.where(visible[:, t, None], self.sentence_gru(y[:, 0], state), state)
             states.append(state)
             alphas.append(alpha[:, 0])
@@ -153,7 +166,7 @@ class CAN(nn.Module):
         if feedback is not None or feedback_lengths is not None:
             query = u + self._feedback(feedback, feedback_lengths, batch)
         s = torch.stack(states, 1) if states else u.new_zeros(batch, 0, u.shape[1])
-        m, beta = general_attention(query[:, None], s, scale=scale, mask=visible, return_weights=True, impl=self.impl)
+        m, beta = self.attend_sentences(query[:, None], s, mask=visible)
         out = m[:, 0] + u
         if not return_weights:
             return out

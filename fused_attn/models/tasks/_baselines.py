@@ -32,3 +32,16 @@ def counts(texts: Mapping[str, Iterable[Iterable[str]]]) -> dict[str, Any]:
 
     vectorizer = CountVectorizer(analyzer=list).fit(texts[TRAIN])
     return {split: vectorizer.transform(some) for split, some in texts.items()}
+
+
+def bag_of_words(
+    data: Mapping[str, Iterable[Any]], words: Callable[[Any], Iterable[str]], label: Callable[[Any], Any]
+) -> Callable[[str], float]:
+    """Logistic regression on what `words` makes of each example, by split; `label` is its class."""
+
+    def judge(split: str) -> float:
+        x = counts({name: [words(example) for example in some] for name, some in data.items()})
+        y = {name: [label(example) for example in some] for name, some in data.items()}
+        return logistic_regression(x, y, split)
+
+    return judge

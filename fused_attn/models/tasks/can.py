@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._arms import make_oracle, on_truth
 from ..can import CAN, CANWeights
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
+from ._baselines import bag_of_words
 
 PEOPLE = ("mary", "john", "daniel", "sandra")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
@@ -67,13 +70,14 @@ class Reader(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, CANWeights]:
         """Scores of the places ``(B, 6)``, and the weights."""
-        out, weights = self.can(
-            self.embed(batch.words),
-            batch.lengths,
-            self.embed(batch.question),
-            batch.question_lengths,
-            return_weights=True,
-        )
+        with on_truth(self, self.can.attend_sentences, batch.truth):
+            out, weights = self.can(
+                self.embed(batch.words),
+                batch.lengths,
+                self.embed(batch.question),
+                batch.question_lengths,
+                return_weights=True,
+            )
         return self.answer(out), weights
 
 
@@ -175,7 +179,16 @@ def make(seed: int, device: torch.device) -> Task:
             ]
         return result
 
-    def build(arm: str) -> nn.Module:
-        return Reader(32, arm == "attention").to(device)
+    def with_question(example: Example) -> list[str]:
+        """Each word of the story, together with who is asked for; nothing of where it stands."""
+        return [f"{example.question.split()[-1]} {word}" for text in example.story for word in text.split()]
 
-    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)
+    baselines = {"bag of words": bag_of_words(examples, with_question, attrgetter("answer"))}
+
+    def build(arm: str) -> nn.Module:
+        model = Reader(32, arm == "attention")
+        if arm == "oracle":
+            make_oracle(model)
+        return model.to(device)
+
+    return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)

@@ -1,10 +1,15 @@
-"""Patients' histories, generated: an old disease comes back, and the last visit's complaint says which."""
+"""Patients' histories, generated: an old disease comes back, and the last visit's complaint says of which organ.
+
+Of the organ that hurts it is the latest disease that comes back; earlier ones of the same organ do not count, so that
+which codes a history has does not tell, but when they were.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from .._arms import make_oracle, on_truth
 from ..dipole import Dipole
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
+from ._baselines import bag_of_words
 
 ORGANS = ("heart", "lung", "kidney", "liver", "skin", "joint")
 FORMS = ("a", "b", "c", "d")
@@ -39,18 +45,20 @@ class Batch(NamedTuple):
 def patient(rng: random.Random) -> tuple[tuple[Visit, ...], str]:
     """One history and the disease of the visit that follows it.
 
-    Every visit has one to three routine codes. At three or four visits, each at a random time, another organ has a
-    disease. At the last visit one of these organs hurts, and next its disease is back.
+    Every visit has one to three routine codes. Three organs have two or three diseases each, all at different visits
+    and in a random order. At the last visit one of these organs hurts, and next its latest disease is back.
     """
-    length = rng.randint(8, VISITS)
+    ill = rng.sample(ORGANS, 3)
+    diseases = [f"{organ} {form}" for organ in ill for form in rng.sample(FORMS, rng.randint(2, 3))]
+    length = rng.randint(len(diseases) + 2, VISITS)
     history = [rng.sample(ROUTINE, rng.randint(1, 3)) for _ in range(length)]
-    ill = rng.sample(ORGANS, rng.randint(3, 4))
-    diseases = [f"{organ} {rng.choice(FORMS)}" for organ in ill]
-    for when, disease in zip(rng.sample(range(length - 1), len(ill)), diseases, strict=True):
+    times = sorted(rng.sample(range(length - 1), len(diseases)))
+    in_order = rng.sample(diseases, len(diseases))
+    for when, disease in zip(times, in_order, strict=True):
         history[when].insert(0, disease)
-    which = rng.randrange(len(ill))
-    history[-1].insert(0, f"{ill[which]} pain")
-    return tuple(tuple(visit) for visit in history), diseases[which]
+    organ = rng.choice(ill)
+    history[-1].insert(0, f"{organ} pain")
+    return tuple(tuple(visit) for visit in history), [x for x in in_order if x.split()[0] == organ][-1]
 
 
 def draw_patients(seed: int) -> dict[str, list[tuple[tuple[Visit, ...], str]]]:
@@ -114,6 +122,13 @@ def make(seed: int, device: torch.device, *, score: str = "concat") -> Task:
         right = (logits.argmax(-1) == data[split].next_disease).float().mean().item()
         return Outcome(right, {"visits": (weights * data[split].truth).sum(-1).mean().item()})
 
+    def with_complaint(example: tuple[tuple[Visit, ...], str]) -> list[str]:
+        """Each code, together with the complaint; nothing of when it was."""
+        history, _ = example
+        return [f"{history[-1][0]}, {code}" for visit in history[:-1] for code in visit]
+
+    baselines = {"bag of codes": bag_of_words(patients, with_complaint, itemgetter(1))}
+
     def panels(model: nn.Module) -> list[Panel]:
         result = []
         for history, disease in patients[TEST][:3]:
@@ -125,4 +140,4 @@ def make(seed: int, device: torch.device, *, score: str = "concat") -> Task:
             result.append(Panel(title, weights[:, :-1], [history[-1][0]], names, batch.truth[:, :-1]))
         return result
 
-    return Task(build, batches, loss, judge, panels, epochs=30)
+    return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)

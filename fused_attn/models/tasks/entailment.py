@@ -17,7 +17,8 @@ The truth that weights are held to is the phrase of the group that the claim is 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from .._arms import make_oracle, on_truth
 from ..entailment import Entailment
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
-from ._baselines import counts, logistic_regression
+from ._baselines import bag_of_words
 
 LABELS = ("entailment", "contradiction", "neutral")
 KINDS = {
@@ -210,13 +211,8 @@ def make(seed: int, device: torch.device) -> Task:
     def words_together(pair: Pair) -> list[str]:
         return words_alone(pair) + [f"{a} {b}" for a in pair.premise for b in pair.hypothesis]
 
-    def baseline(words: Callable[[Pair], list[str]]) -> Callable[[str], float]:
-        def judge(split: str) -> float:
-            x = counts({name: [words(pair) for pair in some] for name, some in data.items()})
-            y = {name: [pair.label for pair in some] for name, some in data.items()}
-            return logistic_regression(x, y, split)
-
-        return judge
-
-    baselines = {"bag of words": baseline(words_alone), "pairs of words": baseline(words_together)}
+    baselines = {
+        "bag of words": bag_of_words(data, words_alone, attrgetter("label")),
+        "pairs of words": bag_of_words(data, words_together, attrgetter("label")),
+    }
     return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=40)

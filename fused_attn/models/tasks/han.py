@@ -21,8 +21,9 @@ import random
 import re
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from .._arms import make_oracle, on_truth
 from ..han import HAN
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
-from ._baselines import counts, logistic_regression
+from ._baselines import bag_of_words
 
 PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "python")
 FILES = 80  # of each package, which are read in a few seconds
@@ -172,8 +173,10 @@ def make(seed: int, device: torch.device) -> Task:
     judged = {split: pack(data[split]) for split in (VALIDATION, TEST)}
 
     def build(arm: str) -> nn.Module:
-        sizes = {"embed_dim": EMBED, "hidden": HIDDEN, "attn_dim": 2 * HIDDEN}
-        model = HAN(len(vocabulary) + 1, len(PACKAGES), **sizes, attention=arm == "attention")
+        words, width = len(vocabulary) + 1, 2 * HIDDEN
+        model = HAN(
+            words, len(PACKAGES), embed_dim=EMBED, hidden=HIDDEN, attn_dim=width, attention=arm == "attention"
+        )
         if arm == "oracle":
             make_oracle(model)
         return model.to(device)
@@ -214,16 +217,9 @@ def make(seed: int, device: torch.device) -> Task:
             shown.append(Panel("the words of the marked sentence", each[document.marked][None], ["attention"], words))
         return shown
 
-    def baseline(words: Callable[[Document], list[str]]) -> Callable[[str], float]:
-        def score(split: str) -> float:
-            x = counts({name: [words(document) for document in some] for name, some in data.items()})
-            y = {name: [document.package for document in some] for name, some in data.items()}
-            return logistic_regression(x, y, split)
-
-        return score
-
-    baselines: Mapping[str, Callable[[str], float]] = {
-        "bag of words": baseline(lambda document: [word for sentence in document.sentences for word in sentence]),
-        "bag of words, marked sentence": baseline(lambda document: [*document.sentences[document.marked]]),
+    package = attrgetter("package")
+    baselines = {
+        "bag of words": bag_of_words(data, lambda x: itertools.chain.from_iterable(x.sentences), package),
+        "bag of words, marked sentence": bag_of_words(data, lambda x: x.sentences[x.marked], package),
     }
     return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)

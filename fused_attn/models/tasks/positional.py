@@ -82,6 +82,11 @@ def pad(texts: list[tuple[str, ...]], index: dict[str, int], device: torch.devic
     return words.to(device), torch.tensor([len(text) for text in texts], device=device)
 
 
+def hundreds(some: list[Pair]) -> list[list[Pair]]:
+    """Rings of candidates; what is left at the end has to be enough for one."""
+    return [some[i : i + 100] for i in range(0, len(some) - CHOICES, 100)]
+
+
 def make(seed: int, device: torch.device) -> Task:
     """Find the right one of 10 bodies. All come from modules that were not trained on."""
     data = split(seed)
@@ -99,10 +104,7 @@ def make(seed: int, device: torch.device) -> Task:
         )
 
     shuffled = {name: random.Random(seed).sample(data[name], len(data[name])) for name in (VALIDATION, TEST)}
-    judged = {
-        name: [collate(some[i : i + 100]) for i in range(0, len(some) - CHOICES, 100)]
-        for name, some in shuffled.items()
-    }
+    judged = {name: [collate(chosen) for chosen in hundreds(some)] for name, some in shuffled.items()}
 
     def build(arm: str) -> nn.Module:
         model = PositionalAttention(
@@ -130,6 +132,20 @@ def make(seed: int, device: torch.device) -> Task:
         near = torch.cat([model(*batch) for batch in judged[split]])
         return Outcome((near >= near[:, :1]).sum(1).reciprocal().mean().item())
 
+    def tf_idf(split: str) -> float:
+        """The candidate whose words are most alike, by the cosine of their TF-IDF vectors."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        vectorizer = TfidfVectorizer(analyzer=list).fit([pair.question + pair.answer for pair in train])
+        ranks = []
+        for some in hundreds(shuffled[split]):
+            question, answer = (
+                vectorizer.transform(x) for x in zip(*((p.question, p.answer) for p in some), strict=True)
+            )
+            near = torch.from_numpy((question @ answer.T).toarray()).to(device).gather(1, collate(some).candidates)
+            ranks.append((near >= near[:, :1]).sum(1))
+        return torch.cat(ranks).reciprocal().mean().item()
+
     def panels(model: nn.Module) -> list[Panel]:
         result = []
         for pair in [x for x in shuffled[TEST] if len(x.answer) <= 25][:3]:  # what fits the picture
@@ -137,4 +153,6 @@ def make(seed: int, device: torch.device) -> Task:
             result.append(Panel(" ".join(pair.question), weights[0], ["weight"], list(pair.answer)))
         return result
 
-    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=12)
+    return Task(
+        build, batches, loss, judge, panels, arms=("attention", "uniform"), baselines={"TF-IDF": tf_idf}, epochs=12
+    )

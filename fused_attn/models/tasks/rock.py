@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._arms import make_oracle, on_truth
 from ..rock import Rock
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
+from ._baselines import logistic_regression
 
 CURVES = ("gamma", "resistivity", "density", "neutron", "sonic")
 DEPTHS, THICKNESS, BATCH = 36, 9, 50
@@ -100,6 +101,12 @@ def make(seed: int, device: torch.device) -> Task:
             },
         )
 
+    def as_they_are(split: str) -> float:
+        """Logistic regression on all numbers of a well."""
+        x = {name: wells.logs.flatten(1).cpu().numpy() for name, wells in data.items()}
+        y = {name: wells.facies.cpu().numpy() for name, wells in data.items()}
+        return logistic_regression(x, y, split)
+
     def panels(model: nn.Module) -> list[Panel]:
         first = Batch(*(x[:2] for x in test))
         _, depths, curves = forward(model, first)
@@ -114,4 +121,4 @@ def make(seed: int, device: torch.device) -> Task:
             )
         return result
 
-    return Task(build, batches, loss, judge, panels, epochs=30)
+    return Task(build, batches, loss, judge, panels, baselines={"logs as they are": as_they_are}, epochs=30)
