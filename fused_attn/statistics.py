@@ -17,8 +17,8 @@ from . import reference
 from ._checks import Checker, Table, argument, check_activation, check_count, check_flag, check_number, check_values
 from ._habits import explicit
 from ._operators import Operator, launcher
-from ._ops import Impl, exports_from_one, may_ask, under_autocast, use_triton, weights_of_rows
-from ._results import PLAIN, Wanted, beside, check_wanted, stand_in
+from ._ops import Impl, exports_from_one, keeps_exact, may_ask, under_autocast, use_triton, weights_of_rows
+from ._results import PLAIN, Wanted, beside, by_formula, check_wanted, stand_in
 from .kernels.inputs import StatisticsInputs, features_dtype
 from .location import _TABLES as _SCORES
 from .location import LOCATION, _unpack_jagged, check_score, check_sequences, one_context
@@ -162,7 +162,7 @@ def statistics_pooling(
         Number R of sets of weights, for which `v`, `score_bias` or `weight` have an axis. None: one, and no axis. It
         is said, for an axis may be as wide as the values. Scores of `v` are made of one read of `h`, at most 128 of
         them by the kernel; the values are read once a hop, without a copy, and each hop has a gradient of them, which
-        are added up.
+        are added up. Means alone of `v` take one read of all, that of `location_attention` of R hops.
     activation
         identity, tanh, relu, sigmoid, leaky_relu (slope 0.2), elu, gelu or silu.
     mask
@@ -238,6 +238,9 @@ def statistics_pooling(
     inputs = StatisticsInputs(h, w, b, v, context, value, given, *structure, *limits, linear)
     if hops is None:
         mean, std, lse, scores, weights = _pooled(inputs, wanted, kernel, deviation)
+    elif not deviation and v is not None and given is None:
+        mean, lse, scores, weights = _means_of_hops(inputs, wanted, kernel)
+        std = mean
     else:
         given = _scores_of_hops(inputs, kernel)
         mean, std, lse, weights = _pooled_by_hop(inputs, given, wanted, kernel, deviation)
@@ -291,6 +294,19 @@ def _pooled(
         return mean, std, lse, scores, None
     mean, std, weights = _STATISTICS.formula(inputs, weights_only=True, deviation=deviation)
     return mean, std, None, None, weights
+
+
+def _means_of_hops(
+    inputs: StatisticsInputs, wanted: Wanted, kernel: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(mean, lse, scores, weights) as `_pooled`: hops of location attention, which reads the values once for all."""
+    score = inputs.score()._replace(value=inputs.value)
+    if kernel:
+        mean, lse, scores, _ = LOCATION(score, True, keeps_exact(*score[:9]))
+        return mean, lse, scores, None
+    return cast(
+        "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]", by_formula(LOCATION.formula, score, wanted)
+    )
 
 
 def _scores_of_hops(inputs: StatisticsInputs, kernel: bool) -> Tensor:

@@ -354,6 +354,13 @@ def _statistics_and_graph() -> None:
         lambda B, T: {"h": r(B, T, 4), "w": r(4, 3), "v": r(3, 2), "score_bias": r(B, 2, T), "mask": seen(B, T)},
     )
     add(
+        "statistics packed, means of hops",
+        lambda i, c, **t: statistics_pooling(
+            **t, cu_seqlens=c, hops=2, deviation=False, return_weights=True, return_lse=True, impl=i
+        ),
+        lambda B, T: {"h": r(B * T, 4), "w": r(4, 3), "v": r(3, 2), "c": offsets(B * T, B)},
+    )
+    add(
         "statistics packed, weights of hops",
         lambda i, c, weight, **t: statistics_pooling(**t, weight=weight.square(), cu_seqlens=c, hops=2, impl=i),
         lambda B, T: {"h": r(B * T, 4), "weight": r(B * T, 2), "c": offsets(B * T, B)},

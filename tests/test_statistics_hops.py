@@ -210,8 +210,12 @@ def test_scores_of_all_hops_are_made_once_and_no_frame_is_copied(monkeypatch, de
 
         monkeypatch.setattr(module, name, noted)
     h = torch.randn(2, 8, 4, device=device)
-    statistics_pooling(h, v=torch.randn(4, R, device=device), hops=R, impl="triton")
+    v = torch.randn(4, R, device=device)
+    statistics_pooling(h, v=v, hops=R, impl="triton")
     assert seen == [("LOCATION", h.data_ptr()), *[("_STATISTICS", h.data_ptr())] * R]
+    seen.clear()
+    statistics_pooling(h, v=v, hops=R, deviation=False, impl="triton")
+    assert seen == [("LOCATION", h.data_ptr())]
 
 
 ERRORS = {
