@@ -29,7 +29,8 @@ from ._habits import explicit
 from ._jagged import is_jagged, of_rows, rows_of
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, may_ask, under_autocast, use_triton, weights_of_rows
-from ._softmax import softmax
+from ._results import beside, check_wanted
+from ._softmax import softmax, softmax_of_rows, sums_of_rows
 from .kernels.inputs import LocationAwareInputs, LocationAwareSequenceInputs, LocationInputs
 from .location import LOCATION
 from .segments import Offsets, as_offsets
@@ -143,12 +144,21 @@ def _formula(inputs: LocationAwareInputs, score_activation: str = "identity") ->
     return out[:, 0], weights[..., 0].to(inputs.value.dtype)
 
 
-def _pooled(inputs: LocationAwareInputs, score_activation: str) -> tuple[Tensor, Tensor]:
-    """`_formula` by the kernel of location attention: that of a step has no activation of the score."""
+def _formula_with_scores(inputs: LocationAwareInputs, score_activation: str = "identity") -> tuple[Tensor, ...]:
+    """The same with all results: (out, weights, these in at least float32, the scores, (m, l) of each sequence)."""
+    return _of_pooling(inputs, *reference.location_attention(_as_pooling(inputs, score_activation)))
+
+
+def _pooled(inputs: LocationAwareInputs, score_activation: str) -> tuple[Tensor, ...]:
+    """`_formula_with_scores` by the kernel of location attention: that of a step has no activation of the score."""
     pooled = _as_pooling(inputs, score_activation)
     pooled = pooled._replace(h=pooled.h.to(inputs.key.dtype))
-    out, lse, scores, _ = LOCATION(pooled, True, keeps_exact(*pooled[:9]))
-    return out[:, 0], weights_of_rows(scores, lse, inputs.cu_seqlens)[..., 0].to(inputs.value.dtype)
+    return _of_pooling(inputs, *LOCATION(pooled, True, keeps_exact(*pooled[:9]))[:3])
+
+
+def _of_pooling(inputs: LocationAwareInputs, out: Tensor, lse: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+    weights = weights_of_rows(scores, lse, inputs.cu_seqlens)[..., 0]
+    return out[:, 0], weights.to(inputs.value.dtype), weights, scores[..., 0], lse[:, 0]
 
 
 def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
@@ -177,33 +187,35 @@ def _weights_of_steps(inputs: LocationAwareSequenceInputs) -> tuple[Tensor]:
     return (torch.stack(found, 1)[:, : query.shape[1]],)
 
 
-def _fake(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, ...]:
+def _fake(inputs: LocationAwareInputs, need_exact: bool, need_scores: bool) -> tuple[Tensor, ...]:
     value = inputs.value
     rows = value.shape[:-1]
     return (
         value.new_empty(inputs.query.shape[0], value.shape[-1]),
         value.new_empty(rows),
         value.new_empty(rows if need_exact else (0,), dtype=torch.float32),
+        value.new_empty(rows if need_scores else (0,), dtype=torch.float32),
     )
 
 
 def _bwd(inputs: LocationAwareInputs, *args: Any) -> list[Tensor | None]:
-    _out, weights, exact, dout, dweights, _dexact, _, needs = args
+    _out, weights, exact, dout, dweights, _dexact, dscores, *_, needs = args
     run = launcher("location_aware_bwd.location_aware_bwd")
-    return cast("list[Tensor | None]", run(inputs, exact_of(weights, exact), dout, dweights, needs))
+    return cast("list[Tensor | None]", run(inputs, exact_of(weights, exact), dout, dweights, dscores, needs))
 
 
 _STEP = Operator(
     "location_aware",
     LocationAwareInputs,
     differentiable="query key value v previous conv_weight u score_bias",
-    choices="bool need_exact",
-    results="out weights exact?need_exact",
+    choices="bool need_exact, bool need_scores",
+    results="out weights exact?need_exact scores?need_scores",
     saved="out weights exact",
     forward=launcher("location_aware.location_aware_fwd"),
     backward=_bwd,
     fake=_fake,
-    formula=_formula,
+    formula=_formula_with_scores,
+    lean=_formula,
 )
 
 
@@ -254,8 +266,11 @@ def location_aware_attention(
     score_bias: Tensor | None = None,
     cu_seqlens: Offsets | None = None,
     dropout_p: float = 0.0,
+    return_log_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""One step of location-aware attention: the score sees where the last step looked.
 
     .. math:: f_j = \sum_k F_k \, \alpha^{prev}_{j + k - (K - 1)/2}, \quad s_j = v \cdot act(q + k_j + f_j U), \quad
@@ -303,15 +318,19 @@ def location_aware_attention(
         also be of packed rows, and the weights that come back ``(S, T)``.
     dropout_p
         Probability that a weight is dropped, 0 <= p < 1; it always applies. See `location_attention`.
+    return_log_weights, return_scores, return_lse
+        Return them too, see `location_attention`. The kernel leaves the scores; what the normaliser tells is made of
+        them in PyTorch.
     impl
         ``"auto"``: the Triton kernel on a GPU, the reference elsewhere and for float64. ``"triton"`` and
         ``"reference"`` never fall back.
 
     Returns
     -------
-    (Tensor, Tensor)
+    tuple of Tensor
         Output ``(B, Dv)`` and weights ``(B, Tk)``, packed ``(S, Dv)`` and ``(N,)``, as they are before dropout. A
-        sequence without a visible key has zeros in both.
+        sequence without a visible key has zeros in both. After these, in this order, log weights and scores, of the
+        form of the weights, and lse ``(B,)``.
 
     Raises
     ------
@@ -340,15 +359,36 @@ def location_aware_attention(
     given = query, key, value, v, previous, conv_weight, u
     _validate(table, *given, activation, mask, score_bias, dropout_p, cu_seqlens, jagged is not None)
     check_score_activation("score_activation", score_activation)
+    wanted = check_wanted(True, return_scores, return_lse, False, return_log_weights)
     seed = draw_seed(dropout_p, query.device)
     inputs = LocationAwareInputs(*given, score_bias, mask, cu_seqlens, seed, activation, float(dropout_p))
-    if not use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None):
-        out, weights = _formula(inputs, score_activation)
-    elif score_activation != "identity":
-        out, weights = _pooled(inputs, score_activation)
+    kernel = use_triton(impl, query.device, "has no float64" if query.dtype == torch.float64 else None)
+    more = wanted.log_weights or wanted.scores or wanted.lse
+    if kernel and score_activation == "identity":
+        out, weights, _, scores = _STEP(inputs, keeps_exact(*given, score_bias), more)
+        lse = _normaliser_of(scores, cu_seqlens, query.shape[0]) if wanted.log_weights or wanted.lse else None
+    elif kernel:
+        out, weights, _, scores, lse = _pooled(inputs, score_activation)
+    elif more:
+        out, weights, _, scores, lse = _formula_with_scores(inputs, score_activation)
     else:
-        out, weights, _ = _STEP(inputs, keeps_exact(*given, score_bias))
-    return out, weights if jagged is None else jagged.nest(weights)
+        out, weights = _formula(inputs, score_activation)
+    if not more:
+        return out, weights if jagged is None else jagged.nest(weights)
+    log_weights = None
+    if wanted.log_weights:
+        assert lse is not None
+        log_weights = weights_of_rows(scores[..., None], lse[:, None], cu_seqlens, log=True)[..., 0]
+    of_keys = [x if x is None or jagged is None else jagged.nest(x) for x in (weights, scores, log_weights)]
+    return out, *beside(wanted, value.dtype, lse, *of_keys)
+
+
+def _normaliser_of(scores: Tensor, cu_seqlens: Tensor | None, seqs: int) -> Tensor:
+    """(m, l) of the scores of each sequence, ``(S, 2)``."""
+    segment = None if cu_seqlens is None else reference.segment_ids(cu_seqlens, scores.shape[0])
+    scores = scores[..., None]
+    _, top = softmax_of_rows(scores.detach(), segment, seqs)
+    return sums_of_rows(scores, top, segment)[:, 0]
 
 
 @explicit

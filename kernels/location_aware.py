@@ -365,12 +365,15 @@ class Filters(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward leaves, float32 but for the first two; the last three where keys are split."""
+    """What the forward leaves, float32 but for the first two; the last three where keys are split.
+
+    Scores nobody wants are scratch, in the memory of what holds the weights in float32.
+    """
 
     out: Tensor  # (B, DV) in the dtype of the values
     weights: Tensor  # (B, Tk) or (N,) in that dtype
     exact: Tensor | None  # the weights, None where that dtype is float32
-    scores: Tensor  # scratch, the memory of what holds the weights in float32
+    scores: Tensor  # (B, Tk) or (N,)
     o: Tensor | None  # (items, DV)
     m: Tensor | None  # (items,)
     l: Tensor | None
@@ -482,18 +485,26 @@ def prepare_step(inputs: LocationAwareInputs) -> Call:
     return call
 
 
-def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, weights) as `fused_attn.location_aware` has them, and the weights in float32.
+def location_aware_fwd(
+    inputs: LocationAwareInputs, need_exact: bool, need_scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, weights) as `fused_attn.location_aware` has them, and in float32 the weights and the scores.
 
-    The last only where `need_exact` says so, else it is empty.
+    The last two are empty where they are not needed.
     """
     key, value = inputs.key, inputs.value
     rows, seqs, DV = value.shape[:-1], inputs.query.shape[0], value.shape[-1]
     out, weights = value.new_empty(seqs, DV), value.new_empty(rows)
-    scores = weights if value.dtype == torch.float32 else value.new_empty(rows, dtype=torch.float32)
-    exact = scores if need_exact else value.new_empty(0, dtype=torch.float32)
+    none = [value.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    wide = weights if value.dtype == torch.float32 else None  # where the kernel leaves weights in float32
+    if wide is None and (need_exact or not need_scores):
+        wide = value.new_empty(rows, dtype=torch.float32)
+    scores = value.new_empty(rows, dtype=torch.float32) if need_scores or wide is None else wide
+    exact = wide if need_exact and wide is not None else none[0]
+    results = out, weights, exact, scores if need_scores else none[1]
     if weights.numel() == 0:
-        return out.zero_(), weights, exact
+        out.zero_()
+        return results
     call = prepare_step(inputs)
     blocks = fwd_blocks(call.chip, key.element_size(), call.longest, call.size)
     items = call.items(blocks.T, 4 * blocks.T)
@@ -502,7 +513,7 @@ def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[T
         value.new_empty(items.count, *width, dtype=torch.float32) if split else None for width in ((DV,), (), ())
     ]
     args = call.args_of(items) | {
-        "result": Result(out, weights, None if scores is weights else scores, scores, *parts),
+        "result": Result(out, weights, None if wide is weights else wide, scores, *parts),
         "flags": constants(call.flags._replace(SPLIT=split)),
     }
     launch(_aware_fwd_kernel, (items.count,), args, blocks, **all_registers(call.chip))
@@ -511,4 +522,4 @@ def location_aware_fwd(inputs: LocationAwareInputs, need_exact: bool) -> tuple[T
         usual = call.length if inputs.cu_seqlens is None else cdiv(call.length, seqs)
         grid = seqs, max(cdiv(DV, merge_blocks.DV), cdiv(usual, merge_blocks.T))
         launch(_aware_merge_kernel, grid, args, merge_blocks)
-    return out, weights, exact
+    return results

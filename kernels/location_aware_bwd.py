@@ -56,6 +56,7 @@ class Given(NamedTuple):
     weights: Tensor  # (B, Tq, Tk), where rows are packed (1, 1, N)
     g: Tensor  # the same; with `SMOOTH` ds
     delta: Tensor  # (B, Tq, parts), or (items,)
+    dscores: Tensor | None = None  # as the weights: gradients of the scores themselves
 
 
 class Made(NamedTuple):
@@ -137,7 +138,10 @@ def gradient_of_softmax(given, row, Tk, t, part0, parts, keep, BLOCK: tl.constex
         i = i0 + tl.arange(0, BLOCK)
         delta += tl.sum(tl.load(given.delta + part0 + i, mask=i < parts, other=0.0), axis=0)
     alpha = tl.load(given.weights + row * Tk + t, mask=keep, other=0.0)
-    return tl.where(keep, alpha * (tl.load(given.g + row * Tk + t, mask=keep, other=0.0) - delta), 0.0)
+    ds = alpha * (tl.load(given.g + row * Tk + t, mask=keep, other=0.0) - delta)
+    if given.dscores is not None:
+        ds += tl.load(given.dscores + row * Tk + t, mask=keep, other=0.0)
+    return tl.where(keep, ds, 0.0)
 
 
 @triton.jit
@@ -308,13 +312,14 @@ class ValuesBlocks(NamedTuple):
 
 
 @rule
-def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool, P: int) -> Blocks:
+def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool, P: int, told: bool) -> Blocks:
     """Tiles of the kernel for all that is made of dz. As `fwd_blocks`: chosen by the compile report.
 
     Products in TF32 hold whole filters in registers, so tiles are small: 16 by 64 is 41 instructions an element.
-    Where both operands are there, those of a history of several channels are smaller.
+    Where both operands are there, those of a history of several channels are smaller, and those of a call whose
+    scores themselves have a gradient (`told`).
     """
-    pressed = P > 1 and chip.from_registers
+    pressed = (P > 1 or told) and chip.from_registers
     C, K, A, _ = size  # type: ignore[misc]
     if chip.backend == "interpreter":
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
@@ -346,7 +351,9 @@ def of_scores(call: Call, given: Given, like: tuple[Tensor | None, ...], want: W
     query, key, v, previous, conv_weight, u, bias = like
     B, T, P, (C, K, A, _) = call.seqs, call.length, call.flags.P, call.size
     Tq, packed = given.weights.shape[1], call.cu_seqlens is not None
-    blocks = scores_blocks(call.chip, key.element_size(), call.longest, call.size, Tq > 1, P)
+    blocks = scores_blocks(
+        call.chip, key.element_size(), call.longest, call.size, Tq > 1, P, given.dscores is not None
+    )
     items = partition(B, T, blocks.T, None) if Tq > 1 else call.items(blocks.T, 2 * blocks.T)
     a_blocks, c_blocks = cdiv(A, blocks.A), cdiv(C, blocks.C)
     filters = want.conv_weight or want.u
@@ -396,6 +403,7 @@ def location_aware_bwd(
     weights: Tensor,  # in float32
     dout: Tensor,
     dweights: Tensor | None,
+    dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (query, key, value, v, previous, conv_weight, u, score_bias), None where `needs` is False."""
@@ -420,7 +428,8 @@ def location_aware_bwd(
     made: list[Tensor | None] = [None] * 7
     if any(want):
         like = (query, key, v, previous, conv_weight, u, score_bias)
-        rows = [x[None, None] if packed else x[:, None] for x in (weights, g)]  # of the one step
-        made = of_scores(call, given._replace(weights=rows[0], g=rows[1]), like, want)
+        of_step = [x[None, None] if packed else x[:, None] for x in (weights, g)]
+        dscores = None if dscores is None else dscores.contiguous()
+        made = of_scores(call, Given(*of_step, given.delta, dscores), like, want)
     dq = None if made[0] is None else made[0][:, 0]
     return [dq, made[1], dvalue, *made[2:]]

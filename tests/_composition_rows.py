@@ -493,7 +493,7 @@ def _two_levels_and_steps() -> None:
     )
     add(
         "location-aware packed",
-        lambda i, c, **t: location_aware_attention(**t, cu_seqlens=c, impl=i),
+        lambda i, c, **t: location_aware_attention(**t, cu_seqlens=c, return_scores=True, return_lse=True, impl=i),
         lambda B, T: {
             "query": r(B, 4),
             "key": r(B * T, 4),

@@ -117,10 +117,16 @@ def formula(*, impl, premise, hypothesis, w_y, w_h, w_r, w, w_t, state=None, mas
     return torch.stack(out, 1), torch.stack(weights, 1)
 
 
-def location_aware_formula(
-    *, impl, query, key, value, v, previous, conv_weight, u, score_bias=None, mask=None, act=torch.tanh
-):
+def location_aware_formula(*, value, **given):
     """One location-aware step: the oracle, which calls nothing of the package."""
+    alpha = location_aware_scores(**given).softmax(1)
+    return (alpha[..., None] * value).sum(1), alpha
+
+
+def location_aware_scores(
+    *, impl, query, key, v, previous, conv_weight, u, score_bias=None, mask=None, act=torch.tanh
+):
+    """What the softmax of such a step is of."""
     side = conv_weight.shape[-1] // 2
     hidden = torch.zeros_like(key[..., 0], dtype=torch.bool) if mask is None else ~mask
     if previous.dim() == 2:
@@ -131,5 +137,4 @@ def location_aware_formula(
         f = f + padded.unfold(1, 2 * side + 1, 1) @ conv_weight[:, p].T
     s = act(query[:, None] + key + f @ u) @ v
     s = s if score_bias is None else s + score_bias
-    alpha = s.masked_fill(hidden, -torch.inf).softmax(1)
-    return (alpha[..., None] * value).sum(1), alpha
+    return s.masked_fill(hidden, -torch.inf)

@@ -201,6 +201,105 @@ def test_one_gradient_alone_is_that_of_the_reference(name, device):
     assert largest(evaluate(op, tensors_for(device), "triton", wrt=[name]).gradients[name]) > 0
 
 
+ALL = {"return_log_weights": True, "return_scores": True, "return_lse": True}
+
+
+def told(*, log_weights, scores, lse, weights):
+    """Numbers of all that may be asked for, in one tensor, and the weights: 0 for -inf."""
+    return torch.cat([x.masked_fill(x == -torch.inf, 0).flatten() for x in (log_weights, scores, lse)]), weights
+
+
+def telling(step=op):
+    def fn(**given):
+        _, weights, log_weights, scores, lse = step(**given, **ALL)
+        return told(log_weights=log_weights, scores=scores, lse=lse, weights=weights)
+
+    return fn
+
+
+@pytest.mark.parametrize("history", [[], [2]], ids=str)
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "all"])
+def test_scores_log_weights_and_lse_are_those_of_the_formula(masked, history, device):
+    t = in_double(tensors_for(device, masked=masked, history=history))
+
+    def by_formula(*, value, **given):
+        s = _recurrent.location_aware_scores(**given)
+        return told(log_weights=s.log_softmax(1), scores=s, lse=s.logsumexp(1), weights=s.softmax(1))
+
+    assert_close(evaluate(telling(), t, "reference"), evaluate(by_formula, t, ""))
+
+
+@each_dtype
+@pytest.mark.parametrize("keys", [TK, 150])
+@pytest.mark.kernel
+def test_scores_log_weights_and_lse_match_the_reference(keys, dtype, device):
+    t = tensors_for(device, dtype=dtype, keys=keys)
+    assert_matches_reference(telling(), t, dtype=dtype)
+    assert_matches_reference(telling(), t, dtype=dtype, through=["output"])
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["log_weights", "scores", "lse"])
+def test_what_is_asked_for_comes_after_the_weights_and_changes_nothing(name, impl, device):
+    t = tensors_for(device, dtype=torch.bfloat16)
+    out, weights, more = op(impl=impl, **t, **{f"return_{name}": True})
+    assert more.dtype == torch.float32
+    assert torch.equal(out, op(impl=impl, **t)[0])
+    assert more.shape == ((B,) if name == "lse" else (B, TK))
+    if name == "log_weights":
+        torch.testing.assert_close(more.exp().to(weights.dtype), weights)
+    if name == "scores":
+        assert (more == -torch.inf).equal(~t["mask"])
+
+
+@every_impl
+def test_scores_of_a_sequence_that_sees_nothing_are_minus_infinity_and_have_no_gradient(impl, device):
+    t = tensors_for(device)
+    t["mask"][1] = False
+    _, _, log_weights, scores, lse = op(impl=impl, **t, **ALL)
+    assert all((x[1] == -torch.inf).all() for x in (log_weights, scores, lse))
+    result = evaluate(telling(), t, impl)
+    assert all(x.isfinite().all() for x in result.gradients.values())
+    assert largest(result.gradients["query"][1]) == largest(result.gradients["key"][1]) == 0
+
+
+def test_gradients_of_scores_have_gradients(device):
+    t = in_double(tensors_for(device, bias=False))
+    mask = t.pop("mask")
+    live = [x.requires_grad_() for x in t.values()]
+
+    def fn(*xs):
+        return telling()(impl="auto", mask=mask, **dict(zip(t, xs, strict=True)))
+
+    torch.autograd.gradcheck(fn, live)
+    torch.autograd.gradgradcheck(fn, live)
+
+
+@pytest.mark.kernel
+def test_second_derivatives_through_scores_are_those_of_the_reference(device):
+    t = tensors_for(device)
+
+    def second(impl):
+        leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in t.items()}
+        live = [x for x in leaves.values() if x.requires_grad]
+        first = torch.autograd.grad(
+            telling()(impl=impl, **leaves)[0].sin().sum(), live, create_graph=True, allow_unused=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), live, allow_unused=True)
+
+    for got, want in zip(second("triton"), second("reference"), strict=True):
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@every_impl
+def test_scores_compile(impl, device):
+    torch.compiler.reset()
+    t = tensors_for(device, bias=False)
+    compiled = torch.compile(telling(), backend="aot_eager", fullgraph=True)
+    assert_close(evaluate(compiled, t, impl), evaluate(telling(), t, impl))
+
+
 def decode(*, impl, query, previous, **rest):
     """Three steps: each sees the weights of the last, and asks with what it found."""
     outs = []

@@ -140,6 +140,34 @@ def test_dropout_is_that_of_the_reference(lengths, device):
 
 
 @every_impl
+def test_scores_log_weights_and_lse_are_those_of_each_sequence(impl, device):
+    t = tensors_for(device, lengths=(5, 0, 150, 2))
+    options = {"return_log_weights": True, "return_scores": True, "return_lse": True}
+
+    def told(out, weights, log_weights, scores, lse):
+        finite = [x.masked_fill(x == -torch.inf, 0).flatten() for x in (out, log_weights, scores, lse)]
+        return torch.cat(finite), weights
+
+    def one_each(*, cu_seqlens, **given):
+        found = []
+        for s, (lo, hi) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            own = {n: x[lo:hi][None] if n in OF_ROWS else x for n, x in given.items()}
+            found.append(op(**own | {"query": given["query"][s : s + 1]}, **options))
+        return told(*(torch.cat([x.view(-1) for x in xs]) for xs in zip(*found, strict=True)))
+
+    def packed(**given):
+        return told(*op(**given, **options))
+
+    assert_close(evaluate(packed, t, impl), evaluate(one_each, t, impl))
+    if impl == "triton":
+        assert_matches_reference(packed, t)
+    nested = op(impl=impl, **jagged(t), **options)
+    for got, want in zip(nested[1:4], op(impl=impl, **t, **options)[1:4], strict=True):
+        assert got.is_nested
+        assert torch.equal(got.values(), want)
+
+
+@every_impl
 def test_dropout_is_that_of_padded_rows(impl, device):
     t = tensors_for(device, lengths=(6, 6, 6))
     padded = {n: x.view(3, 6, *x.shape[1:]) if n in OF_ROWS else x for n, x in t.items() if n != "cu_seqlens"}

@@ -179,6 +179,9 @@ def test_location_aware_weights_are_sigmoids_over_their_sum(impl, device):
         return (alpha[:, None] @ value)[:, 0], alpha
 
     assert_is(smooth(location_aware_attention), by_hand, tensors, impl)
+    _, weights, scores = smooth(location_aware_attention)(**tensors, return_scores=True, impl=impl)
+    torch.testing.assert_close(scores.softmax(1)[:2], weights[:2])
+    assert (scores[tensors["mask"]] < 0).all()
 
     def steps_by_hand(*, query, previous, **given):
         found = []

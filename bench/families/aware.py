@@ -77,13 +77,14 @@ class StepCase(CompileCase):
     dropout: float = 0.0
     P: int = 0  # channels of the history; 0: it has no axis of them
     ragged: bool = field(default=False, kw_only=True)
+    scores: bool = field(default=False, kw_only=True)  # whether they are returned, and have a gradient
 
     lengths = ("Tk",)
 
     def _parts(self) -> tuple[str, ...]:
         options = ("mask" * self.mask, "bias" * self.bias, "dropout" * bool(self.dropout))
         sizes = f"B{self.B} Tk{self.Tk} A{self.A} Dv{self.Dv} C{self.C} K{self.K} {self.activation}"
-        return (sizes, f"P{self.P}" * bool(self.P), *options, "ragged" * self.ragged)
+        return (sizes, f"P{self.P}" * bool(self.P), *options, "ragged" * self.ragged, "scores" * self.scores)
 
     def _history(self) -> tuple[int, ...]:
         return (self.P,) if self.P else ()
@@ -106,10 +107,12 @@ class StepCase(CompileCase):
             self.activation,
             self.dropout,
         )
-        out, weights, exact = location_aware.location_aware_fwd(inputs, self.dtype.itemsize == 2)
+        made = location_aware.location_aware_fwd(inputs, self.dtype.itemsize == 2, self.scores)
+        out, weights, exact, scores = made
         kept = exact if exact.numel() else weights
         needs = [True] * 7 + [self.bias]
-        location_aware_bwd.location_aware_bwd(inputs, kept, out, weights, needs)
+        dscores = scores if self.scores else None
+        location_aware_bwd.location_aware_bwd(inputs, kept, out, weights, dscores, needs)
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,12 @@ COMPILED = [
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
     WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True, P=2),
     WalkCase(F16, 32, 400, **_LAS, mask=True, Tq=50, P=5),
+    StepCase(BF16, 64, 150, **_TACOTRON, mask=True, scores=True),
+    StepCase(F32, 64, 800, **_TACOTRON, mask=True, scores=True),
     # packed rows: of several items a sequence, and of one
     StepCase(BF16, 64, 800, **_TACOTRON, mask=True, ragged=True),
     StepCase(F32, 64, 150, **_TACOTRON, P=2, ragged=True),
-    StepCase(F16, 300, 20, 100, 50, 3, 5, "relu", mask=True, bias=True, dropout=0.1, ragged=True),
+    StepCase(F16, 300, 20, 100, 50, 3, 5, "relu", mask=True, bias=True, dropout=0.1, ragged=True, scores=True),
     StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", P=2, mask=True, bias=True, dropout=0.1, ragged=True),
     # utterances
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, Tq=500, cumulative=True),

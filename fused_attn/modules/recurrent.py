@@ -256,8 +256,11 @@ class LocationAwareAttention(Attention):
         mask: Tensor | None = None,
         score_bias: Tensor | None = None,
         cu_seqlens: Offsets | None = None,
+        return_log_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
         impl: Impl = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """One step.
 
         Parameters
@@ -272,13 +275,14 @@ class LocationAwareAttention(Attention):
             ``(B, history, Tk)``, packed ``(N, history)``. None at the first step: zeros.
         projected
             What `project_keys` made of `key`, and of the mask where hidden keys may be NaN; None: it is made here.
-        mask, score_bias, cu_seqlens, impl
+        mask, score_bias, cu_seqlens, return_log_weights, return_scores, return_lse, impl
             As in `location_aware_attention`.
 
         Returns
         -------
-        (Tensor, Tensor)
-            Context ``(B, Dv)`` and weights ``(B, Tk)``, packed ``(N,)``, of jagged keys jagged.
+        tuple of Tensor
+            Context ``(B, Dv)`` and weights ``(B, Tk)``, packed ``(N,)``, of jagged keys jagged, then what is asked
+            for.
 
         Raises
         ------
@@ -305,6 +309,9 @@ class LocationAwareAttention(Attention):
             score_bias=score_bias,
             cu_seqlens=cu_seqlens,
             dropout_p=self._dropout_p,
+            return_log_weights=return_log_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
             impl=impl,
         )
 

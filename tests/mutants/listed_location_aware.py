@@ -102,6 +102,13 @@ LOCATION_AWARE: tuple[Mutant, ...] = (
         "of packed rows without keys the filters' gradient is what was there",
     ),
     Mutant(
+        "kernels/location_aware_bwd.py",
+        "        ds += tl.load(given.dscores + row * Tk + t, mask=keep, other=0.0)\n",
+        "        ds += 0.0\n",
+        ("tests/test_location_aware.py", "-k", "lse_match"),
+        "scores have no gradient",
+    ),
+    Mutant(
         "fused_attn/location_aware.py",
         "    there = (near >= 0) & (near < cu_seqlens.diff()[segment])\n",
         "    there = near >= -previous.shape[0]\n",
