@@ -21,7 +21,7 @@ Keys of packed rows are read where they lie, as those of one batch entry: a sequ
 `last`, and no window reads over these.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +40,7 @@ from .arguments import (
     pitch,
     sequence_ptr,
     sequences,
+    width,
 )
 from .chip import LENGTHS, LONG, Chip, all_registers, cdiv, chip_of, even, matmul_flags, pow2, rule, tile_rows, unit
 from .inputs import LocationAwareInputs
@@ -360,8 +361,8 @@ class Filters(NamedTuple):
     stride_fc: int
     stride_fk: int
     u: Tensor  # (C, A)
-    stride_uc: int
-    stride_ua: int
+    stride_uc: Any  # see `width`
+    stride_ua: Any
 
 
 class Result(NamedTuple):
@@ -464,14 +465,16 @@ def prepare(
         "k": sequences(unit(key), packed=packed),
         "value": sequences(unit(value), packed=packed),
         "v_ptr": v.contiguous(),
-        "filters": Filters(conv_weight, stride_p, conv_weight.stride(0), conv_weight.stride(-1), u, *u.stride()),
+        "filters": Filters(
+            conv_weight, stride_p, conv_weight.stride(0), conv_weight.stride(-1), u, *map(width, u.stride())
+        ),
         "seen": pairs(seen),
         "bias": entries(score_bias, packed=packed),
         "mask": entries(None if mask is None else mask.view(torch.uint8), packed=packed),
         "spans": Spans(cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()),
         "num_seqs": query.shape[0],
         "Tk": key.shape[-2],
-        "size": size,
+        "size": size._replace(A=width(size.A), DV=width(size.DV)),
     }
     return Call(chip, query.shape[0], key.shape[-2], size, flags, cu_seqlens, args)
 

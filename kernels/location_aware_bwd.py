@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad
 from .arguments import constants, entries, entry_ptr, first_row, launch, pitch, sequence_ptr
-from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows
+from .chip import LENGTHS, Chip, all_registers, cdiv, even, pow2, rule, tile_rows, whole_rows
 from .inputs import LocationAwareInputs
 from .location_aware import (
     Blocks,
@@ -325,9 +325,14 @@ def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool, P
         return Blocks(16, pow2(A, 16, 64), 16, pow2(K, 16, 32), 16, 4)
     if itemsize == 4:
         filters = pow2(C, 16, 32), pow2(K, 16, 32)
-        small = pressed or not even(A) or chip.backend == "hip"
-        return Blocks(16 if walk or small else tile_rows(T, 32), pow2(A, 16, 16 if small else 32), *filters, 16, 8)
-    return Blocks(16, pow2(A, 16, 64 if even(A) and not pressed else 32), 32, 32, 16, 4)
+        small = pressed or not whole_rows(chip, A) or chip.backend == "hip"
+        rows = 16 if walk or small or C > 32 else tile_rows(T, 32)
+        return Blocks(rows, pow2(A, 16, 16 if small else 32), *filters, 16, 8)
+    block_a = pow2(A, 16, 64 if whole_rows(chip, A) and not pressed else 32)
+    # 4 warps have too few registers for channels made twice, and for rows of vectors of 4 beside what takes many.
+    busy = chip.from_registers or (walk and (K > 32 or P > 1))
+    tight = block_a == 64 and (C > 32 or (busy and not even(A)))
+    return Blocks(16, block_a, 32, 32, 16, 8 if tight else 4)
 
 
 class Wanted(NamedTuple):
@@ -424,7 +429,7 @@ def location_aware_bwd(
         "given": given,
         "dvalue_ptr": dvalue,
     }
-    launch(_aware_bwd_values_kernel, (items.count,), args, blocks)
+    launch(_aware_bwd_values_kernel, (items.count,), args, blocks, **all_registers(call.chip))
     made: list[Tensor | None] = [None] * 7
     if any(want):
         like = (query, key, v, previous, conv_weight, u, score_bias)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .activations import activate, activate_grad, log_sigmoid_grad
 from .arguments import constants, entries, first_row, launch, pitch, sequence_ptr
-from .chip import LENGTHS, Chip, all_registers, even, pow2, rule, tile_rows
+from .chip import LENGTHS, Chip, all_registers, pow2, rule, tile_rows, whole_rows
 from .inputs import LocationAwareSequenceInputs
 from .location_aware import (
     Blocks,
@@ -233,10 +233,10 @@ def walk_blocks(chip: Chip, itemsize: int, T: int, size: Size, P: int, backward:
         return Blocks(16, pow2(size.A, 16, 64), pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 4)
     hip = chip.backend == "hip"  # where tiles of twice the features spill
     if backward:
-        block_a = pow2(size.A, 16, 16 if itemsize == 4 and (hip or not even(size.A)) else 32)
+        block_a = pow2(size.A, 16, 16 if itemsize == 4 and (hip or not whole_rows(chip, size.A)) else 32)
         rows = 16 if P > 1 and itemsize == 4 and chip.from_registers else 32
         return Blocks(tile_rows(T, rows), block_a, 32, 32, 16, 8)
-    block_a = pow2(size.A, 16, 32 if hip else 64 if itemsize == 4 or not even(size.A) else 128)
+    block_a = pow2(size.A, 16, 32 if hip else 64 if itemsize == 4 or not whole_rows(chip, size.A) else 128)
     return Blocks(tile_rows(T, 32), block_a, pow2(size.C, 16, 32), pow2(size.K, 16, 32), 16, 8)
 
 

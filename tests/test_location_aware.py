@@ -167,6 +167,17 @@ def test_every_size_matches_the_reference(sizes, device):
     assert_matches_reference(op, tensors_for(device, **sizes))
 
 
+@each_dtype
+@pytest.mark.kernel
+def test_calls_of_several_widths_one_after_another_match_the_reference(dtype, device):
+    """Whole vectors of 4, of 8, of 16, and none; U by rows and by columns."""
+    for attn_dim, value_dim in ((100, 12), (24, 36), (112, 16), (7, 100), (100, 12)):
+        t = tensors_for(device, dtype=dtype, attn_dim=attn_dim, value_dim=value_dim, channels=20, keys=20)
+        if attn_dim == 24:
+            t["u"] = t["u"].mT.contiguous().mT
+        assert_matches_reference(op, t, dtype=dtype)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "leaky_relu", "elu", "gelu", "silu"])
 def test_every_activation_matches_the_reference(activation, device):

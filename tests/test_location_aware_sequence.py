@@ -137,6 +137,7 @@ SIZES = {
     "wide filters": {"width": 41, "keys": 30},
     "short keys": {"width": 9, "keys": 2},
     "history": {"history": [2], "width": 25, "keys": 40, "channels": 33, "queries": 3},
+    "whole vectors of 4": {"attn_dim": 36, "queries": 2},
 }
 
 

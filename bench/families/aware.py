@@ -159,6 +159,9 @@ COMPILED = [
     StepCase(F32, 300, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, dropout=0.1),
     StepCase(BF16, 8, 1000, 512, 1000, 64, 65, "sigmoid", mask=True, dropout=0.1),
     StepCase(F32, 2, 35, 1, 3, 1, 1, "identity"),
+    # whole vectors of 4
+    StepCase(BF16, 64, 800, 300, 300, 32, 31, mask=True),
+    StepCase(F32, 64, 800, 100, 300, 32, 31, mask=True),
     # a history of several channels: Tacotron 2's, and ESPnet's of two dimensions
     StepCase(BF16, 64, 150, **_TACOTRON, mask=True, P=2),
     StepCase(F32, 64, 800, **_TACOTRON, mask=True, P=2),
@@ -179,6 +182,8 @@ COMPILED = [
     WalkCase(F32, 64, 150, **_TACOTRON, mask=True, Tq=500),
     WalkCase(BF16, 32, 400, **_LAS, mask=True, bias=True, Tq=50),
     WalkCase(F16, 30, 20, 100, 50, 3, 5, "relu", Tq=7),
+    WalkCase(BF16, 64, 150, 300, 300, 32, 31, mask=True, Tq=50, cumulative=True),
+    WalkCase(F16, 300, 20, 60, 476, 10, 201, "silu", mask=True, bias=True, Tq=50),
     WalkCase(F32, 30, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, Tq=7, cumulative=True),
     # the logarithm of the sigmoid
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, bias=True, Tq=500, cumulative=True, P=2, smooth=True),
