@@ -354,7 +354,8 @@ def check_limits(
     anything = "a finite number of at least 0"
     floor = check_number("floor", floor, anything, 0.0, math.inf)
     eps = check_number("eps", eps, anything, 0.0, math.inf)
-    correction = check_number("correction", correction, anything, 0.0, math.inf)
+    most = torch.finfo(torch.float32).max  # a kernel has it in float32
+    correction = check_number("correction", correction, f"{anything}, of at most {most:.3g}", 0.0, most)
     if ceiling is not None:
         ceiling = check_number("ceiling", ceiling, f"a finite number of at least the floor, {floor}", floor, math.inf)
     largest = floor if ceiling is None else ceiling

@@ -149,17 +149,21 @@ def test_a_hop_whose_weights_are_0_gives_zeros_and_others_do_not(impl, device):
 
 @each_impl
 @both_forms
-def test_what_is_returned_beside_them(ragged, impl, device):
-    tensors = tensors_of("v and bias", device, ragged=ragged)
+@pytest.mark.parametrize("kind", ["v", "v and bias"])
+@pytest.mark.parametrize("deviation", [True, False])
+def test_what_is_returned_beside_them(deviation, kind, ragged, impl, device):
+    tensors = tensors_of(kind, device, ragged=ragged)
     flags = {f"return_{name}": True for name in ("weights", "log_weights", "scores", "lse")}
-    mean, _, *more = statistics_pooling(**tensors, **flags, hops=R, impl=impl)
+    options = {"deviation": deviation, "impl": impl}
+    made = statistics_pooling(**tensors, **flags, hops=R, **options)
     alone = []
     for r in range(R):
-        ours = tensors | {"v": tensors["v"][:, r], "score_bias": tensors["score_bias"][:, r]}
-        alone.append(statistics_pooling(**ours, **flags, impl=impl)[2:])
-    for got, *want in zip(more, *alone, strict=True):
+        ours = tensors | {name: tensors[name][:, r] for name in ("v", "score_bias") if name in tensors}
+        alone.append(statistics_pooling(**ours, **flags, **options))
+    for got, *want in zip(made, *alone, strict=True):
         torch.testing.assert_close(got, torch.stack(want, 1))
-    torch.testing.assert_close(statistics_pooling(**tensors, hops=R, impl=impl)[0], mean)
+    plain = statistics_pooling(**tensors, hops=R, **options)
+    torch.testing.assert_close(plain[0] if deviation else plain, made[0])
 
 
 @each_impl
