@@ -431,14 +431,24 @@ class Blocks(NamedTuple):
 
 @rule
 def bwd_blocks(
-    chip: Chip, itemsize: int, Tq: int, Tk: int, A: int, factored: bool, busy: bool, packed: bool, terms: bool
+    chip: Chip,
+    itemsize: int,
+    Tq: int,
+    Tk: int,
+    A: int,
+    factored: bool,
+    busy: bool,
+    packed: bool,
+    terms: bool,
+    smooth: bool,
 ) -> Blocks:
     """Tiles of g and dvalue, and of dq and dk. With packed rows both are in one kernel, and half the keys fit.
 
     Half the keys where the activation has no factors, too: |z| and z² spilled. dq and dk: 32 rows by 128 features on
     4 warps are 32 sums a thread; the compile report counts 6.6 and 5.6 instructions an element on sm_90. On an H200
     half as many features a program are 1.3 times as fast: more programs share a core. `terms`: packed rows have a
-    number a pair; with a bias 128 features spilled.
+    number a pair; with a bias 128 features spilled. `smooth`: the logarithm of the sigmoid, with which 64 keys
+    spilled on AMD.
     """
     if chip.backend == "interpreter":
         return Blocks(16, 32, 16, 16, pow2(A, 16, 32), 4, 4)
@@ -446,9 +456,8 @@ def bwd_blocks(
         keys, warps = (64, 8) if packed else (pow2(Tk, 32, 128 if factored else 64), 4)
         return Blocks(16, keys, 16, 32, pow2(A, 16, 128 if vectors(A) else 64), warps, 8)
     hip = chip.backend == "hip"
-    most = (
-        32 if packed and hip and busy else 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128
-    )
+    most = 64 if packed or not factored or (hip and busy) or chip.arch == 100 else 128
+    most = 32 if hip and busy and (packed or smooth) else most
     features = 64 if chip.hopper or terms else 128  # half the registers, so that more programs share a core
     features, walk_warps = (pow2(A, 16, features), 4) if vectors(A) else (pow2(A, 16, 64), 8)
     return Blocks(tile_rows(Tq, 32), tile_rows(Tk, most), 32, 32, features, 8, walk_warps)
@@ -474,7 +483,8 @@ def concat_bwd(
         return [torch.zeros_like(x) if need else None for x, need in zip(inputs[:5], needs, strict=True)]
     lengths = (LONG, LONG) if packed else (Tq, Tk)
     terms = call.starts is not None
-    blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, call.flags.FACTORED, call.busy, packed, terms)
+    kind = call.flags.FACTORED, call.busy, packed, terms, call.flags.SMOOTH
+    blocks = bwd_blocks(call.chip, value.element_size(), *lengths, A, *kind)
     dout, dlse, dscores, out, lse = (x if x is None else x.contiguous() for x in (dout, dlse, dscores, out, lse))
     gap = call.flags.EXACT and any((need_q, need_k, need_v, need_bias))
     splits = 0

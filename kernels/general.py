@@ -393,7 +393,7 @@ def fwd_blocks(
     if (max(D, DV) <= 256 or width > 64) and not (hip or whole):
         few = 4096 // max(size, 64)  # a tile has 16 numbers a thread, with an address and a predicate each
         return Blocks(pow2(Tq, 16, max(few, 32)), max(16, few // 2) if busy else few, width, value_width, 8, 1)
-    if hip and not plain and (busy or not narrow):  # a thread of 4 waves has up to 512 registers
+    if hip and (busy or (active and not narrow)):  # a thread of 4 waves has up to 512 registers
         return Blocks(pow2(Tq, 16, 32), 32, width, value_width, 4, 1)
     block_m = 128 if narrow or (plain and roomy and max(D, DV) <= 256) else 64
     block_m = 16 if Tq <= 16 else min(64, block_m) if Tq <= 64 else block_m

@@ -537,7 +537,8 @@ def bwd_blocks(
         for_k = Blocks(m_k, 128 if Tk > 64 else few_n, max(width, 32), max(value_width, 32), 8, stages)
         return for_q, for_k
     if size > 128:
-        for_q = Blocks(few_m if cut else m, 16 if chip.small else few_n, width, value_width, 8, 2)
+        m_q = few_m if cut or (active and chip.arch == 100) else m
+        for_q = Blocks(m_q, 16 if chip.small else few_n, width, value_width, 8, 2)
         return for_q, Blocks(few_m, 16 if parts and (cut or shared) else few_n, width, value_width, 8, 2)
     large = size > 64
     n_k = few_n if large and parts and not roomy else n

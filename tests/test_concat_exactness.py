@@ -89,9 +89,9 @@ def test_a_large_row_leaves_others_alone_in_tiles_of_an_h200(dtype, size, activa
 def test_large_rows_have_the_same_scores_forward_and_backward(itemsize, packed, queries, keys):
     """It is decided for a tile of queries and so many keys: of other ones the backward's weights were others."""
     for target in (x for x in vars(chips).values() if isinstance(x, chips.Chip)):
-        for busy, terms in itertools.product((False, True), {False, packed}):
+        for busy, terms, smooth in itertools.product((False, True), {False, packed}, (False, True)):
             ahead = forward.fwd_blocks(target, itemsize, queries, keys, 8, True, busy)
-            back = backward.bwd_blocks(target, itemsize, queries, keys, 8, True, busy, packed, terms)
+            back = backward.bwd_blocks(target, itemsize, queries, keys, 8, True, busy, packed, terms, smooth)
             assert ahead.M == back.M, f"{target}: {ahead}, {back}"
             for rows in (ahead.N, back.N):
                 assert concat_factors.UNIT.value % rows == 0 == rows % concat_factors.PART.value, f"{target}: {rows}"
