@@ -40,7 +40,10 @@ class _Dot(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor | None = None, *, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Output and weights."""
-        return general_attention(query, key, value, scale=self.scale, mask=mask, return_weights=True, impl=self.impl)
+        return cast(
+            "tuple[Tensor, Tensor]",
+            general_attention(query, key, value, scale=self.scale, mask=mask, return_weights=True, impl=self.impl),
+        )
 
 
 class CAN(nn.Module):
