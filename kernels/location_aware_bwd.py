@@ -331,7 +331,8 @@ def scores_blocks(chip: Chip, itemsize: int, T: int, size: object, walk: bool, P
     block_a = pow2(A, 16, 64 if whole_rows(chip, A) and not pressed else 32)
     # 4 warps have too few registers for channels made twice, and for rows of vectors of 4 beside what takes many.
     busy = chip.from_registers or (walk and (K > 32 or P > 1))
-    tight = block_a == 64 and (C > 32 or (busy and not even(A)))
+    many = C > 32 and (block_a == 64 or P > 1) and chip.backend == "cuda"  # on AMD 8 spill, 4 do not
+    tight = many or (block_a == 64 and busy and not even(A))
     return Blocks(16, block_a, 32, 32, 16, 8 if tight else 4)
 
 

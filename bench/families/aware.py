@@ -184,6 +184,7 @@ COMPILED = [
     WalkCase(F16, 30, 20, 100, 50, 3, 5, "relu", Tq=7),
     WalkCase(BF16, 64, 150, 300, 300, 32, 31, mask=True, Tq=50, cumulative=True),
     WalkCase(F16, 300, 20, 60, 476, 10, 201, "silu", mask=True, bias=True, Tq=50),
+    WalkCase(F16, 300, 777, 16, 212, 40, 15, P=2, Tq=50, cumulative=True, smooth=True),
     WalkCase(F32, 30, 33, 159, 159, 40, 9, "gelu", mask=True, bias=True, Tq=7, cumulative=True),
     # the logarithm of the sigmoid
     WalkCase(BF16, 64, 150, **_TACOTRON, mask=True, bias=True, Tq=500, cumulative=True, P=2, smooth=True),
