@@ -14,7 +14,6 @@ from ._checks import (
     Table,
     argument,
     check_both,
-    check_flag,
     check_one_side,
     mask_of,
     offsets_of,
@@ -22,7 +21,9 @@ from ._checks import (
 )
 from ._habits import explicit
 from ._operators import Operator, launcher, vjp
-from ._ops import Impl, exports_from_one, forward_mode, may_ask, under_autocast, use_triton
+from ._ops import Impl, exports_from_one, forward_mode, may_ask, under_autocast, use_triton, weights_from
+from ._results import Wanted, beside, check_wanted
+from ._softmax import highest, normaliser, pivot_of
 from .kernels.inputs import WordByWordInputs
 from .segments import Offsets, as_offsets
 
@@ -51,25 +52,31 @@ def _table(premise: bool, hypothesis: bool) -> Table:
 _TABLES = {sides: _table(*sides) for sides in itertools.product((False, True), (False, True))}
 
 
-def _fake(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
+def _fake(
+    inputs: WordByWordInputs, need_weights: bool, need_scores: bool, need_states: bool, plain: bool
+) -> tuple[Tensor, ...]:
     premise, hypothesis, w_y, *_ = inputs
     rows, (D, A) = hypothesis.shape[:-1], w_y.shape
     wide = torch.promote_types(premise.dtype, torch.float32)
     return (
         premise.new_empty(*rows, D),
         premise.new_empty((*rows, premise.shape[-2]) if need_weights else (0,), dtype=wide),
+        premise.new_empty((*rows, premise.shape[-2]) if need_scores else (0,), dtype=wide),
         premise.new_empty((*rows, D + A + D) if need_states else (0,), dtype=wide),
         premise.new_empty((*premise.shape[:-1], A) if need_states else (0,)),
     )
 
 
-def _fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool, plain: bool) -> tuple[Tensor, ...]:
+def _fwd(
+    inputs: WordByWordInputs, need_weights: bool, need_scores: bool, need_states: bool, plain: bool
+) -> tuple[Tensor, ...]:
     if not plain:
-        return cast("tuple[Tensor, ...]", launcher("recurrent.recurrent_fwd")(inputs, need_weights, need_states))
-    out, weights = reference.word_by_word_attention(inputs)
-    none = weights.new_empty(0)
+        run = launcher("recurrent.recurrent_fwd")
+        return cast("tuple[Tensor, ...]", run(inputs, need_weights, need_scores, need_states))
+    out, *made = reference.word_by_word_attention(inputs)
+    wanted = zip(made, (need_weights, need_scores), strict=True)
     # A copy: of no word, out is an input's.
-    return out.clone(), weights if need_weights else none, none.clone(), out.new_empty(0)
+    return out.clone(), *(x if need else x.new_empty(0) for x, need in wanted), made[0].new_empty(0), out.new_empty(0)
 
 
 def _bwd(
@@ -78,23 +85,25 @@ def _bwd(
     key: Tensor,
     dout: Tensor | None,
     dweights: Tensor | None,
+    dscores: Tensor | None,
     dstates: Tensor | None,
     dkey: Tensor | None,
     need_weights: bool,
+    need_scores: bool,
     need_states: bool,
     plain: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
     if not plain:
-        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, states, key, dout, dweights, needs)
+        grads = launcher("recurrent_bwd.recurrent_bwd")(inputs, states, key, dout, dweights, dscores, needs)
         return cast("list[Tensor | None]", grads)
     at = [i for i, need in enumerate(needs) if need]
 
-    def fn(*live: Tensor) -> tuple[Tensor, Tensor]:
+    def fn(*live: Tensor) -> tuple[Tensor, ...]:
         full = dict(zip(at, live, strict=True))
         return reference.word_by_word_attention(WordByWordInputs(*(full.get(i, x) for i, x in enumerate(inputs))))
 
-    made = dict(zip(at, vjp(fn, [inputs[i] for i in at], (dout, dweights)), strict=True)) if at else {}
+    made = dict(zip(at, vjp(fn, [inputs[i] for i in at], (dout, dweights, dscores)), strict=True)) if at else {}
     return [made.get(i) for i in range(len(needs))]
 
 
@@ -103,8 +112,8 @@ _WORD_BY_WORD = Operator(
     WordByWordInputs,
     differentiable="premise hypothesis w_y w_h w_r w w_t state",
     # plain: by the reference, whose loop is not the compiler's to unroll
-    choices="bool need_weights, bool need_states, bool plain",
-    results="out weights?need_weights states?need_states key?need_states",
+    choices="bool need_weights, bool need_scores, bool need_states, bool plain",
+    results="out weights?need_weights scores?need_scores states?need_states key?need_states",
     saved="states key",
     dense=0,
     forward=_fwd,
@@ -131,8 +140,11 @@ def word_by_word_attention(
     cu_seqlens_premise: Offsets | None = None,
     cu_seqlens_hypothesis: Offsets | None = None,
     return_weights: bool = False,
+    return_log_weights: bool = False,
+    return_scores: bool = False,
+    return_lse: bool = False,
     impl: Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""Word-by-word attention: every word of the hypothesis attends to the premise, and to what the last one found.
 
     .. math:: M_{tj} = \tanh(y_j W_y + h_t W_h + r_{t-1} W_r), \quad \alpha_t = softmax_j(M_t w), \quad
@@ -165,6 +177,9 @@ def word_by_word_attention(
         is empty.
     return_weights
         Return the weights too (of a padded premise only). They are differentiable.
+    return_log_weights, return_scores, return_lse
+        See `location_attention`; of a padded premise only. The kernel leaves the scores of every step; what the
+        normaliser tells is made of them in PyTorch.
     impl
         ``"auto"``: the Triton kernel on a GPU (the reference for float64), the reference elsewhere. ``"triton"`` and
         ``"reference"`` never fall back. The reference is a loop over t, and pads packed rows to the longest sequence,
@@ -172,9 +187,9 @@ def word_by_word_attention(
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        r of every step, ``(B, Th, D)`` or packed ``(M, D)``, of which the last is ``r[:, -1]``; weights
-        ``(B, Th, Ty)``, or ``(M, Ty)``.
+    Tensor or tuple of Tensor
+        r of every step, ``(B, Th, D)`` or packed ``(M, D)``, of which the last is ``r[:, -1]``; weights, log weights
+        and scores ``(B, Th, Ty)``, or ``(M, Ty)``; lse ``(B, Th)``, or ``(M,)``.
 
     Raises
     ------
@@ -190,7 +205,7 @@ def word_by_word_attention(
     cu_seqlens_premise, cu_seqlens_hypothesis = as_offsets(cu_seqlens_premise), as_offsets(cu_seqlens_hypothesis)
     if not isinstance(premise, Tensor):
         raise TypeError(f"premise: expected a torch.Tensor; got {type(premise).__name__}")
-    return_weights = check_flag("return_weights", return_weights)
+    wanted = check_wanted(return_weights, return_scores, return_lse, False, return_log_weights)
     _validate_word_by_word(
         premise,
         hypothesis,
@@ -203,16 +218,23 @@ def word_by_word_attention(
         mask,
         cu_seqlens_premise,
         cu_seqlens_hypothesis,
-        return_weights,
+        wanted,
     )
     kernel = use_triton(impl, premise.device, "has no float64" if premise.dtype == torch.float64 else None)
     rows = premise, hypothesis, w_y, w_h, w_r, w, w_t, state
     inputs = WordByWordInputs(*rows, mask, cu_seqlens_premise, cu_seqlens_hypothesis)
+    more = wanted.log_weights or wanted.scores or wanted.lse
     if kernel or (torch.compiler.is_compiling() and not forward_mode()):
-        out, weights, *_ = _WORD_BY_WORD(inputs, return_weights, kernel and may_ask(*rows), not kernel)
+        asked = kernel and may_ask(*rows)
+        out, weights, scores, *_ = _WORD_BY_WORD(inputs, wanted.weights, more, asked, not kernel)
     else:
-        out, weights = reference.word_by_word_attention(inputs)
-    return (out, weights.to(out.dtype)) if return_weights else out
+        out, weights, scores = reference.word_by_word_attention(inputs)
+    if not more:
+        return (out, weights.to(out.dtype)) if wanted.weights else out
+    top = highest(scores, -1)
+    lse = normaliser(top, torch.exp(scores - pivot_of(top)[..., None]).sum(-1))
+    log_weights = weights_from(scores, lse[..., None, :], dim=-1, log=True) if wanted.log_weights else None
+    return out, *beside(wanted, out.dtype, lse, weights, scores, log_weights)
 
 
 def _validate_word_by_word(
@@ -227,11 +249,12 @@ def _validate_word_by_word(
     mask: Tensor | None,
     cu_seqlens_premise: Tensor | None,
     cu_seqlens_hypothesis: Tensor | None,
-    return_weights: bool,
+    wanted: Wanted,
 ) -> None:
     """Check every argument."""
     if cu_seqlens_premise is not None:
-        refuse_packed("premise", mask=mask, return_weights=return_weights)
+        asked = zip(Wanted._fields[:-1], wanted, strict=False)
+        refuse_packed("premise", mask=mask, **{f"return_{name}": x for name, x in asked})
     check = Checker(_TABLES[cu_seqlens_premise is not None, cu_seqlens_hypothesis is not None])
     for name, x in (
         ("premise", premise),

@@ -522,7 +522,7 @@ def _attend(
     return out, normaliser(top, torch.exp(scores - pivot_of(top)[..., None]).sum(-1)), of_pairs(scores)
 
 
-def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
+def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor, Tensor]:
     r"""Word-by-word attention on canonical arguments, as `fused_attn.recurrent` passes them.
 
     .. math:: \alpha_t = softmax_j(w \cdot \tanh(y_j W_y + h_t W_h + r_{t-1} W_r)), \quad
@@ -531,7 +531,7 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
     The state is r_0, zeros where None. Packed rows are padded here, see `pad`.
 
     Returns r of every step, ``(B, Th, D)`` or ``(M, D)``, and in at least float32 the weights ``(B, Th, Ty)`` or
-    ``(M, Ty)``, of which a packed premise has none, ``(0,)``.
+    ``(M, Ty)`` and the scores, of which a packed premise has none, ``(0,)``.
     """
     value, hypothesis, *weights_of, state, mask, cu_seqlens_premise, cu_seqlens_hypothesis = inputs
     if mask is not None:  # words that may be NaN, before they meet a number
@@ -546,7 +546,7 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
         (query,), _ = pad(cu_seqlens_hypothesis, query)
     hidden = None if mask is None else ~mask
     r = value.new_zeros(value.shape[0], value.shape[-1]) if state is None else state.to(wide)
-    outs, all_weights, words = [], [], query
+    outs, all_weights, all_scores, words = [], [], [], query
     if query.shape[1] == 0:  # a step that is cut off again: so every argument has a gradient, of zeros
         words = torch.cat([query, query.new_zeros(query.shape[0], 1, query.shape[2])], 1)
     for step in words.unbind(1):
@@ -559,11 +559,15 @@ def word_by_word_attention(inputs: WordByWordInputs) -> tuple[Tensor, Tensor]:
         r = (weights[:, None] @ value)[:, 0] + torch.tanh(r @ w_t)
         outs.append(r)
         all_weights.append(weights)
-    out, weights = (torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights))
+        all_scores.append(scores if hidden is None else scores.masked_fill(hidden, -torch.inf))
+    results = [torch.stack(xs, 1)[:, : query.shape[1]] for xs in (outs, all_weights, all_scores)]
     if cu_seqlens_hypothesis is not None:
         seq, t = positions(1, hypothesis.shape[0], cu_seqlens_hypothesis, query.device)
-        out, weights = out[seq[0], t[0]], weights[seq[0], t[0]]
-    return out.to(dtype), weights if cu_seqlens_premise is None else weights.new_zeros(0)
+        results = [x[seq[0], t[0]] for x in results]
+    out, weights, scores = results
+    if cu_seqlens_premise is not None:
+        weights, scores = weights.new_zeros(0), weights.new_zeros(0)
+    return out.to(dtype), weights, scores
 
 
 def pad(cu_seqlens: Tensor, *packed: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -99,6 +99,9 @@ def _recurrent_fwd_kernel(
     weights_ptr = result.weights
     if weights_ptr is not None:
         weights_ptr += (seq * Th + q_start) * Ty
+    scores_ptr = result.scores
+    if scores_ptr is not None:
+        scores_ptr += (seq * Th + q_start) * Ty
     if flags.HELD:
         j = tl.arange(0, blocks.N)
         a = tl.arange(0, blocks.A)
@@ -134,6 +137,8 @@ def _recurrent_fwd_kernel(
             s = tl.where(keep, s, float("-inf"))
             if flags.ONCE:
                 s = made_once(s)
+            if scores_ptr is not None:
+                tl.store(scores_ptr + j, s, mask=j < length)
             p, _alpha, m, l = online_softmax(s, float("-inf"), 0.0, 0, flags.FMA)
             inv = finish(l)
             if weights_ptr is not None:
@@ -158,6 +163,8 @@ def _recurrent_fwd_kernel(
                 keep = premise_keys(j, length, mask, seq)
                 s = score_tile(k_ptr + j.to(tl.int64) * pitch(k), keep, c_ptr, w_ptr, size.A, flags.FAST, blocks.A)
                 tl.store(s_ptr + j, s, mask=j < length)
+                if scores_ptr is not None:
+                    tl.store(scores_ptr + j, s, mask=j < length)
                 _p, _alpha, m, l = online_softmax(s, m, l, 0, flags.FMA)
             shift = pivot(m)
             inv = finish(l)
@@ -186,6 +193,8 @@ def _recurrent_fwd_kernel(
         q_ptr += pitch(q)
         if weights_ptr is not None:
             weights_ptr += Ty
+        if scores_ptr is not None:
+            scores_ptr += Ty
         tl.debug_barrier()  # the next step reads r, and writes the scratch anew
 
 
@@ -267,6 +276,7 @@ class Result(NamedTuple):
 
     out: Tensor  # (B, Th, D)
     weights: Tensor | None  # (B, Th, Ty) or (M, Ty) float32
+    scores: Tensor | None  # the same
     parts: Tensor | None  # what is scratch of groups, see `group_parts`
 
 
@@ -319,18 +329,20 @@ Form = tuple[int, Blocks | GroupBlocks]
 """The longest premise that it holds on chip (-1: none), and its blocks."""
 
 
-def forms(call: Call, per_element: int, longest: int, *, grouped: bool) -> list[Form]:
+def forms(call: Call, per_element: int, longest: int, *, grouped: bool, told: bool = False) -> list[Form]:
     """What is to be launched.
 
     longest: words of the longest premise, or of all packed ones; what is held then is as long as twice their mean.
-    grouped: rows of 16 bits that are held are those of `GroupBlocks`.
+    grouped: rows of 16 bits that are held are those of `GroupBlocks`. told: scores are left, and less is held beside:
+    as many rows of 32 bits spilled, and two sequences where both operands of a product are in registers.
     """
     chip, (A, D) = call.chip, call.size
     usual = cdiv(2 * longest, call.seqs) if call.k_packed else longest
     held: Blocks | GroupBlocks | None = None
     if grouped and call.args["k"].ptr.element_size() == 2 and chip.backend != "hip":
-        held = group_blocks(chip, call.seqs, usual, A, D, packed=call.q_packed or call.k_packed)
-    held = held or held_blocks(chip, per_element, usual, A, D)
+        packed = call.q_packed or call.k_packed or (told and chip.from_registers)
+        held = group_blocks(chip, call.seqs, usual, A, D, packed=packed)
+    held = held or held_blocks(chip, 2 * per_element if told else per_element, usual, A, D)
     made = [(held.N, held)] if held is not None and (call.k_packed or longest <= held.N) else []
     if held is None or longest > held.N:
         made.append((-1, stream_blocks(chip, per_element, longest, A, D)))
@@ -363,11 +375,13 @@ def launch_forms(kernel, group_kernel, call: Call, chosen: list[Form], **more: o
         launch(started, (programs,), args, blocks, **all_registers(call.chip))
 
 
-def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: bool) -> tuple[Tensor, ...]:
-    """(out, weights, states, key): the first as `fused_attn.reference.word_by_word_attention` has them.
+def recurrent_fwd(
+    inputs: WordByWordInputs, need_weights: bool, need_scores: bool, need_states: bool
+) -> tuple[Tensor, ...]:
+    """(out, weights, scores, states, key): the first as `fused_attn.reference.word_by_word_attention` has them.
 
     states: in float32 r before each step, its c and tanh(r W_t), ``(B, Th, D + A + D)`` or packed. key: the premise,
-    projected. They, and the weights (of padded premises only), are empty where they are not needed.
+    projected. They, and weights and scores (of padded premises only), are empty where they are not needed.
     """
     premise, hypothesis, w_y, w_h, *_, state, _, _, _ = inputs
     key = premise @ w_y
@@ -378,7 +392,7 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
         return torch.empty(shape, dtype=torch.float32, device=premise.device)
 
     out = premise.new_empty(*rows, D)
-    weights = empty(*rows, premise.shape[-2]) if need_weights else empty(0)
+    weights, scores = (empty(*rows, premise.shape[-2]) if need else empty(0) for need in (need_weights, need_scores))
     states = empty(*(rows if need_states else (call.seqs, 2)), D + A + D)
     if out.numel():
         more = {
@@ -388,7 +402,12 @@ def recurrent_fwd(inputs: WordByWordInputs, need_weights: bool, need_states: boo
             "state_ptr": states,
             "slots": 0 if need_states else 2,
         }
-        chosen = forms(call, 1, premise.shape[-2], grouped=True)
-        more["result"] = Result(out, weights if need_weights else None, group_parts(call, chosen, D))
+        chosen = forms(call, 1, premise.shape[-2], grouped=True, told=need_scores)
+        more["result"] = Result(
+            out,
+            weights if need_weights else None,
+            scores if need_scores else None,
+            group_parts(call, chosen, D),
+        )
         launch_forms(_recurrent_fwd_kernel, _recurrent_group_fwd_kernel, call, chosen, **more)
-    return (out, weights, states, key) if need_states else (out, weights, empty(0), key.new_empty(0))
+    return out, weights, scores, *((states, key) if need_states else (empty(0), key.new_empty(0)))

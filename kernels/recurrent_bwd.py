@@ -3,7 +3,7 @@
 With the names of recurrent.py, M_tj = tanh(key_j + c_t), u_t = tanh(r_{t-1} W_t), δr_t the gradient of r_t and dα_t
 that of the returned weights, from the last step to the first:
 
-    g_tj  = δr_t · value_j + dα_tj                 ds_tj = α_tj (g_tj - Σ_k α_tk g_tk)
+    g_tj  = δr_t · value_j + dα_tj                 ds_tj = α_tj (g_tj - Σ_k α_tk g_tk)   (+ that of a returned score)
     dz_tj = ds_tj w ⊙ (1 - M_tj²)                  dc_t  = Σ_j dz_tj = dquery_t
     du_t  = δr_t ⊙ (1 - u_t²)                      δr_{t-1} = dr_{t-1} + dc_t W_rᵀ + du_t W_tᵀ
     dkey_j = Σ_t dz_tj,  dvalue_j = Σ_t α_tj δr_t,  dw = Σ_tj ds_tj M_tj
@@ -44,6 +44,7 @@ class Given(NamedTuple):
     states: Tensor  # float32 (B, Th, D + A + D), or packed: r before each step, its c and u
     dout: Tensor | None  # (B, Th, D)
     dweights: Tensor | None  # (B, Th, Ty) or (M, Ty) float32
+    dscores: Tensor | None  # the same
 
 
 class Scratch(NamedTuple):
@@ -194,6 +195,8 @@ def _recurrent_bwd_kernel(
             p, _alpha, m, l = online_softmax(s, float("-inf"), 0.0, 0, flags.FMA)
             p *= finish(l)
             ds = p * (g - tl.sum(p * g, axis=0))
+            if given.dscores is not None:
+                ds += tl.load(given.dscores + pairs + j, mask=keep, other=0.0)
             dz = ds[:, None] * w[None, :] * (1.0 - y * y)
             dk += dz
             dval += p[:, None] * dr[None, :]
@@ -236,6 +239,8 @@ def _recurrent_bwd_kernel(
                     keep = premise_keys(j, length, mask, seq)
                     p, g = _weights(s_ptr + j, g_ptr + j, keep, shift, inv, flags.FMA)
                     ds = p * (g - mean)
+                    if given.dscores is not None:
+                        ds += tl.load(given.dscores + pairs + j, mask=keep, other=0.0)
                     key = load_rows(k_ptr + j.to(tl.int64) * pitch(k), keep, a, size.A).to(tl.float32)
                     y = tanh(key + c[None, :], flags.FAST)
                     dz = ds[:, None] * w[None, :] * (1.0 - y * y)
@@ -291,6 +296,7 @@ def recurrent_bwd(
     key: Tensor,
     dout: Tensor | None,
     dweights: Tensor | None,
+    dscores: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of (premise, hypothesis, w_y, w_h, w_r, w, w_t, state), None where `needs` is False.
@@ -314,9 +320,9 @@ def recurrent_bwd(
     dz, dw = premise.new_empty(*rows, A + D), empty(call.seqs, A)
     dk, dpremise = (premise.new_empty(*words, width, dtype=dtype) for width in (A, D))
     dstate = premise.new_empty(call.seqs, D) if needs[7] else None
-    dout, dweights = (x if x is None else x.contiguous() for x in (dout, dweights))
+    dout, dweights, dscores = (x if x is None else x.contiguous() for x in (dout, dweights, dscores))
     more = {
-        "given": Given(states, dout, dweights),
+        "given": Given(states, dout, dweights, dscores),
         "scratch": Scratch(empty(call.seqs, D + A + D), empty(*words), empty(*words)),
         "made": Made(dz, dk, dpremise, dw, dstate),
     }

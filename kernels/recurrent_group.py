@@ -141,6 +141,9 @@ def _recurrent_group_fwd_kernel(
     weights_ptrs = result.weights
     if weights_ptrs is not None:
         weights_ptrs += (seq * Th + q_start) * Ty
+    scores_ptrs = result.scores
+    if scores_ptrs is not None:
+        scores_ptrs += (seq * Th + q_start) * Ty
     row = tl.arange(0, _ROWS)
     parts_ptr = result.parts + tl.program_id(0).to(tl.int64) * (4 * S * size.D)
     r = tl.zeros([S, blocks.D], tl.float32)
@@ -169,6 +172,9 @@ def _recurrent_group_fwd_kernel(
         store_rows(state_ptrs + (size.D + size.A), u, kept & live, d, wide_d)
         m = tanh(widened(key, flags.ASM) + c[:, None, :], flags.FAST)
         s = tl.where(keep, tl.sum(rounded_product(w[None, None, :], m), axis=2), float("-inf"))
+        if scores_ptrs is not None:
+            store_rows(scores_ptrs, s, live, tl.arange(0, N), Ty)
+            scores_ptrs += Ty
         p, _alpha, _m, l = online_softmax(s, float("-inf"), 0.0, 1, flags.FMA)
         inv = finish(l)
         if weights_ptrs is not None:

@@ -465,9 +465,12 @@ def _two_levels_and_steps() -> None:
         },
     )
     for side, other in (("premise", "hypothesis"), ("hypothesis", "premise")):
+        asked = {"return_scores": True, "return_lse": True} if side == "hypothesis" else {}
         add(
             f"word by word, packed {side}",
-            lambda i, c, side=side, **t: word_by_word_attention(**t, **{f"cu_seqlens_{side}": c}, impl=i),
+            lambda i, c, side=side, asked=asked, **t: word_by_word_attention(
+                **t, **asked, **{f"cu_seqlens_{side}": c}, impl=i
+            ),
             lambda B, T, side=side, other=other: {
                 side: r(B * T, 4),
                 other: r(B, T, 4),

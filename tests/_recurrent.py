@@ -104,17 +104,34 @@ def check(case: Case, device: torch.device, impl: str = "triton", **options) -> 
 pairwise = functools.partial(_pairwise.pairwise, make=Case)
 
 
-def formula(*, impl, premise, hypothesis, w_y, w_h, w_r, w, w_t, state=None, mask=None):
+ALL = {"return_weights": True, "return_log_weights": True, "return_scores": True, "return_lse": True}
+
+
+def told(out, weights, log_weights, scores, lse):
+    """All results but the weights in one tensor, 0 for -inf, and the weights."""
+    parts = (out, log_weights, scores, lse)
+    return torch.cat([x.masked_fill(x == -torch.inf, 0).flatten() for x in parts]), weights
+
+
+def formula(**given):
+    """r of every word and the weights: see `formula_with_scores`."""
+    out, weights, _ = formula_with_scores(**given)
+    return out, weights
+
+
+def formula_with_scores(*, impl, premise, hypothesis, w_y, w_h, w_r, w, w_t, state=None, mask=None):
     """Word by word, of padded sequences: the oracle, which calls nothing of the package."""
     r = premise.new_zeros(premise.shape[0], premise.shape[2]) if state is None else state
-    out, weights = [], []
+    out, weights, scores = [], [], []
     for t in range(hypothesis.shape[1]):
         s = torch.tanh(premise @ w_y + (hypothesis[:, t] @ w_h + r @ w_r)[:, None]) @ w
-        alpha = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(1)
+        s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+        alpha = s.softmax(1)
         r = (alpha[..., None] * premise).sum(1) + torch.tanh(r @ w_t)
         out.append(r)
         weights.append(alpha)
-    return torch.stack(out, 1), torch.stack(weights, 1)
+        scores.append(s)
+    return tuple(torch.stack(x, 1) for x in (out, weights, scores))
 
 
 def location_aware_formula(*, value, **given):

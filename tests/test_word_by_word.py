@@ -21,7 +21,7 @@ from _compare import (
 )
 from _location import offsets
 from _marks import each_dtype
-from _recurrent import FLOATING, Case, check, operator, pairwise
+from _recurrent import ALL, FLOATING, Case, check, formula_with_scores, operator, pairwise, told
 from hypothesis import given, settings
 
 from fused_attn import word_by_word_attention
@@ -373,6 +373,63 @@ def test_rows_packed_on_one_side_alone_are_those_packed_on_both(alone, impl, dev
         return out if other == "premise" else out.unflatten(0, (count, rows))
 
     assert_close(evaluate(case.op, t, impl), evaluate(packed, t, impl))
+
+
+def telling(**given):
+    return told(*operator(**ALL)(**given))
+
+
+def test_scores_log_weights_and_lse_are_those_of_the_formula():
+    case = Case(mask="padding", state=True)
+    t = in_double(case.tensors(torch.device("cpu")))
+
+    def by_formula(**given):
+        out, weights, s = formula_with_scores(**given)
+        return told(out, weights, s.log_softmax(-1), s, s.logsumexp(-1))
+
+    assert_close(evaluate(telling, t, "reference"), evaluate(by_formula, t, ""))
+
+
+WITH_SCORES = {
+    "held": Case(state=True, mask="some"),
+    "held, several a program": Case(batch=5, hypothesis=3, dim=8, attn_dim=12, mask="some"),
+    "streamed": STREAMED,
+    "packed hypothesis": Case(premise=14, hypothesis=9, ragged=True, alone="hypothesis", mask="some"),
+}
+
+
+@pytest.mark.kernel
+@each_dtype
+@pytest.mark.parametrize("case", WITH_SCORES.values(), ids=WITH_SCORES.keys())
+def test_scores_log_weights_and_lse_match_the_reference(case, dtype, device):
+    t = dataclasses.replace(case, dtype=dtype).tensors(device)
+    with chips.assume(chips.chip_of(device)._replace(cores=1)):
+        assert_matches_reference(telling, t, dtype=dtype)
+        assert_matches_reference(telling, t, dtype=dtype, through=["output"])
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["log_weights", "scores", "lse"])
+def test_what_is_asked_for_comes_alone_after_the_output_and_changes_nothing(name, impl, device):
+    case = Case(dtype=torch.bfloat16, mask="some")
+    t = case.tensors(device)
+    out, more = operator(**{f"return_{name}": True})(impl=impl, **t)
+    plain, weights = operator(return_weights=True)(impl=impl, **t)
+    assert torch.equal(out, plain)
+    assert more.dtype == torch.float32
+    assert more.shape == (weights.shape[:2] if name == "lse" else weights.shape)
+    if name == "scores":
+        assert (more == -torch.inf).equal(~t["mask"][:, None].expand_as(more))
+
+
+@every_impl
+def test_scores_of_a_premise_that_is_hidden_have_no_gradient(impl, device):
+    t = Case(mask="empty", state=True).tensors(device)
+    _, _, log_weights, scores, lse = operator(**ALL)(impl=impl, **t)
+    assert all((x[-1] == -torch.inf).all() for x in (log_weights, scores, lse))
+    result = evaluate(telling, t, impl)
+    assert all(x.isfinite().all() for x in result.gradients.values())
+    assert largest(result.gradients["premise"][-1]) == 0
 
 
 @every_impl

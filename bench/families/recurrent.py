@@ -82,12 +82,18 @@ class WordCase(CompileCase):
     mask: bool = False
     weights: bool = False  # whether they are returned, and have a gradient
     ragged: bool = False
+    scores: bool = False  # as weights
     alone: str = ""  # of ragged rows: "premise" or "hypothesis", where the others are padded
 
     lengths = ("Tk", "Tq")
 
     def _parts(self) -> tuple[str, ...]:
-        options = ("mask" * self.mask, "weights" * self.weights, f"ragged {self.alone}".strip() * self.ragged)
+        options = (
+            "mask" * self.mask,
+            "weights" * self.weights,
+            f"ragged {self.alone}".strip() * self.ragged,
+            "scores" * self.scores,
+        )
         return (f"B{self.B} Ty{self.Tk} Th{self.Tq} D{self.D} A{self.A}", *options)
 
     def _launch(self) -> None:
@@ -101,10 +107,10 @@ class WordCase(CompileCase):
         shapes = ((*premise, D), (*hypothesis, D), (D, A), (D, A), (D, A), (A,), (D, D), (B, D))
         mask = self._empty(B, Tk, dtype=torch.bool) if self.mask else None
         inputs = WordByWordInputs(*(self._empty(*shape) for shape in shapes), mask, *offsets)
-        recurrent.recurrent_fwd(inputs, self.weights, False)
-        out, weights, states, key = recurrent.recurrent_fwd(inputs, self.weights, True)
-        dweights = weights if self.weights else None
-        recurrent_bwd.recurrent_bwd(inputs, states, key, out, dweights, [True] * 8)
+        recurrent.recurrent_fwd(inputs, self.weights, self.scores, False)
+        out, weights, scores, states, key = recurrent.recurrent_fwd(inputs, self.weights, self.scores, True)
+        dweights, dscores = weights if self.weights else None, scores if self.scores else None
+        recurrent_bwd.recurrent_bwd(inputs, states, key, out, dweights, dscores, [True] * 8)
 
 
 COMPILED = [
@@ -115,6 +121,8 @@ COMPILED = [
     WordCase(BF16, **_SNLI, **_128, ragged=True),
     WordCase(BF16, **_SNLI, **_128, mask=True, weights=True, ragged=True, alone="hypothesis"),
     WordCase(F32, **_SNLI, **_100, ragged=True, alone="premise"),
+    WordCase(F16, **_SNLI, **_128, mask=True, weights=True, scores=True),
+    WordCase(F32, **_SNLI, D=159, A=159, mask=True, scores=True),
     # as much as is held on chip: few words of great width, many of small width
     WordCase(BF16, **_LARGE, mask=True),
     WordCase(F32, **_LARGE),
@@ -126,7 +134,9 @@ COMPILED = [
     WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True),
     WordCase(F32, 16, 50, 32, 1000, 2000),
     WordCase(F16, **{**_LARGE, "A": 64}, ragged=True),
-    WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True, ragged=True, alone="hypothesis"),
+    WordCase(BF16, 16, 1000, 32, 256, 256, mask=True, weights=True, ragged=True, alone="hypothesis", scores=True),
+    WordCase(F32, **_LARGE, mask=True, weights=True, scores=True),
+    WordCase(BF16, **_LARGE, mask=True, weights=True, scores=True),
     WordCase(F32, 16, 8, 8, 3000, 20, mask=True),
 ]
 BRIEF = [COMPILED[2], COMPILED[-1]]

@@ -133,8 +133,11 @@ class WordByWordAttention(Attention):
         cu_seqlens_premise: Offsets | None = None,
         cu_seqlens_hypothesis: Offsets | None = None,
         return_weights: bool = False,
+        return_log_weights: bool = False,
+        return_scores: bool = False,
+        return_lse: bool = False,
         impl: Impl = "auto",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """r of every word of the hypothesis; shapes, results and errors are those of `word_by_word_attention`."""
         check = module_checker(
             _WORDS[cu_seqlens_premise is not None, cu_seqlens_hypothesis is not None],
@@ -162,6 +165,9 @@ class WordByWordAttention(Attention):
             cu_seqlens_premise=cu_seqlens_premise,
             cu_seqlens_hypothesis=cu_seqlens_hypothesis,
             return_weights=return_weights,
+            return_log_weights=return_log_weights,
+            return_scores=return_scores,
+            return_lse=return_lse,
             impl=impl,
         )
 

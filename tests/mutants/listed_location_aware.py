@@ -102,6 +102,13 @@ LOCATION_AWARE: tuple[Mutant, ...] = (
         "of packed rows without keys the filters' gradient is what was there",
     ),
     Mutant(
+        "kernels/recurrent_bwd.py",
+        "                        ds += tl.load(given.dscores + pairs + j, mask=keep, other=0.0)\n",
+        "                        ds += 0.0\n",
+        ("tests/test_word_by_word.py", "-k", "lse_match and streamed"),
+        "scores of words that are streamed have no gradient",
+    ),
+    Mutant(
         "kernels/location_aware_bwd.py",
         "        ds += tl.load(given.dscores + row * Tk + t, mask=keep, other=0.0)\n",
         "        ds += 0.0\n",
