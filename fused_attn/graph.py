@@ -572,6 +572,10 @@ def csr_of(
 ) -> tuple[Tensor, Tensor, Graph | None, _Edges | None]:
     """(indptr, indices, the `Graph` that they are of, the list of edges that this is of)."""
     edges = None
+    if isinstance(indptr, tuple) and len(indptr) == 2 and isinstance(indptr[0], Graph):
+        raise TypeError(
+            "indptr: expected a Graph; got a pair: of (graph, order), as from_edges has it, pass the first"
+        )
     if not isinstance(indptr, Graph) and (indices is not None or not isinstance(indptr, Tensor)):
         return indptr, indices, None, None
     if not isinstance(key, Tensor) or 0 in (query.dim(), key.dim()):  # before their rows are counted

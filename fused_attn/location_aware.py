@@ -57,11 +57,14 @@ def _table(packed: bool, channels: bool) -> Table:
 _STEP_TABLES = {  # by whether rows are packed, and the history has an axis of channels
     (packed, channels): _table(packed, channels) for packed in (False, True) for channels in (False, True)
 }
+PADDED = "a whole utterance is padded, with a mask"
 _SEQUENCE_TABLES = {
     channels: _STEP_TABLES[False, channels]
     | {
         "query": argument("B Tq A", "first"),
-        "previous": _STEP_TABLES[False, channels]["previous"]._replace(optional=True),
+        "key": argument("B Tk A", hint=PADDED),
+        "value": argument("B Tk Dv", hint=PADDED),
+        "previous": _STEP_TABLES[False, channels]["previous"]._replace(optional=True, offsets=""),
     }
     for channels in (False, True)
 }
@@ -109,6 +112,14 @@ def _with_features(
 def over_channels(mask: Tensor, history: Tensor) -> Tensor:
     """A mask of keys, for a history that may have an axis of channels."""
     return mask if history.dim() == mask.dim() else mask[:, None]
+
+
+def check_padded(key: Tensor) -> None:
+    """TypeError for jagged keys, which a step has and a whole utterance has not."""
+    if isinstance(key, Tensor) and key.is_nested:
+        raise TypeError(
+            f"key: expected a dense tensor, {PADDED}; got a nested one: pass torch.nested.to_padded_tensor(key, 0.0)"
+        )
 
 
 def _history_shape(key: Tensor, conv_weight: Tensor) -> tuple[int, ...]:
@@ -450,6 +461,7 @@ def location_aware_sequence(
     Chorowski et al. 2015; Shen et al. 2018.
 
     """
+    check_padded(key)
     history = conv_weight if previous is None else previous
     tables = _SEQUENCE_TABLES[isinstance(history, Tensor) and history.dim() == 3]
     _validate(tables, query, key, value, v, previous, conv_weight, u, activation, mask, score_bias, dropout_p)

@@ -278,6 +278,22 @@ def test_bad_arguments_raise_with_their_names(device):
         op(impl="auto", **t | {"conv_weight": t["conv_weight"][:, 1:]})
 
 
+def test_packed_and_jagged_keys_are_told_that_an_utterance_is_padded(device):
+    t = tensors_for(device)
+    module = LocationAwareAttention(5, 7, A, channels=C, width=K).to(device)
+    query, keys = torch.randn(B, TQ, 5, device=device), torch.randn(B, TK, 7, device=device)
+    for call, key, names in (
+        (lambda key: op(impl="auto", **t | {"key": key}), t["key"], r"\(B, Tk, A\)"),
+        (lambda key: module.sequence(query, key), keys, r"\(B, Tk, key_dim\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^key: expected shape {names} .*; a whole utterance is padded"):
+            call(key.flatten(0, 1))
+        nested = torch.nested.as_nested_tensor(list(key), layout=torch.jagged)
+        with pytest.raises(TypeError, match=r"^key: .*whole utterance is padded.*to_padded_tensor\(key, 0.0\)"):
+            call(nested)
+        call(torch.nested.to_padded_tensor(nested, 0.0))
+
+
 @every_impl
 def test_module_of_two_channels_walks_as_its_steps_do(impl, device):
     torch.manual_seed(0)

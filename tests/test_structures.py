@@ -323,6 +323,8 @@ def test_what_a_graph_stands_for_is_not_given_beside_it():
         f.graph_attention(x, x, v, made, made.indices)
     with pytest.raises(TypeError, match=r"^transposed: expected None beside a Graph"):
         f.graph_attention(x, x, v, made, transposed=made.transpose())
+    with pytest.raises(TypeError, match=r"^indptr: expected a Graph; got a pair"):
+        f.graph_attention(x, x, v, f.Graph.from_edges(torch.tensor([[0, 1], [1, 1]]), 5, 5))
     with pytest.raises(ValueError, match=r"^indptr: expected a Graph of Nk = 4 key nodes, from key; got 5"):
         f.graph_attention(x, x[:4], v, made)
     with pytest.raises(ValueError, match=r"^indptr: expected shape \(Nq \+ 1,\)"):

@@ -24,7 +24,7 @@ from .._checks import (
 from .._habits import explicit
 from .._jagged import is_jagged, of_rows, rows_of
 from .._ops import Impl
-from ..location_aware import location_aware_attention, location_aware_sequence
+from ..location_aware import PADDED, check_padded, location_aware_attention, location_aware_sequence
 from ..recurrent import word_by_word_attention
 from ..segments import Offsets
 from ._layers import Attention, counts, factory, project, read
@@ -64,7 +64,11 @@ _STEPS = {
     False: _step("B query_dim", "B Tk", "B history Tk"),
     True: _step("S query_dim", "N", "N history"),  # rows are packed
 }
-_UTTERANCE = _STEPS[False] | {"query": argument("B Tq query_dim")}
+_UTTERANCE = _STEPS[False] | {
+    "query": argument("B Tq query_dim"),
+    "key": argument("B Tk key_dim", hint=PADDED),
+    "projected": _STEPS[False]["projected"]._replace(offsets=""),
+}
 
 
 def _zeros_before(key: Tensor, channels: Sequence[int]) -> Tensor:
@@ -340,6 +344,7 @@ class LocationAwareAttention(Attention):
         Contexts ``(B, Tq, Dv)`` and weights ``(B, Tq, Tk)``; `previous` is what the first step sees. Arguments are
         those of a step and of `location_aware_sequence`, as are the errors. Padded only.
         """
+        check_padded(key)
         query, projected, value, v = self._given(_UTTERANCE, query, key, value, projected, mask, previous)
         filters, mix = self._filters()
         return location_aware_sequence(
@@ -370,7 +375,7 @@ class LocationAwareAttention(Attention):
         previous: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query and keys, checked and projected, values and v."""
-        if is_jagged(key) and table is not _UTTERANCE:
+        if is_jagged(key):
             return self._given_jagged(query, key, value, projected, mask)
         check = module_checker(
             table,
