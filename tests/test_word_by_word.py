@@ -345,9 +345,10 @@ def test_gradients_of_two_weights_of_one_column_are_two_tensors(device):
     case = Case(dim=1, attn_dim=1, mask="some", state=True)
     t = case.tensors(device)
     given = [t[name] for name in (*FLOATING, "mask")] + [None, None]
-    _, _, states, key = torch.ops.fused_attn.word_by_word_fwd(*given, True, True, False)
-    dout, dweights = torch.ones_like(t["hypothesis"][..., :1]), None
-    starts, choices = (dout, dweights, None, None), (True, True, False, [True] * 8)
+    flags = (True, False, True, False)  # weights, scores, states, plain
+    *_, states, key = torch.ops.fused_attn.word_by_word_fwd(*given, *flags)
+    dout = torch.ones_like(t["hypothesis"][..., :1])
+    starts, choices = (dout, None, None, None, None), (*flags, [True] * 8)
     grads = torch.ops.fused_attn.word_by_word_bwd(*starts, *given, states, key, *choices)
     assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
 
