@@ -130,7 +130,8 @@ def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
 def test_all_are_trained_and_epochs_can_be_chosen(monkeypatch, tmp_path):
     assert run(monkeypatch, tmp_path, "all", "--seeds", "1", "--epochs", "1") == 0
     assert {path.stem for path in (tmp_path / "new").glob("*.png")} == {
-        f"{name}{end}" for name in SYSTEMS for end in ("", "-curves")
+        "differences",
+        *(f"{name}{end}" for name in SYSTEMS for end in ("", "-curves")),
     }
     assert len(made) == 2 * len(SYSTEMS)
 

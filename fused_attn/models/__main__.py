@@ -133,14 +133,21 @@ def score_table(name: str, rows: list[Row]) -> Table:
     return table
 
 
-def draw(name: str, rows: list[Row], folder: Path) -> None:
-    """The learning curves of a system."""
+def draw_all(names: list[str], rows: list[Row], folder: Path) -> None:
+    """The learning curves of each system; of several, attention beside uniform weights in one picture."""
     from . import _summary
-    from ._pictures import draw_curves
+    from ._pictures import draw_curves, draw_forest
 
-    system = SYSTEMS[name]
-    arms = {arm: list(seeds.values()) for arm, seeds in _summary.by_arm(rows, name).items()}
-    draw_curves(arms, system.metric, system.title, folder / f"{name}-curves.png")
+    gains = {}
+    for name in names:
+        system, arms = SYSTEMS[name], _summary.by_arm(rows, name)
+        curves = {arm: list(seeds.values()) for arm, seeds in arms.items()}
+        draw_curves(curves, system.metric, system.title, folder / f"{name}-curves.png")
+        gain = _summary.difference(arms.get("attention", {}), arms.get("uniform", {}))
+        if gain is not None:
+            gains[system.title] = gain
+    if len(gains) > 1:
+        draw_forest(gains, folder / "differences.png")
 
 
 def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: str | None) -> list[Unit]:
@@ -231,7 +238,7 @@ def main() -> int:
             file.write(json.dumps(rows[-1]) + "\n")
     for name in args.names:
         console.print(score_table(name, rows))
-        draw(name, rows, args.output)
+    draw_all(args.names, rows, args.output)
     console.print(f"rows: {path}; pictures: {args.output}")
     return 0
 

@@ -96,7 +96,7 @@ def draw_forest(gains: Mapping[str, Interval], path: Path) -> None:
     axis.invert_yaxis()
     axis.set(
         title="Attention beside uniform weights",
-        xlabel="difference of the test scores: mean of 5 paired seeds, and 95 % of its resamples",
+        xlabel="difference of the scores: mean of paired seeds, and 95 % of its resamples",
     )
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
