@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fused_attn.models.protocol import build
 from fused_attn.models.tasks import Task
 
 
@@ -70,7 +71,7 @@ def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:
     assert torch.isfinite(torch.tensor(losses)).all()
     assert losses[-1] < losses[0]
     for arm in task.arms:
-        trained = model if arm == "attention" else task.build(arm)
+        trained = model if arm == "attention" else build(task, arm)
         assert torch.isfinite(task.loss(trained, batch))
         with torch.no_grad():
             for split in ("validation", "test"):

@@ -42,7 +42,7 @@ class Unit(NamedTuple):
     device: str
     epochs: int | None
     split: str
-    setting: protocol.Setting | None
+    setting: protocol.Setting
     pictures: Path | None  # the folder, for the unit whose weights are drawn
 
     def __str__(self) -> str:

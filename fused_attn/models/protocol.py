@@ -2,7 +2,7 @@
 
 1. `search` trains an arm with each setting of `GRID` on data drawn from `SEARCH_SEED`, and keeps the setting with
    the best validation score. The settings of all arms are stored in `settings.json`.
-2. Tasks, baselines and settings are frozen by a commit, and only then are the `seeds` of the final data drawn: they
+2. Tasks, baselines and settings are frozen by a commit, and only then are the `final_seeds` drawn: they
    are a hash of that commit, so that nobody could have looked at a test score before.
 3. `run` trains each arm with each of these seeds, stops by the validation split of that seed, and judges the best
    epoch's model on its test split, once.
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ._arms import undecayed
+from ._arms import make_oracle, undecayed
 from .tasks import TEST, VALIDATION, Task
 
 PLAN = Path(__file__).with_name("settings.json")
@@ -58,6 +58,14 @@ def final_seeds(commit: str, count: int = SEEDS) -> list[int]:
     return [int(hashlib.sha256(f"{commit} {i}".encode()).hexdigest()[:7], 16) for i in range(count)]
 
 
+def build(task: Task, arm: str) -> nn.Module:
+    """A fresh model of an arm. What makes an oracle is the same in every task."""
+    model = task.build(arm)
+    if arm == "oracle":
+        make_oracle(model)
+    return model
+
+
 def fit(
     task: Task,
     arm: str,
@@ -71,7 +79,7 @@ def fit(
     epochs: at most, in place of the task's own.
     """
     torch.manual_seed(seed)
-    model = task.build(arm)
+    model = build(task, arm)
     alone = undecayed(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:  # a mean of what is given
@@ -119,7 +127,7 @@ def search(task: Task, arm: str, tick: Callable[[], None] = lambda: None) -> dic
 def run(
     task: Task,
     arm: str,
-    setting: Setting | None,
+    setting: Setting,
     seed: int,
     tick: Callable[[], None] = lambda: None,
     *,
@@ -133,7 +141,6 @@ def run(
     if arm in task.baselines:
         row["score"] = task.baselines[arm](split)
     else:
-        assert setting is not None
         model, curve = fit(task, arm, setting, seed, tick, epochs)
         with torch.no_grad():
             outcome = task.judge(model, split)

@@ -40,7 +40,7 @@ class Task:
     """
 
     build: Callable[[str], nn.Module]
-    """The name of an arm -> a fresh model, in training mode."""
+    """The name of an arm -> a fresh model, in training mode; that of an oracle has uniform weights, see `_arms`."""
     batches: Callable[[torch.Generator, int], Iterable[Any]]
     """Training batches of an epoch, in an order that the generator draws; its number, from 0, may decide which."""
     loss: Callable[[nn.Module, Any], Tensor]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arms import is_oracle, make_oracle
+from .._arms import is_oracle
 from ..acf import ACF, ACFWeights, bpr_loss
 from . import VALIDATION, Outcome, Panel, Task
 
@@ -155,8 +155,6 @@ def make(seed: int, device: torch.device, form: str = "paper") -> Task:
 
     def build(arm: str) -> nn.Module:
         model = ACF(USERS, ITEMS, FEATURES, DIM, form=form, attention=arm == "attention")
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     return Task(build, batches, loss, judge, panels, epochs=60)

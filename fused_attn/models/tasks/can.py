@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..can import CAN, CANWeights
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._baselines import bag_of_words
@@ -187,8 +187,6 @@ def make(seed: int, device: torch.device) -> Task:
 
     def build(arm: str) -> nn.Module:
         model = Reader(32, arm == "attention")
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)

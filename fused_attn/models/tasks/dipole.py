@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..dipole import Dipole
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._baselines import bag_of_words
@@ -99,8 +99,6 @@ def make(seed: int, device: torch.device, *, score: str = "concat") -> Task:
             attn_dim=32,
             attention=arm == "attention",
         )
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..entailment import Entailment
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._baselines import bag_of_words
@@ -174,8 +174,6 @@ def make(seed: int, device: torch.device) -> Task:
 
     def build(arm: str) -> nn.Module:
         model = Entailment(len(vocabulary), len(LABELS), embed_dim=DIM, hidden=DIM, attention=arm == "attention")
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     def batches(order: torch.Generator, epoch: int) -> Iterator[tuple[Tensor, ...]]:

@@ -14,7 +14,6 @@ weight is not known.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import itertools
 import random
@@ -31,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..han import HAN
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._baselines import bag_of_words
+from ._stdlib import docstrings_in
 
 PACKAGES = ("numpy", "scipy", "sklearn", "matplotlib", "python")
 FILES = 80  # of each package, which are read in a few seconds
@@ -81,13 +81,11 @@ def python_files(package: str) -> list[Path]:
 
 def sentences_of(source: bytes) -> Iterator[Sentence]:
     """The first words of every paragraph of the docstrings that is no example and long enough to tell a package."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = (ast.get_docstring(node) or "").lower()
-            for paragraph in re.split(r"\n\s*\n", text):
-                words = tuple(re.findall(r"[a-z]+", paragraph))[: WORDS[1]]
-                if len(words) >= WORDS[0] and ">>>" not in paragraph:
-                    yield words
+    for docstring in docstrings_in("", "", source):
+        for paragraph in re.split(r"\n\s*\n", docstring.text.lower()):
+            words = tuple(re.findall(r"[a-z]+", paragraph))[: WORDS[1]]
+            if len(words) >= WORDS[0] and ">>>" not in paragraph:
+                yield words
 
 
 @cache
@@ -177,8 +175,6 @@ def make(seed: int, device: torch.device) -> Task:
         model = HAN(
             words, len(PACKAGES), embed_dim=EMBED, hidden=HIDDEN, attn_dim=width, attention=arm == "attention"
         )
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     def batches(order: torch.Generator, epoch: int) -> Iterator[Batch]:

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..mil import GatedMIL
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 
@@ -128,8 +128,6 @@ def make(seed: int, device: torch.device) -> Task:
         if arm == "max":
             return MaxMIL().to(device)
         model = GatedMIL(encoder(), DIM, ATTN_DIM, attention=arm == "attention")
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     def forward(model: nn.Module, bags: Bags) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arms import make_oracle, on_truth
+from .._arms import on_truth
 from ..rock import Rock
 from . import TEST, TRAIN, VALIDATION, Outcome, Panel, Task
 from ._baselines import logistic_regression
@@ -72,8 +72,6 @@ def make(seed: int, device: torch.device) -> Task:
 
     def build(arm: str) -> nn.Module:
         model = Rock(len(CURVES), len(FACIES), hidden_dim=16, attn_dim=16, shared=True, attention=arm == "attention")
-        if arm == "oracle":
-            make_oracle(model)
         return model.to(device)
 
     def batches(generator: torch.Generator, epoch: int) -> Iterable[Batch]:
