@@ -55,21 +55,21 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B, S)
     question: Tensor  # (B, Lq)
     question_lengths: Tensor  # (B,)
-    answers: Tensor  # (B,), an index into PLACES
-    truth: Tensor  # bool (B, S), the sentence that says it
+    answers: Tensor  # (B,), here an index into PLACES
+    truth: Tensor  # bool (B, S), the sentences that say it
 
 
 class Reader(nn.Module):
-    """Word vectors, CAN, and a linear layer over the places."""
+    """Word vectors, CAN, and a linear layer over the answers."""
 
-    def __init__(self, dim: int, attention: bool) -> None:
+    def __init__(self, words: int, answers: int, dim: int, attention: bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(len(WORDS), dim)
+        self.embed = nn.Embedding(words, dim)
         self.can = CAN(dim, dim, dim, attention=attention)
-        self.answer = nn.Linear(dim, len(PLACES))
+        self.answer = nn.Linear(dim, answers)
 
     def forward(self, batch: Batch) -> tuple[Tensor, CANWeights]:
-        """Scores of the places ``(B, 6)``, and the weights."""
+        """Scores of the answers ``(B, answers)``, and the weights."""
         with on_truth(self, self.can.attend_sentences, batch.truth):
             out, weights = self.can(
                 self.embed(batch.words),
@@ -186,7 +186,7 @@ def make(seed: int, device: torch.device) -> Task:
     baselines = {"bag of words": bag_of_words(examples, with_question, attrgetter("answer"))}
 
     def build(arm: str) -> nn.Module:
-        model = Reader(32, arm == "attention")
+        model = Reader(len(WORDS), len(PLACES), 32, arm == "attention")
         return model.to(device)
 
     return Task(build, batches, loss, judge, panels, baselines=baselines, epochs=30)

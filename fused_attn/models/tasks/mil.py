@@ -100,14 +100,14 @@ def encoder() -> nn.Module:
 class MaxMIL(nn.Module):
     """The largest of each feature over the bag, in place of attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module, dim: int, classes: int = 1) -> None:
         super().__init__()
-        self.encoder = encoder()
-        self.head = nn.Linear(DIM, 1)
+        self.encoder = encoder
+        self.head = nn.Linear(dim, classes)
 
-    def forward(self, images: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Logits ``(S, 1)``."""
-        return self.head(torch.segment_reduce(self.encoder(images), "max", offsets=cu_seqlens, axis=0))
+    def forward(self, instances: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits ``(S, classes)``."""
+        return self.head(torch.segment_reduce(self.encoder(instances), "max", offsets=cu_seqlens, axis=0))
 
 
 def instance_auc(weights: Tensor, bags: Bags) -> float:
@@ -126,7 +126,7 @@ def make(seed: int, device: torch.device) -> Task:
 
     def build(arm: str) -> nn.Module:
         if arm == "max":
-            return MaxMIL().to(device)
+            return MaxMIL(encoder(), DIM).to(device)
         model = GatedMIL(encoder(), DIM, ATTN_DIM, attention=arm == "attention")
         return model.to(device)
 
