@@ -4,6 +4,8 @@ import io
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +16,13 @@ pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib
 pytest.importorskip("rich", reason="the tables are printed with rich")
 pytest.importorskip("sklearn", reason="some data are scikit-learn's")
 
+from rich.console import Console
+
 from fused_attn.models import __main__ as cli
 from fused_attn.models import _progress, protocol
 from fused_attn.models.tasks import SYSTEMS, Outcome, Panel, Task
 
+drawn = []
 made = []
 judged = []
 ARMS = ("attention", "uniform")
@@ -26,6 +31,7 @@ COMMIT = "0123abc"
 
 def make(seed: int, device: torch.device) -> Task:
     """A line through the origin; only with attention is there anything to train."""
+    drawn.append(seed)
 
     def build(arm: str) -> nn.Module:
         made.append((seed, arm))
@@ -60,12 +66,13 @@ def _plan(monkeypatch, tmp_path):
     plan.write_text(json.dumps({"frozen": COMMIT, "settings": settings}))
     monkeypatch.setattr(protocol, "PLAN", plan)
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda *_: SimpleNamespace(make=make)))
+    monkeypatch.setattr(cli, "_made", {})
 
 
 def run(monkeypatch, folder, *arguments):
     monkeypatch.setattr(sys, "argv", ["models", *arguments, "--output", str(folder / "new"), "--device", "cpu"])
-    made.clear()
-    judged.clear()
+    for seen in (drawn, made, judged):
+        seen.clear()
     return cli.main()
 
 
@@ -76,17 +83,19 @@ def stored(folder, name="results"):
 def test_trains_prints_draws_and_stores(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path, "mil", "--seeds", "2") == 0
     seeds = protocol.final_seeds(COMMIT, 2)
-    assert made == [(seed, arm) for arm in ARMS for seed in seeds]
+    assert drawn == seeds  # once a seed, whose data all its arms have
+    assert made == [(seed, arm) for seed in seeds for arm in ARMS]
     rows = stored(tmp_path)
     assert [(r["system"], r["arm"], r["seed"]) for r in rows] == [
-        ("mil", arm, seed) for arm in (*ARMS, "zero") for seed in seeds
+        ("mil", arm, seed) for seed in seeds for arm in (*ARMS, "zero")
     ]
-    assert all(r["score"] > 0.9 and r["curve"] and r["frozen"] == COMMIT for r in rows[:2])
-    assert all(r["score"] < 0.4 for r in rows[2:4])
-    assert [r["score"] for r in rows[4:]] == [0.25, 0.25]
+    assert all(r["score"] > 0.9 and r["curve"] and r["frozen"] == COMMIT for r in rows[::3])
+    assert all(r["score"] < 0.4 for r in rows[1::3])
+    assert [r["score"] for r in rows[2::3]] == [0.25, 0.25]
     assert judged.count("test") == 4  # once an arm and seed
     printed = " ".join(capsys.readouterr().out.split())
-    assert "attention helps: +0." in printed
+    assert "attention less uniform weights: +0." in printed
+    assert "too few seeds for a verdict" in printed
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"results.jsonl", "mil.png", "mil-curves.png"}
     assert (tmp_path / "new" / "mil.png").read_bytes().startswith(b"\x89PNG")
 
@@ -109,7 +118,7 @@ def test_before_the_tasks_are_frozen_no_test_data_is_judged(monkeypatch, tmp_pat
     protocol.PLAN.write_text(protocol.PLAN.read_text().replace(f'"{COMMIT}"', "null"))
     run(monkeypatch, tmp_path, "mil", "--seeds", "2")
     assert set(judged) == {"validation"}
-    assert [seed for seed, _ in made] == [0, 1, 0, 1]
+    assert [seed for seed, _ in made] == [0, 0, 1, 1]
     assert [r["score"] for r in stored(tmp_path, "validation") if r["arm"] == "zero"] == [0.5, 0.5]
 
 
@@ -117,6 +126,7 @@ def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
     protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
     assert run(monkeypatch, tmp_path, "mil", "--search", "--arm", "attention") == 0
     assert [arm for _, arm in made] == ["attention"] * len(protocol.GRID)
+    assert drawn == [protocol.SEARCH_SEED]
     assert set(judged) == {"validation"}
     found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]["attention"]
     assert found["setting"] == [1e-2, 0.0]  # of what is tried, this learns fastest
@@ -125,6 +135,44 @@ def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "2")
     chosen = {r["arm"]: r["setting"]["learning_rate"] for r in stored(tmp_path) if "setting" in r}
     assert chosen == {"attention": 1e-2, "uniform": protocol.DEFAULT.learning_rate}
+
+
+def test_what_is_searched_is_searched_again_where_its_source_is_another(monkeypatch, tmp_path):
+    protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
+    run(monkeypatch, tmp_path, "mil", "--search", "--arm", "attention")
+    run(monkeypatch, tmp_path, "mil", "--search")
+    assert [arm for _, arm in made] == ["uniform"] * len(protocol.GRID)
+    monkeypatch.setattr(protocol, "source", lambda name: "another")
+    run(monkeypatch, tmp_path, "mil", "--search")
+    assert [arm for _, arm in made] == [arm for arm in ARMS for _ in protocol.GRID]
+
+
+def test_trainings_at_once(monkeypatch, tmp_path):
+    """Threads in place of processes, which would not see the task of this file."""
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(cli, "torch", SimpleNamespace(**{**vars(torch), "set_num_threads": lambda n: None}))
+    protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
+    assert run(monkeypatch, tmp_path, "mil", "--search", "--jobs", "2") == 0
+    found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]
+    assert {*found} == {*ARMS}
+    assert all(len(x["validation"]) == len(protocol.GRID) for x in found.values())
+    assert run(monkeypatch, tmp_path, "mil", "--jobs", "2", "--seeds", "2", "--epochs", "2") == 0
+    assert len({(r["arm"], r["seed"]) for r in stored(tmp_path)}) == 6
+
+
+def test_an_error_of_one_training_ends_those_that_have_not_begun(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+
+    def fail(unit):
+        begun.append(unit)
+        if unit == 0:
+            raise RuntimeError("no")
+        time.sleep(0.01)
+
+    begun = []
+    with pytest.raises(RuntimeError, match="no"):
+        list(cli.work_all(fail, range(1000), 2, Console(file=io.StringIO())))
+    assert len(begun) < 1000
 
 
 def test_all_are_trained_and_epochs_can_be_chosen(monkeypatch, tmp_path):

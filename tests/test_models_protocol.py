@@ -87,11 +87,14 @@ def test_an_oracle_is_the_mean_over_the_truth():
 
 
 def test_bootstrap():
-    mean, low, high = _summary.bootstrap([1.0, 1.0, 1.0])
-    assert (mean, low, high) == (1, 1, 1)
-    mean, low, high = _summary.bootstrap([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert _summary.bootstrap([1.0, 1.0, 1.0]) == (1, 1, 1, 3)
+    mean, low, high, seeds = _summary.bootstrap([0.0, 0.1, 0.2, 0.3, 0.4])
     assert mean == pytest.approx(0.2)
-    assert (low, high) == (pytest.approx(0.08), pytest.approx(0.32))
+    assert (low, high, seeds) == (pytest.approx(0.08), pytest.approx(0.32), 5)
+    one = _summary.bootstrap([0.25])
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert str(one) == "+0.250 (one seed)"
     with pytest.raises(ValueError, match="1 to 6"):
         _summary.bootstrap([])
 
@@ -111,5 +114,30 @@ def test_differences_are_of_the_seeds_that_both_have(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arms = _summary.by_arm(_summary.read_rows(path), "a")
     assert _summary.difference(arms["attention"], arms["uniform"]).mean == pytest.approx(0.3)
-    assert _summary.verdict(arms) == "attention helps: +0.300 [+0.300, +0.300]"
+    assert _summary.verdict(arms) == "attention less uniform weights: +0.300 (one seed), too few seeds for a verdict"
     assert _summary.mean_and_deviation(_summary.scores(arms["attention"])) == "0.850 ± 0.071"
+
+
+def arms(**scores):
+    return {arm: {seed: {"score": x} for seed, x in enumerate(some)} for arm, some in scores.items()}
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([0.5, 0.6, 0.6, 0.6, 0.5], "attention helps: +0.060 [+0.020, +0.100]"),
+        ([0.5, 0.4, 0.4, 0.4, 0.5], "attention harms: -0.060 [-0.100, -0.020]"),
+        ([0.5, 0.5, 0.5, 0.5, 0.6], "attention makes no clear difference: +0.020 [+0.000, +0.060]"),
+        ([0.6, 0.6], "attention less uniform weights: +0.100 [+0.100, +0.100], too few seeds for a verdict"),
+    ],
+)
+def test_verdict(scores, said):
+    assert _summary.verdict(arms(attention=scores, uniform=[0.5] * 5)) == said
+
+
+def test_the_best_baseline_is_none_of_the_arms_that_differ_in_their_weights_alone():
+    found = arms(attention=[0.7], uniform=[0.9], oracle=[1.0], zero=[0.0], some=[0.5, 0.7], other=[0.55])
+    assert _summary.best_baseline(found) == "some"
+    assert _summary.gain(found, "some").mean == pytest.approx(0.2)
+    assert _summary.best_baseline(arms(attention=[0.7], uniform=[0.9])) is None
+    assert _summary.gain(found, None) is None

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
 from . import protocol
-from ._progress import Show, progress
+from ._progress import progress
 from .tasks import SYSTEMS, TEST, VALIDATION, Task
 
 if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neither
@@ -49,23 +50,44 @@ class Unit(NamedTuple):
         return f"{self.system}, {self.arm}, seed {self.number + 1}"
 
 
+class Trial(NamedTuple):
+    """One training of the search."""
+
+    system: str
+    arm: str
+    device: str
+    setting: protocol.Setting
+
+    def __str__(self) -> str:
+        return f"{self.system}, {self.arm}: search"
+
+
+Part = Callable[[float], None]
+"""Is told how much of a training is done, from 0 to 1."""
+Job = TypeVar("Job", Unit, Trial)
+Result = TypeVar("Result")
+
+_made: dict[str, tuple[int, str, Task]] = {}
+
+
 def make_task(system: str, seed: int, device: str) -> Task:
-    """The task of a system with one seed."""
-    task: Task = importlib.import_module(f".tasks.{system}", __package__).make(seed, torch.device(device))
-    return task
+    """The task of a system with one seed; the last one of each system is kept, for its other arms."""
+    if _made.get(system, ())[:2] != (seed, device):
+        module = importlib.import_module(f".tasks.{system}", __package__)
+        _made[system] = seed, device, module.make(seed, torch.device(device))
+    return _made[system][2]
 
 
-def work(unit: Unit, show: Show | None = None, place: tuple[int, int] = (0, 1)) -> Row:
-    """Train and judge; `show` is told of each epoch, where it is given."""
+def counter(part: Part, most: int) -> Callable[[], None]:
+    """A function to call after each of at most so many epochs, that tells `part` of it."""
+    epochs = itertools.count(1)
+    return lambda: part(next(epochs) / most)
+
+
+def work(unit: Unit, part: Part = lambda done: None) -> Row:
+    """Train and judge."""
     task = make_task(unit.system, unit.seed, unit.device)
-    epoch, most = 0, unit.epochs or task.epochs
-
-    def tick() -> None:
-        nonlocal epoch
-        epoch += 1
-        if show is not None:
-            show(str(unit), place[0] + min(epoch / most, 0.99), place[1])
-
+    tick = counter(part, unit.epochs or task.epochs)
     row, model = protocol.run(task, unit.arm, unit.setting, unit.seed, tick, epochs=unit.epochs, split=unit.split)
     if unit.pictures is not None and model is not None:
         from ._pictures import draw_weights
@@ -75,38 +97,53 @@ def work(unit: Unit, show: Show | None = None, place: tuple[int, int] = (0, 1)) 
     return {"system": unit.system, **row}
 
 
-def work_all(units: list[Unit], jobs: int, console: Console) -> Iterator[Row]:
-    """The row of each unit, in the order in which they are done."""
+def attempt(trial: Trial, part: Part = lambda done: None) -> float:
+    """Train with one setting: the best validation score."""
+    task = make_task(trial.system, protocol.SEARCH_SEED, trial.device)
+    return max(protocol.fit(task, trial.arm, trial.setting, protocol.SEARCH_SEED, counter(part, task.epochs)).curve)
+
+
+def work_all(
+    do: Callable[..., Result], units: Sequence[Job], jobs: int, console: Console
+) -> Iterator[tuple[Job, Result]]:
+    """Each unit and what `do` makes of it, in the order in which they are done."""
     with progress(console, "trainings") as show:
         if jobs == 1:
             for i, unit in enumerate(units):
                 show(str(unit), i, len(units))
-                yield work(unit, show, (i, len(units)))
+                yield unit, do(unit, lambda part, i=i, what=str(unit): show(what, i + min(part, 0.99), len(units)))
             return
         with ProcessPoolExecutor(
             jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
         ) as pool:
-            begun = {pool.submit(work, unit): unit for unit in units}
-            for i, done in enumerate(as_completed(begun), 1):
-                show(str(begun[done]), i, len(units))
-                yield done.result()
+            begun = {pool.submit(do, unit): unit for unit in units}
+            try:
+                show(f"{jobs} at once", 0, len(units))
+                for i, done in enumerate(as_completed(begun), 1):
+                    show(str(begun[done]), i, len(units))
+                    yield begun[done], done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun is not waited for
+                raise
 
 
-def search(names: list[str], arms: list[str] | None, device: str, console: Console) -> None:
-    """Choose settings on validation scores, and store them."""
-    with progress(console, "trainings") as show:
-        for name in names:
-            task = make_task(name, protocol.SEARCH_SEED, device)
-            chosen = [arm for arm in task.arms if arms is None or arm in arms]
-            done, total = 0, len(chosen) * len(protocol.GRID)
-            for arm in chosen:
+def search(names: list[str], arms: list[str] | None, device: str, jobs: int, console: Console) -> None:
+    """Choose settings on validation scores, and store those of an arm once all are tried.
 
-                def tick(what: str = f"{name}, {arm}: search", total: int = total) -> None:
-                    nonlocal done
-                    done += 1
-                    show(what, done, total)
-
-                protocol.store_settings(name, arm, protocol.search(task, arm, tick))
+    An arm that was searched with the same task, model and settings to try is left as it is.
+    """
+    trials = []
+    for name in names:
+        for arm in make_task(name, protocol.SEARCH_SEED, device).arms:
+            if (arms is None or arm in arms) and not protocol.is_searched(name, arm):
+                trials += [Trial(name, arm, device, setting) for setting in protocol.GRID]
+    found: dict[tuple[str, str], dict[protocol.Setting, float]] = {}
+    for trial, score in work_all(attempt, trials, jobs, console):
+        scores = found.setdefault((trial.system, trial.arm), {})
+        scores[trial.setting] = score
+        if len(scores) == len(protocol.GRID):
+            in_order = {setting: scores[setting] for setting in protocol.GRID}
+            protocol.store_settings(trial.system, trial.arm, in_order)
 
 
 def score_table(name: str, rows: list[Row]) -> Table:
@@ -121,7 +158,7 @@ def score_table(name: str, rows: list[Row]) -> Table:
     for column in ("mean ± deviation", "attention less it, 95 %", f"located {system.located}".strip(), "seeds"):
         table.add_column(column, justify="right")
     for arm, seeds in arms.items():
-        gain = None if arm == "attention" else _summary.difference(arms.get("attention", {}), seeds)
+        gain = None if arm == "attention" else _summary.gain(arms, arm)
         values = _summary.scores(seeds)
         table.add_row(
             arm,
@@ -134,38 +171,31 @@ def score_table(name: str, rows: list[Row]) -> Table:
 
 
 def draw_all(names: list[str], rows: list[Row], folder: Path) -> None:
-    """The learning curves of each system; of several, attention beside uniform weights in one picture."""
+    """The learning curves of each system; of several, all their differences in one picture."""
     from . import _summary
     from ._pictures import draw_curves, draw_forest
 
-    gains = {}
-    for name in names:
-        system, arms = SYSTEMS[name], _summary.by_arm(rows, name)
+    systems = {name: _summary.by_arm(rows, name) for name in names}
+    for name, arms in systems.items():
         curves = {arm: list(seeds.values()) for arm, seeds in arms.items()}
-        draw_curves(curves, system.metric, system.title, folder / f"{name}-curves.png")
-        gain = _summary.difference(arms.get("attention", {}), arms.get("uniform", {}))
-        if gain is not None:
-            gains[system.title] = gain
-    if len(gains) > 1:
-        draw_forest(gains, folder / "differences.png")
+        draw_curves(curves, SYSTEMS[name].metric, SYSTEMS[name].title, folder / f"{name}-curves.png")
+    if len(systems) > 1:
+        draw_forest({SYSTEMS[name].title: arms for name, arms in systems.items()}, folder / "differences.png")
 
 
 def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: str | None) -> list[Unit]:
-    """What is asked for and not done yet."""
+    """What is asked for and not done yet: system by system, and seed by seed, whose data all arms have."""
     plan, done = protocol.read_plan(), {(r["system"], r["arm"], r["seed"]) for r in rows}
-    numbers = range(args.seeds)
-    seeds = list(numbers) if frozen is None else protocol.final_seeds(frozen, args.seeds)
+    seeds = list(range(args.seeds)) if frozen is None else protocol.final_seeds(frozen, args.seeds)
+    split = VALIDATION if frozen is None else TEST
     units = []
     for name in args.names:
-        task = make_task(name, protocol.SEARCH_SEED, device)
-        for arm in (*task.arms, *task.baselines):
-            if args.arm is not None and arm not in args.arm:
-                continue
-            setting = plan.settings.get(name, {}).get(arm, protocol.DEFAULT)
-            for number, seed in zip(numbers, seeds, strict=True):
-                if (name, arm, seed) not in done:
+        task = make_task(name, seeds[0], device)
+        for number, seed in enumerate(seeds):
+            for arm in (*task.arms, *task.baselines):
+                if (name, arm, seed) not in done and (args.arm is None or arm in args.arm):
+                    setting = plan.settings.get(name, {}).get(arm, protocol.DEFAULT)
                     pictures = args.output if number == 0 and arm == "attention" else None
-                    split = TEST if frozen else VALIDATION
                     units.append(Unit(name, arm, number, seed, device, args.epochs, split, setting, pictures))
     return units
 
@@ -213,7 +243,7 @@ def main() -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
     if args.search:
-        search(args.names, args.arm, device, console)
+        search(args.names, args.arm, device, args.jobs, console)
         return 0
     frozen = None if args.validation else protocol.read_plan().frozen
     if frozen is None:
@@ -232,7 +262,7 @@ def main() -> int:
         [] if args.validation else [r for r in read_rows(path) if (r["frozen"], r["epochs"]) == (frozen, args.epochs)]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    for row in work_all(plan_units(args, device, rows, frozen), args.jobs, console):
+    for _, row in work_all(work, plan_units(args, device, rows, frozen), args.jobs, console):
         rows.append(row | where)
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+Arm = dict[int, Row]
+"""By seed."""
+COMPARED = ("attention", "uniform", "oracle")
+"""The arms that differ in the weights alone; all others are baselines."""
+SEEDS_FOR_A_VERDICT = 5
+"""Fewer all point one way too often where nothing is different: three do in one experiment of four."""
 
 
 class Interval(NamedTuple):
@@ -18,9 +25,10 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+    seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} " + ("(one seed)" if self.seeds == 1 else f"[{self.low:+.3f}, {self.high:+.3f}]")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -31,26 +39,28 @@ def read_rows(path: Path) -> list[Row]:
 def bootstrap(differences: Sequence[float]) -> Interval:
     """Of paired differences, one a seed: all resamples with replacement, not a random choice of them.
 
-    With five seeds these are 3,125; more than 6 seeds would be too many for that.
+    With five seeds these are 3,125; more than 6 seeds would be too many for that. One has no interval: NaN.
     """
     count = len(differences)
     if not 1 <= count <= 6:
         raise ValueError(f"differences: expected 1 to 6, one a seed; got {count}")
+    if count == 1:
+        return Interval(differences[0], math.nan, math.nan, 1)
     means = sorted(statistics.fmean(x) for x in itertools.product(differences, repeat=count))
     outside = int(0.025 * len(means))
-    return Interval(statistics.fmean(differences), means[outside], means[-1 - outside])
+    return Interval(statistics.fmean(differences), means[outside], means[-1 - outside], count)
 
 
-def by_arm(rows: Iterable[Row], system: str) -> dict[str, dict[int, Row]]:
-    """Arm -> seed -> row, in the order of the rows."""
-    result: dict[str, dict[int, Row]] = {}
+def by_arm(rows: Iterable[Row], system: str) -> dict[str, Arm]:
+    """Arm -> seed -> row: attention, uniform weights and the oracle, then the baselines in the order of the rows."""
+    result: dict[str, Arm] = {arm: {} for arm in COMPARED}
     for row in rows:
         if row["system"] == system:
             result.setdefault(row["arm"], {})[row["seed"]] = row
-    return result
+    return {arm: seeds for arm, seeds in result.items() if seeds}
 
 
-def scores(arm: dict[int, Row]) -> list[float]:
+def scores(arm: Arm) -> list[float]:
     """One a seed."""
     return [row["score"] for row in arm.values()]
 
@@ -61,13 +71,27 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{deviation}"
 
 
-def difference(one: dict[int, Row], other: dict[int, Row]) -> Interval | None:
+def difference(one: Arm, other: Arm) -> Interval | None:
     """Of the seeds that both have; None where there are none."""
     pairs = [row["score"] - other[seed]["score"] for seed, row in one.items() if seed in other]
     return bootstrap(pairs) if pairs else None
 
 
-def located(arm: dict[int, Row]) -> str:
+def gain(arms: Mapping[str, Arm], over: str | None) -> Interval | None:
+    """Attention less another arm; None where either is missing."""
+    return difference(arms.get("attention", {}), arms.get(over or "", {}))
+
+
+def best_baseline(arms: Mapping[str, Arm]) -> str | None:
+    """The arm with the highest mean that has neither attention, nor uniform weights, nor the truth.
+
+    Chosen by the scores that are shown, which favours it.
+    """
+    means = {arm: statistics.fmean(scores(rows)) for arm, rows in arms.items() if arm not in COMPARED}
+    return max(means, key=lambda arm: means[arm], default=None)
+
+
+def located(arm: Arm) -> str:
     """The mean localisation of each level."""
     levels = [row["localisation"] for row in arm.values() if row.get("localisation")]
     return ", ".join(
@@ -76,10 +100,12 @@ def located(arm: dict[int, Row]) -> str:
     )
 
 
-def verdict(arms: dict[str, dict[int, Row]]) -> str:
+def verdict(arms: Mapping[str, Arm]) -> str:
     """Whether attention is better than uniform weights, in words."""
-    gain = difference(arms["attention"], arms["uniform"]) if {"attention", "uniform"} <= arms.keys() else None
-    if gain is None:
+    over = gain(arms, "uniform")
+    if over is None:
         return ""
-    word = "helps" if gain.low > 0 else "harms" if gain.high < 0 else "makes no clear difference"
-    return f"attention {word}: {gain}"
+    if over.seeds < SEEDS_FOR_A_VERDICT:
+        return f"attention less uniform weights: {over}, too few seeds for a verdict"
+    word = "helps" if over.low > 0 else "harms" if over.high < 0 else "makes no clear difference"
+    return f"attention {word}: {over}"

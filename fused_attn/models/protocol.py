@@ -1,7 +1,7 @@
 """How the arms of a task are compared: one search for all, early stopping, and a test split that is looked at once.
 
-1. `search` trains an arm with each setting of `GRID` on data drawn from `SEARCH_SEED`, and keeps the setting with
-   the best validation score. The settings of all arms are stored in `settings.json`.
+1. An arm is trained with each setting of `GRID` on data drawn from `SEARCH_SEED`, and the setting with the best
+   validation score is kept (`python -m fused_attn.models --search`). Those of all arms are stored in `settings.json`.
 2. Tasks, baselines and settings are frozen by a commit, and only then are the `final_seeds` drawn: they
    are a hash of that commit, so that nobody could have looked at a test score before.
 3. `run` trains each arm with each of these seeds, stops by the validation split of that seed, and judges the best
@@ -115,15 +115,6 @@ def _validate(task: Task, model: nn.Module) -> float:
     return score if score == score else float("-inf")  # NaN: training went wrong, and is never the best
 
 
-def search(task: Task, arm: str, tick: Callable[[], None] = lambda: None) -> dict[Setting, float]:
-    """The best validation score of an arm with each setting; `tick` is called after each training."""
-    scores = {}
-    for setting in GRID:
-        scores[setting] = max(fit(task, arm, setting, SEARCH_SEED).curve)
-        tick()
-    return scores
-
-
 def run(
     task: Task,
     arm: str,
@@ -167,11 +158,25 @@ def read_plan() -> Plan:
     return Plan(stored["frozen"], settings)
 
 
+def source(name: str) -> str:
+    """What a system's search depends on, as a hash: the text of its task and of its model, and what is tried."""
+    folder = Path(__file__).parent
+    texts = [(folder / place / f"{name}.py").read_text() for place in ("tasks", ".")]
+    return hashlib.sha256("\0".join([*texts, repr(GRID)]).encode()).hexdigest()[:12]
+
+
+def is_searched(name: str, arm: str) -> bool:
+    """Whether the stored setting of an arm was found with the source as it is."""
+    stored: Any = json.loads(PLAN.read_text())["settings"]
+    return bool(stored.get(name, {}).get(arm, {}).get("source") == source(name))
+
+
 def store_settings(name: str, arm: str, scores: Mapping[Setting, float]) -> None:
-    """Keep what `search` found: the best setting, and all the scores that it was chosen by."""
+    """Keep what the search found: the best setting, and all the scores that it was chosen by."""
     stored = json.loads(PLAN.read_text())
     stored["settings"].setdefault(name, {})[arm] = {
         "setting": list(max(scores.items(), key=lambda x: x[1])[0]),
         "validation": {f"{x.learning_rate:g}, {x.weight_decay:g}": round(y, 4) for x, y in scores.items()},
+        "source": source(name),
     }
     PLAN.write_text(json.dumps(stored, indent=1) + "\n")
