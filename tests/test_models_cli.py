@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="some data are scikit-learn's")
 from rich.console import Console
 
 from fused_attn.models import __main__ as cli
-from fused_attn.models import _progress, protocol
+from fused_attn.models import _progress, _work, protocol
 from fused_attn.models.tasks import SYSTEMS, Outcome, Panel, Task
 
 drawn = []
@@ -65,8 +65,8 @@ def _plan(monkeypatch, tmp_path):
     settings = {name: {arm: {"setting": [0.1, 0.0]} for arm in ARMS} for name in SYSTEMS}
     plan.write_text(json.dumps({"frozen": COMMIT, "settings": settings}))
     monkeypatch.setattr(protocol, "PLAN", plan)
-    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda *_: SimpleNamespace(make=make)))
-    monkeypatch.setattr(cli, "_made", {})
+    monkeypatch.setattr(_work, "importlib", SimpleNamespace(import_module=lambda *_: SimpleNamespace(make=make)))
+    monkeypatch.setattr(_work, "_made", {})
 
 
 def run(monkeypatch, folder, *arguments):
@@ -149,19 +149,26 @@ def test_what_is_searched_is_searched_again_where_its_source_is_another(monkeypa
 
 def test_trainings_at_once(monkeypatch, tmp_path):
     """Threads in place of processes, which would not see the task of this file."""
-    monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(cli, "torch", SimpleNamespace(**{**vars(torch), "set_num_threads": lambda n: None}))
+    monkeypatch.setattr(_work, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
     assert run(monkeypatch, tmp_path, "mil", "--search", "--jobs", "2") == 0
     found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]
     assert {*found} == {*ARMS}
     assert all(len(x["validation"]) == len(protocol.GRID) for x in found.values())
-    assert run(monkeypatch, tmp_path, "mil", "--jobs", "2", "--seeds", "2", "--epochs", "2") == 0
-    assert len({(r["arm"], r["seed"]) for r in stored(tmp_path)}) == 6
+
+
+def test_trainings_in_processes(tmp_path):
+    options = "dadm --validation --arm uniform --arm attention --seeds 1 --epochs 1 --jobs 2 --device cpu --output"
+    command = [sys.executable, "-m", "fused_attn.models", *options.split(), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert sorted((r["arm"], r["seed"]) for r in rows) == [("attention", 0), ("uniform", 0)]
+    assert (tmp_path / "dadm.png").exists()
 
 
 def test_an_error_of_one_training_ends_those_that_have_not_begun(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(_work, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
 
     def fail(unit):
         begun.append(unit)
@@ -171,7 +178,7 @@ def test_an_error_of_one_training_ends_those_that_have_not_begun(monkeypatch, tm
 
     begun = []
     with pytest.raises(RuntimeError, match="no"):
-        list(cli.work_all(fail, range(1000), 2, Console(file=io.StringIO())))
+        list(_work.work_all(fail, range(1000), 2, Console(file=io.StringIO())))
     assert len(begun) < 1000
 
 

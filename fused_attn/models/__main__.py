@@ -8,123 +8,24 @@ off goes on there. Layers this small lose by a second thread: --jobs trains seve
 from __future__ import annotations
 
 import argparse
-import importlib
-import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import protocol
-from ._progress import progress
-from .tasks import SYSTEMS, TEST, VALIDATION, Task
+from ._work import Trial, Unit, attempt, make_task, work, work_all
+from .tasks import SYSTEMS, TEST, VALIDATION
 
 if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neither
     from rich.console import Console
     from rich.table import Table
 
     from ._summary import Row
-
-
-class Unit(NamedTuple):
-    """One training, or one baseline."""
-
-    system: str
-    arm: str
-    number: int  # of its seed, from 0
-    seed: int
-    device: str
-    epochs: int | None
-    split: str
-    setting: protocol.Setting
-    pictures: Path | None  # the folder, for the unit whose weights are drawn
-
-    def __str__(self) -> str:
-        return f"{self.system}, {self.arm}, seed {self.number + 1}"
-
-
-class Trial(NamedTuple):
-    """One training of the search."""
-
-    system: str
-    arm: str
-    device: str
-    setting: protocol.Setting
-
-    def __str__(self) -> str:
-        return f"{self.system}, {self.arm}: search"
-
-
-Part = Callable[[float], None]
-"""Is told how much of a training is done, from 0 to 1."""
-Job = TypeVar("Job", Unit, Trial)
-Result = TypeVar("Result")
-
-_made: dict[str, tuple[int, str, Task]] = {}
-
-
-def make_task(system: str, seed: int, device: str) -> Task:
-    """The task of a system with one seed; the last one of each system is kept, for its other arms."""
-    if _made.get(system, ())[:2] != (seed, device):
-        module = importlib.import_module(f".tasks.{system}", __package__)
-        _made[system] = seed, device, module.make(seed, torch.device(device))
-    return _made[system][2]
-
-
-def counter(part: Part, most: int) -> Callable[[], None]:
-    """A function to call after each of at most so many epochs, that tells `part` of it."""
-    epochs = itertools.count(1)
-    return lambda: part(next(epochs) / most)
-
-
-def work(unit: Unit, part: Part = lambda done: None) -> Row:
-    """Train and judge."""
-    task = make_task(unit.system, unit.seed, unit.device)
-    tick = counter(part, unit.epochs or task.epochs)
-    row, model = protocol.run(task, unit.arm, unit.setting, unit.seed, tick, epochs=unit.epochs, split=unit.split)
-    if unit.pictures is not None and model is not None:
-        from ._pictures import draw_weights
-
-        with torch.no_grad():
-            draw_weights(task.panels(model), unit.pictures / f"{unit.system}.png")
-    return {"system": unit.system, **row}
-
-
-def attempt(trial: Trial, part: Part = lambda done: None) -> float:
-    """Train with one setting: the best validation score."""
-    task = make_task(trial.system, protocol.SEARCH_SEED, trial.device)
-    return max(protocol.fit(task, trial.arm, trial.setting, protocol.SEARCH_SEED, counter(part, task.epochs)).curve)
-
-
-def work_all(
-    do: Callable[..., Result], units: Sequence[Job], jobs: int, console: Console
-) -> Iterator[tuple[Job, Result]]:
-    """Each unit and what `do` makes of it, in the order in which they are done."""
-    with progress(console, "trainings") as show:
-        if jobs == 1:
-            for i, unit in enumerate(units):
-                show(str(unit), i, len(units))
-                yield unit, do(unit, lambda part, i=i, what=str(unit): show(what, i + min(part, 0.99), len(units)))
-            return
-        with ProcessPoolExecutor(
-            jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
-        ) as pool:
-            begun = {pool.submit(do, unit): unit for unit in units}
-            try:
-                show(f"{jobs} at once", 0, len(units))
-                for i, done in enumerate(as_completed(begun), 1):
-                    show(str(begun[done]), i, len(units))
-                    yield begun[done], done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun is not waited for
-                raise
 
 
 def search(names: list[str], arms: list[str] | None, device: str, jobs: int, console: Console) -> None:
