@@ -66,15 +66,24 @@ def draw_weights(panels: Sequence[Panel], path: Path) -> None:
     for axis, panel, title in zip(axes[:, 0], panels, titles, strict=True):
         shades = axis.imshow(panel.weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto")
         axis.set_title(title, fontsize=9, loc="left")
-        aslant = {} if longest < 3 else {"rotation": 40, "ha": "right"}
-        axis.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8, **aslant)
+        axis.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8)
+        if longest > 2:
+            plt.setp(axis.get_xticklabels(), rotation=40, ha="right")
         axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         for row, column in [] if panel.truth is None else panel.truth.nonzero().tolist():
             axis.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, ec=COLOURS[1], lw=1.6))
     marked = "; framed: where it should be" if any(panel.truth is not None for panel in panels) else ""
     label = f"attention weight (share of 1){marked}"
-    scale = {"location": "bottom", "fraction": 0.25 / figure.get_figheight(), "pad": 0.02, "aspect": 30}
-    figure.colorbar(shades, ax=axes[:, 0].tolist(), label=label, shrink=5 / width, **scale)
+    figure.colorbar(
+        shades,
+        ax=axes[:, 0].tolist(),
+        label=label,
+        location="bottom",
+        fraction=0.25 / figure.get_figheight(),
+        pad=0.02,
+        aspect=30,
+        shrink=5 / width,
+    )
     _save(figure, path)
 
 
@@ -95,8 +104,8 @@ def draw_curves(arms: Mapping[str, Sequence[Row]], metric: str, title: str, path
         if some:
             each = np.array([curve + [max(curve)] * (last - len(curve)) for curve in some])
             epochs = np.arange(1, last + 1)
-            dot = {"marker": "o"} if last == 1 else {}  # of one point there is no line
-            axis.plot(epochs, each.mean(0), color=colours[arm], ls=STYLES.get(arm, "-."), label=arm, **dot)
+            dot = "o" if last == 1 else ""  # of one point there is no line
+            axis.plot(epochs, each.mean(0), color=colours[arm], ls=STYLES.get(arm, "-."), label=arm, marker=dot)
             axis.fill_between(epochs, each.min(0), each.max(0), color=colours[arm], alpha=0.18, lw=0)
     seeds = max((len(some) for some in curves.values()), default=0)
     band = f"mean of {seeds} seeds, and from the lowest to the highest" if seeds > 1 else "one seed"
@@ -114,9 +123,11 @@ def draw_forest(systems: Mapping[str, Mapping[str, Arm]], path: Path) -> None:
     """Attention less uniform weights and less the best baseline, by the title of a system, with their intervals."""
     _headless()
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure, axis = plt.subplots(layout="constrained", figsize=(8, 1.5 + 0.5 * len(systems)))
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    figure, axis = plt.subplots(
+        layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12), figsize=(8, 1.5 + 0.5 * len(systems))
+    )
     for y, arms in enumerate(systems.values()):
         baseline = best_baseline(arms)
         for over, place, colour, marker in (
@@ -129,7 +140,7 @@ def draw_forest(systems: Mapping[str, Mapping[str, Arm]], path: Path) -> None:
                     [difference.low, difference.high], [place, place], color=colour, lw=2, solid_capstyle="butt"
                 )
                 axis.plot(difference.mean, place, marker, color=colour, ms=6)
-        if gain(arms, baseline) is not None:
+        if baseline is not None:
             axis.text(1.02, y + 0.15, baseline, transform=axis.get_yaxis_transform(), color=COLOURS[1], va="center")
     for label, colour, marker in (
         ("attention less uniform weights", COLOURS[0], "o"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 
 from . import protocol
-from ._progress import progress
+from ._progress import Show, progress
 from .tasks import Task
 
 if TYPE_CHECKING:  # --help needs neither
@@ -76,6 +76,11 @@ def counter(part: Part, most: int) -> Callable[[], None]:
     return lambda: part(next(epochs) / most)
 
 
+def part_of(show: Show, what: str, before: int, total: int) -> Part:
+    """For one of several trainings: how much of all is done."""
+    return lambda done: show(what, before + min(done, 0.99), total)
+
+
 def work(unit: Unit, part: Part = lambda done: None) -> Row:
     """Train and judge."""
     task = make_task(unit.system, unit.seed, unit.device)
@@ -102,8 +107,9 @@ def work_all(
     with progress(console, "trainings") as show:
         if jobs == 1:
             for i, unit in enumerate(units):
-                show(str(unit), i, len(units))
-                yield unit, do(unit, lambda part, i=i, what=str(unit): show(what, i + min(part, 0.99), len(units)))
+                part = part_of(show, str(unit), i, len(units))
+                part(0.0)
+                yield unit, do(unit, part)
             return
         with ProcessPoolExecutor(
             jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
