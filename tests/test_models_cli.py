@@ -125,12 +125,12 @@ def test_before_the_tasks_are_frozen_no_test_data_is_judged(monkeypatch, tmp_pat
 def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
     protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
     assert run(monkeypatch, tmp_path, "mil", "--search", "--arm", "attention") == 0
-    assert [arm for _, arm in made] == ["attention"] * len(protocol.GRID)
+    assert [arm for _, arm in made] == ["attention"] * protocol.TRIALS
     assert drawn == [protocol.SEARCH_SEED]
     assert set(judged) == {"validation"}
     found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]["attention"]
     assert found["setting"] == [1e-2, 0.0]  # of what is tried, this learns fastest
-    assert len(found["validation"]) == len(protocol.GRID)
+    assert len(found["validation"]) == protocol.TRIALS
     assert protocol.read_plan().settings == {"mil": {"attention": protocol.Setting(1e-2, 0.0)}}
     run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "2")
     chosen = {r["arm"]: r["setting"]["learning_rate"] for r in stored(tmp_path) if "setting" in r}
@@ -141,10 +141,10 @@ def test_what_is_searched_is_searched_again_where_its_source_is_another(monkeypa
     protocol.PLAN.write_text(json.dumps({"frozen": COMMIT, "settings": {}}))
     run(monkeypatch, tmp_path, "mil", "--search", "--arm", "attention")
     run(monkeypatch, tmp_path, "mil", "--search")
-    assert [arm for _, arm in made] == ["uniform"] * len(protocol.GRID)
+    assert [arm for _, arm in made] == ["uniform"] * protocol.TRIALS
     monkeypatch.setattr(protocol, "source", lambda name: "another")
     run(monkeypatch, tmp_path, "mil", "--search")
-    assert [arm for _, arm in made] == [arm for arm in ARMS for _ in protocol.GRID]
+    assert [arm for _, arm in made] == [arm for arm in ARMS for _ in range(protocol.TRIALS)]
 
 
 def test_trainings_at_once(monkeypatch, tmp_path):
@@ -154,7 +154,7 @@ def test_trainings_at_once(monkeypatch, tmp_path):
     assert run(monkeypatch, tmp_path, "mil", "--search", "--jobs", "2") == 0
     found = json.loads(protocol.PLAN.read_text())["settings"]["mil"]
     assert {*found} == {*ARMS}
-    assert all(len(x["validation"]) == len(protocol.GRID) for x in found.values())
+    assert all(len(x["validation"]) == protocol.TRIALS for x in found.values())
 
 
 def test_trainings_in_processes(tmp_path):

@@ -45,6 +45,20 @@ def test_the_best_epoch_is_kept_and_training_ends_when_nothing_gets_better():
     assert not model.training
 
 
+def test_training_ends_when_nothing_can_be_better():
+    _, some = task([0.5, 1.0, 1.0])
+    assert protocol.fit(some, "attention", SETTING, 0).curve == [0.5, 1.0]
+
+
+def test_the_search_tries_rates_and_then_decays():
+    given = {1e-3: 0.2, 3e-3: 0.7, 1e-2: 0.4}
+    _, some = task([*given.values(), 0.1], epochs=1)
+    scores = protocol.search(some, "attention")
+    expected = {(rate, 0.0): score for rate, score in given.items()} | {(3e-3, protocol.DECAYS[1]): 0.1}
+    assert scores == expected
+    assert len(scores) == protocol.TRIALS
+
+
 def test_a_score_of_nan_is_never_the_best():
     _, some = task([math.nan, 0.2, math.nan, 0.1], epochs=4)
     assert protocol.fit(some, "attention", SETTING, 0).curve == [-math.inf, 0.2, -math.inf, 0.1]
@@ -59,7 +73,8 @@ def test_seeds_follow_from_the_commit():
 
 def test_the_stored_plan_can_be_read():
     plan = protocol.read_plan()
-    assert all(x in protocol.GRID for arms in plan.settings.values() for x in arms.values())
+    chosen = [setting for arms in plan.settings.values() for setting in arms.values()]
+    assert all(rate in protocol.RATES and decay in protocol.DECAYS for rate, decay in chosen)
 
 
 def test_attention_is_not_decayed():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neith
 
 
 def search(names: list[str], arms: list[str] | None, device: str, jobs: int, console: Console) -> None:
-    """Choose settings on validation scores, and store those of an arm once all are tried.
+    """Choose settings on validation scores, and store those of an arm once all have been tried.
 
     An arm that was searched with the same task, model and settings to try is left as it is.
     """
@@ -37,14 +37,9 @@ def search(names: list[str], arms: list[str] | None, device: str, jobs: int, con
     for name in names:
         for arm in make_task(name, protocol.SEARCH_SEED, device).arms:
             if (arms is None or arm in arms) and not protocol.is_searched(name, arm):
-                trials += [Trial(name, arm, device, setting) for setting in protocol.GRID]
-    found: dict[tuple[str, str], dict[protocol.Setting, float]] = {}
-    for trial, score in work_all(attempt, trials, jobs, console):
-        scores = found.setdefault((trial.system, trial.arm), {})
-        scores[trial.setting] = score
-        if len(scores) == len(protocol.GRID):
-            in_order = {setting: scores[setting] for setting in protocol.GRID}
-            protocol.store_settings(trial.system, trial.arm, in_order)
+                trials.append(Trial(name, arm, device))
+    for trial, scores in work_all(attempt, trials, jobs, console):
+        protocol.store_settings(trial.system, trial.arm, scores)
 
 
 def score_table(name: str, rows: list[Row]) -> Table:

@@ -43,12 +43,11 @@ class Unit(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One training of the search."""
+    """The search of an arm."""
 
     system: str
     arm: str
     device: str
-    setting: protocol.Setting
 
     def __str__(self) -> str:
         return f"{self.system}, {self.arm}: search"
@@ -94,17 +93,17 @@ def work(unit: Unit, part: Part = lambda done: None) -> Row:
     return {"system": unit.system, **row}
 
 
-def attempt(trial: Trial, part: Part = lambda done: None) -> float:
-    """Train with one setting: the best validation score."""
+def attempt(trial: Trial, part: Part = lambda done: None) -> dict[protocol.Setting, float]:
+    """The best validation score of each setting that was tried."""
     task = make_task(trial.system, protocol.SEARCH_SEED, trial.device)
-    return max(protocol.fit(task, trial.arm, trial.setting, protocol.SEARCH_SEED, counter(part, task.epochs)).curve)
+    return protocol.search(task, trial.arm, counter(part, protocol.TRIALS))
 
 
 def work_all(
     do: Callable[..., Result], units: Sequence[Job], jobs: int, console: Console
 ) -> Iterator[tuple[Job, Result]]:
     """Each unit and what `do` makes of it, in the order in which they are done."""
-    with progress(console, "trainings") as show:
+    with progress(console, "jobs") as show:
         if jobs == 1:
             for i, unit in enumerate(units):
                 part = part_of(show, str(unit), i, len(units))

@@ -1,21 +1,21 @@
 """How the arms of a task are compared: one search for all, early stopping, and a test split that is looked at once.
 
-1. An arm is trained with each setting of `GRID` on data drawn from `SEARCH_SEED`, and the setting with the best
-   validation score is kept (`python -m fused_attn.models --search`). Those of all arms are stored in `settings.json`.
+1. `search` trains an arm on data drawn from `SEARCH_SEED` with each of the `RATES` of learning, then with the best of
+   them and each of the `DECAYS` of weights, and the setting with the best validation score is kept
+   (`python -m fused_attn.models --search`). Those of all arms are stored in `settings.json`.
 2. Tasks, baselines and settings are frozen by a commit, and only then are the `final_seeds` drawn: they
    are a hash of that commit, so that nobody could have looked at a test score before.
 3. `run` trains each arm with each of these seeds, stops by the validation split of that seed, and judges the best
    epoch's model on its test split, once.
 
 Adam with decoupled weight decay, gradients clipped to a norm of 1. The model of the epoch with the best validation
-score is kept; after `PATIENCE` epochs without a better one training ends.
+score is kept; training ends after `PATIENCE` epochs without a better one, or when there can be none.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +43,8 @@ class Setting(NamedTuple):
 
 DEFAULT = Setting(3e-3, 0.0)
 """Of an arm that nothing is stored for."""
-GRID = tuple(Setting(*x) for x in itertools.product((1e-3, 3e-3, 1e-2), (0.0, 1e-2)))
+RATES, DECAYS = (1e-3, 3e-3, 1e-2), (0.0, 0.1)
+TRIALS = len(RATES) + len(DECAYS) - 1  # of a search
 
 
 class Fit(NamedTuple):
@@ -102,7 +103,7 @@ def fit(
         tick()
         if curve[-1] > max(curve[:-1], default=float("-inf")):
             best = copy.deepcopy(model.state_dict())
-        elif epoch - curve.index(max(curve)) >= PATIENCE:
+        if max(curve) >= 1 or epoch - curve.index(max(curve)) >= PATIENCE:
             break
     model.load_state_dict(best)
     return Fit(model.eval(), curve)
@@ -113,6 +114,23 @@ def _validate(task: Task, model: nn.Module) -> float:
     score = task.judge(model.eval(), VALIDATION).score
     model.train()
     return score if score == score else float("-inf")  # NaN: training went wrong, and is never the best
+
+
+def search(task: Task, arm: str, tick: Callable[[], None] = lambda: None) -> dict[Setting, float]:
+    """The best validation score of an arm with each setting that was tried; `tick` is called after each training."""
+    scores: dict[Setting, float] = {}
+
+    def best() -> Setting:
+        return max(scores, key=lambda setting: scores[setting])
+
+    def attempt(settings: list[Setting]) -> None:
+        for setting in settings:
+            scores[setting] = max(fit(task, arm, setting, SEARCH_SEED).curve)
+            tick()
+
+    attempt([Setting(rate, DECAYS[0]) for rate in RATES])
+    attempt([Setting(best().learning_rate, decay) for decay in DECAYS[1:]])
+    return scores
 
 
 def run(
@@ -162,7 +180,7 @@ def source(name: str) -> str:
     """What a system's search depends on, as a hash: the text of its task and of its model, and what is tried."""
     folder = Path(__file__).parent
     texts = [(folder / place / f"{name}.py").read_text() for place in ("tasks", ".")]
-    return hashlib.sha256("\0".join([*texts, repr(GRID)]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join([*texts, repr((RATES, DECAYS))]).encode()).hexdigest()[:12]
 
 
 def is_searched(name: str, arm: str) -> bool:
