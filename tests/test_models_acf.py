@@ -4,8 +4,11 @@ import pytest
 import torch
 from _models import assert_formula, check_kernel, check_task
 
+pytest.importorskip("sklearn", reason="the task's score and baselines are scikit-learn's")
+
 from fused_attn.models import ACF, bpr_loss
-from fused_attn.models.tasks.acf import make, world
+from fused_attn.models.tasks.acf import CHANCE, SUBJECTS, make, world
+from fused_attn.models.tasks.acf import USERS as SPLIT
 
 USERS, ITEMS, FEATURES, DIM = 4, 6, 3, 5
 LENGTHS = [3, 1, 0]  # of the histories
@@ -193,11 +196,30 @@ def test_kernel_matches_the_reference(form, device):
     check_kernel(model, lambda acf: acf(components=x, **arguments), device, [x], form=form)
 
 
-def test_task_holds_out_choices():
+def test_world():
     data = world(0)
-    both = torch.cat([data.chosen, data.validation, data.test], 1).sort(1).values
-    assert (both[:, 1:] > both[:, :-1]).all()  # no item twice, in two splits
-    assert data.likes.gather(1, torch.cat([data.validation, data.test], 1)).all()
+    subject = data.subjects.gather(1, data.sharp.int().argmax(1, keepdim=True))[:, 0]
+    scene = data.subjects.masked_fill(data.sharp, -1).amax(1)
+    assert data.sharp.sum(1).eq(1).all()
+    assert data.subjects.masked_fill(data.sharp, 0).eq(scene[:, None] * ~data.sharp).all()  # one scene an item
+    assert scene.lt(SUBJECTS).all()
+    assert scene.ne(subject).all()
+    own = data.likes.gather(1, data.chosen)
+    assert (own | (subject[data.chosen] >= SUBJECTS)).all()  # what is not liked is a staple
+    assert own.float().mean().item() == pytest.approx(1 - CHANCE, abs=0.02)
+    both = data.chosen.sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # no item twice
+
+
+def test_users_for_validation_and_test_are_strangers():
+    task = make(0, torch.device("cpu"))
+    known, users = (
+        torch.cat([getattr(batch, name) for batch in task.batches(torch.Generator().manual_seed(0), 0)])
+        for name in ("known", "users")
+    )
+    assert users.max() < SPLIT["train"]
+    assert known[known > 0].equal(1 + users[known > 0])
+    assert (known == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
 @each_form

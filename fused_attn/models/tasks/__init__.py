@@ -91,7 +91,7 @@ SYSTEMS: dict[str, System] = {
         "Chen et al. 2017",
         "location_attention (context a sequence)",
         "components in items in histories",
-        "generated choices",
+        "generated choices, half of which say nothing; new users",
         "AUC",
     ),
     "entailment": System(
@@ -116,7 +116,7 @@ SYSTEMS: dict[str, System] = {
         "location_attention (gated)",
         "ragged bags",
         "bags of scikit-learn's handwritten digits: which digit is there more of",
-        "AUC",
+        "accuracy",
     ),
     "dipole": System(
         "Dipole",
