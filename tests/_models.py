@@ -75,7 +75,7 @@ def check_task(task: Task, steps: int = 5, low: float = 0.0) -> None:
         assert torch.isfinite(task.loss(trained, batch))
         with torch.no_grad():
             for split in ("validation", "test"):
-                score, located = task.judge(trained.eval(), split)
+                score, located, _ = task.judge(trained.eval(), split)
                 assert low <= score <= 1.0
                 assert all(0 <= x <= 1 + 1e-5 for x in located.values())
                 assert arm != "oracle" or all(x > 0.999 for x in located.values())

@@ -19,7 +19,8 @@ import torch
 
 from . import protocol
 from ._work import Trial, Unit, attempt, make_task, work, work_all
-from .tasks import SYSTEMS, TEST, VALIDATION
+from .corpora import CORPORA, DataError
+from .tasks import SYSTEMS, TEST, VALIDATION, System
 
 if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neither
     from rich.console import Console
@@ -42,17 +43,20 @@ def search(names: list[str], arms: list[str] | None, device: str, jobs: int, con
         protocol.store_settings(trial.system, trial.arm, scores)
 
 
-def score_table(name: str, rows: list[Row]) -> Table:
+def score_table(name: str, system: System, rows: list[Row]) -> Table:
     """Test scores, an arm a row, and the difference of each from attention."""
     from rich.table import Table
 
     from . import _summary
 
-    system, arms = SYSTEMS[name], _summary.by_arm(rows, name)
+    arms = _summary.by_arm(rows, name)
+    others = {arm: _summary.also(seeds) for arm, seeds in arms.items()}
     caption = f"{system.data}; {_summary.verdict(arms)}"
     table = Table("", title=f"{system.title}: {system.metric}", caption=caption)
     for column in ("mean ± deviation", "attention less it, 95 %", f"located {system.located}".strip(), "seeds"):
         table.add_column(column, justify="right")
+    if any(others.values()):
+        table.add_column("also", justify="right")
     for arm, seeds in arms.items():
         gain = None if arm == "attention" else _summary.gain(arms, arm)
         values = _summary.scores(seeds)
@@ -62,37 +66,41 @@ def score_table(name: str, rows: list[Row]) -> Table:
             "" if gain is None else str(gain),
             _summary.located(seeds),
             " ".join(f"{x:.3f}" for x in values),
+            *([others[arm]] if any(others.values()) else []),
         )
     return table
 
 
-def draw_all(names: list[str], rows: list[Row], folder: Path) -> None:
+def draw_all(systems: dict[str, System], rows: list[Row], folder: Path) -> None:
     """The learning curves of each system; of several, all their differences in one picture."""
     from . import _summary
     from ._pictures import draw_curves, draw_forest
 
-    systems = {name: _summary.by_arm(rows, name) for name in names}
-    for name, arms in systems.items():
+    by_title = {}
+    for name, system in systems.items():
+        by_title[system.title] = arms = _summary.by_arm(rows, name)
         curves = {arm: list(seeds.values()) for arm, seeds in arms.items()}
-        draw_curves(curves, SYSTEMS[name].metric, SYSTEMS[name].title, folder / f"{name}-curves.png")
-    if len(systems) > 1:
-        draw_forest({SYSTEMS[name].title: arms for name, arms in systems.items()}, folder / "differences.png")
+        draw_curves(curves, system.metric, system.title, folder / f"{name}-curves.png")
+    if len(by_title) > 1:
+        draw_forest(by_title, folder / "differences.png")
 
 
-def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: str | None) -> list[Unit]:
+def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: str | None, split: str) -> list[Unit]:
     """What is asked for and not done yet: system by system, and seed by seed, whose data all arms have."""
     plan, done = protocol.read_plan(), {(r["system"], r["arm"], r["seed"]) for r in rows}
     seeds = list(range(args.seeds)) if frozen is None else protocol.final_seeds(frozen, args.seeds)
-    split = VALIDATION if frozen is None else TEST
     units = []
     for name in args.names:
-        task = make_task(name, seeds[0], device)
+        task = make_task(name, seeds[0], device, args.data)
         for number, seed in enumerate(seeds):
             for arm in (*task.arms, *task.baselines):
                 if (name, arm, seed) not in done and (args.arm is None or arm in args.arm):
-                    setting = plan.settings.get(name, {}).get(arm, protocol.DEFAULT)
+                    searched = plan.settings.get(name, {}).get(arm, protocol.DEFAULT)
+                    setting = protocol.Setting(*(task.setting or searched))
                     pictures = args.output if number == 0 and arm == "attention" else None
-                    units.append(Unit(name, arm, number, seed, device, args.epochs, split, setting, pictures))
+                    units.append(
+                        Unit(name, arm, number, seed, device, args.epochs, split, setting, pictures, args.data)
+                    )
     return units
 
 
@@ -101,6 +109,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fused_attn.models", description=(__doc__ or "").splitlines()[0])
     choices = [*SYSTEMS, "all"]
     parser.add_argument("names", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
+    help_ = f"a folder of public data, in place of what is generated, for one of {', '.join(CORPORA)}"
+    parser.add_argument("--data", type=Path, help=help_, metavar="PATH")
     help_ = f"how many (default: {protocol.SEEDS}, at most 6)"
     parser.add_argument("--seeds", type=int, default=protocol.SEEDS, help=help_, metavar="N")
     parser.add_argument("--arm", action="append", help="only this one; may be given more than once")
@@ -121,7 +131,20 @@ def parse() -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1; got {getattr(args, name)}")
     args.names = list(SYSTEMS) if "all" in args.names else args.names
+    if args.data is not None:
+        check_data(parser, args)
     return args
+
+
+def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the usage where --data does not go with the other arguments; its path is made absolute."""
+    if len(args.names) != 1:
+        parser.error(f"--data: expected one NAME; got {' '.join(args.names)}")
+    if args.names[0] not in CORPORA:
+        parser.error(f"--data: {args.names[0]} has no loader of public data; these have: {', '.join(CORPORA)}")
+    if args.search:
+        parser.error("--data: settings are those of the papers; --search is of generated data")
+    args.data = args.data.resolve()
 
 
 def main() -> int:
@@ -141,30 +164,37 @@ def main() -> int:
     if args.search:
         search(args.names, args.arm, device, args.jobs, console)
         return 0
-    frozen = None if args.validation else protocol.read_plan().frozen
-    if frozen is None:
+    frozen = None if args.validation or args.data else protocol.read_plan().frozen
+    split = VALIDATION if args.validation or not (frozen or args.data) else TEST
+    if split == VALIDATION:
         console.print(
             "Scores are of validation data, by which settings may still be chosen; test data is not looked at."
         )
     where = {
         "frozen": frozen,
+        "data": args.data and str(args.data),
+        "split": split,
         "epochs": args.epochs,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    path = args.results or args.output / ("results.jsonl" if frozen else "validation.jsonl")
-    rows = (
-        [] if args.validation else [r for r in read_rows(path) if (r["frozen"], r["epochs"]) == (frozen, args.epochs)]
-    )
+    path = args.results or args.output / ("results.jsonl" if split == TEST else "validation.jsonl")
+    same = ("frozen", "data", "split", "epochs")  # else it is another experiment
+    rows = [] if args.validation else [r for r in read_rows(path) if all(r.get(x) == where[x] for x in same)]
+    try:
+        units = plan_units(args, device, rows, frozen, split)
+    except DataError as error:
+        sys.exit(str(error))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for _, row in work_all(work, plan_units(args, device, rows, frozen), args.jobs, console):
+    for _, row in work_all(work, units, args.jobs, console):
         rows.append(row | where)
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-    for name in args.names:
-        console.print(score_table(name, rows))
-    draw_all(args.names, rows, args.output)
+    systems = {name: (SYSTEMS if args.data is None else CORPORA)[name] for name in args.names}
+    for name, system in systems.items():
+        console.print(score_table(name, system, rows))
+    draw_all(systems, rows, args.output)
     console.print(f"rows: {path}; pictures: {args.output}")
     return 0
 

@@ -100,6 +100,12 @@ def located(arm: Arm) -> str:
     )
 
 
+def also(arm: Arm) -> str:
+    """The means of other scores, by their names."""
+    rows = [row["also"] for row in arm.values() if row.get("also")]
+    return ", ".join(f"{name} {statistics.fmean(x[name] for x in rows):.3f}" for name in (rows[0] if rows else ()))
+
+
 def verdict(arms: Mapping[str, Arm]) -> str:
     """Whether attention is better than uniform weights, in words."""
     over = gain(arms, "uniform")

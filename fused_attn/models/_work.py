@@ -37,6 +37,7 @@ class Unit(NamedTuple):
     split: str
     setting: protocol.Setting
     pictures: Path | None  # the folder, for the unit whose weights are drawn
+    data: Path | None  # public data; None for the generated task
 
     def __str__(self) -> str:
         return f"{self.system}, {self.arm}, seed {self.number + 1}"
@@ -58,15 +59,19 @@ Part = Callable[[float], None]
 Job = TypeVar("Job", Unit, Trial)
 Result = TypeVar("Result")
 
-_made: dict[str, tuple[int, str, Task]] = {}
+_made: dict[str, tuple[int, str, Path | None, Task]] = {}
 
 
-def make_task(system: str, seed: int, device: str) -> Task:
-    """The task of a system with one seed; the last one of each system is kept, for its other arms."""
-    if _made.get(system, ())[:2] != (seed, device):
-        module = importlib.import_module(f".tasks.{system}", __package__)
-        _made[system] = seed, device, module.make(seed, torch.device(device))
-    return _made[system][2]
+def make_task(system: str, seed: int, device: str, data: Path | None = None) -> Task:
+    """The task of a system with one seed; the last one of each system is kept, for its other arms.
+
+    data: that of the loader, in place of what is generated.
+    """
+    if _made.get(system, ())[:3] != (seed, device, data):
+        module = importlib.import_module(f".tasks.{system}" if data is None else f".corpora.{system}", __package__)
+        where = () if data is None else (data,)
+        _made[system] = seed, device, data, module.make(*where, seed, torch.device(device))
+    return _made[system][3]
 
 
 def counter(part: Part, most: int) -> Callable[[], None]:
@@ -82,7 +87,7 @@ def part_of(show: Show, what: str, before: int, total: int) -> Part:
 
 def work(unit: Unit, part: Part = lambda done: None) -> Row:
     """Train and judge."""
-    task = make_task(unit.system, unit.seed, unit.device)
+    task = make_task(unit.system, unit.seed, unit.device, unit.data)
     tick = counter(part, unit.epochs or task.epochs)
     row, model = protocol.run(task, unit.arm, unit.setting, unit.seed, tick, epochs=unit.epochs, split=unit.split)
     if unit.pictures is not None and model is not None:

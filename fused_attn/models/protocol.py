@@ -154,6 +154,7 @@ def run(
         with torch.no_grad():
             outcome = task.judge(model, split)
         row |= {"score": outcome.score, "localisation": dict(outcome.localisation), "curve": curve}
+        row |= {"also": dict(outcome.also)} if outcome.also else {}
         row["setting"] = setting._asdict()
     return row | {"seconds": round(time.perf_counter() - start, 1)}, model
 

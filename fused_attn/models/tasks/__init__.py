@@ -29,6 +29,8 @@ class Outcome(NamedTuple):
     """Of the task; higher is better."""
     localisation: Mapping[str, float] = {}
     """By level of attention, how far the weights are on what the truth names, from 0 to 1; empty without a truth."""
+    also: Mapping[str, float] = {}
+    """Other scores by name, that nothing is chosen by."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Task:
     """By name, what a sceptic would try: the score on a split of what was chosen on the validation split."""
     epochs: int = 30
     """At most; training ends earlier where the validation score does not get better."""
+    setting: tuple[float, float] | None = None
+    """The paper's `protocol.Setting`, in place of what a search finds."""
 
 
 class System(NamedTuple):
