@@ -136,8 +136,8 @@ def few_sentences(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(40, (5, 20, 6, 8), generator=generator).tolist()
     files = tuple(
-        tuple(tuple((f"own{i}", *(f"w{word}" for word in words)) for words in file) for file in package)
-        for i, package in enumerate(numbers)
+        tuple(tuple((f"own{i}", *(f"w{word}" for word in words)) for words in file) for file in topic)
+        for i, topic in enumerate(numbers)
     )
     monkeypatch.setattr(task, "read_files", lambda: files)
     monkeypatch.setattr(task, "DOCUMENTS", {"train": 100, "validation": 20, "test": 20})
@@ -151,18 +151,21 @@ def test_task():
 @pytest.mark.usefixtures("few_sentences")
 def test_files_are_of_one_split_and_names_are_gone():
     parts = task.split_sentences(0)
-    for package in range(5):
-        assert [len(parts[split][package]) for split in ("train", "validation", "test")] == [72, 18, 30]
-        assert len({x for some in parts.values() for x in some[package]}) == 120
-    assert set(task.find_vocabulary(parts["train"])) == {"important", *(f"w{i}" for i in range(40))}
+    for topic in range(5):
+        assert [len(parts[split][topic]) for split in ("train", "validation", "test")] == [72, 18, 30]
+        assert len({x for some in parts.values() for x in some[topic]}) == 120
+    names = {*(f"own{i}" for i in range(5)), *(f"w{i}" for i in range(40))}
+    assert set(task.find_vocabulary(parts["train"])) == {"important", *names}
+    rare = [[("seldom", "often", "numpy")] * 3, [("often", "numpy")]]
+    assert set(task.find_vocabulary(rare)) == {"important", "often"}
 
 
 @pytest.mark.usefixtures("few_sentences")
-def test_a_document_has_one_marked_sentence_of_its_package():
-    packages, rng = task.split_sentences(0)["train"], random.Random(0)
+def test_a_document_has_one_marked_sentence_of_its_topic():
+    topics, rng = task.split_sentences(0)["train"], random.Random(0)
     for i in range(50):
-        document = task.draw_document(packages, i % 5, rng)
-        assert 5 <= len(document.sentences) <= 10
+        document = task.draw_document(topics, i % 5, rng)
+        assert 4 <= len(document.sentences) <= 7
         marks = [i for i, words in enumerate(document.sentences) if "important" in words]
         assert marks == [document.marked]
         assert document.sentences[document.marked][:2] == ("important", f"own{i % 5}")
@@ -177,14 +180,15 @@ def test_sentences_are_the_paragraphs_of_docstrings():
 
     too few words
 
-    {words * 3}
+    {words * 4}
     '''
 """
     first, second = task.sentences_of(source.encode())
     assert " ".join(first) == "return x y z the name of the thing see also and some other words of it"
-    assert len(second) == 32
+    assert len(second) == 40
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(task.TOPICS, "nothing", ("nothing_of_the_kind/x",))
     with pytest.raises(ModuleNotFoundError, match="nothing_of_the_kind is not installed"):
-        task.python_files("nothing_of_the_kind")
+        task.python_files("nothing")

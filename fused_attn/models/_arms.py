@@ -52,6 +52,8 @@ def on_truth(model: nn.Module, attention: nn.Module, truth: Tensor) -> Iterator[
 
     def narrow(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         own = kwargs.get("mask")
+        if own is not None and own.dim() < truth.dim():
+            own = own[:, None]  # of the keys, whatever the query
         return args, {**kwargs, "mask": truth if own is None else own & truth}
 
     if not is_oracle(model):

@@ -40,7 +40,7 @@ def bag_of_words(
     """Logistic regression on what `words` makes of each example, by split; `label` is its class."""
 
     def judge(split: str) -> float:
-        x = counts({name: [words(example) for example in some] for name, some in data.items()})
+        x = counts({name: [list(words(example)) for example in some] for name, some in data.items()})
         y = {name: [label(example) for example in some] for name, some in data.items()}
         return logistic_regression(x, y, split)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -113,6 +114,17 @@ def make(seed: int, device: torch.device) -> Task:
             same.append(weights.gather(1, day.weekday[:, None]).mean().item())
         return Outcome(sum(aucs) / len(aucs), {"weekday": sum(same) / len(same)})
 
+    def by_weekday(split: str) -> float:
+        """The model of the same weekday alone."""
+        return statistics.fmean(
+            auc(predictions.gather(1, day.weekday[:, None])[:, 0], day.picked) for day, predictions in judged[split]
+        )
+
+    def all_days(split: str) -> float:
+        """A model like the seven, but of all days that DADM is trained on."""
+        whole = logistic(features(train), train.picked)
+        return statistics.fmean(auc(features(day) @ whole, day.picked) for day, _ in judged[split])
+
     def panels(model: nn.Module) -> list[Panel]:
         result = []
         for day, predictions in judged[TEST][:3]:
@@ -135,4 +147,5 @@ def make(seed: int, device: torch.device) -> Task:
             device
         )
 
-    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), epochs=30)
+    baselines = {"model of the weekday": by_weekday, "logistic regression on all days": all_days}
+    return Task(build, batches, loss, judge, panels, arms=("attention", "uniform"), baselines=baselines, epochs=30)

@@ -45,7 +45,7 @@ VALUES = {
 }
 GROUPS = {TRAIN: (1, 2, 3, 4, 5), VALIDATION: (3, 4, 5), TEST: (3, 4, 5)}  # in a premise, drawn from these
 GROWTH = (2, 2, 3, 3, 4)  # groups at most in each of the first epochs
-PAIRS, BATCH, DIM = {TRAIN: 12000, VALIDATION: 600, TEST: 900}, 128, 48
+PAIRS, BATCH, DIM = {TRAIN: 12000, VALIDATION: 600, TEST: 900}, 256, 48
 
 
 class Pair(NamedTuple):

@@ -154,5 +154,5 @@ def make(seed: int, device: torch.device) -> Task:
         return result
 
     return Task(
-        build, batches, loss, judge, panels, arms=("attention", "uniform"), baselines={"TF-IDF": tf_idf}, epochs=12
+        build, batches, loss, judge, panels, arms=("attention", "uniform"), baselines={"TF-IDF": tf_idf}, epochs=20
     )
