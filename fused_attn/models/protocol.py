@@ -3,8 +3,8 @@
 1. `search` trains an arm on data drawn from `SEARCH_SEED` with each of the `RATES` of learning, then with the best of
    them and each of the `DECAYS` of weights, and the setting with the best validation score is kept
    (`python -m fused_attn.models --search`). Those of all arms are stored in `settings.json`.
-2. Tasks, baselines and settings are frozen by a commit, and only then are the `final_seeds` drawn: they
-   are a hash of that commit, so that nobody could have looked at a test score before.
+2. Tasks, arms, baselines and what the search tries are frozen by a commit, and only then are the `final_seeds` drawn:
+   they are a hash of that commit, so that nobody could have looked at a test score before.
 3. `run` trains each arm with each of these seeds, stops by the validation split of that seed, and judges the best
    epoch's model on its test split, once.
 

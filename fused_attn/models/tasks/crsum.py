@@ -1,9 +1,9 @@
 """Which sentences of a conversation does the one who said them take up again? Sentences of Python's documentation.
 
 A conversation has three parts. In each, Anna and Ben say two sentences each, from docstrings of the standard library
-and in any order, and then each sums up in words of one own sentence and of one of the other's, the two that are left
-being summed up by the other. A sentence is as important as the share of its words that its speaker takes up, or 0
-where the other does. So all sentences are taken up alike, and it matters by whom.
+and in any order, and then each sums up all four: takes up from none to most of the words of each. A sentence is as
+important as the share of its words that its speaker takes up; what the other takes up does not count. So it depends
+on the sentences around it, and on another one for each.
 
 Chosen are the six sentences with the best scores. Judged is their ROUGE-2 against the six most important ones; the
 rank correlation with the importance stands beside it. Modules are split, and each conversation is of sentences of
@@ -33,7 +33,8 @@ from ._stdlib import docstrings
 WORDS, BATCH = (8, 20), 20  # of a sentence
 SPEAKERS, PARTS, WINDOW = ("anna", "ben"), 3, 5
 BODY, SIZE = 4, 6  # sentences of a part before it is summed up, and in all
-TAKEN = (0.5, 0.9)  # of the words of a sentence
+TAKEN = 0.8  # of the words of a sentence, at most
+GROWTH = 10  # epochs in which training texts come to take up as much from the other
 TEXTS = {TRAIN: 800, VALIDATION: 100, TEST: 300}
 VECTORS, DIM = 20_000, 64
 COMMON = 60  # the most frequent words are not taken up
@@ -103,22 +104,26 @@ def split(seed: int) -> dict[str, list[Sentence]]:
     return result
 
 
-def draw_text(pool: list[Sentence], common: set[str], rng: random.Random) -> Document:
-    """A conversation in sentences of `pool`; words of `common` are not taken up."""
+def draw_text(pool: list[Sentence], common: set[str], rng: random.Random, other: float = 1.0) -> Document:
+    """A conversation in sentences of `pool`; words of `common` are not taken up.
+
+    other: how much is taken up from the other speaker, beside what is from oneself.
+    """
     text = Document([], [], [])
     for _ in range(PARTS):
-        body, speakers = rng.sample(pool, BODY), rng.sample(range(BODY), BODY)
-        parts = [sorted({*words} - common) for words in body]
-        counts = [round(rng.uniform(*TAKEN) * len(words)) for words in parts]
-        taken = [rng.sample(words, count) for words, count in zip(parts, counts, strict=True)]
-        # Of these four places the first two are Anna's, the others Ben's; each takes up the first of both.
-        first, second, third, fourth = speakers
-        sums = [taken[first] + taken[third], taken[fourth] + taken[second]]
-        who = [int(speakers.index(i) >= 2) for i in range(BODY)]
-        start, order = len(text.sentences), rng.sample(range(2), 2)
+        body = rng.sample(pool, BODY)
+        who, order = rng.sample([0, 0, 1, 1], BODY), rng.sample([0, 1], 2)
+        sums: list[list[str]] = [[], []]
+        important = []
+        for speaker, words in zip(who, body, strict=True):
+            parts = sorted({*words} - common)
+            counts = [round(share * rng.uniform(0, TAKEN) * len(parts)) for share in (1.0, other)]
+            for by, count in zip((speaker, 1 - speaker), counts, strict=True):
+                sums[by] += rng.sample(parts, count)
+            important.append(counts[0] / max(len(parts), 1))
+        start = len(text.sentences)
         text.sentences.extend((SPEAKERS[w], *words) for w, words in zip(who, body, strict=True))
         text.sentences.extend((SPEAKERS[w], *rng.sample(sums[w], len(sums[w]))) for w in order)
-        important = [counts[i] / max(len(parts[i]), 1) if i in (first, fourth) else 0.0 for i in range(BODY)]
         text.importance.extend([*important, 0.0, 0.0])
         text.summaries.extend([start + BODY + order.index(w) for w in who] + [start + BODY, start + BODY + 1])
     return text
@@ -197,8 +202,9 @@ def make(seed: int, device: torch.device) -> Task:
 
     def batches(order: torch.Generator, epoch: int) -> Iterable[Batch]:
         drawn = random.Random(int(torch.randint(2**31, (), generator=order)))  # other texts in each epoch
+        other = min(1.0, epoch / GROWTH)
         for _ in range(TEXTS[TRAIN] // BATCH):
-            yield collate([draw_text(pools[TRAIN], common, drawn) for _ in range(BATCH)])
+            yield collate([draw_text(pools[TRAIN], common, drawn, other) for _ in range(BATCH)])
 
     def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Scores ``(B, S)``, weights of the words, and of the sentences on both sides ``(B, 2, S, S)``."""
