@@ -77,6 +77,11 @@ def _location(B: int, T: int, D: int, A: int, *, gated: bool = False, masked: bo
     )
 
 
+def gated_bag(rows: int) -> Pair:
+    """One bag of instances, of the widths of Ilse et al. 2018 for slides."""
+    return _location(1, rows, 512, 128, gated=True, masked=False)
+
+
 def _padded(lengths: Tensor, *widths: int) -> tuple[Tensor, Tensor, Tensor]:
     """Padded rows, which of them are there, and those packed."""
     shown = torch.arange(int(lengths.max())) < lengths[..., None]
@@ -315,7 +320,7 @@ def _location_aware() -> Pair:
 PAIRS: dict[str, Callable[[], Pair]] = {
     "location, B 32 T 128 D 256": lambda: _location(32, 128, 256, 128),
     "location, B 4 T 16 D 64": lambda: _location(4, 16, 64, 32),
-    "location, one gated bag of 5,000": lambda: _location(1, 5000, 512, 128, gated=True, masked=False),
+    "location, one gated bag of 5,000": lambda: gated_bag(5000),
     "location, ragged": _ragged_location,
     "location, window of 64, T 2,048": lambda: _window(63),
     "location, scan, T 2,048": lambda: _window(None),

@@ -150,6 +150,12 @@ def test_verdict(scores, said):
     assert _summary.verdict(arms(attention=scores, uniform=[0.5] * 5)) == said
 
 
+def test_deviation():
+    assert _summary.mean_and_deviation([0.5]) == "0.500"
+    assert _summary.mean_and_deviation([0.25, 0.75]) == "0.500 ± 0.354"
+    assert _summary.mean_and_deviation([0.5, math.nan]) == "nan ± nan"
+
+
 def test_the_best_baseline_is_none_of_the_arms_that_differ_in_their_weights_alone():
     found = arms(attention=[0.7], uniform=[0.9], oracle=[1.0], zero=[0.0], some=[0.5, 0.7], other=[0.55])
     assert _summary.best_baseline(found) == "some"

@@ -61,7 +61,14 @@ def test_tables():
     assert lines[0][3:] == ["", "0.80", "0.900 0.920 0.940 0.960 0.980"]
     assert lines[4][3:] == ["+0.270 [+0.258, +0.282]", "", "0.650 0.660 0.670 0.680 0.690"]
     short = models_table.readme(rows()).splitlines()
-    assert cells(short[2])[1:] == ["AUC", "0.940", "0.620", "0.970", "max: 0.720", "+0.320 [+0.308, +0.332]"]
+    assert cells(short[2])[1:] == [
+        SYSTEMS["mil"].metric,
+        "0.940",
+        "0.620",
+        "0.970",
+        "max: 0.720",
+        "+0.320 [+0.308, +0.332]",
+    ]
     assert all(len(cells(line)) == len(cells(short[0])) for line in short)
 
 

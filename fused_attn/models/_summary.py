@@ -67,8 +67,11 @@ def scores(arm: Arm) -> list[float]:
 
 def mean_and_deviation(values: Sequence[float]) -> str:
     """In three digits; the deviation is that of a sample."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    variance = math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1)  # statistics.stdev raises for NaN
+    return f"{mean:.3f} ± {math.sqrt(variance):.3f}"
 
 
 def difference(one: Arm, other: Arm) -> Interval | None:

@@ -56,7 +56,8 @@ class Trial(NamedTuple):
 
 Part = Callable[[float], None]
 """Is told how much of a training is done, from 0 to 1."""
-Job = TypeVar("Job", Unit, Trial)
+Job = TypeVar("Job")
+"""What `str` makes a description of."""
 Result = TypeVar("Result")
 
 _made: dict[str, tuple[int, str, Path | None, Task]] = {}
