@@ -18,7 +18,7 @@ from _models import check_task
 pytest.importorskip("sklearn", reason="baselines and areas under curves are scikit-learn's")
 
 from fused_attn.models import _work, protocol
-from fused_attn.models.corpora import CORPORA, DataError, _packed, acf, can, entailment, han, mil
+from fused_attn.models.corpora import CORPORA, DataError, _classify, _packed, acf, can, entailment, han, mil
 from fused_attn.models.tasks import TEST, TRAIN, VALIDATION
 
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def test_a_file_that_is_missing_is_named(tmp_path, key):
 BROKEN = [
     ("bAbI", 2, "Mary went there.", "number of the line: expected a whole number; got 'Mary'"),
     ("bAbI", 2, "5 Mary went there.", "number of the line: expected 1 or 2; got 5"),
-    ("bAbI", 2, "2 .", "words"),
+    ("bAbI", 2, "2 ", "a sentence without words"),
     ("bAbI", 3, "3 Where is Mary? \tkitchen", "expected question, answer and supporting facts"),
     (
         "bAbI",
@@ -316,6 +316,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("key", "number", "line", "message"), BROKEN)
 def test_a_broken_line_is_named(tmp_path, key, number, line, message):
     name, write = WRITERS[key]
@@ -887,8 +888,41 @@ def test_batches_by_length_have_every_row_once_and_little_padding():
     assert sorted(row for batch in epochs[0] for row in batch) == list(range(997))
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in epochs[0])
     assert padded < 1.1 * lengths.sum()
-    firsts = [int(lengths[batch[0]]) for batch in epochs[0]]
+    firsts = [int(lengths[batch[0]]) for batch in epochs[0][: _packed.POOL]]  # of one pool
     assert firsts != sorted(firsts)
+
+
+@pytest.mark.parametrize("metric", [_classify.accuracy, _classify.auc])
+def test_an_answer_is_judged_by_the_label_of_its_example(metric):
+    """Examples are judged in the order of their sizes; this model knows the labels."""
+    labels, sizes = torch.tensor([0, 1, 1, 0, 1, 0, 0]), torch.tensor([3, 9, 1, 7, 5, 2, 8])
+    task = _classify.classify(
+        build=lambda arm: torch.nn.Identity(),
+        parts={split: _classify.Part(labels, sizes) for split in (TRAIN, TEST)},
+        collate=lambda split, rows: rows,
+        answer=lambda model, rows: _classify.Answer(
+            torch.nn.functional.one_hot(labels[rows], 2) * 9.0, {"x": torch.where(rows == 3, torch.nan, rows / 6)}
+        ),
+        panels=lambda model: [],
+        batch=2,
+        device=CPU,
+        metric=metric,
+    )
+    score, located, _ = task.judge(torch.nn.Identity(), TEST)
+    assert score == 1
+    assert located == {"x": pytest.approx(18 / 36)}
+    seen = {}
+    for rows, own in task.batches(torch.Generator().manual_seed(0), 0):
+        assert torch.equal(own, labels[rows])
+        seen |= dict.fromkeys(rows.tolist())
+        assert task.loss(torch.nn.Identity(), (rows, own)) < 0.01
+    assert len(seen) == 7
+
+
+def test_areas_under_curves_of_several_classes():
+    logits = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 0, 5], [0, 0, 6]])
+    assert _classify.auc(logits, torch.tensor([0, 1, 2, 2])) == 1
+    assert _classify.auc(logits, torch.tensor([0, 1, 2, 0])) == pytest.approx((0.5 + 1 + 2 / 3) / 3)
 
 
 def test_words_are_split_as_vectors_have_them():
