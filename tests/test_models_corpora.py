@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import json
+import math
 import os
 import random
 import struct
@@ -917,6 +918,27 @@ def test_an_answer_is_judged_by_the_label_of_its_example(metric):
         seen |= dict.fromkeys(rows.tolist())
         assert task.loss(torch.nn.Identity(), (rows, own)) < 0.01
     assert len(seen) == 7
+
+
+@pytest.mark.parametrize("metric", [_classify.accuracy, _classify.auc])
+def test_a_model_that_went_wrong_has_no_score(metric):
+    part = _classify.Part(torch.tensor([0, 1]), torch.tensor([1, 1]))
+    task = _classify.classify(
+        build=lambda arm: torch.nn.Identity(),
+        parts={TEST: part},
+        collate=lambda split, rows: rows,
+        answer=lambda model, rows: _classify.Answer(torch.tensor([[0.0, 1], [torch.nan, 0]])[rows]),
+        panels=lambda model: [],
+        batch=1,
+        device=CPU,
+        metric=metric,
+    )
+    assert math.isnan(task.judge(torch.nn.Identity(), TEST).score)
+
+
+def test_areas_under_curves_of_logits_that_are_large():
+    logits = torch.tensor([[0.0, 50], [0, 60], [0, 70]])
+    assert _classify.auc(logits, torch.tensor([0, 0, 1])) == 1
 
 
 def test_areas_under_curves_of_several_classes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,8 +39,9 @@ def auc(logits: Tensor, labels: Tensor) -> float:
     """The area under the curve; of several classes, the mean of each against the others."""
     from sklearn.metrics import roc_auc_score  # here, so that only what needs it asks for it
 
-    shares = logits.softmax(1).double()
-    return float(roc_auc_score(labels, shares[:, 1] if shares.shape[1] == 2 else shares, multi_class="ovr"))
+    if logits.shape[1] == 2:  # not of shares, many of which are 1 in floating point
+        return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+    return float(roc_auc_score(labels, logits.double().softmax(1), multi_class="ovr"))
 
 
 def bag_of_words(
@@ -96,7 +98,8 @@ def classify(
             logits.append(said.logits.float().cpu())
             for level, shares in said.located.items():
                 located[level].append(shares.float().cpu())
-        score = metric(torch.cat(logits), labels[order])
+        everything = torch.cat(logits)
+        score = metric(everything, labels[order]) if everything.isfinite().all() else math.nan
         return Outcome(score, {level: torch.cat(shares).nanmean().item() for level, shares in located.items()})
 
     return Task(build, batches, loss, judge, panels, **options)
