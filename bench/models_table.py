@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"results: expected rows of `python -m fused_attn.models`; got {path or 'none in bench/results'}"
         )
-    rows = _summary.read_rows(path)
+    rows = [row for row in _summary.read_rows(path) if row.get("data") is None]  # public data are no part of these
     source = path.resolve()
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else path.name
     for page, text in ((ROOT / "README.md", readme(rows)), (ROOT / "docs" / "models.md", docs(rows, name))):

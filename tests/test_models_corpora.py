@@ -823,6 +823,12 @@ def test_rows_of_other_data_are_other_rows(tmp_path, monkeypatch, run):
     generated = run("can", *only, "--seeds", 1)
     assert generated[:4] == second
     assert [r["data"] for r in generated[4:]] == [None]
+    old = [{key: x for key, x in row.items() if key not in ("data", "split")} for row in generated[4:]]
+    stored = tmp_path / "out" / "results.jsonl"
+    stored.write_text("".join(json.dumps(row) + "\n" for row in old))  # as rows of generated data once were
+    assert run("can", *only, "--seeds", 1) == old
+    assert len(run("can", "--data", paths[0], *only)) == len(old) + 2
+    stored.write_text("".join(json.dumps(row) + "\n" for row in generated))
     relative = os.path.relpath(paths[0], Path.cwd())
     assert run("can", "--data", relative, *only) == generated
     judged = run("can", "--data", paths[0], *only, "--validation", file="validation.jsonl")

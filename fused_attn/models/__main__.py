@@ -180,8 +180,9 @@ def main() -> int:
         "python": platform.python_version(),
     }
     path = args.results or args.output / ("results.jsonl" if split == TEST else "validation.jsonl")
-    same = ("frozen", "data", "split", "epochs")  # else it is another experiment
-    rows = [] if args.validation else [r for r in read_rows(path) if all(r.get(x) == where[x] for x in same)]
+    same = {x: where[x] for x in ("frozen", "data", "split", "epochs")}  # else it is another experiment
+    added = {"data": None, "split": split}  # what rows did not always have
+    rows = [] if args.validation else [r for r in read_rows(path) if same.items() <= (added | r).items()]
     try:
         units = plan_units(args, device, rows, frozen, split)
     except DataError as error:
