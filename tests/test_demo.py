@@ -1,33 +1,45 @@
-"""The demo's bags are what its docstring says, and its checks notice what is wrong."""
+"""The demo trains what it says, and its checks notice what is wrong."""
 
 import json
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from bench import demo
+from fused_attn.models import protocol
+from fused_attn.models.tasks import TEST, TRAIN, VALIDATION, mil
 
-DIGITS = demo.load_digits().target
-GOOD_AUCS = {"gated attention": [0.99], "mean": [0.9], "max": [0.99]}
+GOOD = {"attention": 0.95, "uniform": 0.7, "oracle": 0.99, "max": 0.8}
+COUNTS = {TRAIN: 20, VALIDATION: 6, TEST: 8}
+
+
+def rows_of(scores, located=0.99):
+    """Of two seeds."""
+    return [
+        {"system": "mil", "arm": arm, "seed": seed, "score": score}
+        | ({} if arm == "max" else {"localisation": {"instances": located}})
+        for seed in (0, 1)
+        for arm, score in scores.items()
+    ]
 
 
 @pytest.fixture
 def small_check(monkeypatch):
     monkeypatch.setattr(demo, "CHECK_ON_CPU", (3, 5, 20, 16, 8))
-    monkeypatch.setattr(demo, "CHECK_RUNS", 1)
 
 
 @pytest.fixture
 def run_main(monkeypatch, small_check, capsys):
     """`main` without training: the exit status and what it printed."""
 
-    def run(aucs=GOOD_AUCS):
-        monkeypatch.setattr(demo, "experiment", lambda *args: aucs)
+    def run(rows=None):
+        monkeypatch.setattr(demo, "experiment", lambda *args: rows or rows_of(GOOD))
+        monkeypatch.setattr(demo, "memory_table", lambda *args: "memory")
         monkeypatch.setattr(demo, "Console", lambda: console(width=200))
         monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
         return demo.main([]), capsys.readouterr().out
@@ -47,62 +59,60 @@ def replace_kernel(monkeypatch, change):
     monkeypatch.setattr(demo, "location_attention", changed)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_images_are_split_without_overlap(seed):
-    train, test = demo.split_images(DIGITS, seed)
-    assert not set(train) & set(test)
-    assert len(train) + len(test) == len(DIGITS)
-    share = [np.bincount(DIGITS[part]) / len(part) for part in (train, test)]
-    np.testing.assert_allclose(*share, atol=0.005)  # stratified: every digit is as frequent in both
+def test_seeds_are_no_others(monkeypatch):
+    own = {demo.FIRST_SEED + i for i in range(6)}
+    assert not own & {protocol.SEARCH_SEED, *range(6), *protocol.final_seeds(protocol.read_plan().frozen or "abc")}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_labels_and_sizes_of_bags(seed):
-    pool, other = demo.split_images(DIGITS, seed)
-    bags = demo.make_bags(pool, DIGITS, 200, np.random.default_rng(seed))
-    assert bags.labels.sum() == 100
-    nines = torch.tensor([int((DIGITS[bag] == 9).sum()) for bag in bags.images])
-    sizes = torch.tensor([len(bag) for bag in bags.images])
-    assert torch.equal(bags.labels == 1, nines > 0)
-    assert ((nines == 0) | (nines <= sizes // 10)).all()
-    assert sizes.min() >= 10
-    assert sizes.max() <= 50
-    assert all(len(set(bag.tolist())) == len(bag) for bag in bags.images)
-    assert not set(torch.cat(bags.images).tolist()) & set(other)
-    # The size does not tell the label: 100 sizes a label, so the means differ by 1.7 in standard deviation.
-    assert abs(sizes[:100].double().mean() - sizes[100:].double().mean()) < 5
+@pytest.mark.parametrize("frozen", [None, "abc"])
+def test_main_trains_every_arm_and_shows_the_test_split_only_once_tasks_are_frozen(
+    monkeypatch, small_check, tmp_path, capsys, frozen
+):
+    seen = []
+
+    def train(unit, part):
+        part(1.0)
+        seen.append(unit)
+        return next(row for row in rows_of(GOOD) if row["arm"] == unit.arm) | {"seed": unit.seed}
+
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "memory_table", lambda *args: "memory")
+    monkeypatch.setattr(demo, "kernel_reports", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(protocol, "read_plan", lambda: protocol.Plan(frozen, {}))
+    assert demo.main(["--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+    assert [(unit.arm, unit.seed) for unit in seen] == [(arm, 1000 + i) for i in (0, 1) for arm in make().arms]
+    assert [unit.output for unit in seen] == [tmp_path, *[None] * 7]
+    assert {unit.split for unit in seen} == {VALIDATION if frozen is None else TEST}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "0.950" in printed
+    assert f"Scores on {demo.COUNTS[seen[0].split]} {seen[0].split} bags" in printed
+    assert "after a short training" in printed
 
 
-def test_size_range_is_used_up_to_its_ends():
-    bags = demo.make_bags(np.arange(len(DIGITS)), DIGITS, 1000, np.random.default_rng(0))
-    assert {len(bag) for bag in bags.images} == set(range(10, 51))
+def make():
+    return mil.make(0, torch.device("cpu"), COUNTS)
 
 
-def test_packed_bags():
-    bags = demo.make_bags(np.arange(len(DIGITS)), DIGITS, 6, np.random.default_rng(0))
-    index, cu_seqlens = bags.pack([4, 0, 2])
-    assert cu_seqlens.dtype == torch.int32
-    assert cu_seqlens[0] == 0
-    assert cu_seqlens[-1] == len(index)
-    for at, bag in enumerate([4, 0, 2]):
-        assert torch.equal(index[cu_seqlens[at] : cu_seqlens[at + 1]], bags.images[bag])
+@pytest.mark.whole
+def test_an_arm_is_trained_judged_and_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "COUNTS", COUNTS)
+    monkeypatch.setattr(demo, "EPOCHS", 2)
+    demo.make_task.cache_clear()
+    parts = []
+    row = demo.train(demo.Unit("attention", 5, VALIDATION, "cpu", tmp_path / "new"), parts.append)
+    demo.make_task.cache_clear()
+    assert parts == [0.5, 1.0]
+    assert len(row["curve"]) == 2
+    assert row["setting"] == demo.SETTING._asdict()
+    assert (row["score"] * COUNTS[VALIDATION]) % 1 == pytest.approx(0, abs=1e-6)
+    assert (tmp_path / "new" / "attention.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("pooling", demo.POOLINGS)
-def test_a_bag_is_classified_alike_alone_and_packed(pooling):
-    images = torch.from_numpy(demo.load_digits().images / 16).float()[:, None]
-    bags = demo.make_bags(np.arange(len(DIGITS)), DIGITS, 4, np.random.default_rng(0))
-    model = demo.BagClassifier(pooling, impl="reference").eval()
-    logits, weights = demo.predict(model, images, bags)
-    assert len(weights) == (4 if pooling == "gated attention" else 0)
-    for i, bag in enumerate(bags.images):
-        h = model.encoder(images[bag])
-        if pooling == "gated attention":
-            pooled = weights[i] @ h
-            torch.testing.assert_close(weights[i].sum(), torch.tensor(1.0))
-        else:
-            pooled = h.mean(0) if pooling == "mean" else h.amax(0)
-        torch.testing.assert_close(model.head(pooled)[0], logits[i])
+def test_memory_is_measured():
+    table = demo.memory_table(torch.device("cpu"), rows=2_000)
+    assert table.row_count == 2
+    assert all("MiB" in cell or cell == "-" for column in table.columns[1:] for cell in column.cells)
 
 
 def test_the_reference_is_within_its_own_bounds(device, small_check):
@@ -114,7 +124,7 @@ def test_the_reference_is_within_its_own_bounds(device, small_check):
     restored = demo.Report(**json.loads(json.dumps(asdict(report))))  # what the check's own process sends
     assert restored.bounds == report.bounds
     assert restored.problems() == []
-    assert restored.table().row_count == len(demo.CHECKED) + 2
+    assert restored.table().row_count == len(demo.CHECKED)
 
 
 @pytest.mark.kernel
@@ -144,19 +154,30 @@ def test_a_wrong_kernel_fails_the_demo(monkeypatch, run_main, change, named):
 
 
 @pytest.mark.parametrize(
-    "aucs",
+    ("rows", "named"),
     [
-        {"gated attention": [0.94], "mean": [0.9], "max": [0.99]},
-        {"gated attention": [0.96], "mean": [0.97], "max": [0.99]},
-        {"gated attention": [float("nan")], "mean": [0.9], "max": [0.99]},
+        (rows_of(GOOD | {"attention": 0.84}), "score of attention: expected at least 0.85; got 0.840"),
+        (rows_of(GOOD | {"uniform": 0.96}), "expected more than that of uniform, 0.960; got 0.950"),
+        (rows_of(GOOD | {"max": 0.96}), "expected more than that of max, 0.960; got 0.950"),
+        (rows_of(GOOD | {"attention": float("nan")}), "expected at least 0.85; got nan"),
+        (rows_of(GOOD, located=0.8), "area under the curve of the weights: expected at least 0.9; got 0.800"),
     ],
-    ids=["low", "under the mean", "nan"],
+    ids=["low", "under the mean", "under the maximum", "nan", "lost"],
 )
-def test_a_poor_auc_fails_the_demo(monkeypatch, run_main, aucs):
+def test_a_poor_score_fails_the_demo(monkeypatch, run_main, rows, named):
     replace_kernel(monkeypatch, lambda out: out)
-    status, printed = run_main(aucs)
-    assert "Past its bound: AUC" in printed
+    status, printed = run_main(rows)
+    assert "Past its bound: " in printed
+    assert named in printed
     assert status == 1
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--seeds", "7"], ["--jobs", "0"]])
+def test_bad_arguments_end_with_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        demo.main(arguments)
+    assert end.value.code == 2
+    assert f"{arguments[0]}: expected" in capsys.readouterr().err
 
 
 def test_without_triton_the_table_says_so(monkeypatch, run_main):
@@ -165,12 +186,3 @@ def test_without_triton_the_table_says_so(monkeypatch, run_main):
     assert "triton is not installed" in printed
     assert "the kernel was not checked" in printed
     assert status == 0
-
-
-def test_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    data = demo.load_digits()
-    bags = demo.make_bags(np.arange(len(DIGITS)), DIGITS, 8, np.random.default_rng(0))
-    weights = [torch.full((len(bag),), 1 / len(bag)) for bag in bags.images]
-    demo.save_picture(tmp_path / "new", data.images, DIGITS, bags, torch.full((8,), 0.5), weights)
-    assert (tmp_path / "new" / "attention.png").stat().st_size > 10_000

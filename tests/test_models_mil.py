@@ -150,3 +150,29 @@ def test_bags_that_are_taken_are_whole():
     assert some.cu_seqlens.tolist() == [0, len(parts[4]), len(parts[4]) + len(parts[0])]
     assert torch.equal(some.labels, bags.labels[[4, 0]])
     assert torch.equal(some.key, (some.digits == 9) | (some.digits == 4))
+
+
+def test_instance_auc_is_the_area_under_the_curve():
+    pytest.importorskip("sklearn")
+    import numpy as np
+    from sklearn.metrics import roc_auc_score
+
+    from fused_attn.models.tasks import mil
+
+    bags = mil.make_bags(np.arange(1797), 6, np.random.default_rng(0))
+    weights = torch.randint(5, bags.key.shape, generator=torch.Generator().manual_seed(0)) / 5  # with ties
+    parts = (x.split(bags.cu_seqlens.diff().tolist()) for x in (bags.key, weights))
+    areas = [roc_auc_score(key, w) for key, w in zip(*parts, strict=True)]
+    assert mil.instance_auc(weights, bags) == pytest.approx(sum(areas) / 6)
+
+
+def test_images_are_standardised_and_counts_are_those_asked_for():
+    pytest.importorskip("sklearn")
+    from fused_attn.models.tasks import mil
+
+    counts = {"train": 30, "validation": 4, "test": 6}
+    splits = mil.make_splits(0, torch.device("cpu"), counts)
+    assert {split: len(bags.labels) for split, bags in splits.items()} == counts
+    images = splits["train"].images
+    assert abs(images.mean()) < 0.05
+    assert abs(images.std() - 1) < 0.05
