@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from ._checks import (
 )
 from ._dropout import draw_seed
 from ._habits import explicit
+from ._made_once import made_once
 from ._operators import Operator, exact_of, launcher
 from ._ops import Impl, exports_from_one, keeps_exact, under_autocast, use_triton, weights_from
 from ._results import by_formula, check_wanted, returned
@@ -182,9 +182,9 @@ class _Loops(NamedTuple):
         return torch.cat([edge, loops])
 
 
-def _loops(edge_index: Tensor, num_nodes: int) -> _Loops:
-    for i, ends in enumerate(edge_index):
-        check_indices(f"edge_index[{i}]", ends, num_nodes, "nodes")
+def _loops(edge_index: Tensor, num_nodes: int, ends: tuple[int, int] | None = None) -> _Loops:
+    for i, nodes in enumerate(edge_index):
+        check_indices(f"edge_index[{i}]", nodes, num_nodes if ends is None else ends[i], "nodes")
     kept = (edge_index[0] != edge_index[1]).nonzero()[:, 0]
     nodes = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
     both = torch.cat([edge_index.index_select(1, kept), nodes.expand(2, -1)], 1)
@@ -351,41 +351,31 @@ _MADE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By list of edges: its version, Nq and Nk, and what `edges_of` made; as long as the list lives."""
 _LOOPED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By list of edges: its version, N, and what `loops_of` made; as long as the list lives."""
-Made = TypeVar("Made")
-
-
-def _made_once(
-    made: WeakTensorKeyDictionary, edge_index: Tensor, sizes: tuple[int, ...], make: Callable[[], Made]
-) -> Made:
-    """What `make` makes of a list of edges: once for a tensor that nobody writes to."""
-    kept = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    kept = kept and isinstance(edge_index, Tensor) and not edge_index.is_inference()
-    key = (edge_index._version, *sizes) if kept else None
-    known = made.get(edge_index) if kept else None
-    if known is not None and known[0] == key:
-        return cast("Made", known[1])
-    check_edge_index(edge_index)
-    with torch.inference_mode(False):
-        new = make()
-    if kept:
-        made[edge_index] = key, new
-    return new
 
 
 def edges_of(edge_index: Tensor, num_queries: int, num_keys: int) -> _Edges:
     """The graph of a list of edges: made once for a tensor that nobody writes to."""
 
     def make() -> _Edges:
+        check_edge_index(edge_index)
         check_indices("edge_index[0]", edge_index[0], num_keys, "key nodes")
         graph, order = Graph.from_edges(edge_index, num_queries, num_keys)
         return _Edges(graph, order.clone(), torch.argsort(order))
 
-    return _made_once(_MADE, edge_index, (num_queries, num_keys), make)
+    return made_once(_MADE, edge_index, (num_queries, num_keys), make)
 
 
-def loops_of(edge_index: Tensor, num_nodes: int) -> _Loops:
-    """A list of edges with one from every node to itself: made once for a tensor that nobody writes to."""
-    return _made_once(_LOOPED, edge_index, (num_nodes,), lambda: _loops(edge_index, num_nodes))
+def loops_of(edge_index: Tensor, num_nodes: int, ends: tuple[int, int] | None = None) -> _Loops:
+    """A list of edges with one from every node to itself: made once for a tensor that nobody writes to.
+
+    ends: numbers of key and query nodes, where they are of two kinds, of which the first `num_nodes` get such edges.
+    """
+
+    def make() -> _Loops:
+        check_edge_index(edge_index)
+        return _loops(edge_index, num_nodes, ends)
+
+    return made_once(_LOOPED, edge_index, (num_nodes, *(ends or ())), make)
 
 
 def _fake(inputs: GraphInputs, need_exact: bool) -> tuple[Tensor, ...]:
