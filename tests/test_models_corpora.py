@@ -603,6 +603,28 @@ def test_what_was_chosen_is_not_ranked(tmp_path, monkeypatch):
         assert (outcome.score, outcome.also["NDCG@1"], outcome.also["HR@2"]) == (1, 1, 1)
 
 
+def test_histories_of_other_lengths_and_films_of_more_genres_make_no_difference(tmp_path):
+    write_100k(tmp_path)
+    chosen = {1: (10, 20, 30, 50, 60), 2: (40, 80, 10, 20, 30, 50, 60, 70)}  # all films of the first have one genre
+    rows = [(user, film, 5, time) for user, films_ in chosen.items() for time, film in enumerate(films_)]
+    (tmp_path / "u.data").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    task = make("acf", tmp_path)
+    torch.manual_seed(0)
+    model = task.build("attention")
+    batch, others = next(iter(task.batches(torch.Generator().manual_seed(0), 0)))
+    assert batch.mask.sum(1).tolist() == [3, 6]
+    first = acf.Batch(
+        batch.users[:1],
+        batch.history[:1, :3],
+        batch.mask[:1, :3],
+        batch.components[:1, :3, :1],
+        batch.component_mask[:1, :3, :1],
+    )
+    second = acf.Batch(*(x[1:] for x in batch))
+    alone = [task.loss(model, (first, others[:1, :3])), task.loss(model, (second, others[1:]))]
+    torch.testing.assert_close(task.loss(model, (batch, others)), (3 * alone[0] + 6 * alone[1]) / 9)
+
+
 def test_popular_films_are_a_baseline(tmp_path):
     rows = [(user, film, 5, 10 * user + place) for user in range(1, 6) for place, film in enumerate((10, 20, 30, 40))]
     rows[-1] = (5, 50, 5, 999)
@@ -660,6 +682,22 @@ def test_broken_images_are_named(tmp_path, file, raw, message):
     (tmp_path / file).write_bytes(raw)
     with pytest.raises(DataError, match=rf"{file}: {message}"):
         make("mil", tmp_path)
+
+
+def test_a_bag_without_a_nine_has_no_truth():
+    ends = torch.tensor([0, 2, 3, 5], dtype=torch.int32)
+    nines = torch.tensor([True, False, False, False, True])
+    assert mil.or_all(nines, ends).tolist() == [True, False, True, False, True]
+
+
+def test_nines_are_located_in_the_bags_that_have_one(tmp_path):
+    write_mnist(tmp_path)
+    task = make("mil", tmp_path)
+    with torch.no_grad():
+        located = task.judge(task.build("uniform").eval(), TEST).localisation["nines"]
+    test = mil.read_mnist(tmp_path / "train-images-idx3-ubyte")[TEST]
+    shares = [(test.digits[test.bags.row(i)] == 9).double().mean().item() for i in test.labels.nonzero()[:, 0]]
+    assert located == pytest.approx(sum(shares) / len(shares), rel=1e-5)
 
 
 def test_names_of_mnist_with_a_dot(tmp_path):
