@@ -12,7 +12,12 @@ PART ?= $(shell expr $$(date +%s) / 86400 % 6 + 1)/6
 DRAWN ?= 0
 SEED ?= 0
 
-.PHONY: demo test test-fast test-long test-devices test-gpu gpu mutants bench bench-guard lint clean
+# Of `make test-peers`: where the libraries are installed, and a folder with clones of their repositories, whose own tests
+# of these classes run too (pytorch_geometric: git clone --branch 2.8.0.post1).
+PEERS ?= build/peers
+UPSTREAM ?= build/upstream
+
+.PHONY: demo test test-fast test-long test-devices test-peers test-gpu gpu mutants bench bench-guard lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +38,15 @@ test-long: $(VENV)/.installed # what is too long for every day, and of large tab
 
 test-devices: $(VENV)/.installed # on a CPU: which kernel tests make tensors that a GPU's kernel would not take
 	$(BIN)/python -m pytest -n $(JOBS) --devices -m kernel
+
+$(PEERS)/.installed: tests/peers/requirements.txt tests/peers/needs.txt | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) \
+		-r tests/peers/requirements.txt -r tests/peers/needs.txt
+	touch $@
+
+test-peers: $(PEERS)/.installed # fused_attn.compat beside the libraries themselves; one that is not there is a failure
+	PYTHONPATH=$(abspath $(PEERS)) FUSED_ATTN_PEERS=1 FUSED_ATTN_UPSTREAM=$(abspath $(UPSTREAM)) \
+		$(BIN)/python -m pytest -n $(JOBS) tests/peers
 
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .

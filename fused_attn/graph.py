@@ -59,7 +59,7 @@ _TABLES = {heads: _table("H" if heads else "") for heads in (False, True)}
 
 
 # Of `add_self_loops`, by PyTorch's names, and what it is of no edges.
-_FILLS = {"mean": ("mean", 0), "add": ("sum", 0), "min": ("amin", 0), "max": ("amax", 0), "mul": ("prod", 1)}
+FILLS = {"mean": ("mean", 0), "add": ("sum", 0), "min": ("amin", 0), "max": ("amax", 0), "mul": ("prod", 1)}
 Fill = float | str | Tensor
 
 
@@ -149,8 +149,8 @@ def check_fill(name: str, fill: Fill) -> Fill:
     if isinstance(fill, Tensor):
         return fill
     if isinstance(fill, str):
-        if fill not in _FILLS:
-            raise ValueError(f"{name}: expected a number, a tensor or one of {', '.join(_FILLS)}; got {fill!r}")
+        if fill not in FILLS:
+            raise ValueError(f"{name}: expected a number, a tensor or one of {', '.join(FILLS)}; got {fill!r}")
         return fill
     return check_number(name, fill, "a finite number", -sys.float_info.max, math.inf)
 
@@ -167,7 +167,7 @@ class _Loops(NamedTuple):
         edge = edge if self.kept is None else edge.index_select(0, self.kept)
         nodes, one = self.num_nodes, edge.shape[1:]
         if isinstance(fill, str):
-            reduce, none = _FILLS[fill]
+            reduce, none = FILLS[fill]
             target = self.edge_index[1, : len(edge)].long().view(-1, *[1] * len(one)).expand_as(edge)
             loops = edge.new_full((nodes, *one), none)
             loops = loops.scatter_reduce(0, target, edge, reduce, include_self=False)

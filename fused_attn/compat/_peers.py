@@ -21,7 +21,7 @@ class Known(NamedTuple):
 
 
 def _folders() -> list[str]:
-    return importlib.import_module(__package__).__path__
+    return list(importlib.import_module(__package__).__path__)
 
 
 def libraries() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import _peers
-from ._replacement import CPU, Registry, Replacement, on_cpu, why_not
+from ._replacement import CPU, Registry, Replacement, is_ours, on_cpu, why_not
 from ._report import Replaced, Report, Skipped
 
 Only = str | type
@@ -92,8 +92,8 @@ def restore_attention(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     for module in model.modules():
         kind = type(module)
-        if Replacement in kind.__bases__:
-            module.__class__ = kind.peer()  # type: ignore[attr-defined]
+        if is_ours(kind):
+            module.__class__ = kind.peer()
             vars(module).pop("fused_attn_cpu", None)
 
 
@@ -104,8 +104,8 @@ def _known_of(module: nn.Module) -> tuple[type, type[Replacement]] | str | None:
         names = {row.name for library in _peers.libraries() for row in _peers.known(library)}
         scripted = "it is scripted; replace it before torch.jit.script, or do without that"
         return scripted if _class_name(module) in names else None
-    if Replacement in kind.__bases__:
-        return kind.peer(), kind  # type: ignore[attr-defined]
+    if is_ours(kind):
+        return kind.peer(), kind
     classes = _registry_of(kind)
     base = next((x for x in kind.__mro__ if x in classes), None)
     if base is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Replacement:
     @classmethod
     def peer(cls) -> type[nn.Module]:
         """The class of the library."""
-        return next(x for x in cls.__mro__ if not issubclass(x, Replacement))
+        return next(x for x in cls.__mro__ if issubclass(x, nn.Module) and not issubclass(x, Replacement))
 
     def takes(self, *inputs: object) -> bool:
         """Whether ours is to run for these inputs: plain tensors of one device, of a dtype that our ops have."""
@@ -47,6 +48,17 @@ class Replacement:
         if device.type == "cpu":
             return self.fused_attn_cpu == "always" or (self.fused_attn_cpu == "faster" and self.faster_on_cpu)
         return use_triton("auto", device, "has no float64" if torch.float64 in dtypes else None)
+
+
+def is_ours(kind: type) -> TypeGuard[type[Replacement]]:
+    """Whether a class is one of a peer file itself, not a subclass of one."""
+    return Replacement in kind.__bases__
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For an op of ours where the library's sums are float32 under autocast, which would round what it reads."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def on_cpu(ours: type[Replacement], cpu: str) -> str:
