@@ -38,7 +38,7 @@ class GATv2Conv(Replacement, pyg.GATv2Conv):
     with hooks of message passing.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Any, edge_index: Any, edge_attr: Tensor | None = None, return_attention_weights: bool | None = None
     ) -> Any:
         """As the library's."""
@@ -152,8 +152,9 @@ def _has_sets(x: Tensor, index: Tensor | None, ptr: Tensor | None, dim_size: int
     if (index is None) == (ptr is None) or x.dim() != 2 or dim not in (-2, 0):
         return False
     said = ptr if index is None else index
-    whole = type(said) is Tensor and said.dim() == 1 and said.dtype == torch.int64
-    return whole and (ptr is not None or (dim_size is not None and len(x) == said.numel()))
+    if said is None or type(said) is not Tensor or said.dim() != 1 or said.dtype != torch.int64:
+        return False
+    return index is None or (dim_size is not None and len(x) == said.numel())
 
 
 class AttentionalAggregation(Replacement, pyg.AttentionalAggregation):
@@ -188,7 +189,7 @@ class AttentionalAggregation(Replacement, pyg.AttentionalAggregation):
         assert layers is not None
         first, activation, last = layers
         rows = sets.sorted(x)
-        return location_attention(
+        out = location_attention(
             rows,
             first.weight.t(),
             first.bias,
@@ -198,6 +199,7 @@ class AttentionalAggregation(Replacement, pyg.AttentionalAggregation):
             score_bias=None if last.bias is None else last.bias.expand(len(x)),  # else its gradient would be None
             cu_seqlens=sets.offsets,
         )
+        return cast("Tensor", out)
 
     def _layers_to_read(self, x: Tensor) -> list[Any] | None:
         """A gate's two layers and the activation between them, if their weights are all that there is to it."""
