@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="some data are scikit-learn's")
 from rich.console import Console
 
 from fused_attn.models import __main__ as cli
-from fused_attn.models import _progress, _work, protocol
+from fused_attn.models import _pictures, _progress, _work, protocol
 from fused_attn.models.tasks import SYSTEMS, Outcome, Panel, Task
 
 drawn = []
@@ -254,6 +254,63 @@ def test_bad_arguments_end_with_the_usage(monkeypatch, tmp_path, arguments, caps
         run(monkeypatch, tmp_path, *arguments)
     assert end.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_off_in_a_row_goes_on(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path, "mil", "mil", "--seeds", "1", "--epochs", "1")  # a name that is there twice is one
+    whole = stored(tmp_path)
+    assert len(whole) == 3
+    path = tmp_path / "new" / "results.jsonl"
+    path.write_text(path.read_text()[:-20])
+    run(monkeypatch, tmp_path, "mil", "--seeds", "1", "--epochs", "1")
+    assert made == []  # it was the baseline's
+    assert [(r["arm"], r["score"]) for r in stored(tmp_path)] == [(r["arm"], r["score"]) for r in whole]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arm", "uniform", "--arm", "nine"], "--arm: expected some of attention, uniform, zero; got nine"),
+        (["--search", "--arm", "zero"], "--arm: expected some of attention, uniform; got zero"),
+        (["--device", "nothing"], "--device: nothing: "),
+        (["--results", "{file}/rows.jsonl"], "--results: expected a folder; {file}: "),
+        (["--results", "{folder}"], "--results: expected a file that can be read and written; got {folder}"),
+        (["--results", "{file}"], "--results: {file}:1: expected a row"),
+        (["--output", "{file}"], "--output: expected a folder; {file}: "),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(monkeypatch, tmp_path, arguments, message):
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    places["file"].write_text("no row\n")
+    made.clear()
+    command = ["models", "mil", "--device", "cpu", "--output", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", [*command, *(x.format(**places) for x in arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert str(end.value.code).startswith(message.format(**places))
+    assert made == []
+
+
+def test_paths_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["models", "mil", "--output=~/out", "--results=~/x.jsonl", "--data=~/y"])
+    args = cli.parse()
+    assert (args.output, args.results, args.data) == (tmp_path / "out", tmp_path / "x.jsonl", tmp_path / "y")
+
+
+LETTERS = "$x_$ costs $5_^"
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [(LETTERS, [LETTERS, "a"]), ("long " * 400, ["b" * 2000, "c"]), ("wide", ["word"] * 1300), ("none", None)],
+)
+def test_weights_of_any_text_are_drawn(tmp_path, title, names):
+    """A dollar is a dollar, and no picture is larger than matplotlib's largest."""
+    path = tmp_path / "some.png"
+    panels = [] if names is None else [Panel(title, torch.full((1, len(names)), torch.nan), ["α"], names)]
+    _pictures.draw_weights(panels, path)
+    assert path.exists() == (names is not None)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

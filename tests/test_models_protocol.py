@@ -162,3 +162,39 @@ def test_the_best_baseline_is_none_of_the_arms_that_differ_in_their_weights_alon
     assert _summary.gain(found, "some").mean == pytest.approx(0.2)
     assert _summary.best_baseline(arms(attention=[0.7], uniform=[0.9])) is None
     assert _summary.gain(found, None) is None
+
+
+def test_scores_of_nan_give_no_interval_no_verdict_and_no_best_baseline():
+    found = arms(attention=[0.6, 0.6, math.nan, 0.6, 0.6], uniform=[0.5] * 5, wrong=[math.nan], some=[0.3])
+    over = _summary.gain(found, "uniform")
+    assert all(map(math.isnan, over[:3]))
+    assert _summary.verdict(found) == "no verdict: a seed has no score"
+    assert _summary.best_baseline(found) == "some"
+
+
+ROW = {"system": "a", "arm": "attention", "seed": 1, "score": 0.5}
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"system": "a", "ar', "\n[]", "\n\xff"])
+def test_the_rest_of_a_row_that_was_cut_off_makes_room(tmp_path, end):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((json.dumps(ROW) + end).encode("latin-1"))
+    assert _summary.read_rows(path) == [ROW]
+    _summary.add_row(path, ROW | {"seed": 2})
+    _summary.add_row(path, ROW | {"seed": 3})
+    assert path.read_text() == "".join(json.dumps(ROW | {"seed": seed}) + "\n" for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("line", ["", "{", "3", '{"system": "a"}'])
+def test_another_line_that_is_no_row_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{line}\n{json.dumps(ROW)}\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: expected a row, JSON with system, arm, seed, score"):
+        _summary.read_rows(path)
+
+
+def test_levels_that_not_every_row_has():
+    arm = {1: {"localisation": {"a": 0.25, "b": 1.0}, "also": {"x": 1.0}}, 2: {"localisation": {"a": 0.75}}}
+    assert _summary.located(arm) == "0.50 (a), 1.00 (b)"
+    arm[2]["also"] = {"y": 1.0}
+    assert _summary.also(arm) == "x 1.000"

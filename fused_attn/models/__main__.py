@@ -8,7 +8,6 @@ off goes on there. Layers this small lose by a second thread: --jobs trains seve
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -29,14 +28,23 @@ if TYPE_CHECKING:  # at run time after the arguments, so that --help needs neith
     from ._summary import Row
 
 
+def check_arms(wanted: list[str] | None, there: list[str]) -> None:
+    """End with a message where one is wanted that no system has."""
+    unknown = [arm for arm in wanted or () if arm not in there]
+    if unknown:
+        sys.exit(f"--arm: expected some of {', '.join(dict.fromkeys(there))}; got {', '.join(unknown)}")
+
+
 def search(names: list[str], arms: list[str] | None, device: str, jobs: int, console: Console) -> None:
     """Choose settings on validation scores, and store those of an arm once all have been tried.
 
     An arm that was searched with the same task, model and settings to try is left as it is.
     """
+    tasks = {name: make_task(name, protocol.SEARCH_SEED, device) for name in names}
+    check_arms(arms, [arm for task in tasks.values() for arm in task.arms])
     trials = []
-    for name in names:
-        for arm in make_task(name, protocol.SEARCH_SEED, device).arms:
+    for name, task in tasks.items():
+        for arm in task.arms:
             if (arms is None or arm in arms) and not protocol.is_searched(name, arm):
                 trials.append(Trial(name, arm, device))
     for trial, scores in work_all(attempt, trials, jobs, console):
@@ -89,9 +97,10 @@ def plan_units(args: argparse.Namespace, device: str, rows: list[Row], frozen: s
     """What is asked for and not done yet: system by system, and seed by seed, whose data all arms have."""
     plan, done = protocol.read_plan(), {(r["system"], r["arm"], r["seed"]) for r in rows}
     seeds = list(range(args.seeds)) if frozen is None else protocol.final_seeds(frozen, args.seeds)
+    tasks = [make_task(name, seeds[0], device, args.data) for name in args.names]
+    check_arms(args.arm, [arm for task in tasks for arm in (*task.arms, *task.baselines)])
     units = []
-    for name in args.names:
-        task = make_task(name, seeds[0], device, args.data)
+    for name, task in zip(args.names, tasks, strict=True):
         for number, seed in enumerate(seeds):
             for arm in (*task.arms, *task.baselines):
                 if (name, arm, seed) not in done and (args.arm is None or arm in args.arm):
@@ -130,7 +139,10 @@ def parse() -> argparse.Namespace:
     for name in ("threads", "jobs", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1; got {getattr(args, name)}")
-    args.names = list(SYSTEMS) if "all" in args.names else args.names
+    args.names = list(SYSTEMS) if "all" in args.names else list(dict.fromkeys(args.names))
+    for name in ("output", "results", "data"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name).expanduser())  # --data=~/x is left to us by the shell
     if args.data is not None:
         check_data(parser, args)
     return args
@@ -147,6 +159,29 @@ def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.data = args.data.resolve()
 
 
+def choose_device(name: str | None) -> str:
+    """The one that is asked for, or the GPU if there is one; ends with a message where nothing can be put on it."""
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch without CUDA
+        sys.exit(f"--device: {device}: {str(error).splitlines()[0]}")
+    return device
+
+
+def make_room(path: Path, pictures: Path) -> None:
+    """Make the folders of the rows and the pictures; ends with a message, before any training, where none can be."""
+    for name, place in (("--output", pictures), ("--results", path.parent)):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"{name}: expected a folder; {place}: {error.strerror}")
+        if not os.access(place, os.W_OK):
+            sys.exit(f"{name}: {place} is not writable")
+    if path.is_dir() or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+        sys.exit(f"--results: expected a file that can be read and written; got {path}")
+
+
 def main() -> int:
     """Train what is left to train, print the tables, save rows and pictures."""
     args = parse()
@@ -155,11 +190,11 @@ def main() -> int:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"{error.name} is not installed: pip install 'fused_attn[demo]'")
-    from ._summary import read_rows
+    from ._summary import add_row, read_rows
 
     if args.threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(args.threads or 1)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     console = Console()
     if args.search:
         search(args.names, args.arm, device, args.jobs, console)
@@ -175,28 +210,32 @@ def main() -> int:
         "data": args.data and str(args.data),
         "split": split,
         "epochs": args.epochs,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     path = args.results or args.output / ("results.jsonl" if split == TEST else "validation.jsonl")
     same = {x: where[x] for x in ("frozen", "data", "split", "epochs")}  # else it is another experiment
     added = {"data": None, "split": split}  # what rows did not always have
-    rows = [] if args.validation else [r for r in read_rows(path) if same.items() <= (added | r).items()]
+    make_room(path, args.output)
+    try:
+        stored = read_rows(path)
+    except ValueError as error:
+        sys.exit(f"--results: {error}")
+    rows = [] if args.validation else [r for r in stored if same.items() <= (added | r).items()]
     try:
         units = plan_units(args, device, rows, frozen, split)
     except DataError as error:
         sys.exit(str(error))
-    path.parent.mkdir(parents=True, exist_ok=True)
     for _, row in work_all(work, units, args.jobs, console):
         rows.append(row | where)
-        with path.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        add_row(path, rows[-1])
     systems = {name: (SYSTEMS if args.data is None else CORPORA)[name] for name in args.names}
+    systems = {name: system for name, system in systems.items() if any(row["system"] == name for row in rows)}
     for name, system in systems.items():
         console.print(score_table(name, system, rows))
     draw_all(systems, rows, args.output)
-    console.print(f"rows: {path}; pictures: {args.output}")
+    console.print(f"rows: {path}; pictures: {args.output}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # 
 STYLES = dict(zip(COMPARED, ("-", "--", ":"), strict=True))
 """Of lines, so that they are told apart in grey too; a baseline's is dash-dotted."""
 DPI = 120
+MOST_INCHES = 60  # of a side of a picture: matplotlib takes minutes for more, and fails above 2 ** 16 dots
+MOST_LETTERS = 40  # of a name
 
 
 def colours_of(arms: Iterable[str]) -> dict[str, str]:
@@ -38,38 +41,56 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _headless() -> None:
+    """No window; and $ in a text is a dollar."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["text.parse_math"] = False
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def draw_weights(panels: Sequence[Panel], path: Path) -> None:
-    """Weights as shades of one scale, an example below the other; what the truth names has a frame."""
+    """Weights as shades of one scale, an example below the other; what the truth names has a frame.
+
+    Of no panels there is no picture. Of more columns or rows than it has room for every second, third, ... is named.
+    """
+    if not panels:
+        return
     _headless()
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
     longest = max(len(name) for panel in panels for name in panel.columns)
     side = 0.22 if longest < 3 else 0.45  # of a column, in inches
-    width = max(6.5, 1.6 + side * max(len(panel.columns) for panel in panels))
-    titles = [textwrap.fill(panel.title, int(13 * (width - 1.2))) for panel in panels]
+    wanted = max(6.5, 1.6 + side * max(len(panel.columns) for panel in panels))
+    width = min(wanted, MOST_INCHES)
+    titles = [textwrap.fill(_short(panel.title, 12 * MOST_LETTERS), int(13 * (width - 1.2))) for panel in panels]
     heights = [len(panel.rows) + 2 + 0.5 * title.count("\n") for panel, title in zip(panels, titles, strict=True)]
     heights = [height + 0.1 * min(longest, 14) for height in heights]  # names of columns are written aslant
+    tall = 1 + 0.42 * sum(heights)
     figure, axes = plt.subplots(
         len(panels),
         squeeze=False,
         layout="constrained",
         height_ratios=heights,
-        figsize=(width, 1 + 0.42 * sum(heights)),
+        figsize=(width, min(tall, MOST_INCHES)),
     )
-    most = max(float(panel.weights.max()) for panel in panels)
+    every = [math.ceil(x / MOST_INCHES) for x in (wanted, tall)]  # one name of so many
+    most = max(float(panel.weights.nan_to_num().max()) for panel in panels)
     for axis, panel, title in zip(axes[:, 0], panels, titles, strict=True):
         shades = axis.imshow(panel.weights.float().cpu().numpy(), cmap="Blues", vmin=0, vmax=most, aspect="auto")
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xticks(range(len(panel.columns)), panel.columns, fontsize=8)
+        ticks = [
+            (range(0, len(names), step), [_short(name, MOST_LETTERS) for name in names[::step]])
+            for names, step in zip((panel.columns, panel.rows), every, strict=True)
+        ]
+        axis.set_xticks(*ticks[0], fontsize=8)
         if longest > 2:
             plt.setp(axis.get_xticklabels(), rotation=40, ha="right")
-        axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
+        axis.set_yticks(*ticks[1], fontsize=8)
         for row, column in [] if panel.truth is None else panel.truth.nonzero().tolist():
             axis.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, ec=COLOURS[1], lw=1.6))
     marked = "; framed: where it should be" if any(panel.truth is not None for panel in panels) else ""
