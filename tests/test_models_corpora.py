@@ -19,7 +19,7 @@ from _models import check_task
 pytest.importorskip("sklearn", reason="baselines and areas under curves are scikit-learn's")
 
 from fused_attn.models import _work, protocol
-from fused_attn.models.corpora import CORPORA, DataError, _classify, _packed, acf, can, entailment, han, mil
+from fused_attn.models.corpora import CORPORA, DataError, _classify, _files, _packed, acf, can, entailment, han, mil
 from fused_attn.models.tasks import TEST, TRAIN, VALIDATION
 
 CPU = torch.device("cpu")
@@ -234,6 +234,42 @@ def test_compressed_files_and_line_ends_of_windows_make_no_difference(tmp_path, 
         batches.append([task.loss(model, batch).item() for batch in task.batches(order, 0)])
     assert batches[0] == batches[1]
     assert len(batches[0]) >= 2
+
+
+def test_a_gz_that_is_cut_off_or_broken_is_named(tmp_path):
+    packed = gzip.compress(bytes(range(256)) * 50 + b"text\n" * 999)
+    path = tmp_path / "some.txt.gz"
+    for raw in (packed[: len(packed) // 2], packed[:1], b"no gzip", packed[:20] + b"\xff" * 30 + packed[50:]):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=r"some\.txt\.gz: cannot be read: "):
+            list(_files.lines(path, "latin-1"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_bytes(b"\xef\xbb\xbfone,two\r\n1,2\r\n")
+    assert list(_files.csv_table(path, "one", "two")) == [(2, {"one": "1", "two": "2"})]
+
+
+def test_a_file_is_taken_before_its_gz_and_a_folder_of_its_name_is_none(tmp_path):
+    """torchvision leaves both of MNIST's in MNIST/raw."""
+    (tmp_path / "u.data").mkdir()
+    write_mnist(tmp_path)
+    for file in tmp_path.glob("*-ubyte"):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    formats = mil.FORMATS | acf.FORMATS
+    assert _files.choose(tmp_path, formats) == ("MNIST", tmp_path / "train-images-idx3-ubyte")
+    packed = tmp_path / "train-images-idx3-ubyte.gz"
+    assert _files.choose(packed, formats) == ("MNIST", packed)
+    with pytest.raises(DataError, match=r"looked for .*; found .*u\.data/"):
+        _files.choose(tmp_path, acf.FORMATS)
+
+
+@pytest.mark.parametrize("text", ["1" * 30, "-" + "9" * 20, "1" * 5000, "1.5"])
+def test_a_number_that_is_not_whole_or_too_large_is_named(tmp_path, text):
+    with pytest.raises(DataError, match=r"some:3: time: expected a whole number; got '"):
+        _files.whole_number(tmp_path / "some", 3, "time", text)
+    assert _files.whole_number(tmp_path / "some", 3, "time", str(2**63 - 1)) == 2**63 - 1
 
 
 @each_format
@@ -684,6 +720,29 @@ def test_broken_images_are_named(tmp_path, file, raw, message):
         make("mil", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "text"),
+    [
+        ("can", "qa1_x_train.txt", "1 Mary went home.\n2 Where is Mary?\thome\t1\n" * 3),
+        ("han", "train.csv", '"1","good"\n' * 12),
+        ("entailment", "snli_1.0_train.jsonl", '{"gold_label": "neutral", "sentence1": "a", "sentence2": "b"}\n' * 3),
+    ],
+)
+def test_one_class_is_too_few(tmp_path, name, file, text):
+    for split in ("train", "dev", "test"):
+        (tmp_path / file.replace("train", split)).write_text(text)
+    with pytest.raises(DataError, match="two classes at least to train on; got one"):
+        make(name, tmp_path)
+
+
+def test_one_image_is_too_few(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 1, 28, 28) + bytes(28 * 28))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 1) + bytes(1))
+    with pytest.raises(DataError, match="train-images-idx3-ubyte: expected two images at least"):
+        make("mil", tmp_path)
+
+
 def test_a_bag_without_a_nine_has_no_truth():
     ends = torch.tensor([0, 2, 3, 5], dtype=torch.int32)
     nines = torch.tensor([True, False, False, False, True])
@@ -969,7 +1028,7 @@ def test_a_model_that_went_wrong_has_no_score(metric):
     part = _classify.Part(torch.tensor([0, 1]), torch.tensor([1, 1]))
     task = _classify.classify(
         build=lambda arm: torch.nn.Identity(),
-        parts={TEST: part},
+        parts={TRAIN: part, TEST: part},
         collate=lambda split, rows: rows,
         answer=lambda model, rows: _classify.Answer(torch.tensor([[0.0, 1], [torch.nan, 0]])[rows]),
         panels=lambda model: [],

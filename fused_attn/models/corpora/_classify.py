@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tasks import TRAIN, Outcome, Panel, Task
 from ..tasks._baselines import logistic_regression
+from ._files import DataError
 from ._packed import Packed, by_length
 
 
@@ -77,7 +78,11 @@ def classify(
     """A task whose loss is the cross entropy.
 
     collate: rows of a split, on the device. answer: of a batch. options: of `Task`.
+
+    Raises DataError for one class, of which there is nothing to learn.
     """
+    if len(parts[TRAIN].labels.unique()) < 2:
+        raise DataError("expected examples of two classes at least to train on; got one")
 
     def batches(order: torch.Generator, epoch: int) -> Iterator[tuple[Any, Tensor]]:
         labels, sizes = parts[TRAIN]

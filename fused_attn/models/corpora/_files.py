@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -36,8 +39,15 @@ def choose(path: Path, formats: Mapping[str, str]) -> tuple[str, Path]:
     found = [
         (name, file)
         for name, pattern in formats.items()
-        for file in ([path] if path.is_file() else sorted(path.iterdir()))
+        for file in files_in(path)
         if any(file.match(pattern + end) for end in ("", ".gz"))
+    ]
+    names = {file.name for _, file in found}
+    # Some who unpack a file leave the .gz beside it, as torchvision does with MNIST's.
+    found = [
+        (name, file)
+        for name, file in found
+        if path == file or file.name.removesuffix(".gz") not in names - {file.name}
     ]
     if not found:
         raise DataError(f"{path}: looked for {', '.join(looked_for)}; found {_listing(path)}")
@@ -45,6 +55,14 @@ def choose(path: Path, formats: Mapping[str, str]) -> tuple[str, Path]:
         names = ", ".join(file.name for _, file in found)
         raise DataError(f"{path}: expected one of {', '.join(looked_for)}; found {names}: name the file")
     return found[0]
+
+
+def files_in(path: Path) -> list[Path]:
+    """The files of a folder, or the file itself."""
+    try:
+        return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    except OSError as error:
+        fail(path, None, f"cannot be read: {error.strerror}")
 
 
 def beside(file: Path, name: str) -> Path:
@@ -70,17 +88,22 @@ def _listing(path: Path, most: int = 12) -> str:
     return (", ".join(names[:most]) or "nothing") + more
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """A plain or a .gz file."""
-    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """A plain or a .gz file, of which DataError says so if it can't be read to its end."""
+    try:
+        with cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:  # the latter two: a .gz that is cut off or broken
+        fail(path, None, f"cannot be read: {error}")
 
 
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Each line, without its end, which may be that of Windows, and its number from 1."""
+    """Each line, without its end, which may be that of Windows, and its number from 1; without a byte order mark."""
     with open_binary(path) as file:
         for number, raw in enumerate(file, 1):
             try:
-                text = raw.decode(encoding)
+                text = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode(encoding)
             except UnicodeDecodeError as error:
                 fail(path, number, f"expected {encoding}: {error.reason}")
             yield number, text.removesuffix("\n").removesuffix("\r")
@@ -97,11 +120,14 @@ def fields_of(path: Path, number: int, text: str, separator: str, names: str) ->
 
 
 def whole_number(path: Path, number: int, name: str, text: str) -> int:
-    """A field that is a whole number."""
+    """A field that is a whole number of 64 bits."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
+        value = None
+    if value is None or not -(2**63) <= value < 2**63:
         fail(path, number, f"{name}: expected a whole number; got {text!r}")
+    return value
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -101,6 +101,8 @@ def read_mnist(train: Path) -> dict[str, Bags]:
             fail(files[1], None, "expected labels from 0 to 9")
         data[name] = images, digits
     last = len(data["train"][1])
+    if last < 2:
+        fail(train, None, "expected two images at least, one for validation; got one")
     pools = {
         TRAIN: ("train", torch.arange(last * 5 // 6)),
         VALIDATION: ("train", torch.arange(last * 5 // 6, last)),
