@@ -13,7 +13,7 @@ DRAWN ?= 0
 SEED ?= 0
 
 # Of `make test-peers`: where the libraries are installed, and a folder with clones of their repositories, whose own tests
-# of these classes run too (pytorch_geometric: git clone --branch 2.8.0.post1).
+# of these classes run too (pytorch_geometric: git clone --branch 2.8.0.post1; torchmil).
 PEERS ?= build/peers
 UPSTREAM ?= build/upstream
 

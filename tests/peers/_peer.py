@@ -7,7 +7,10 @@ import copy
 import importlib
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_attn.compat import replace_attention, restore_attention
+from fused_attn.compat import _peers, replace_attention, restore_attention
 
 
 def need(library: str) -> Any:
@@ -165,6 +168,22 @@ def check_compiles(case: Case, *, as_few_graphs: bool = True) -> None:
         assert graphs[1] <= graphs[0]
     torch.compiler.reset()
     close(torch.compile(ours, backend="aot_eager")(*inputs), want)
+
+
+def check_upstream(library: str, folder: str, files: list[str]) -> None:
+    """The library's own tests, in a folder of a clone of its repository, pass where its known classes are ours."""
+    where = Path(os.environ.get("FUSED_ATTN_UPSTREAM", "")) / folder
+    if not where.exists():
+        pytest.skip("make test-peers UPSTREAM=folder of a clone of the repository")
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_upstream", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTHONPATH": path, "FUSED_ATTN_LIBRARY": library}
+    run = subprocess.run(command, cwd=where, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
+    for ours, _ in _peers.registry(library).values():
+        assert f"ours ran: {ours.__name__}" in run.stdout
 
 
 def table(cases: dict[str, Case]) -> Callable[[Any], Any]:

@@ -1,8 +1,7 @@
-"""A plugin of pytest for PyTorch Geometric's own tests: the names in its modules are our classes."""
+"""A plugin of pytest for tests of FUSED_ATTN_LIBRARY: its modules of known classes are ours once made."""
 
-import torch_geometric.nn
-import torch_geometric.nn.aggr
-import torch_geometric.nn.conv
+import functools
+import os
 
 from fused_attn.compat import _peers
 from fused_attn.compat._replacement import Replacement
@@ -18,12 +17,23 @@ def _seen(self, *inputs):
     return taken
 
 
+def _made_as(peer, ours):
+    """Not the name in its module is replaced, which the library's own `super(...)` may read."""
+    init = peer.__init__
+
+    @functools.wraps(init)
+    def made(self, *arguments, **options):
+        init(self, *arguments, **options)
+        if type(self) is peer:
+            self.__class__ = ours
+
+    peer.__init__ = made
+
+
 Replacement.takes = _seen
 Replacement.fused_attn_cpu = "always"
-for ours, _ in _peers.registry("torch_geometric").values():
-    for module in (torch_geometric.nn, torch_geometric.nn.aggr, torch_geometric.nn.conv):
-        if hasattr(module, ours.__name__):
-            setattr(module, ours.__name__, ours)
+for theirs, (ours, _) in _peers.registry(os.environ["FUSED_ATTN_LIBRARY"]).items():
+    _made_as(theirs, ours)
 
 
 def pytest_terminal_summary(terminalreporter):

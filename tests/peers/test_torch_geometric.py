@@ -379,18 +379,6 @@ def test_the_command_reports_a_model_of_the_library(tmp_path):
     assert run.stdout.startswith("replaced: 2")
 
 
-UPSTREAM = Path(os.environ.get("FUSED_ATTN_UPSTREAM", "")) / "pytorch_geometric" / "test" / "nn"
-
-
-@pytest.mark.skipif(not UPSTREAM.exists(), reason="make test-peers UPSTREAM=folder of a clone of the repository")
 def test_the_librarys_own_tests():
     files = ["conv/test_gatv2_conv.py", "aggr/test_attention.py", "aggr/test_basic.py"]
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "_upstream", "-p", "no:cacheprovider", *files]
-    run = subprocess.run(
-        command, cwd=UPSTREAM, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
-    assert run.returncode == 0, run.stdout
-    assert " passed" in run.stdout
-    for name in ("GATv2Conv", "AttentionalAggregation", "SoftmaxAggregation"):
-        assert f"ours ran: {name}" in run.stdout
+    _peer.check_upstream("torch_geometric", "pytorch_geometric/test/nn", files)
