@@ -42,12 +42,12 @@ def choose(path: Path, formats: Mapping[str, str]) -> tuple[str, Path]:
         for file in files_in(path)
         if any(file.match(pattern + end) for end in ("", ".gz"))
     ]
-    names = {file.name for _, file in found}
+    there = {file.name for _, file in found}
     # Some who unpack a file leave the .gz beside it, as torchvision does with MNIST's.
     found = [
         (name, file)
         for name, file in found
-        if path == file or file.name.removesuffix(".gz") not in names - {file.name}
+        if path == file or file.name.removesuffix(".gz") not in there - {file.name}
     ]
     if not found:
         raise DataError(f"{path}: looked for {', '.join(looked_for)}; found {_listing(path)}")
