@@ -588,6 +588,13 @@ def test_a_rating_is_there_once_and_users_have_three(tmp_path):
         make("acf", tmp_path)
 
 
+def test_films_without_any_genre_are_named(tmp_path):
+    write_100k(tmp_path)
+    (tmp_path / "u.item").write_text("10|Film||||" + "|".join("0" * len(acf.GENRES_100K)) + "\n")
+    with pytest.raises(DataError, match=r"u\.item: no item has a genre"):
+        make("acf", tmp_path)
+
+
 def test_films_are_there_once(tmp_path):
     write_1m(tmp_path)
     path = tmp_path / "movies.dat"

@@ -132,6 +132,8 @@ def read(path: Path) -> Choices:
             fail(films, number, f"item {film.number} is there twice")
         titles.append(film.title)
         genres.append([index.setdefault(genre, len(index)) for genre in film.genres])
+    if not index:
+        fail(films, None, "no item has a genre")
     rows = array("q", itertools.chain.from_iterable(read_choices(name, ratings, numbers, films.name)))
     if not rows:
         fail(ratings, None, "there are no ratings")
