@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torchmil.nn import AttentionPool as _AttentionPool
@@ -36,7 +36,7 @@ class AttentionPool(Replacement, _AttentionPool):
         visible = None if mask is None else mask != 0
         # The library's scores are of hidden instances too, ours are not: with a mask they are made without it.
         alone = return_att and visible is not None
-        result = location_attention(
+        result: Any = location_attention(
             X,
             w,
             b,
@@ -49,9 +49,9 @@ class AttentionPool(Replacement, _AttentionPool):
         )
         if not return_att:
             return result
-        z, scores = (None, result) if alone else cast("tuple[Tensor, Tensor]", result)
-        if z is None:
-            z = cast("Tensor", statistics_pooling(X, score_bias=scores, mask=visible, deviation=False))
+        if alone:
+            result = statistics_pooling(X, score_bias=result, mask=visible, deviation=False), result
+        z, scores = result
         return z, scores.to(z.dtype)
 
 
