@@ -53,10 +53,18 @@ def test_training_ends_when_nothing_can_be_better():
 def test_the_search_tries_rates_and_then_decays():
     given = {1e-3: 0.2, 3e-3: 0.7, 1e-2: 0.4}
     _, some = task([*given.values(), 0.1], epochs=1)
-    scores = protocol.search(some, "attention")
-    expected = {(rate, 0.0): score for rate, score in given.items()} | {(3e-3, protocol.DECAYS[1]): 0.1}
-    assert scores == expected
-    assert len(scores) == protocol.TRIALS
+    found = protocol.search(some, "attention")
+    expected = {(rate, 0.0): (score, -1) for rate, score in given.items()} | {(3e-3, protocol.DECAYS[1]): (0.1, -1)}
+    assert found == expected
+    assert len(found) == protocol.TRIALS
+
+
+def test_of_equal_settings_the_search_keeps_that_which_is_there_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(protocol, "PLAN", tmp_path / "plan.json")
+    protocol.PLAN.write_text('{"frozen": null, "settings": {}}')
+    _, some = task([0.1, 0.5, 0.5, 0.1, 0.1, 0.1, 0.5, 0.1], epochs=2)
+    protocol.store_settings("mil", "attention", protocol.search(some, "attention"))
+    assert protocol.read_plan().settings["mil"]["attention"] == (3e-3, 0.0)
 
 
 def test_a_score_of_nan_is_never_the_best():

@@ -47,8 +47,8 @@ def search(names: list[str], arms: list[str] | None, device: str, jobs: int, con
         for arm in task.arms:
             if (arms is None or arm in arms) and not protocol.is_searched(name, arm):
                 trials.append(Trial(name, arm, device))
-    for trial, scores in work_all(attempt, trials, jobs, console):
-        protocol.store_settings(trial.system, trial.arm, scores)
+    for trial, found in work_all(attempt, trials, jobs, console):
+        protocol.store_settings(trial.system, trial.arm, found)
 
 
 def score_table(name: str, system: System, rows: list[Row]) -> Table:

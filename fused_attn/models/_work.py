@@ -99,8 +99,8 @@ def work(unit: Unit, part: Part = lambda done: None) -> Row:
     return {"system": unit.system, **row}
 
 
-def attempt(trial: Trial, part: Part = lambda done: None) -> dict[protocol.Setting, float]:
-    """The best validation score of each setting that was tried."""
+def attempt(trial: Trial, part: Part = lambda done: None) -> dict[protocol.Setting, protocol.Reached]:
+    """What is reached with each setting that is tried."""
     task = make_task(trial.system, protocol.SEARCH_SEED, trial.device)
     return protocol.search(task, trial.arm, counter(part, protocol.TRIALS))
 

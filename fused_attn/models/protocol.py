@@ -1,8 +1,9 @@
 """How the arms of a task are compared: one search for all, early stopping, and a test split that is looked at once.
 
 1. `search` trains an arm on data drawn from `SEARCH_SEED` with each of the `RATES` of learning, then with the best of
-   them and each of the `DECAYS` of weights, and the setting with the best validation score is kept
-   (`python -m fused_attn.models --search`). Those of all arms are stored in `settings.json`.
+   them and each of the `DECAYS` of weights, and the setting with the best validation score is kept, of
+   equal ones that which reaches it first (`python -m fused_attn.models --search`). Those of all arms are stored in
+   `settings.json`.
 2. Tasks, arms, baselines and what the search tries are frozen by a commit, and only then are the `final_seeds` drawn:
    they are a hash of that commit, so that nobody could have looked at a test score before.
 3. `run` trains each arm with each of these seeds, stops by the validation split of that seed, and judges the best
@@ -31,7 +32,7 @@ from .tasks import TEST, VALIDATION, Task
 PLAN = Path(__file__).with_name("settings.json")
 SEARCH_SEED = 0
 SEEDS = 5
-PATIENCE, CLIP = 10, 1.0
+PATIENCE, CLIP = 20, 1.0  # attention may be uniform for a dozen epochs before it starts
 
 
 class Setting(NamedTuple):
@@ -116,21 +117,29 @@ def _validate(task: Task, model: nn.Module) -> float:
     return score if score == score else float("-inf")  # NaN: training went wrong, and is never the best
 
 
-def search(task: Task, arm: str, tick: Callable[[], None] = lambda: None) -> dict[Setting, float]:
-    """The best validation score of an arm with each setting that was tried; `tick` is called after each training."""
-    scores: dict[Setting, float] = {}
+class Reached(NamedTuple):
+    """How good a setting is: the larger, the better."""
 
-    def best() -> Setting:
-        return max(scores, key=lambda setting: scores[setting])
+    score: float
+    """The best validation score."""
+    epoch: int
+    """When it was reached, less than 0: the earlier, the larger."""
 
-    def attempt(settings: list[Setting]) -> None:
+
+def search(task: Task, arm: str, tick: Callable[[], None] = lambda: None) -> dict[Setting, Reached]:
+    """What an arm reaches with each setting that was tried; `tick` is called after each training."""
+    found: dict[Setting, Reached] = {}
+
+    def attempt(settings: list[Setting]) -> Setting:
         for setting in settings:
-            scores[setting] = max(fit(task, arm, setting, SEARCH_SEED).curve)
+            curve = fit(task, arm, setting, SEARCH_SEED).curve
+            found[setting] = Reached(max(curve), -1 - curve.index(max(curve)))
             tick()
+        return max(found, key=lambda setting: found[setting])
 
-    attempt([Setting(rate, DECAYS[0]) for rate in RATES])
-    attempt([Setting(best().learning_rate, decay) for decay in DECAYS[1:]])
-    return scores
+    best = attempt([Setting(rate, DECAYS[0]) for rate in RATES])
+    attempt([Setting(best.learning_rate, decay) for decay in DECAYS[1:]])
+    return found
 
 
 def run(
@@ -181,7 +190,7 @@ def source(name: str) -> str:
     """What a system's search depends on, as a hash: the text of its task and of its model, and what is tried."""
     folder = Path(__file__).parent
     texts = [(folder / place / f"{name}.py").read_text() for place in ("tasks", ".")]
-    return hashlib.sha256("\0".join([*texts, repr((RATES, DECAYS))]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\0".join([*texts, repr((RATES, DECAYS, PATIENCE))]).encode()).hexdigest()[:12]
 
 
 def is_searched(name: str, arm: str) -> bool:
@@ -190,12 +199,12 @@ def is_searched(name: str, arm: str) -> bool:
     return bool(stored.get(name, {}).get(arm, {}).get("source") == source(name))
 
 
-def store_settings(name: str, arm: str, scores: Mapping[Setting, float]) -> None:
+def store_settings(name: str, arm: str, found: Mapping[Setting, Reached]) -> None:
     """Keep what the search found: the best setting, and all the scores that it was chosen by."""
     stored = json.loads(PLAN.read_text())
     stored["settings"].setdefault(name, {})[arm] = {
-        "setting": list(max(scores.items(), key=lambda x: x[1])[0]),
-        "validation": {f"{x.learning_rate:g}, {x.weight_decay:g}": round(y, 4) for x, y in scores.items()},
+        "setting": list(max(found.items(), key=lambda x: x[1])[0]),
+        "validation": {f"{x.learning_rate:g}, {x.weight_decay:g}": round(y.score, 4) for x, y in found.items()},
         "source": source(name),
     }
     PLAN.write_text(json.dumps(stored, indent=1) + "\n")
