@@ -52,6 +52,8 @@ def formula(model, features, sides, score, width):
                     if score == "concat":
                         q, k = p[f"attend.{i}.query_proj.weight"] @ h[t], p[f"attend.{i}.key_proj.weight"]
                         e = [p[f"attend.{i}.score.weight"][0] @ torch.tanh(q + k @ h[j]) for j in seen]
+                    elif score == "general":
+                        e = [h[t] @ p[f"attend.{i}.weight"] @ h[j] for j in seen]
                     else:
                         e = [h[t] @ h[j] / (h[t].norm() * h[j].norm()) for j in seen]
                     a = torch.stack(e).exp()
@@ -67,7 +69,7 @@ def formula(model, features, sides, score, width):
 
 
 @pytest.mark.parametrize("sides", ["apart", "together"])
-@pytest.mark.parametrize("score", ["concat", "cosine"])
+@pytest.mark.parametrize("score", ["concat", "general", "cosine"])
 @pytest.mark.parametrize(("features", "width"), [(0, 2), (2, 3)])
 def test_formula(sides, score, features, width):
     model = build(sides=sides, score=score, features=features, filter_width=width)
@@ -90,7 +92,7 @@ def test_padding_is_not_seen():
     assert (out[~VALID] == 0).all()
 
 
-@pytest.mark.parametrize("score", ["concat", "cosine"])
+@pytest.mark.parametrize("score", ["concat", "general", "cosine"])
 def test_an_empty_side_is_zero(score):
     _, word_weights, weights = build(score=score)(WORDS, WORD_LENGTHS, LENGTHS, return_weights=True)
     assert (weights[0, 0, 0] == 0).all()  # nothing before the first
@@ -110,7 +112,7 @@ def test_empty_axes(shape):
 
 
 @pytest.mark.parametrize("sides", ["apart", "together"])
-@pytest.mark.parametrize("score", ["concat", "cosine"])
+@pytest.mark.parametrize("score", ["concat", "general", "cosine"])
 def test_without_attention_is_the_mean(sides, score):
     model = build(sides=sides, score=score, attention=False)
     _, word_weights, weights = model(WORDS, WORD_LENGTHS, LENGTHS, return_weights=True)
@@ -129,7 +131,7 @@ def test_without_attention_is_the_mean(sides, score):
         ({"window": 0}, {}, ValueError, "window: expected at least 1; got 0"),
         ({"features": -1}, {}, ValueError, "features: expected at least 1; got -1"),
         ({"sides": "both"}, {}, ValueError, "sides: expected one of apart, together; got 'both'"),
-        ({"score": "dot"}, {}, ValueError, "score: expected one of concat, cosine; got 'dot'"),
+        ({"score": "dot"}, {}, ValueError, "score: expected one of concat, general, cosine; got 'dot'"),
         ({}, {"words": WORDS.float()}, TypeError, "words: expected dtype int32, int64"),
         ({}, {"words": WORDS[0]}, ValueError, r"words: expected shape \(B, S, W\)"),
         ({}, {"word_lengths": WORD_LENGTHS[:2]}, ValueError, "word_lengths: expected shape"),
@@ -174,27 +176,35 @@ def test_task():
 
 
 @pytest.mark.usefixtures("few_sentences")
-def test_a_sentence_counts_by_what_its_speaker_takes_up():
+def test_sentences_are_taken_up_alike_but_count_by_their_speaker_alone():
     pool, common, rng = task.split(0)["train"], {"w0", "w1"}, random.Random(0)
-    more = []
-    for text in [task.draw_text(pool, common, rng) for _ in range(50)]:
+    texts = [task.draw_text(pool, common, rng) for _ in range(50)]
+    more, counted = [], []
+    for text in texts:
         assert len(text.sentences) == len(text.importance) == len(text.summaries) == 18
         for start in (0, 6, 12):
             body, ends = text.sentences[start : start + 4], text.sentences[start + 4 : start + 6]
-            assert sorted(words[0] for words in body) == ["anna", "anna", "ben", "ben"]
             sums = {words[0]: ({*words[1:]}, start + 4 + i) for i, words in enumerate(ends)}
             assert {*sums} == {"anna", "ben"}
             assert not common & (sums["anna"][0] | sums["ben"][0])
+            important = text.importance[start : start + 4]
+            assert sorted((words[0], x > 0) for words, x in zip(body, important, strict=True)) == [
+                *(("anna", False), ("anna", True), ("ben", False), ("ben", True))
+            ]
             for i, (speaker, *words) in enumerate(body):
                 own, place = sums[speaker]
                 other, _ = sums[{"anna": "ben", "ben": "anna"}[speaker]]
                 assert text.summaries[start + i] == place
                 parts = {*words} - common
-                assert len(parts & own) >= round(text.importance[start + i] * len(parts))
+                assert len(parts & (own if important[i] else other)) >= round((important[i] or 0.45) * len(parts))
                 more.append(len(parts & own) - len(parts & other))
+                counted.append(important[i])
             assert text.summaries[start + 4 : start + 6] == [start + 4, start + 5]
             assert text.importance[start + 4 : start + 6] == [0, 0]
     assert abs(sum(more) / len(more)) < 0.3  # both take up as much
+    assert sum(counted) / len(counted) == pytest.approx(0.35, abs=0.03)
+    at_first = [x for text in texts[:9] for x in task.draw_text(pool, common, rng, 0.0).sentences]
+    assert sum(map(len, at_first)) < 0.9 * sum(len(x) for text in texts[:9] for x in text.sentences)
 
 
 def test_rank_correlation():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import check_tensor
 from .._ops import Impl
 from ..general import general_attention
-from ..modules import ConcatAttention, LocationAttention
+from ..modules import ConcatAttention, GeneralAttention, LocationAttention
 from ._arms import freeze_uniform
 from ._padded import check_choice, check_indices, check_lengths, check_sizes, encode, length_mask
 
@@ -47,8 +47,8 @@ class CRSum(nn.Module):
     sides
         ``"apart"`` or ``"together"``.
     score
-        ``"concat"``: :math:`v \cdot \tanh(W_q h_t + W_k h_i)`, with parameters for each side; ``"cosine"``:
-        :math:`\cos(h_t, h_i)`.
+        ``"concat"``: :math:`v \cdot \tanh(W_q h_t + W_k h_i)`; ``"general"``: :math:`h_t^T W h_i`, both with
+        parameters for each side; ``"cosine"``: :math:`\cos(h_t, h_i)`.
     filter_width
         k, the words that the convolution sees: 2 are bigrams. The last of a sentence see zeros behind it.
     features
@@ -88,7 +88,7 @@ class CRSum(nn.Module):
         if features:
             check_sizes(locals(), "features")
         check_choice("sides", sides, ("apart", "together"))
-        check_choice("score", score, ("concat", "cosine"))
+        check_choice("score", score, ("concat", "general", "cosine"))
         self.window, self.sides, self.score, self.features = window, sides, score, features
         self.impl, self.attention = impl, attention
         self.windows = [(window, -1), (-1, window)] if sides == "apart" else [(window, window)]
@@ -96,9 +96,12 @@ class CRSum(nn.Module):
         self.conv = nn.Conv1d(embed_dim, hidden_dim, filter_width)
         self.words = LocationAttention(hidden_dim, attn_dim)
         self.encoder = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
-        self.attend = nn.ModuleList(
-            ConcatAttention(hidden_dim, hidden_dim, attn_dim) for _ in self.windows if score == "concat"
-        )
+        self.attend = nn.ModuleList()
+        for _ in self.windows if score != "cosine" else ():
+            concat = score == "concat"
+            self.attend.append(
+                ConcatAttention(hidden_dim, hidden_dim, attn_dim) if concat else GeneralAttention(hidden_dim)
+            )
         width = hidden_dim + len(self.windows) + features
         self.regression = nn.Sequential(nn.Linear(width, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, 1))
         if not attention:
@@ -123,7 +126,7 @@ class CRSum(nn.Module):
             mask = mask[:, None] & ~torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
         vectors, weights = [], []
         for i, window in enumerate(self.windows):
-            if self.score == "concat":
+            if self.attend:
                 result = self.attend[i](h, h, mask=mask, window=window, return_weights=True, impl=self.impl)
             else:
                 unit = F.normalize(h, dim=-1)

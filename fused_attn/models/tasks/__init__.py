@@ -149,7 +149,7 @@ SYSTEMS: dict[str, System] = {
     "crsum": System(
         "CRSum",
         "Ren et al. 2017",
-        "location_attention, concat_attention",
+        "location_attention, general_attention (or concat)",
         "windows before and after, ragged",
         "conversations put together from sentences of the standard library's docstrings",
         "ROUGE-2 F",
