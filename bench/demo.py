@@ -11,7 +11,7 @@ The second table holds the fused kernel to the float64 reference: its error may 
 same dtype plus one rounding step of the largest output (or gradient). On a CPU the kernel runs in Triton's
 interpreter, in a process of its own, since TRITON_INTERPRET=1 must be set before the kernels are imported. The third
 is the memory of a bag as large as a slide. The exit status is 1 if an error or a score is past its bound. On a CPU a
-training takes one thread, unless OMP_NUM_THREADS is set, and two run at once where two cores are idle.
+training takes one thread, unless OMP_NUM_THREADS is set, and two run at once where there are two cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fused_attn.models.tasks import SYSTEMS, TEST, TRAIN, VALIDATION, Task, mil
 from .cpu import step
 from .eager import gated_bag
 from .families.problem import MODES
-from .run import idle_cores, peak_bytes
+from .run import cores, peak_bytes
 
 FIRST_SEED, SEEDS = 1000, 3  # apart from those of `protocol`, which search and final tests have
 COUNTS = {TRAIN: 200, VALIDATION: 100, TEST: 400}
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"1 to 6 (default: {SEEDS})")
-    jobs = "trainings at once (default: as many as cores are idle, at most 2; on a GPU 1)"
+    jobs = "trainings at once (default: as many as cores, at most 2; on a GPU 1)"
     parser.add_argument("--jobs", type=int, metavar="N", help=jobs)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="for the picture")
     parser.add_argument("--check-kernel", action="store_true", help="print the check of the kernel alone, as JSON")
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     on_gpu = torch.cuda.is_available()
     split = VALIDATION if protocol.read_plan().frozen is None else TEST
-    rows = experiment(args.seeds, args.jobs or (1 if on_gpu else min(2, idle_cores())), split, args.output, console)
+    rows = experiment(args.seeds, args.jobs or (1 if on_gpu else min(2, cores())), split, args.output, console)
     console.print(score_table("mil", SYSTEMS["mil"], rows))
     console.print(
         f"Scores on {COUNTS[split]} {split} bags of images that are not trained on, after a short training: at most "

@@ -399,11 +399,15 @@ def environment(device: torch.device, argv: Sequence[str], commit: str | None) -
     }
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def idle_cores() -> int:
     """Cores that this process may use, less those that other programs kept busy in the last minute; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, round(cores - load))
+    return max(1, round(cores() - load))
 
 
 def store(report: Row, output: Path) -> None:
