@@ -16,8 +16,8 @@ Show = Callable[[str, float, int], None]
 
 
 @contextmanager
-def progress(console: Console, units: str = "epochs") -> Iterator[Show]:
-    """A function to call with (description, units done, units in all) before the first and after each of them."""
+def progress(console: Console) -> Iterator[Show]:
+    """A function to call with (description, trainings done, in all) before the first and after each of them."""
     if console.is_terminal:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -33,7 +33,7 @@ def progress(console: Console, units: str = "epochs") -> Iterator[Show]:
         nonlocal last, said
         now = time.monotonic()
         if what != said or done == total or now - last >= SECONDS:
-            text = f"{what}: {done:.3g} of {total} {units}, {now - start:.0f} s"
+            text = f"{what}: {done:.3g} of {total} trainings, {now - start:.0f} s"
             console.print(text, highlight=False, markup=False, soft_wrap=True)  # which flushes
             last, said = now, what
 

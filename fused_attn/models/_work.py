@@ -109,7 +109,7 @@ def work_all(
     do: Callable[..., Result], units: Sequence[Job], jobs: int, console: Console
 ) -> Iterator[tuple[Job, Result]]:
     """Each unit and what `do` makes of it, in the order in which they are done."""
-    with progress(console, "trainings") as show:
+    with progress(console) as show:
         if jobs == 1:
             for i, unit in enumerate(units):
                 part = part_of(show, str(unit), i, len(units))
